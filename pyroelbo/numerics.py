@@ -1,0 +1,55 @@
+"""Sums of exponentials that stay right at minus infinity, and the units of information."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["bits_per_dim", "effective_sample_size", "log_mean_exp", "logsumexp", "nats_to_bits"]
+
+
+def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:
+    """ln Σ exp(x) over ``dim``: where every term is -inf the value is -inf and the gradient is zero.
+
+    ``torch.logsumexp`` has NaN gradients there, which spread through a dynamic program even when the
+    cell is never used. The gradient elsewhere is the softmax; NaN in gives NaN out. Cost: O(x.numel()).
+    """
+    peak = x.detach().amax(dim, keepdim=True)
+    peak = torch.where(peak.isinf(), torch.zeros_like(peak), peak)
+    total = (x - peak).exp().sum(dim, keepdim=True)
+    empty = total == 0
+    value = torch.where(empty, total.new_tensor(-math.inf), torch.where(empty, 1.0, total).log() + peak)
+    return value if keepdim else value.squeeze(dim)
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """ln (1/K) Σ_k w_k over ``dim`` and its standard error, both in nats.
+
+    The standard error is the delta method's, sd(w) / (√K · mean(w)); it is NaN for K = 1, where one draw
+    cannot tell, and where all weights are zero. Weights of any size are fine: they are scaled by their maximum first.
+
+    Source: Owen (2013), *Monte Carlo theory, methods and examples*, section 2.8.
+    """
+    count = log_w.shape[dim]
+    value = logsumexp(log_w, dim) - math.log(count)
+    if count == 1:
+        return value, torch.full_like(value, math.nan)
+    ratio = (log_w - value.unsqueeze(dim)).exp()
+    return value, ratio.std(dim) / math.sqrt(count)
+
+
+def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
+    """Kish's effective number of draws, (Σ w)² / Σ w², between 1 and K; NaN where all weights are zero."""
+    return (2 * logsumexp(log_w, dim) - logsumexp(2 * log_w, dim)).exp()
+
+
+def nats_to_bits(nats):
+    """Nats to bits: divide by ln 2. Tensors, arrays and numbers alike."""
+    return nats / math.log(2.0)
+
+
+def bits_per_dim(log_prob, dims: int):
+    """-log₂ p per dimension, from ``log_prob`` in nats and the number of dimensions of one datum."""
+    return -nats_to_bits(log_prob) / dims
