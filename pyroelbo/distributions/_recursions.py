@@ -70,8 +70,8 @@ class Expected(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A scaled forward pass of exponentials: ``alpha [B,T,S]`` and ``scale [B,T]`` (empty unless kept), and
-    ln Z."""
+    """A scaled forward pass; the problem's transition and observation are exponentials: ``alpha [B,T,S]``
+    and ``scale [B,T]`` (empty unless kept), and ln Z."""
 
     problem: Problem
     alpha: Tensor
@@ -185,23 +185,17 @@ def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exa
 
 def _scaled(problem: Problem, dtype: torch.dtype, keep: bool) -> tuple[Scaled, Tensor]:
     """The scaled pass, and which rows of it can be trusted."""
-    lengths = problem.lengths
-    initial, top_initial = _exponential(problem.initial, dtype)
     step = problem.transition
     if len(step) > 1 and step.stride(0) == 0:
-        step = step[:1]
-    transition, top = _exponential(step.flatten(2), dtype)
-    weight, tops = _exponential(problem.observation, dtype)
-    offset = _within(tops, lengths) + top_initial
-    offset = offset + (top[:, 0] * (lengths - 1) if top.shape[1] == 1 else _within(top, lengths - 1))
-    powers = Problem(initial, transition.view(step.shape), weight, lengths)
-    total, least, alpha, scale = _forward(powers, 0.0, keep)
+        problem = problem._replace(transition=step[:1])
+    result, least = _forward(problem, dtype, 0.0, keep)
     trusted = least >= _LEAST[dtype]
     if dtype == torch.float64 and not bool(trusted.all()):
         rows = (~trusted).nonzero().squeeze(-1)
-        upper = _forward(powers.take(rows), _LEAST[dtype], False)[0]
-        trusted[rows] = upper - total[rows] <= 1e-12 * total[rows].abs().clamp(min=1.0)
-    return Scaled(powers, alpha, scale, total + offset), trusted
+        upper = _forward(problem.take(rows), dtype, _LEAST[dtype], False)[0].log_z
+        lower = result.log_z[rows]
+        trusted[rows] = upper - lower <= 1e-12 * lower.abs().clamp(min=1.0)
+    return result, trusted
 
 
 def _turned(transition: Tensor) -> Tensor:
@@ -216,39 +210,41 @@ def _within(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
-    run = kernels(x)
-    if run is None:
-        peak = x.amax(-1, keepdim=True)
-        peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
-        return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
-    x = x.contiguous()
-    out, peak = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float64)
-    run.shift(*_arrays(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), peak.view(-1)))
-    return out.exp_(), peak
+    peak = x.amax(-1, keepdim=True)
+    peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
+    return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
 
 
 def _arrays(*tensors: Tensor) -> list:
     return [x.numpy() for x in tensors]
 
 
-def _forward(powers: Problem, floor: float, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ln Z of the exponentials, the least entry met, and with ``keep`` alpha and scale; see
-    ``_kernels.forward``.
+def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
+    """The scaled forward pass in ``dtype`` and the least entry met; see ``_kernels.forward`` for
+    ``floor``.
     """
-    initial, transition, weight, lengths = powers
-    rows, steps, states = weight.shape
-    run = kernels(weight)
+    initial, transition, observation, lengths = problem
+    rows, steps, states = observation.shape
+    run = kernels(observation)
     if run is not None:
-        alpha = weight.new_zeros((rows, steps, states) if keep else (0, 0, 0))
-        scale = weight.new_ones((rows, steps) if keep else (0, 0))
-        total, least = torch.empty(2, rows, dtype=torch.float64).unbind()
-        run.forward(*_arrays(*powers), floor, keep, *_arrays(alpha, scale, total, least))
-        return total, least, alpha, scale
+        powers = torch.empty(transition.shape, dtype=dtype)
+        weight, alpha = (torch.empty((rows, steps, states) if keep else (0, 0, 0), dtype=dtype) for _ in "wa")
+        scale = torch.empty((rows, steps) if keep else (0, 0), dtype=dtype)
+        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
+        arrays = _arrays(initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths)
+        run.forward(*arrays, floor, keep, *_arrays(powers, weight, alpha, scale, log_z, least))
+        return Scaled(Problem(initial, powers, weight, lengths), alpha, scale, log_z), least
+    first, top_first = _exponential(initial, dtype)
+    powers, tops = _exponential(transition.flatten(2), dtype)
+    powers = powers.view(transition.shape)
+    weight, top_weight = _exponential(observation, dtype)
+    offset = _within(top_weight, lengths) + top_first
+    offset = offset + (tops[:, 0] * (lengths - 1) if tops.shape[1] == 1 else _within(tops, lengths - 1))
     alphas, scales, lows = [], [], []
-    alpha = initial
+    alpha = first
     for t in range(steps):
         if t > 0:
-            step = transition[:, min(t - 1, transition.shape[1] - 1)]
+            step = powers[:, min(t - 1, powers.shape[1] - 1)]
             alpha = alpha @ step[0] if step.shape[0] == 1 else (alpha.unsqueeze(-2) @ step).squeeze(-2)
         alpha = (alpha * weight[:, t]).clamp_(min=floor)
         lows.append(alpha.amin(-1))
@@ -260,7 +256,8 @@ def _forward(powers: Problem, floor: float, keep: bool) -> tuple[Tensor, Tensor,
     scale = torch.where(inside, torch.stack(scales, 1), 1.0)
     least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
     kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
-    return scale.double().log().sum(-1), least, kept, scale
+    log_z = scale.double().log().sum(-1) + offset
+    return Scaled(Problem(initial, powers, weight, lengths), kept, scale, log_z), least
 
 
 def _backward(
