@@ -29,6 +29,7 @@ from pyroelbo.semiring import choose
 
 __all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
 
+_GROUP = 1 << 19
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
 
@@ -83,20 +84,31 @@ class Scaled(NamedTuple):
 
     def expected(self, grad: Tensor, apart: bool) -> Expected:
         _, transition, weight, lengths = self.problem
-        gamma, flow = _backward(_turned(transition), weight, lengths, self.alpha, self.scale)
-        grad = grad.to(gamma.dtype)[:, None, None]
+        rows, steps, states = weight.shape
+        turned = _turned(transition)
+        grad = grad.to(weight.dtype)[:, None, None]
+        gamma = torch.empty_like(weight)
+        counts: list[Tensor] = []
+        # a few rows at a time: fresh memory costs more than the arithmetic on it
+        group = max(4, _GROUP // (steps * states) // 4 * 4)
+        flow = weight.new_empty(min(group, rows), steps, states)
+        for start in range(0, rows, group):
+            part = slice(start, min(start + group, rows))
+            alpha, out = self.alpha[part], flow[: part.stop - start]
+            mine = turned if len(turned) == 1 else turned[part]
+            _backward(mine, weight[part], lengths[part], alpha, self.scale[part], gamma[part], out)
+            out *= grad[part]
+            if transition.shape[1] != 1:
+                count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
+            elif apart:
+                count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
+            else:
+                # flow is zero at each first step, so that rows may follow one another without a seam
+                count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
+                count = count if not counts else count + counts.pop()
+            counts.append(count)
         gamma *= grad
-        flow *= grad
-        states = gamma.shape[-1]
-        if transition.shape[1] != 1:
-            steps = self.alpha[:, :-1, :, None] * flow[:, 1:, None, :] * transition
-        elif apart:
-            steps = (self.alpha[:, :-1].transpose(1, 2) @ flow[:, 1:]).unsqueeze(1) * transition
-        else:
-            # flow is zero at each first step, so that rows may follow one another without a seam
-            flat = self.alpha.reshape(-1, states)[:-1].T @ flow.reshape(-1, states)[1:]
-            steps = flat * transition
-        return Expected(gamma[:, 0], steps, gamma)
+        return Expected(gamma[:, 0], torch.cat(counts).mul_(transition), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
@@ -261,16 +273,16 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
 
 
 def _backward(
-    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The posterior of each state and the backward flow, ``[B,T,S]`` each; see ``_kernels.backward``."""
+    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor, gamma: Tensor, flow: Tensor
+) -> None:
+    """Fills the posterior of each state and the backward flow, ``[B,T,S]`` each; see
+    ``_kernels.backward``.
+    """
     run = kernels(weight)
     if run is not None:
-        gamma, flow = torch.empty_like(weight), torch.empty_like(weight)
         run.backward(*_arrays(turned, weight, lengths, alpha, scale, gamma, flow))
-        return gamma, flow
-    flow = torch.zeros_like(weight)
-    gamma = torch.zeros_like(weight)
+        return
+    flow[:, 0] = 0
     beta = torch.ones_like(weight[:, 0])
     for t in range(weight.shape[1] - 1, -1, -1):
         beta = torch.where((lengths == t + 1).unsqueeze(-1), 1.0, beta)
@@ -280,7 +292,6 @@ def _backward(
             flow[:, t] = out
             step = turned[:, min(t - 1, turned.shape[1] - 1)]
             beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
-    return gamma, flow
 
 
 def _exact(problem: Problem, keep: bool) -> Exact:
@@ -357,7 +368,7 @@ class _LogPartition(torch.autograd.Function):
     def forward(ctx, initial, transition, observation, lengths, solution):
         problem = Problem(initial, transition, observation, lengths)
         if solution is None:
-            solution = solve(problem, keep=any(ctx.needs_input_grad))
+            solution = solve(problem, keep=True)
         ctx.passes = solution.passes
         ctx.save_for_backward(initial, transition, observation, lengths)
         return solution.log_z.to(observation.dtype)
@@ -371,17 +382,22 @@ class _LogPartition(torch.autograd.Function):
             inputs = [x for x, needed in zip(problem[:3], ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        total = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in problem[:3]]
+        apart = len(problem.transition) == len(grad)
+        total: list[Tensor] = []
         for rows, done in ctx.passes:
-            found = done.expected(
-                grad if rows is None else grad[rows], apart=len(problem.transition) == len(grad)
-            )
-            for out, part in zip(total, found, strict=True):
-                part = part.to(out.dtype)
-                if out.shape[0] < len(grad):
-                    out += part.sum(0, keepdim=True)
-                elif rows is None:
-                    out.copy_(part)
+            found = done.expected(grad if rows is None else grad[rows], apart)
+            parts = [
+                (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
+                    potential.dtype
+                )
+                for x, potential in zip(found, problem[:3], strict=True)
+            ]
+            if rows is None:
+                return *parts, None, None
+            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in problem[:3]]
+            for out, part in zip(total, parts, strict=True):
+                if len(out) < len(grad):
+                    out += part
                 else:
                     out[rows] = part
         return *total, None, None
@@ -391,4 +407,6 @@ def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:
     """ln Z ``[B]``, differentiable as often as wanted; ``solution`` may hold the kept forward pass
     already.
     """
-    return _LogPartition.apply(*problem, solution)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in problem[:3]):
+        return _LogPartition.apply(*problem, solution)
+    return (solution or solve(problem, keep=False)).log_z.to(problem.observation.dtype)
