@@ -13,8 +13,8 @@ import torch
 
 from pyroelbo.distributions import StructuredDistribution
 
-# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws it
-sees an # error of 0.02 in the probability of any one structure, which moves χ² by at least 4 · 0.02² · DRAWS = 64
+# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws it sees an
+# error of 0.02 in the probability of any one structure, which moves the statistic by at least 64
 FALSE_ALARM = 1e-6
 DRAWS = 40_000
 

