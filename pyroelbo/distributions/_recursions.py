@@ -318,7 +318,7 @@ def _draw(alpha: Tensor, transition: Tensor, lengths: Tensor, uniform: Tensor) -
         weight = alpha[:, t].expand(len(uniform), -1, -1)
         if t + 1 < steps:
             step = transition[:, min(t, transition.shape[1] - 1)]
-            into = step[rows if step.shape[0] > 1 else 0, :, z[..., t + 1]]
+            into = step[rows if step.shape[0] > 1 else 0 * rows, :, z[..., t + 1]]
             weight = torch.where((lengths > t + 1).unsqueeze(-1), weight + into, weight)
         z[..., t] = torch.where(lengths > t, choose(weight, uniform[..., t]), 0)
     return z

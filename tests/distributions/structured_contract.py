@@ -13,8 +13,8 @@ import torch
 
 from pyroelbo.distributions import StructuredDistribution
 
-# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws it sees an
-# error of 0.02 in the probability of any one structure, which moves the statistic by at least 64
+# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws, an error
+# of 0.02 in the probability of any one structure adds 64 or more to its statistic
 FALSE_ALARM = 1e-6
 DRAWS = 40_000
 
@@ -150,6 +150,8 @@ class StructuredContract:
         found = [part.mean(0) for part in q.to_parts(draws)]
         for mean, expected in zip(found, q.marginals, strict=True):
             # counts lie in [0, T]; Hoeffding's bound at the declared rate
+            if not expected.numel():
+                continue
             spread = max(1.0, float(q.event_shape[0]))
             bound = spread * math.sqrt(math.log(2 * expected.numel() / FALSE_ALARM) / (2 * (DRAWS // 4)))
             assert (mean - expected).abs().max() < bound
@@ -157,7 +159,7 @@ class StructuredContract:
     def test_derivatives(self, case, q):
         if "sparse" in case:
             return
-        names = [i for i, x in enumerate(q.potentials) if x.is_leaf and x.requires_grad]
+        names = [i for i, x in enumerate(q.potentials) if x.is_leaf and x.requires_grad and x.numel()]
 
         def rebuild(*tensors):
             potentials = list(q.potentials)
@@ -166,9 +168,9 @@ class StructuredContract:
             return self.construct(q, q._like(potentials))
 
         inputs = tuple(q.potentials[i] for i in names)
-        assert torch.autograd.gradcheck(lambda *x: rebuild(*x).log_partition, inputs)
-        assert torch.autograd.gradcheck(lambda *x: rebuild(*x).entropy(), inputs)
-        assert torch.autograd.gradcheck(lambda *x: tuple(rebuild(*x).marginals), inputs)
+        assert torch.autograd.gradcheck(lambda *x: rebuild(*x).log_partition, inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(lambda *x: rebuild(*x).entropy(), inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(lambda *x: tuple(rebuild(*x).marginals), inputs, fast_mode=True)
 
     def test_gradients_are_finite(self, q):
         other = self.construct(q, q._like(x.detach() + 0.1 for x in q.potentials))
