@@ -99,21 +99,25 @@ def _powers(x, out, spare):
     return float(top)
 
 
+# views cost more than a short row: the helpers take whole arrays and places in them
 @_compile
-def _step1(x, matrix, y):
-    size = x.shape[0]
+def _step1(x, matrices, a, u, y):
+    """First row of y = first row of x times a matrix."""
+    size = x.shape[1]
     for j in range(size):
-        y[j] = 0
+        y[0, j] = 0
     i = 0
     while i + 3 < size:
-        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        p, q, r, s = x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3]
         for j in range(size):
-            y[j] += (a * matrix[i, j] + b * matrix[i + 1, j]) + (c * matrix[i + 2, j] + d * matrix[i + 3, j])
+            y[0, j] += (p * matrices[a, u, i, j] + q * matrices[a, u, i + 1, j]) + (
+                r * matrices[a, u, i + 2, j] + s * matrices[a, u, i + 3, j]
+            )
         i += 4
     while i < size:
-        a = x[i]
+        p = x[0, i]
         for j in range(size):
-            y[j] += a * matrix[i, j]
+            y[0, j] += p * matrices[a, u, i, j]
         i += 1
 
 
@@ -149,21 +153,19 @@ def _step4(x, matrix, y):
 
 
 @_compile
-def _absorb(moved, weight, floor, out):
-    """out = normalized max(moved · weight, floor); returns its sum and its least entry before
-    normalization.
-    """
-    total = moved[0] * 0
-    least = moved[0] * weight[0]
-    for j in range(moved.shape[0]):
-        value = max(moved[j] * weight[j], floor)
-        moved[j] = value
+def _absorb(moved, r, weight, at, floor, out):
+    """Row r of out = normalized max(moved · weight, floor); returns its sum and least entry before that."""
+    total = moved[r, 0] * 0
+    least = moved[r, 0] * weight[at]
+    for j in range(moved.shape[1]):
+        value = max(moved[r, j] * weight[at + j], floor)
+        moved[r, j] = value
         total += value
         least = min(least, value)
     if total > 0:
         inverse = 1 / total
-        for j in range(moved.shape[0]):
-            out[j] = moved[j] * inverse
+        for j in range(moved.shape[1]):
+            out[r, j] = moved[r, j] * inverse
     return total, least
 
 
@@ -248,23 +250,24 @@ def forward(
                     for b in range(start, stop):
                         moved[b - start] = first[b if initial.shape[0] > 1 else 0]
                 else:
-                    matrix = powers[0 if shared else start, 0 if still else t - 1]
+                    a, u = 0 if shared else start, 0 if still else t - 1
                     if stop - start > 1:
-                        _step4(previous, matrix, moved)
+                        _step4(previous, powers[a, u], moved)
                     else:
-                        _step1(previous[0], matrix, moved[0])
+                        _step1(previous, powers, a, u, moved)
                 for b in range(start, stop):
                     if t >= lengths[b]:
                         continue
                     r = b - start
                     at = (b * steps + t) * size if keep else (r * chunk + t - begin) * size
-                    s, low = _absorb(moved[r], flat[at : at + size], lowest, previous[r])
+                    s, low = _absorb(moved, r, flat, at, lowest, previous)
                     least[b] = min(least[b], low)
                     if s == 0:
                         previous[r] = 0
                     if keep:
                         scale[b, t] = s
-                        alpha[b, t] = previous[r]
+                        for j in range(size):
+                            alpha[b, t, j] = previous[r, j]
                     product[r] *= s
                     if not (1e-200 < product[r] < 1e200):
                         total[b] += math.log(product[r]) if product[r] > 0 else -math.inf
@@ -334,11 +337,11 @@ def backward(turned, weight, lengths, alpha, scale, gamma, flow):
                     out[r, j] = value
                     flow[b, t, j] = value
             if t > 0:
-                matrix = turned[0 if shared else start, 0 if still else t - 1]
+                a, u = 0 if shared else start, 0 if still else t - 1
                 if stop - start > 1:
-                    _step4(out, matrix, beta)
+                    _step4(out, turned[a, u], beta)
                 else:
-                    _step1(out[0], matrix, beta[0])
+                    _step1(out, turned, a, u, beta)
 
 
 @_compile

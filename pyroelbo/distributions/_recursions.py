@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
-__all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
+__all__ = ["Problem", "Solution", "best_path", "draw_paths", "expectations", "log_partition", "solve"]
 
 # fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
 _GROUP = 1 << 19
@@ -89,6 +89,7 @@ class Scaled(NamedTuple):
         _, transition, weight, lengths = self.problem
         rows, steps, states = weight.shape
         turned = _turned(transition)
+        plain = bool((grad == 1).all())
         grad = grad.to(weight.dtype)[:, None, None]
         gamma = torch.empty_like(weight)
         counts: list[Tensor] = []
@@ -99,7 +100,8 @@ class Scaled(NamedTuple):
             alpha, out = self.alpha[part], flow[: part.stop - start]
             mine = turned if len(turned) == 1 else turned[part]
             _backward(mine, weight[part], lengths[part], alpha, self.scale[part], gamma[part], out)
-            out *= grad[part]
+            if not plain:
+                out *= grad[part]
             if transition.shape[1] != 1:
                 count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
             elif apart:
@@ -109,8 +111,10 @@ class Scaled(NamedTuple):
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
                 count = count if not counts else count + counts.pop()
             counts.append(count)
-        gamma *= grad
-        return Expected(gamma[:, 0], torch.cat(counts).mul_(transition), gamma)
+        if not plain:
+            gamma *= grad
+        count = counts[0] if len(counts) == 1 else torch.cat(counts)
+        return Expected(gamma[:, 0], count.mul_(transition), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
@@ -158,11 +162,15 @@ class Exact(NamedTuple):
         return _draw(self.alpha, self.problem.transition, self.problem.lengths, uniform)
 
 
+# which rows were done by which pass; None means all
+Passes = list[tuple[Tensor | None, Scaled | Exact]]
+
+
 class Solution(NamedTuple):
-    """Forward passes of a batch: which rows, and the pass that they were done by; rows None means all."""
+    """ln Z of each sequence, and the forward passes behind it."""
 
     log_z: Tensor
-    passes: list[tuple[Tensor | None, Scaled | Exact]]
+    passes: Passes
 
 
 def solve(problem: Problem, keep: bool) -> Solution:
@@ -174,7 +182,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
         problem = problem._replace(transition=step[:1])
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
     log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
-    passes: list[tuple[Tensor | None, Scaled | Exact]] = []
+    passes: Passes = []
     pending: Tensor | None = None
     for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
         part = problem if pending is None else problem.take(pending)
@@ -365,6 +373,28 @@ def best_path(problem: Problem) -> Tensor:
     return z
 
 
+def expectations(problem: Problem, passes: Passes, grad: Tensor) -> Expected:
+    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials."""
+    potentials = problem[:3]
+    apart = len(problem.transition) == len(grad)
+    total: list[Tensor] = []
+    for rows, done in passes:
+        found = done.expected(grad if rows is None else grad[rows], apart)
+        parts = [
+            (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(potential.dtype)
+            for x, potential in zip(found, potentials, strict=True)
+        ]
+        if rows is None:
+            return Expected(*parts)
+        total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
+        for out, part in zip(total, parts, strict=True):
+            if len(out) < len(grad):
+                out += part
+            else:
+                out[rows] = part
+    return Expected(*total)
+
+
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, solution):
@@ -388,26 +418,7 @@ class _Expected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, grad, passes):
         ctx.save_for_backward(initial, transition, observation, lengths, grad)
-        potentials = (initial, transition, observation)
-        apart = len(transition) == len(grad)
-        total: list[Tensor] = []
-        for rows, done in passes:
-            found = done.expected(grad if rows is None else grad[rows], apart)
-            parts = [
-                (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
-                    potential.dtype
-                )
-                for x, potential in zip(found, potentials, strict=True)
-            ]
-            if rows is None:
-                return tuple(parts)
-            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
-            for out, part in zip(total, parts, strict=True):
-                if len(out) < len(grad):
-                    out += part
-                else:
-                    out[rows] = part
-        return tuple(total)
+        return expectations(Problem(initial, transition, observation, lengths), passes, grad)
 
     @staticmethod
     @once_differentiable
