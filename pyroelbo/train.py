@@ -1,0 +1,614 @@
+"""`fit`: train a pair with any of Pyro's losses, checkpointed so that a kill loses nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from tqdm import tqdm
+
+from pyroelbo import data as batches
+from pyroelbo import evidence
+from pyroelbo.data import Batch
+from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
+from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
+from pyroelbo.records import Run
+from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.terms import check_observation
+
+__all__ = ["fit"]
+
+OBJECTIVES: dict[str, Callable[[], ELBO]] = {
+    "elbo": Trace_ELBO,
+    "mean_field": TraceMeanField_ELBO,
+    "graph": TraceGraph_ELBO,
+    "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+_VALIDATION_SEED = 7
+
+
+def fit(
+    pair: Pair,
+    data: Any,
+    *,
+    valid: Any = None,
+    objective: str | ELBO = "elbo",
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    schedule: str | Callable[[float], float] = "constant",
+    optimizer: str = "adam",
+    particles: int = 1,
+    kl_weight: float | Callable[[float], float] = 1.0,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    patience: int | None = None,
+    freeze: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 10.0,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+) -> Run:
+    """Train ``pair`` in place on ``data`` by stochastic gradients of an ELBO; losses are nats per datum.
+
+    ``data`` is a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader, which brings
+    its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience`` training stops after so many epochs without a better one, and the
+    best weights are kept.
+
+    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``, ``"graph"``, ``"enum"`` or any
+    Pyro ELBO. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and ``schedule`` (``"constant"``,
+    ``"cosine"`` to zero over all epochs) may be functions of the epoch, a float, that give the weight of the KL and a factor on
+    ``learning_rate``. ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is
+    validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
+
+    ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with ``metrics.jsonl``, a checkpoint every
+    ``checkpoint_seconds`` and the weights at the end; ``resume`` goes on from its checkpoint and, on the CPU, gives what an
+    unbroken run gives, bit for bit (callables must be the same ones again). ``config`` is stored with it. ``callbacks`` are called with each
+    epoch's row of metrics.
+
+    Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or outside the
+    likelihood's support, sites that do not match, a model without the plate ``"data"``, an unknown part, a foreign checkpoint;
+    RuntimeError for CUDA asked for and absent; FileExistsError and PermissionError for the run directory. A loss that is not
+    finite raises FloatingPointError and names the epoch; the last checkpoint stands.
+    """
+    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid)
+    place = _device(device)
+    loader = _Batches(data, batch_size, seed)
+    held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
+    pyro.set_rng_seed(seed)
+    pair.to(place)
+    loss_fn = _objective(objective, pair, kl_weight)
+    first = batches.to(loader.first(), place)
+    leaves, per_datum = _probe(pair, first, loader.whole)
+    trained = _trained(pair, leaves, freeze)
+    settings = {
+        **(config or {}),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "particles": particles,
+        "clip_norm": clip_norm,
+        "ema": ema,
+        "freeze": list(freeze),
+        "seed": seed,
+        "objective": objective if isinstance(objective, str) else type(objective).__name__,
+        "data_size": loader.size,
+    }
+    run = None if out is None else RunDirectory.create(out, settings, resume)
+    if resume and run is None:
+        raise ValueError("resume takes the run directory to go on with: give out=")
+    pyro.set_rng_seed(seed)
+    plan = _Plan(
+        epochs,
+        particles,
+        per_datum,
+        _schedule(schedule, epochs),
+        kl_weight if callable(kl_weight) else None,
+        clip_norm,
+        held_out,
+        patience,
+        checkpoint_seconds,
+        progress,
+        callbacks,
+    )
+    job = _Job(pair, loss_fn, leaves, trained, optimizer, learning_rate, ema, run)
+    if resume:
+        job.load()
+    began = time.perf_counter()
+    stopped = job.train(loader, place, plan)
+    seconds = time.perf_counter() - began
+    if run is not None:
+        run.finish(job.state, {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)})
+    return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    epochs: int
+    particles: int
+    per_datum: Callable[[int], float]
+    factor: Callable[[float], float]
+    kl_weight: Callable[[float], float] | None
+    clip_norm: float | None
+    valid: Batch | None
+    patience: int | None
+    checkpoint_seconds: float
+    progress: bool
+    callbacks: Sequence[Callable[[dict[str, Any]], None]]
+
+
+class _Job:
+    """The state of a training run, and what saves and restores all of it."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        loss_fn: ELBO,
+        leaves: dict[str, Tensor],
+        trained: dict[str, Tensor],
+        optimizer: str,
+        learning_rate: float,
+        ema: float | None,
+        run: RunDirectory | None,
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
+        self.pair, self.loss_fn, self.run = pair, loss_fn, run
+        self.state = {**leaves, **dict(pair.named_buffers())}
+        self.trained = list(trained.values())
+        self.optimizer = OPTIMIZERS[optimizer](self.trained, lr=learning_rate, fused=True)
+        self.learning_rate = learning_rate
+        self.decay = ema
+        self.average = None if ema is None else [p.detach().clone() for p in self.trained]
+        self.best: dict[str, Tensor] | None = None
+        self.best_value, self.best_epoch = -math.inf, 0
+        self.epoch = self.step = self.position = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_count = 0
+        self.epoch_rng: Tensor | None = None
+        self.metrics: list[dict[str, Any]] = []
+        self.stopped: str | None = None
+        self.saved = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ one run
+
+    def train(self, loader: _Batches, place: torch.device, plan: _Plan) -> str:
+        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the pair."""
+        self.loss_sum = self.loss_sum.to(place)
+        self.pair.train()
+        total = plan.epochs * loader.steps if loader.steps else None
+        every = 0.3 if sys.stderr.isatty() else 30.0
+        bar = tqdm(
+            total=total, initial=self.step, disable=not plan.progress, unit="step", mininterval=every, dynamic_ncols=True
+        )
+        with bar, _interruptible() as interrupt, unregistered(), pyro.validation_enabled(False):
+            while self.stopped is None and self.epoch < plan.epochs:
+                self._run_epoch(loader, place, plan, bar, every, interrupt)
+                if interrupt.is_set():
+                    self.stopped = "interrupted"
+                    break
+                row = self._end_epoch(plan.valid)
+                bar.set_postfix(self._postfix(row), refresh=False)
+                for callback in plan.callbacks:
+                    callback(row)
+                if plan.patience is not None and self.epoch - self.best_epoch >= plan.patience:
+                    self.stopped = "early"
+        self.stopped = self.stopped or "epochs"
+        self.save()
+        self._keep()
+        self.pair.eval()
+        return self.stopped
+
+    def _run_epoch(
+        self, loader: _Batches, place: torch.device, plan: _Plan, bar: Any, every: float, interrupt: threading.Event
+    ) -> None:
+        shown = time.monotonic()
+        for batch in self._epoch_batches(loader):
+            when = self.epoch + self.position / loader.steps if loader.steps else float(self.epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * plan.factor(when)
+            if plan.kl_weight is not None:
+                self.loss_fn.weight = plan.kl_weight(when)  # type: ignore[attr-defined]
+            count = batches.size(batch)
+            batch = batches.to(batch, place)
+            batch = batch if plan.particles == 1 else batches.repeat(batch, plan.particles)
+            self._step(batch, plan.per_datum(count * plan.particles), count, plan.clip_norm)
+            self.position += 1
+            self.step += 1
+            bar.update()
+            now = time.monotonic()
+            if plan.progress and now - shown > every:
+                shown = now
+                bar.set_postfix(self._postfix(), refresh=False)
+            if self.run is not None and now - self.saved > plan.checkpoint_seconds:
+                self._finite()
+                self.save()
+            if interrupt.is_set():
+                return
+
+    def _epoch_batches(self, loader: _Batches) -> Iterator[Batch]:
+        if self.position == 0:
+            self.epoch_rng = torch.get_rng_state()
+            yield from loader.epoch(self.epoch)
+            return
+        # A user's DataLoader draws its order from the global generator when the epoch begins.
+        after = torch.get_rng_state()
+        assert self.epoch_rng is not None
+        torch.set_rng_state(self.epoch_rng)
+        left = loader.epoch(self.epoch, skip=self.position)
+        first = next(left, None)
+        torch.set_rng_state(after)
+        if first is not None:
+            yield first
+            yield from left
+
+    def _step(self, batch: Batch, normalizer: float, count: int, clip_norm: float | None) -> None:
+        loss = batches.call(lambda *a, **k: self.loss_fn.differentiable_loss(self.pair.model, self.pair.guide, *a, **k), batch)
+        loss = loss / normalizer
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = gradient
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, clip_norm, foreach=True)
+        self.optimizer.step()
+        if self.average is not None and self.decay is not None:
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
+        self.loss_sum += loss.detach() * count
+        self.loss_count += count
+
+    def _finite(self) -> None:
+        if not math.isfinite(float(self.loss_sum)):
+            raise FloatingPointError(
+                f"the loss became {float(self.loss_sum)} in epoch {self.epoch + 1}, by step {self.step}: lower learning_rate, set "
+                "clip_norm, or look for a scale that runs to zero"
+            )
+
+    def _end_epoch(self, valid: Batch | None) -> dict[str, Any]:
+        self._finite()
+        self.epoch += 1
+        row: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "loss": float(self.loss_sum) / self.loss_count}
+        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if isinstance(self.loss_fn, Weighted_ELBO):
+            row["kl_weight"] = self.loss_fn.weight
+        self.position, self.loss_count = 0, 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if valid is not None:
+            row["valid_elbo"] = self._validate(valid)
+            if row["valid_elbo"] > self.best_value:
+                self.best_value, self.best_epoch = row["valid_elbo"], self.epoch
+                self.best = {k: v.detach().clone() for k, v in self.kept().items()}
+        self.metrics.append(row)
+        if self.run is not None:
+            self.run.append_metrics(row)
+        return row
+
+    def _validate(self, valid: Batch) -> float:
+        own = [p.detach().clone() for p in self.trained] if self.average is not None else None
+        if self.average is not None:
+            _assign(self.trained, self.average)
+        cuda = [self.loss_sum.device] if self.loss_sum.is_cuda else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(_VALIDATION_SEED)
+            value = evidence.elbo(self.pair, valid, particles=8).mean
+        if own is not None:
+            _assign(self.trained, own)
+        return value
+
+    def _postfix(self, row: Mapping[str, Any] | None = None) -> dict[str, str]:
+        shown = {"epoch": f"{self.epoch + (row is None)}"}
+        if self.loss_count:
+            shown["loss"] = f"{float(self.loss_sum) / self.loss_count:.3f}"
+        last = row or (self.metrics[-1] if self.metrics else {})
+        if "loss" not in shown and last:
+            shown["loss"] = f"{last['loss']:.3f}"
+        if "valid_elbo" in last:
+            shown["valid"] = f"{last['valid_elbo']:.3f}"
+        return shown
+
+    def kept(self) -> dict[str, Tensor]:
+        """The weights a run ends with: the best validated ones, else the moving average, else the last."""
+        state = dict(self.state)
+        if self.average is not None:
+            identity = {id(p): a for p, a in zip(self.trained, self.average, strict=True)}
+            state = {k: identity.get(id(v), v) for k, v in state.items()}
+        return state
+
+    def _keep(self) -> None:
+        source = self.best if self.best is not None else self.kept()
+        with torch.no_grad():
+            for name, tensor in self.state.items():
+                tensor.copy_(source[name])
+        if self.average is not None:
+            _assign(self.average, self.trained)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        if self.run is None:
+            return
+        tensors = {f"state/{k}": v for k, v in self.state.items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        if self.average is not None:
+            tensors |= {f"average/{i}": v for i, v in enumerate(self.average)}
+        if self.best is not None:
+            tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        tensors["loss_sum"] = self.loss_sum
+        if self.epoch_rng is not None:
+            tensors["rng/epoch"] = self.epoch_rng
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        tensors["rng/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        version, internal, cached = random.getstate()
+        meta = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "position": self.position,
+            "loss_count": self.loss_count,
+            "best_value": repr(self.best_value),
+            "best_epoch": self.best_epoch,
+            "rows": len(self.metrics),
+            "stopped": self.stopped,
+            "numpy": [kind, int(position), int(has_gauss), float(gauss)],
+            "python": [version, list(internal), cached],
+        }
+        self.run.save_checkpoint(tensors, meta)
+        self.saved = time.monotonic()
+
+    def load(self) -> None:
+        """Everything back as it was; a run without a checkpoint yet begins anew."""
+        assert self.run is not None
+        loaded = self.run.load_checkpoint()
+        if loaded is None:
+            self.run.keep_metrics(0)
+            return
+        tensors, meta = loaded
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        where = str(self.run.path / "checkpoint.safetensors")
+        copy_into(self.state, group("state/"), where)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in group("optimizer/").items():
+            index, name = key.split("/")
+            moments.setdefault(int(index), {})[name] = value
+        fresh = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": moments, "param_groups": fresh["param_groups"]})
+        if self.average is not None:
+            copy_into({str(i): a for i, a in enumerate(self.average)}, group("average/"), where)
+        best = group("best/")
+        self.best = {k: v.to(self.state[k].device) for k, v in best.items()} or None
+        self.best_value, self.best_epoch = float(meta["best_value"]), meta["best_epoch"]
+        self.epoch, self.step, self.position = meta["epoch"], meta["step"], meta["position"]
+        self.loss_sum, self.loss_count = tensors["loss_sum"], meta["loss_count"]
+        self.epoch_rng = tensors.get("rng/epoch")
+        self.metrics = self.run.keep_metrics(meta["rows"])
+        torch.set_rng_state(tensors["rng/torch"])
+        if torch.cuda.is_available() and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        kind, position, has_gauss, gauss = meta["numpy"]
+        np.random.set_state((kind, tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, internal, cached = meta["python"]
+        random.setstate((version, tuple(internal), cached))
+        self.stopped = "early" if meta["stopped"] == "early" else None
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, so that a step is never cut in half; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Batches:
+    """Minibatches of tensors, a Dataset or a DataLoader; the order of an epoch depends on the seed and its number alone."""
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.loader = data if isinstance(data, DataLoader) else None
+        self.dataset = data if isinstance(data, Dataset) and self.loader is None else None
+        self.tensors = None
+        self.steps: int | None
+        if isinstance(data, IterableDataset):
+            raise TypeError("data is an IterableDataset: wrap it in a DataLoader, which brings its own batches")
+        if self.loader is not None:
+            try:
+                self.steps = len(self.loader)
+            except TypeError:
+                self.steps = None
+            self.size = None
+            if self.steps == 0:
+                raise ValueError("data is a DataLoader without batches")
+            return
+        if self.dataset is None:
+            self.tensors = batches.as_batch(data, "data")
+            self.size = batches.size(self.tensors)
+        else:
+            self.size = len(self.dataset)  # type: ignore[arg-type]
+            if self.size == 0:
+                raise ValueError("data is an empty Dataset")
+        self.steps = math.ceil(self.size / batch_size)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one batch holds all data."""
+        return self.steps == 1
+
+    def first(self) -> Batch:
+        """A batch to look at; the stream of an epoch is not touched."""
+        with torch.random.fork_rng(devices=[]):
+            return next(self.epoch(0))
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
+        if self.loader is not None:
+            for i, batch in enumerate(self.loader):
+                if i >= skip:
+                    yield batches.as_batch(batch)
+            return
+        assert self.size is not None
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63))
+        for index in order.split(self.batch_size)[skip:]:
+            if self.tensors is not None:
+                yield batches.rows(self.tensors, index)
+            else:
+                assert self.dataset is not None
+                yield batches.as_batch(default_collate([self.dataset[int(i)] for i in index]))
+
+
+def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} takes a positive number, got {value!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema takes a decay between 0 and 1, got {ema!r}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience takes a positive number of epochs, got {patience!r}")
+    if patience is not None and valid is None:
+        raise ValueError("patience looks at the validation bound: give valid=")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device={str(device)!r} was asked for, and this machine has no CUDA device (or torch was built without CUDA)")
+    return place
+
+
+def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective takes one of {tuple(OBJECTIVES)} or a pyro.infer.ELBO, got {objective!r}")
+        exact = objective == "elbo" and isinstance(pair, ExactPair) and pair.exact_guide
+        loss: ELBO = Exact_ELBO() if exact else OBJECTIVES[objective]()
+    elif isinstance(objective, ELBO):
+        loss = objective
+    else:
+        raise TypeError(f"objective takes a name or a pyro.infer.ELBO, got a {type(objective).__name__}")
+    if callable(kl_weight):
+        return Weighted_ELBO(loss, kl_weight(0.0))
+    if not kl_weight >= 0:
+        raise ValueError(f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}")
+    return loss if kl_weight == 1.0 else Weighted_ELBO(loss, kl_weight)
+
+
+def _schedule(schedule: str | Callable[[float], float], epochs: int) -> Callable[[float], float]:
+    if callable(schedule):
+        return schedule
+    if schedule == "constant":
+        return lambda epoch: 1.0
+    if schedule == "cosine":
+        return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+    raise ValueError(f"schedule takes 'constant', 'cosine' or a function of the epoch, got {schedule!r}")
+
+
+def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Callable[[int], float]]:
+    """Run the pair once, checked: its trainable leaves by name, and by what a batch's loss is divided to be per datum."""
+    shapes = {k: tuple(v.shape) for k, v in batches.parts(batch, "batch").items()}
+    with torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
+        try:
+            guide = batches.call(poutine.trace(pair.guide).get_trace, batch)
+            with pyro.validation_enabled(False):
+                model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
+        except RuntimeError as error:
+            raise ValueError(f"{pair.name} could not be run on a batch of shapes {shapes}: {error}") from error
+    guide, model = prune_subsample_sites(guide), prune_subsample_sites(model)
+    sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
+    drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
+    latent = {k: s for k, s in sites.items() if not s["is_observed"]}
+    for name, site in drawn.items():
+        if name not in latent and not site["infer"].get("is_auxiliary"):
+            raise ValueError(f"guide site {name!r} is missing in the model, whose latent sites are {sorted(latent)}")
+    for name, site in latent.items():
+        if name not in drawn and not site["infer"].get("enumerate"):
+            raise ValueError(f"model site {name!r} is missing in the guide, which draws {sorted(drawn)}")
+    observed = [s for s in sites.values() if s["is_observed"]]
+    if not observed:
+        raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
+    for site in observed:
+        check_observation(site)
+    frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.name == PLATE]
+    if not frames:
+        raise ValueError(f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum')
+    frame = frames[0]
+    full = frame.size if frame.full_size is None else frame.full_size
+    subsampled = full != frame.size
+    outside = [k for k, s in sites.items() if not any(f.name == PLATE for f in s["cond_indep_stack"])]
+    if outside and not subsampled and not whole:
+        raise ValueError(
+            f"site {outside[0]!r} stands outside the plate {PLATE!r} and would be counted once a minibatch: declare the whole size, "
+            f'pyro.plate("{PLATE}", N, subsample_size=len(y)), or train on one batch of all data (batch_size)'
+        )
+    leaves: dict[str, Tensor] = dict(pair.named_parameters())
+    known = {id(p) for p in leaves.values()}
+    for name, site in captured.trace.nodes.items():
+        leaf = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
+        if id(leaf) not in known and leaf.is_leaf and leaf.requires_grad:
+            leaves[name] = leaf
+            known.add(id(leaf))
+    if not leaves:
+        raise ValueError(f"{pair.name} has no parameters to train")
+    return leaves, (lambda rows: full) if subsampled else (lambda rows: float(rows))
+
+
+def _trained(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> dict[str, Tensor]:
+    if isinstance(freeze, str):
+        raise TypeError(f"freeze takes a sequence of part names, got the string {freeze!r}: write freeze=({freeze!r},)")
+    frozen = {id(p) for name in freeze for p in pair.part(name).values()}
+    trained = {k: p for k, p in leaves.items() if id(p) not in frozen and p.requires_grad}
+    if not trained:
+        raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
+    return trained
+
+
+def _assign(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(list(target), list(source))
