@@ -201,7 +201,7 @@ def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) ->
         original = y[:n] / (pair.levels - 1) if pair.form == "bytes" else y[:n]
         report.images([original, pair.mean_image(q.mean[:n])], shape, path / "reconstructions.png", ["data", "decoded"])
         if q.mean.shape[-1] == 2:
-            plane = _plane(20, 2.5).to(y.dtype)
+            plane = _plane(15, 2.5).to(y.dtype)
             report.plot_latents(q.mean, None, pair.mean_image(plane), shape, 2.5, path / "latents.png")
 
 

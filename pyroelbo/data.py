@@ -191,6 +191,21 @@ def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> di
     raise ValueError(f"form takes 'grey', 'binary' or 'bytes', got {form!r}")
 
 
+def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
+    """The classes 0 … 9 of the splits of ``digits`` or ``mnist``, LongTensors [N] in the order of :func:`load`."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        y = torch.from_numpy(load_digits().target).long()
+        y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+        return {"train": y[:1297], "valid": y[1297:1497], "test": y[1497:]}
+    if name == "mnist":
+        with np.load(_find(None if root is None else Path(root), "mnist.npz"), allow_pickle=False) as file:
+            train, test = torch.from_numpy(file["train_y"]).long(), torch.from_numpy(file["test_y"]).long()
+        return {"train": train[:-10000], "valid": train[-10000:], "test": test}
+    raise ValueError(f"{name!r} has no classes here: 'digits' and 'mnist' have")
+
+
 def shape(name: str) -> tuple[int, ...]:
     """Height and width of one image of the data set."""
     return _SETS[name][1]

@@ -138,7 +138,9 @@ def plot_latents(mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequ
     left.set_aspect("equal")
     n, (height, width) = math.isqrt(len(plane)), shape
     tiles = plane.detach().cpu().double().reshape(n, n, height, width).numpy()
-    canvas = np.block([[tiles[i, j] for j in range(n)] for i in reversed(range(n))])
+    framed = np.zeros((n, n, height + 1, width + 1))
+    framed[:, :, :height, :width] = tiles
+    canvas = np.block([[framed[i, j] for j in range(n)] for i in reversed(range(n))])
     right.imshow(1 - canvas, cmap="gray", vmin=0, vmax=1, extent=(-extent, extent, -extent, extent))
     right.set_title("decoded from the plane")
     for axis in (left, right):

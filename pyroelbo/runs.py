@@ -144,6 +144,16 @@ class RunDirectory:
         return tensors, json.loads(meta["pyroelbo"])
 
 
+def fresh(base: str | Path) -> Path:
+    """``base``, or the first of ``base-2``, ``base-3``, … that does not exist yet."""
+    base = Path(base)
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors of the same names and shapes; ValueError, naming the first that differs, before anything is changed."""
     missing, extra = sorted(set(target) - set(source)), sorted(set(source) - set(target))

@@ -80,8 +80,13 @@ class Evaluator:
         self.with_guide = with_guide
         self.scaled_site: str | None = None
         with torch.no_grad(), self._quiet():
-            self._inspect(self.batch if self.size <= 3 else batches.rows(self.batch, slice(0, 3)))
-            self.strategy, self._elements = self._choose()
+            try:
+                self._learn(batches.rows(self.batch, slice(0, 3)))
+                self.sliceable = True
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                # A pair that is tied to its whole batch (a mask or a plate of its own size) is looked at whole.
+                self._learn(self.batch)
+                self.sliceable = False
 
     # ------------------------------------------------------------------------------------------ public
 
@@ -95,6 +100,8 @@ class Evaluator:
         """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them."""
         batch = self.batch if rows is None else batches.rows(self.batch, rows)
         particles = len(next(iter(latents.values())))
+        if self.strategy == "loop" and particles > 1:
+            return torch.cat([self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)])
         with self._quiet():
             _, model = self._traces(batch, particles, self.strategy, dict(latents))
             terms = self._terms(model, batch, particles, self.strategy, "model")
@@ -131,19 +138,10 @@ class Evaluator:
     def _quiet(self):
         return _Stack(evaluation_mode(self.pair), unregistered(), pyro.validation_enabled(False))
 
-    def _inspect(self, few: Batch) -> None:
-        """Learn sites, plates and whether rows of the batch can be evaluated by themselves."""
-        self.sliceable = True
-        try:
-            guide, model = self._plain_traces(few)
-            self.sliceable = self._plate_size(model) in (None, batches.size(few))
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            self.sliceable = False
-        if not self.sliceable:
-            few = self.batch
-            guide, model = self._plain_traces(few)
+    def _learn(self, few: Batch) -> None:
+        """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
+        guide, model = self._plain_traces(few)
         _check_sites(guide, model, self.with_guide)
-        self._probe = few
         self.latents: dict[str, LatentSite] = {}
         depth, frames = 1, []
         for program, trace in (("guide", guide), ("model", model)):
@@ -172,6 +170,7 @@ class Evaluator:
                 enumerable = bool(getattr(fn, "has_enumerate_support", False))
                 support = None if enumerable else fn.support
                 self.latents[name] = LatentSite(name, torch.Size(fn.event_shape), plates, support, enumerable)
+        self.strategy, self._elements = self._choose(few)
 
     def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
         if self.with_guide:
@@ -182,19 +181,15 @@ class Evaluator:
             model = batches.call(poutine.trace(self.pair.model).get_trace, batch)
         return prune_subsample_sites(guide), prune_subsample_sites(model)
 
-    def _plate_size(self, trace: Any) -> int | None:
-        sizes = {f.size for _, s in _sites(trace) for f in s["cond_indep_stack"] if f.name == PLATE}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def _choose(self) -> tuple[str, float]:
+    def _choose(self, probe: Batch) -> tuple[str, float]:
         """The first strategy that gives, on a few rows, what one particle at a time gives; and elements per particle and datum."""
-        probe, n = self._probe, batches.size(self._probe)
+        n = batches.size(probe)
         for strategy in ("plate", "repeat"):
             try:
                 with _LargestTensor() as counter:
-                    terms = self._one_pass(probe, 2, strategy)
-                alone = [self._one_pass(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()}) for i in range(2)]
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError):
+                    terms = self._draw(probe, 2, strategy)
+                alone = [self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()}) for i in range(2)]
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 continue
             if all(
                 torch.allclose(getattr(terms, part), torch.cat([getattr(a, part) for a in alone]), rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -202,11 +197,8 @@ class Evaluator:
             ):
                 return strategy, counter.numel / (2 * n)
         with _LargestTensor() as counter:
-            self._one_pass(probe, 1, "loop")
+            self._draw(probe, 1, "loop")
         return "loop", counter.numel / n
-
-    def _one_pass(self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None) -> Terms:
-        return self._draw(batch, particles, strategy, latents)
 
     def _draw(self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None) -> Terms:
         if strategy == "loop" and particles > 1:
@@ -226,14 +218,7 @@ class Evaluator:
     ) -> tuple[Any, Any]:
         """Guide and model traces; given latents are scored, else the guide draws them."""
         model, guide = self.pair.model, self.pair.guide
-        if strategy == "loop":
-            if particles > 1:
-                raise NotImplementedError("abstract: the loop scores one particle at a time")
-            batch_in = batch
-        elif strategy == "repeat":
-            batch_in = batches.repeat(batch, particles)
-        else:
-            batch_in = batch
+        batch_in = batches.repeat(batch, particles) if strategy == "repeat" else batch
         if strategy == "plate":
             plate = pyro.plate("_particles", particles, dim=-1 - self.depth)
             model, guide = plate(model), plate(guide)

@@ -490,7 +490,11 @@ class _Batches:
                     yield batches.as_batch(batch)
             return
         assert self.size is not None
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63))
+        # A single batch keeps its order: a guide may hold parameters for each datum.
+        order = torch.arange(self.size)
+        if not self.whole:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            order = torch.randperm(self.size, generator=generator)
         for index in order.split(self.batch_size)[skip:]:
             if self.tensors is not None:
                 yield batches.rows(self.tensors, index)
