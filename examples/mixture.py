@@ -1,7 +1,9 @@
-"""A Gaussian mixture: the latent is finite, so every sum is exact, and a guide can be judged without any sampling error.
+"""A Gaussian mixture: the latent is finite, so every sum is exact, and a guide can be judged without any
+sampling error.
 
-The data are the digits' two leading principal components (from our own PPCA). Two guides train the same model: the
-exact posterior (responsibilities), and an encoder, a linear softmax of the data, that has to learn them.
+The data are the digits' two leading principal components (from our own PPCA). Two guides train the same
+model: the exact posterior (responsibilities), and an encoder, a linear softmax of the data, that has to learn
+them.
 """
 
 import argparse
@@ -14,7 +16,9 @@ from pyroelbo.runs import fresh
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=60)
     parser.add_argument("-b", "--batch-size", type=int, default=128)
     parser.add_argument("-lr", "--learning-rate", type=float, default=2e-2)
@@ -22,7 +26,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--out", type=Path, default=None, help="a new directory for the pictures; runs/mixture if left out")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="a new directory for the pictures; runs/mixture if left out"
+    )
     options = parser.parse_args(arguments)
     epochs = 2 if options.smoke else options.num_epochs
     out = options.out or fresh("runs/mixture")

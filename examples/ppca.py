@@ -1,8 +1,8 @@
 """Probabilistic PCA: a model whose evidence is known exactly, trained three ways.
 
-The closed form gives the best parameters there are. Gradients with the exact posterior as guide climb to it: then the
-ELBO *is* the evidence. A mean-field guide cannot follow the posterior's correlations, so its bound stays loose, and the
-looseness pulls the parameters away too: compare the `exact` rows of the three tables.
+The closed form gives the best parameters there are. Gradients with the exact posterior as guide climb to it:
+then the ELBO *is* the evidence. A mean-field guide cannot follow the posterior's correlations, so its bound
+stays loose, and the looseness pulls the parameters away too: compare the `exact` rows of the three tables.
 """
 
 import argparse
@@ -13,7 +13,9 @@ from pyroelbo import audit, data, fit, models
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=60)
     parser.add_argument("-b", "--batch-size", type=int, default=128)
     parser.add_argument("-lr", "--learning-rate", type=float, default=2e-2)

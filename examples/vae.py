@@ -1,7 +1,9 @@
-"""The demo: a VAE with two latent dimensions learns handwritten digits, and an audit tells how tight its bound is.
+"""The demo: a VAE with two latent dimensions learns handwritten digits, and an audit tells how tight its
+bound is.
 
-With two latent dimensions ln p(y) can be integrated numerically, so the table at the end can say how many nats the ELBO
-(the number that training shows) and the importance-weighted bound lie below the evidence of the very same model.
+With two latent dimensions ln p(y) can be integrated numerically, so the table at the end can say how many
+nats the ELBO (the number that training shows) and the importance-weighted bound lie below the evidence of the
+very same model.
 
     python examples/vae.py --num-epochs 200 --out runs/my-vae
 """
@@ -16,7 +18,9 @@ from pyroelbo.runs import fresh
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", "--num-epochs", type=int, default=150)
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("-lr", "--learning-rate", type=float, default=2e-3)
@@ -26,7 +30,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--out", type=Path, default=None, help="a new directory; runs/vae, or the next free name, if left out")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="a new directory; runs/vae, or the next free name, if left out"
+    )
     options = parser.parse_args(arguments)
     if options.smoke:
         options.num_epochs, options.num_audit = 2, 4
@@ -52,9 +58,15 @@ def main(arguments=None):
         seed=options.seed,
         device="cuda" if options.cuda else None,
         out=out,
-        config={"model": "vae", "data": "digits", "settings": {"likelihood": options.likelihood, "network": options.network}},
+        config={
+            "model": "vae",
+            "data": "digits",
+            "settings": {"likelihood": options.likelihood, "network": options.network},
+        },
     )
-    print(f"\nafter {len(run.losses)} epochs the loss is {run.losses[-1]:.2f} nats per digit. How far is that from -ln p(y)?\n")
+    print(
+        f"\nafter {len(run.losses)} epochs the loss is {run.losses[-1]:.2f} nats per digit. How far is that from -ln p(y)?\n"
+    )
 
     # Data the training never saw, in the order of a fixed shuffle.
     torch.manual_seed(options.seed)
@@ -79,7 +91,9 @@ def main(arguments=None):
                 out / "images.png",
                 ["data", "decoded", "samples"],
             ),
-            report.plot_latents(codes, data.labels("digits")["test"], pair.mean_image(plane), (8, 8), 2.5, out / "latents.png"),
+            report.plot_latents(
+                codes, data.labels("digits")["test"], pair.mean_image(plane), (8, 8), 2.5, out / "latents.png"
+            ),
         ]
     print("\npictures:", *pictures)
     return result

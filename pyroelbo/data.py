@@ -1,30 +1,34 @@
-"""Batches, and data to train on: the digits that ship inside scikit-learn, benchmark files by path, or the user's own.
+"""Batches, and data to train on: the digits that ship inside scikit-learn, benchmark files by path, or the
+user's own.
 
-A *batch* is a tensor, a tuple of tensors or a dict of tensors whose first dimensions agree; it is passed on as
-``model(*batch)`` or ``model(**batch)``. Nothing is downloaded.
+A *batch* is a tensor, a tuple of tensors or a dict of tensors whose first dimensions agree; it is passed on
+as ``model(*batch)`` or ``model(**batch)``. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-__all__ = ["Batch", "as_batch", "call", "load", "parts", "repeat", "rows", "size", "to"]
+__all__ = ["Batch", "Minibatches", "as_batch", "call", "load", "parts", "repeat", "rows", "size", "to"]
 
-Batch = Union[Tensor, tuple[Tensor, ...], dict[str, Tensor]]
+Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
 
 def as_batch(data: Any, name: str = "data") -> Batch:
-    """A batch from tensors or arrays: floating arrays take torch's default dtype, integer and bool ones keep theirs.
+    """A batch from tensors or arrays: floating arrays take torch's default dtype, integer and bool ones keep
+    theirs.
 
-    Raises TypeError for what is no tensor or array and ValueError for an empty set, parts of different lengths, or
-    floating parts with NaN or infinite entries; each names the part.
+    Raises TypeError for what is no tensor or array and ValueError for an empty set, parts of different
+    lengths, or floating parts with NaN or infinite entries; each names the part.
     """
     if isinstance(data, dict):
         batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]") for k, v in data.items()}
@@ -42,11 +46,21 @@ def as_batch(data: Any, name: str = "data") -> Batch:
             raise ValueError(f"{label} is empty, shape {tuple(part.shape)}: it takes at least one row")
     lengths = {label: len(part) for label, part in named.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"the parts of {name} have different lengths: {lengths}; all must share their first dimension")
+        raise ValueError(
+            f"the parts of {name} have different lengths: {lengths}; all must share their first dimension"
+        )
     for label, part in named.items():
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            row = int((~torch.isfinite(part)).flatten(1 if part.dim() > 1 else 0).reshape(len(part), -1).any(-1).nonzero()[0])
-            raise ValueError(f"{label} has NaN or infinite entries, the first in row {row}: clean or mask them first")
+            row = int(
+                (~torch.isfinite(part))
+                .flatten(1 if part.dim() > 1 else 0)
+                .reshape(len(part), -1)
+                .any(-1)
+                .nonzero()[0]
+            )
+            raise ValueError(
+                f"{label} has NaN or infinite entries, the first in row {row}: clean or mask them first"
+            )
     return batch
 
 
@@ -58,7 +72,9 @@ def _tensor(value: Any, name: str) -> Tensor:
             raise TypeError(f"{name} is an array of {value.dtype}: it takes numbers")
         tensor = torch.from_numpy(np.ascontiguousarray(value))
         return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
-    raise TypeError(f"{name} is a {type(value).__name__}: it takes a tensor, a numpy array, or a tuple or dict of them")
+    raise TypeError(
+        f"{name} is a {type(value).__name__}: it takes a tensor, a numpy array, or a tuple or dict of them"
+    )
 
 
 def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:
@@ -100,6 +116,68 @@ def call(fn: Callable, batch: Batch) -> Any:
     if isinstance(batch, dict):
         return fn(**batch)
     return fn(*batch) if isinstance(batch, tuple) else fn(batch)
+
+
+class Minibatches:
+    """Minibatches of tensors, a Dataset or a DataLoader; the order of an epoch depends on the seed and its
+    number alone."""
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.loader = data if isinstance(data, DataLoader) else None
+        self.dataset = data if isinstance(data, Dataset) and self.loader is None else None
+        self.tensors = None
+        self.steps: int | None
+        if isinstance(data, IterableDataset):
+            raise TypeError(
+                "data is an IterableDataset: wrap it in a DataLoader, which brings its own batches"
+            )
+        if self.loader is not None:
+            try:
+                self.steps = len(self.loader)
+            except TypeError:
+                self.steps = None
+            self.size = None
+            if self.steps == 0:
+                raise ValueError("data is a DataLoader without batches")
+            return
+        if self.dataset is None:
+            self.tensors = as_batch(data, "data")
+            self.size = size(self.tensors)
+        else:
+            self.size = len(self.dataset)  # type: ignore[arg-type]
+            if self.size == 0:
+                raise ValueError("data is an empty Dataset")
+        self.steps = math.ceil(self.size / batch_size)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one batch holds all data."""
+        return self.steps == 1
+
+    def first(self) -> Batch:
+        """A batch to look at; the stream of an epoch is not touched."""
+        with torch.random.fork_rng(devices=[]):
+            return next(self.epoch(0))
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
+        if self.loader is not None:
+            for i, batch in enumerate(self.loader):
+                if i >= skip:
+                    yield as_batch(batch)
+            return
+        assert self.size is not None
+        # A single batch keeps its order: a guide may hold parameters for each datum.
+        order = torch.arange(self.size)
+        if not self.whole:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            order = torch.randperm(self.size, generator=generator)
+        for index in order.split(self.batch_size)[skip:]:
+            if self.tensors is not None:
+                yield rows(self.tensors, index)
+            else:
+                assert self.dataset is not None
+                yield as_batch(default_collate([self.dataset[int(i)] for i in index]))
 
 
 # --------------------------------------------------------------------------------------------- data sets
@@ -164,7 +242,9 @@ def _find(root: Path | None, name: str) -> Path:
     folder = root or Path(os.environ.get("PYROELBO_DATA", ""))
     path = folder / name
     if root is None and "PYROELBO_DATA" not in os.environ:
-        raise FileNotFoundError(f"{name} is not part of the package: say where it lies by data_dir=, or set PYROELBO_DATA")
+        raise FileNotFoundError(
+            f"{name} is not part of the package: say where it lies by data_dir=, or set PYROELBO_DATA"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}")
     return path
@@ -173,10 +253,11 @@ def _find(root: Path | None, name: str) -> Path:
 def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> dict[str, Tensor]:
     """The splits ``{"train", "valid", "test"}`` of a data set of images, each [N, D], in row-major order.
 
-    ``form`` says what a pixel is: ``grey`` in [0, 1]; ``binary`` 0 or 1, by threshold at one half; ``bytes`` the
-    integer grey level, 0 … levels(name) - 1. ``digits`` (scikit-learn's 1,797 digits of 8x8; shuffled once and split
-    1297/200/300) needs no file; ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces`` are read from ``root``
-    or ``$PYROELBO_DATA``. Raises ValueError for unknown names, FileNotFoundError where the file is missing.
+    ``form`` says what a pixel is: ``grey`` in [0, 1]; ``binary`` 0 or 1, by threshold at one half; ``bytes``
+    the integer grey level, 0 … levels(name) - 1. ``digits`` (scikit-learn's 1,797 digits of 8x8; shuffled
+    once and split 1297/200/300) needs no file; ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces``
+    are read from ``root`` or ``$PYROELBO_DATA``. Raises ValueError for unknown names, FileNotFoundError where
+    the file is missing.
     """
     if name not in _SETS:
         raise ValueError(f"unknown data set {name!r}: there are {', '.join(NAMES)}")
@@ -192,7 +273,8 @@ def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> di
 
 
 def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
-    """The classes 0 … 9 of the splits of ``digits`` or ``mnist``, LongTensors [N] in the order of :func:`load`."""
+    """The classes 0 … 9 of the splits of ``digits`` or ``mnist``, LongTensors [N] in the order of
+    :func:`load`."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -217,5 +299,6 @@ def levels(name: str) -> int:
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels in [0, 1] drawn as coin flips with these probabilities: *stochastic* binarization, a fresh set each call."""
+    """Pixels in [0, 1] drawn as coin flips with these probabilities: *stochastic* binarization, a fresh set
+    each call."""
     return torch.bernoulli(x, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ class MLP(nn.Sequential):
         if len(sizes) < 2 or any(s < 1 for s in sizes):
             raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
 
@@ -46,9 +47,12 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Codes [*, latent] to ``out`` numbers a pixel, [*, H·W·out]: an MLP layer, then two transposed convolutions."""
+    """Codes [*, latent] to ``out`` numbers a pixel, [*, H·W·out]: an MLP layer, then two transposed
+    convolutions."""
 
-    def __init__(self, shape: tuple[int, int], latent: int, out: int = 1, channels: int = 32, hidden: int = 128) -> None:
+    def __init__(
+        self, shape: tuple[int, int], latent: int, out: int = 1, channels: int = 32, hidden: int = 128
+    ) -> None:
         super().__init__()
         self.shape = shape
         height, width = (math.ceil(s / 4) for s in shape)

@@ -1,4 +1,5 @@
-"""Training objectives beside Pyro's own: each is a Pyro ``ELBO``, for ``SVI(loss=...)`` and for ``fit`` alike."""
+"""Training objectives beside Pyro's own: each is a Pyro ``ELBO``, for ``SVI(loss=...)`` and for ``fit``
+alike."""
 
 from __future__ import annotations
 
@@ -14,18 +15,22 @@ __all__ = ["Exact_ELBO", "Weighted_ELBO"]
 
 
 class Exact_ELBO(Trace_ELBO):
-    """-ELBO for guides that draw from the exact posterior: ln w alone is differentiated, the draws are held fixed.
+    """-ELBO for guides that draw from the exact posterior: ln w alone is differentiated, the draws are held
+    fixed.
 
-    With q = p(z | y), ln w = ln p(y, z) - ln q(z | y) is ln p(y) whatever z was drawn, and so is its gradient that of
-    ln p(y): without noise, while :class:`~pyro.infer.Trace_ELBO` adds a score term of mean zero. For other guides the
-    gradient is biased: :func:`~pyroelbo.fit` takes this objective only where ``pair.exact_guide`` says so.
+    With q = p(z | y), ln w = ln p(y, z) - ln q(z | y) is ln p(y) whatever z was drawn, and so is its gradient
+    that of ln p(y): without noise, while :class:`~pyro.infer.Trace_ELBO` adds a score term of mean zero. For
+    other guides the gradient is biased: :func:`~pyroelbo.fit` takes this objective only where
+    ``pair.exact_guide`` says so.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs, detach=True)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        total = sum(m.log_prob_sum() - g.log_prob_sum() for m, g in self._get_traces(model, guide, args, kwargs))
+        total = sum(
+            m.log_prob_sum() - g.log_prob_sum() for m, g in self._get_traces(model, guide, args, kwargs)
+        )
         return -total / self.num_particles  # type: ignore[operator]
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -46,11 +51,12 @@ class _ScaleLatents(Messenger):
 
 
 class Weighted_ELBO(ELBO):
-    """E[-ln p(y | z)] + ``weight`` · KL: another ELBO with the latents' terms, of model and guide, scaled by ``weight``.
+    """E[-ln p(y | z)] + ``weight`` · KL: another ELBO with the latents' terms, of model and guide, scaled by
+    ``weight``.
 
-    The weight stands in the objective and never in the model, so the model's evidence can still be evaluated. Set
-    ``objective.weight`` between steps to anneal. Below 1 it is no lower bound on ln p(y), above 1 a looser one.
-    Any of Pyro's ELBOs may be wrapped that scores latent sites by their scale.
+    The weight stands in the objective and never in the model, so the model's evidence can still be evaluated.
+    Set ``objective.weight`` between steps to anneal. Below 1 it is no lower bound on ln p(y), above 1 a
+    looser one. Any of Pyro's ELBOs may be wrapped that scores latent sites by their scale.
 
     Source: Higgins et al. (2017); Bowman et al. (2016) for annealing.
     """

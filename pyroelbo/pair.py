@@ -1,4 +1,5 @@
-"""The protocol of the library: a generator (Pyro `model`) and an encoder (Pyro `guide`) over the same latent sites."""
+"""The protocol of the library: a generator (Pyro `model`) and an encoder (Pyro `guide`) over the same latent
+sites."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _quiet = False
 
 @contextmanager
 def unregistered() -> Iterator[None]:
-    """Within this, pairs run without a ``pyro.param`` statement per parameter, which a trainer that holds them does not need."""
+    """Within this, pairs run without a ``pyro.param`` statement per parameter, which a trainer that holds
+    them does not need."""
     global _quiet
     before, _quiet = _quiet, True
     try:
@@ -39,12 +41,13 @@ def unregistered() -> Iterator[None]:
 
 
 class within_datum(Messenger):
-    """Declare a scale that belongs to the datum's own ELBO estimate: ``with within_datum(T): pyro.sample(...)``.
+    """Declare a scale that belongs to the datum's own ELBO estimate: ``with within_datum(T):
+    pyro.sample(...)``.
 
-    A term drawn at random among T (one time step per datum, one token of a text) stands for all T of them. This handler
-    multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale`` would, and marks it, so
-    that ``evidence.elbo`` keeps it while importance weights, which would be wrong, refuse it. Any unmarked
-    ``poutine.scale`` (KL annealing) is refused by every evaluation.
+    A term drawn at random among T (one time step per datum, one token of a text) stands for all T of them.
+    This handler multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale``
+    would, and marks it, so that ``evidence.elbo`` keeps it while importance weights, which would be wrong,
+    refuse it. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
     """
 
     def __init__(self, scale: float | Tensor) -> None:
@@ -58,7 +61,8 @@ class within_datum(Messenger):
 
 
 class Program(nn.Module):
-    """A model or guide bound to its pair: a callable that is a module too, so that ``elbo(model, guide)`` finds the parameters."""
+    """A model or guide bound to its pair: a callable that is a module too, so that ``elbo(model, guide)``
+    finds the parameters."""
 
     def __init__(self, pair: Pair, function: Callable) -> None:
         super().__init__()
@@ -98,12 +102,14 @@ class _ProgramAttribute:
 class Pair(PyroModule):
     """A generator and an encoder over the same latent sites, with their parameters.
 
-    Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites stand inside
-    ``pyro.plate("data", len(y))`` at dim -1, the last sites observing the data. Conditional pairs take ``(x, y)``, padded
-    sequences ``(y, lengths)``; a dict batch is passed by name. ``pair.model`` and ``pair.guide`` work with plain
-    ``pyro.infer.SVI`` (every pair has a name of its own in Pyro's store) and, being modules, with ``Trace_ELBO()(pair.model, pair.guide)``.
+    Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites
+    stand inside ``pyro.plate("data", len(y))`` at dim -1, the last sites observing the data. Conditional
+    pairs take ``(x, y)``, padded sequences ``(y, lengths)``; a dict batch is passed by name. ``pair.model``
+    and ``pair.guide`` work with plain ``pyro.infer.SVI`` (every pair has a name of its own in Pyro's store)
+    and, being modules, with ``Trace_ELBO()(pair.model, pair.guide)``.
 
-    Parts that :func:`fit` can freeze by name are attributes, ``prior``, ``generator`` and ``encoder`` by convention.
+    Parts that :func:`fit` can freeze by name are attributes, ``prior``, ``generator`` and ``encoder`` by
+    convention.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -135,10 +141,11 @@ class Pair(PyroModule):
 
     @staticmethod
     def of(model: Callable, guide: Callable, *, placeholder: Callable | None = None) -> Pair:
-        """Any two Pyro callables as a pair: functions that use ``pyro.param`` or ``pyro.module``, PyroModules, AutoGuides.
+        """Any two Pyro callables as a pair: functions that use ``pyro.param`` or ``pyro.module``,
+        PyroModules, AutoGuides.
 
-        Modules become the parts ``generator`` and ``encoder``. ``placeholder(n)`` returns a batch of n data of
-        the right shape, which :meth:`simulate` needs.
+        Modules become the parts ``generator`` and ``encoder``. ``placeholder(n)`` returns a batch of n data
+        of the right shape, which :meth:`simulate` needs.
         """
         return _CallablePair(model, guide, placeholder)
 
@@ -159,7 +166,8 @@ class Pair(PyroModule):
         return self.__dict__["_plain"]
 
     def part(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of a part by name: an attribute path to a module or a parameter, such as ``encoder``."""
+        """The parameters of a part by name: an attribute path to a module or a parameter, such as
+        ``encoder``."""
         found = {k: p for k, p in self.named_parameters() if k == name or k.startswith(f"{name}.")}
         found |= {k: p for k, p in self.named_parameters() if k == f"{name}_unconstrained"}
         if not found:
@@ -168,7 +176,8 @@ class Pair(PyroModule):
         return found
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
-        """A batch of n data of the right shape whose observed values do not matter (abstract: pairs that simulate define it)."""
+        """A batch of n data of the right shape whose observed values do not matter (abstract: pairs that
+        simulate define it)."""
         raise TypeError(
             f"{type(self).__name__} does not say what a datum looks like: define placeholder(self, n, *given), for example "
             "`return torch.zeros(n, 784)`, or call simulate(n, like=batch)"
@@ -176,12 +185,14 @@ class Pair(PyroModule):
 
     @torch.no_grad()
     def simulate(self, n: int, *given: Tensor, like: Batch | None = None) -> tuple[dict[str, Tensor], Batch]:
-        """Draw n data from the generator: ``(latents, batch)``, the latents by site and a batch like those trained on.
+        """Draw n data from the generator: ``(latents, batch)``, the latents by site and a batch like those
+        trained on.
 
-        ``given`` are the leading parts of a conditional batch (n rows each); ``like`` is a batch whose shapes, and
-        conditioning parts, are used in place of :meth:`placeholder`. Sites that observe a part of the batch (or a
-        reshaped view of it) are drawn instead. A model that feeds its observations forward (an autoregressive one)
-        would be simulated wrongly this way: it is refused with a ValueError and must override this method.
+        ``given`` are the leading parts of a conditional batch (n rows each); ``like`` is a batch whose
+        shapes, and conditioning parts, are used in place of :meth:`placeholder`. Sites that observe a part of
+        the batch (or a reshaped view of it) are drawn instead. A model that feeds its observations forward
+        (an autoregressive one) would be simulated wrongly this way: it is refused with a ValueError and must
+        override this method.
         """
         if n < 1:
             raise ValueError(f"n takes a positive number of draws, got {n}")
@@ -197,7 +208,9 @@ class Pair(PyroModule):
             seed = int(torch.randint(2**31, ()))
             latents, batch = self._draw(template, observed, seed)
             _, again = self._draw(batch, observed, seed)
-        for (name, first), second in zip(batches.parts(batch).items(), batches.parts(again).values(), strict=True):
+        for (name, first), second in zip(
+            batches.parts(batch).items(), batches.parts(again).values(), strict=True
+        ):
             if not torch.equal(first, second):
                 raise ValueError(
                     f"{type(self).__name__}.model feeds its observations forward ({name} changes what is drawn); "
@@ -232,17 +245,20 @@ class Pair(PyroModule):
         tensors = list(batches.parts(template).values())
         for name, i in observed.items():
             tensors[i] = trace.nodes[name]["value"].reshape(tensors[i].shape).to(tensors[i].dtype)
-        latents = {k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed}
+        latents = {
+            k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
+        }
         if isinstance(template, dict):
             return latents, dict(zip(template, tensors, strict=True))
         return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0]
 
 
 class ExactPair(Pair):
-    """A pair whose evidence and posterior are exact: subclasses add ``log_evidence(*batch)`` and ``posterior(*batch)``.
+    """A pair whose evidence and posterior are exact: subclasses add ``log_evidence(*batch)`` and
+    ``posterior(*batch)``.
 
-    Unless a subclass writes another guide, the guide draws the site named by ``latent`` from the exact posterior, and then
-    the ELBO of every datum equals its evidence whatever was drawn.
+    Unless a subclass writes another guide, the guide draws the site named by ``latent`` from the exact
+    posterior, and then the ELBO of every datum equals its evidence whatever was drawn.
     """
 
     latent = "z"

@@ -55,10 +55,11 @@ class Bound:
     """What one estimator says about ln p(y) in nats: one value per datum, or one for the whole batch.
 
     ``kind``: ``lower`` and ``upper`` hold in expectation, ``exact`` is a closed form, a dynamic program or an
-    enumeration, ``estimate`` errs either way. ``stderr`` is the Monte Carlo standard error of each value (zero for
-    exact ones, NaN where one draw cannot tell). ``resolution`` is what a quadrature states instead: the absolute
-    disagreement of its two rules. ``cost`` counts model evaluations (one particle of one datum). ``ess`` is the effective number of
-    draws and ``k_hat`` the Pareto tail index of the weights, where there are weights.
+    enumeration, ``estimate`` errs either way. ``stderr`` is the Monte Carlo standard error of each value
+    (zero for exact ones, NaN where one draw cannot tell). ``resolution`` is what a quadrature states instead:
+    the absolute disagreement of its two rules. ``cost`` counts model evaluations (one particle of one datum).
+    ``ess`` is the effective number of draws and ``k_hat`` the Pareto tail index of the weights, where there
+    are weights.
     """
 
     method: str
@@ -79,11 +80,14 @@ class Bound:
         if self.scope not in SCOPES:
             raise ValueError(f"Bound.scope takes one of {SCOPES}, got {self.scope!r}")
         if self.value.shape != self.stderr.shape:
-            raise ValueError(f"Bound.stderr has shape {tuple(self.stderr.shape)}, its value {tuple(self.value.shape)}")
+            raise ValueError(
+                f"Bound.stderr has shape {tuple(self.stderr.shape)}, its value {tuple(self.value.shape)}"
+            )
 
     @property
     def error(self) -> Tensor:
-        """The stated error of each value: the resolution error where there is one, else the standard error."""
+        """The stated error of each value: the resolution error where there is one, else the standard
+        error."""
         return self.stderr if self.resolution is None else self.resolution
 
     @property
@@ -117,7 +121,9 @@ class Bound:
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Bound:
         parts = {
-            name: None if row[name] is None else torch.tensor([float(x) for x in row[name]], dtype=torch.float64)
+            name: None
+            if row[name] is None
+            else torch.tensor([float(x) for x in row[name]], dtype=torch.float64)
             for name in ("value", "stderr", "ess", "k_hat", "resolution")
         }
         if row["scope"] == "joint":
@@ -211,7 +217,9 @@ class Audit:
             )
         widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
         lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            ).rstrip()
             for r in rows
         ]
         rule = "-" * max(map(len, lines))
@@ -243,7 +251,15 @@ class Audit:
 
 
 def _short(error: float) -> str:
-    return "?" if math.isnan(error) else "0" if error == 0 else f"{error:.4f}" if error >= 5e-5 else f"{error:.0e}"
+    return (
+        "?"
+        if math.isnan(error)
+        else "0"
+        if error == 0
+        else f"{error:.4f}"
+        if error >= 5e-5
+        else f"{error:.0e}"
+    )
 
 
 def _finite(node: Any) -> Any:
@@ -258,8 +274,9 @@ def _finite(node: Any) -> Any:
 class Run:
     """What a training run left behind: one row of metrics per epoch, and where its files are, if anywhere.
 
-    ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` says why it ended
-    (``"epochs"``, ``"early"`` for the validation bound, ``"interrupted"``); ``seconds`` counts this process only.
+    ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` says why
+    it ended (``"epochs"``, ``"early"`` for the validation bound, ``"interrupted"``); ``seconds`` counts this
+    process only.
     """
 
     metrics: tuple[dict[str, Any], ...]

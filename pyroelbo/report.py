@@ -35,7 +35,8 @@ def _save(figure: Any, path: str | Path) -> Path:
 
 
 def plot(audit: Audit, path: str | Path) -> Path:
-    """Bounds against the reference: each datum's gap with its error at left, the means at right. Returns the path.
+    """Bounds against the reference: each datum's gap with its error at left, the means at right. Returns the
+    path.
 
     Without a reference the left panel shows the values themselves, sorted by the first row.
     """
@@ -74,9 +75,21 @@ def plot(audit: Audit, path: str | Path) -> Path:
     for i, bound in enumerate(rows):
         error = bound.mean_error
         right.errorbar(
-            bound.mean, i, xerr=0 if math.isnan(error) else 2 * error, fmt="o", capsize=3, color=_COLOURS[bound.kind]
+            bound.mean,
+            i,
+            xerr=0 if math.isnan(error) else 2 * error,
+            fmt="o",
+            capsize=3,
+            color=_COLOURS[bound.kind],
         )
-        right.annotate(f"{bound.mean:.2f}", (bound.mean, i), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8)
+        right.annotate(
+            f"{bound.mean:.2f}",
+            (bound.mean, i),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            fontsize=8,
+        )
     right.set_yticks(range(len(rows)), [b.method for b in rows])
     right.set_ylim(-0.6, len(rows) - 0.4)
     right.margins(x=0.15)
@@ -95,7 +108,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
     if any("valid_elbo" in row for row in run.metrics):
-        axis.plot(epochs, [-row.get("valid_elbo", math.nan) for row in run.metrics], label="validation, -ELBO")
+        axis.plot(
+            epochs, [-row.get("valid_elbo", math.nan) for row in run.metrics], label="validation, -ELBO"
+        )
     axis.set_xlabel("epoch")
     axis.set_ylabel("nats per datum")
     if len(epochs) > 5:
@@ -107,7 +122,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def images(rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None) -> Path:
+def images(
+    rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None
+) -> Path:
     """Rows of pictures, one tensor [n, H·W] in [0, 1] a row, with a title each."""
     columns = max(len(r) for r in rows)
     figure, axes = _figure(0.62 * columns + 1.2, 0.72 * len(rows))
@@ -115,7 +132,9 @@ def images(rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, title
     canvas = np.ones(((height + 1) * len(rows) - 1, (width + 1) * columns - 1))
     for i, row in enumerate(rows):
         for j, picture in enumerate(row.detach().cpu().double().reshape(-1, height, width).numpy()):
-            canvas[i * (height + 1) : i * (height + 1) + height, j * (width + 1) : j * (width + 1) + width] = 1 - picture
+            canvas[
+                i * (height + 1) : i * (height + 1) + height, j * (width + 1) : j * (width + 1) + width
+            ] = 1 - picture
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(rows))], titles or [""] * len(rows))
@@ -125,8 +144,11 @@ def images(rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, title
     return _save(figure, path)
 
 
-def plot_latents(mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path) -> Path:
-    """The two-dimensional latent plane: posterior means [N, 2] coloured by label, and decoded pictures [n², H·W] over it."""
+def plot_latents(
+    mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path
+) -> Path:
+    """The two-dimensional latent plane: posterior means [N, 2] coloured by label, and decoded pictures [n²,
+    H·W] over it."""
     figure, (left, right) = _figure(10, 4.8, 2)
     points = mean.detach().cpu()
     if labels is None:
@@ -150,7 +172,8 @@ def plot_latents(mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequ
 
 
 def bits_table(audit: Audit, dims: int) -> str:
-    """The audit's means as bits per dimension of data with ``dims`` dimensions; only meaningful for probabilities, not densities."""
+    """The audit's means as bits per dimension of data with ``dims`` dimensions; only meaningful for
+    probabilities, not densities."""
     lines = [f"{'method':<12}  {'kind':<8}  bits/dim"]
     for bound in sorted(audit.bounds, key=lambda b: -b.mean):
         lines.append(f"{bound.method:<12}  {bound.kind:<8}  {bits_per_dim(bound.mean, dims):8.4f}")
@@ -158,10 +181,11 @@ def bits_table(audit: Audit, dims: int) -> str:
 
 
 def to_arviz(audit: Audit) -> Any:
-    """The audit as arviz data: group ``log_likelihood`` (the reference's values, or the best lower bound's) and ``bounds``.
+    """The audit as arviz data: group ``log_likelihood`` (the reference's values, or the best lower bound's)
+    and ``bounds``.
 
-    ``bounds`` has for every row its ``value`` and ``error`` per datum, [method, datum], with kind, draws and cost as
-    coordinates. An ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
+    ``bounds`` has for every row its ``value`` and ``error`` per datum, [estimator, datum], with kind, draws
+    and cost as coordinates. An ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
     """
     import arviz
     import xarray
@@ -172,15 +196,15 @@ def to_arviz(audit: Audit) -> Any:
     names = [b.method for b in rows]
     table = xarray.Dataset(
         {
-            "value": (("method", "datum"), torch.stack([b.value.double() for b in rows]).cpu().numpy()),
-            "error": (("method", "datum"), torch.stack([b.error.double() for b in rows]).cpu().numpy()),
+            "value": (("estimator", "datum"), torch.stack([b.value.double() for b in rows]).cpu().numpy()),
+            "error": (("estimator", "datum"), torch.stack([b.error.double() for b in rows]).cpu().numpy()),
         },
         coords={
-            "method": names,
+            "estimator": names,
             "datum": np.arange(audit.num_data),
-            "kind": ("method", [b.kind for b in rows]),
-            "draws": ("method", [b.draws for b in rows]),
-            "cost": ("method", [b.cost for b in rows]),
+            "kind": ("estimator", [b.kind for b in rows]),
+            "draws": ("estimator", [b.draws for b in rows]),
+            "cost": ("estimator", [b.cost for b in rows]),
         },
         attrs={"unit": "nats", "reference": audit.reference or "none", "name": audit.name},
     )

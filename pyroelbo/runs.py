@@ -1,4 +1,5 @@
-"""Run directories: configuration, metrics, atomic checkpoints and weights. Nothing here unpickles anything."""
+"""Run directories: configuration, metrics, atomic checkpoints and weights. Nothing here unpickles
+anything."""
 
 from __future__ import annotations
 
@@ -29,9 +30,10 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
 class RunDirectory:
     """One training run on disk.
 
-    ``config.json`` what was asked for; ``metrics.jsonl`` a row per epoch; ``checkpoint.safetensors`` all it takes to go on;
-    ``weights.safetensors`` and ``run.json`` when it is done. Every file but the metrics is written beside its place
-    and renamed, so that a kill leaves the old one or the new one. Wall-clock times stand in ``run.json`` alone.
+    ``config.json`` what was asked for; ``metrics.jsonl`` a row per epoch; ``checkpoint.safetensors`` all it
+    takes to go on; ``weights.safetensors`` and ``run.json`` when it is done. Every file but the metrics is
+    written beside its place and renamed, so that a kill leaves the old one or the new one. Wall-clock times
+    stand in ``run.json`` alone.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,19 +43,25 @@ class RunDirectory:
     def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> RunDirectory:
         """A fresh run directory, or with ``resume`` the one that is there.
 
-        Raises FileExistsError for a directory that is not empty, FileNotFoundError for nothing to resume, PermissionError
-        where it cannot be written, ValueError where ``config`` differs from the run's own (the number of epochs may).
+        Raises FileExistsError for a directory that is not empty, FileNotFoundError for nothing to resume,
+        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own
+        (the number of epochs may).
         """
         run = cls(path)
         if resume:
             before = run.config()
-            changed = [k for k in config if k != "epochs" and before.get(k) != json.loads(json.dumps(config[k]))]
+            changed = [
+                k for k in config if k != "epochs" and before.get(k) != json.loads(json.dumps(config[k]))
+            ]
             if changed:
                 raise ValueError(
-                    f"cannot resume {run.path}: {changed[0]} was {before.get(changed[0])!r} in that run and is {config[changed[0]]!r} now"
+                    f"cannot resume {run.path}: {changed[0]} was {before.get(changed[0])!r} in "
+                    f"that run and is {config[changed[0]]!r} now"
                 )
         elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            raise FileExistsError(f"{run.path} exists and is not empty: choose another directory, or resume=True to go on with its run")
+            raise FileExistsError(
+                f"{run.path} exists and is not empty: choose another directory, or resume=True to go on with its run"
+            )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             for name in (WEIGHTS, SUMMARY):  # they would be older than what comes now
@@ -61,7 +69,9 @@ class RunDirectory:
             run.write_json(CONFIG, {"pyroelbo": __version__, **config})
             (run.path / METRICS).touch()
         except OSError as error:
-            raise PermissionError(f"cannot write to the run directory {run.path}: {error.strerror or error}") from error
+            raise PermissionError(
+                f"cannot write to the run directory {run.path}: {error.strerror or error}"
+            ) from error
         return run
 
     def config(self) -> dict[str, Any]:
@@ -122,12 +132,15 @@ class RunDirectory:
         return self._load(CHECKPOINT) if (self.path / CHECKPOINT).exists() else None
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights of the finished run, else those of its last checkpoint. FileNotFoundError where there are neither."""
+        """Weights of the finished run, else those of its last checkpoint. FileNotFoundError where there are
+        neither."""
         if (self.path / WEIGHTS).exists():
             return self._load(WEIGHTS)
         checkpoint = self.load_checkpoint()
         if checkpoint is None:
-            raise FileNotFoundError(f"{self.path} has no weights yet: the run was stopped before its first checkpoint")
+            raise FileNotFoundError(
+                f"{self.path} has no weights yet: the run was stopped before its first checkpoint"
+            )
         tensors, meta = checkpoint
         return {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}, meta
 
@@ -155,7 +168,8 @@ def fresh(base: str | Path) -> Path:
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors of the same names and shapes; ValueError, naming the first that differs, before anything is changed."""
+    """Copy tensors of the same names and shapes; ValueError, naming the first that differs, before anything
+    is changed."""
     missing, extra = sorted(set(target) - set(source)), sorted(set(source) - set(target))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which this pair lacks"
@@ -163,7 +177,8 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where:
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(
-                f"{where} belongs to another pair: {name!r} has shape {tuple(source[name].shape)} there, {tuple(tensor.shape)} here"
+                f"{where} belongs to another pair: {name!r} has shape "
+                f"{tuple(source[name].shape)} there, {tuple(tensor.shape)} here"
             )
     with torch.no_grad():
         for name, tensor in target.items():

@@ -1,4 +1,5 @@
-"""Per-datum log probabilities of a pair: many particles in one pass, unscaled but masked, every site by name."""
+"""Per-datum log probabilities of a pair: many particles in one pass, unscaled but masked, every site by
+name."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 @dataclass(frozen=True)
 class LatentSite:
-    """A latent site as the model declares it: event shape, plate shape left of the data plate, and support."""
+    """A latent site as the model declares it: event shape, plate shape left of the data plate, and
+    support."""
 
     name: str
     event_shape: torch.Size
@@ -64,13 +66,15 @@ class _LargestTensor(TorchDispatchMode):
 class Evaluator:
     """Evaluates a pair on one batch, per datum: ``draw(K)``, ``score(latents)``, and their chunks by memory.
 
-    Particles come as a vectorized plate where the pair's networks allow it; where they refuse the extra dimension
-    (``Conv2d`` does), or give other numbers with it, the data are repeated along the batch; the last resort is a loop. Which
-    one is right is *checked* on a few rows against one particle at a time, not assumed. Everything runs in evaluation mode.
+    Particles come as a vectorized plate where the pair's networks allow it; where they refuse the extra
+    dimension (``Conv2d`` does), or give other numbers with it, the data are repeated along the batch; the
+    last resort is a loop. Which one is right is *checked* on a few rows against one particle at a time, not
+    assumed. Everything runs in evaluation mode.
 
-    Raises ValueError, naming the site, for: sites outside the data plate, scales other than the data plate's own
-    subsampling and those marked :class:`~pyroelbo.pair.within_datum`, latent sites of one program that the other lacks, a
-    data plate whose size is not the batch's, batch dimensions that no plate declares, relaxed guides of discrete latents.
+    Raises ValueError, naming the site, for: sites outside the data plate, scales other than the data plate's
+    own subsampling and those marked :class:`~pyroelbo.pair.within_datum`, latent sites of one program that
+    the other lacks, a data plate whose size is not the batch's, batch dimensions that no plate declares,
+    relaxed guides of discrete latents.
     """
 
     def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True) -> None:
@@ -101,7 +105,9 @@ class Evaluator:
         batch = self.batch if rows is None else batches.rows(self.batch, rows)
         particles = len(next(iter(latents.values())))
         if self.strategy == "loop" and particles > 1:
-            return torch.cat([self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)])
+            return torch.cat(
+                [self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)]
+            )
         with self._quiet():
             _, model = self._traces(batch, particles, self.strategy, dict(latents))
             terms = self._terms(model, batch, particles, self.strategy, "model")
@@ -114,7 +120,8 @@ class Evaluator:
         return max(1, int(budget / self._elements))
 
     def chunks(self, particles: int) -> Iterator[tuple[slice, int]]:
-        """Cut [particles, B] into passes ``(rows, particles)`` that fit in memory; rows are the outer loop."""
+        """Cut [particles, B] into passes ``(rows, particles)`` that fit in memory; rows are the outer
+        loop."""
         cells = self.cells
         rows = max(1, min(self.size, cells // max(1, min(particles, cells)))) if self.sliceable else self.size
         step = max(1, min(particles, cells // rows))
@@ -149,7 +156,8 @@ class Evaluator:
                 frame = _data_frame(site, program)
                 if frame.size != batches.size(few):
                     raise ValueError(
-                        f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, the batch {batches.size(few)} rows: "
+                        f"the plate {PLATE!r} holds {frame.size} data at {program} site "
+                        f"{name!r}, the batch {batches.size(few)} rows: "
                         f"write pyro.plate({PLATE!r}, len(y)), or give subsample_size=len(y) where it is subsampled"
                     )
                 frames.append(frame.dim)
@@ -182,17 +190,27 @@ class Evaluator:
         return prune_subsample_sites(guide), prune_subsample_sites(model)
 
     def _choose(self, probe: Batch) -> tuple[str, float]:
-        """The first strategy that gives, on a few rows, what one particle at a time gives; and elements per particle and datum."""
+        """The first strategy that gives, on a few rows, what one particle at a time gives; and elements per
+        particle and datum."""
         n = batches.size(probe)
         for strategy in ("plate", "repeat"):
             try:
                 with _LargestTensor() as counter:
                     terms = self._draw(probe, 2, strategy)
-                alone = [self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()}) for i in range(2)]
+                alone = [
+                    self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()})
+                    for i in range(2)
+                ]
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
                 continue
             if all(
-                torch.allclose(getattr(terms, part), torch.cat([getattr(a, part) for a in alone]), rtol=1e-3, atol=1e-3, equal_nan=True)
+                torch.allclose(
+                    getattr(terms, part),
+                    torch.cat([getattr(a, part) for a in alone]),
+                    rtol=1e-3,
+                    atol=1e-3,
+                    equal_nan=True,
+                )
                 for part in ("log_joint", "log_proposal")
             ):
                 return strategy, counter.numel / (2 * n)
@@ -200,7 +218,9 @@ class Evaluator:
             self._draw(probe, 1, "loop")
         return "loop", counter.numel / n
 
-    def _draw(self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None) -> Terms:
+    def _draw(
+        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None
+    ) -> Terms:
         if strategy == "loop" and particles > 1:
             return _concatenate([self._draw(batch, 1, "loop") for _ in range(particles)], 0, self)
         guide, model = self._traces(batch, particles, strategy, latents)
@@ -209,7 +229,8 @@ class Evaluator:
         if not log_guide:
             log_guide = {"(none)": torch.zeros_like(next(iter(log_model.values())))}
         values = {
-            k: self._fold(model.nodes[k]["value"], site, batch, particles, strategy) for k, site in self.latents.items()
+            k: self._fold(model.nodes[k]["value"], site, batch, particles, strategy)
+            for k, site in self.latents.items()
         }
         return Terms(log_model, log_guide, self.observed, values)
 
@@ -232,7 +253,9 @@ class Evaluator:
         model_trace = batches.call(poutine.trace(model).get_trace, batch_in)
         return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
 
-    def _terms(self, trace: Any, batch: Batch, particles: int, strategy: str, program: str) -> dict[str, Tensor]:
+    def _terms(
+        self, trace: Any, batch: Batch, particles: int, strategy: str, program: str
+    ) -> dict[str, Tensor]:
         """Log probability of each site, unscaled but masked, summed to [K, B]."""
         n = batches.size(batch)
         terms = {}
@@ -240,7 +263,9 @@ class Evaluator:
             frame = _data_frame(site, program)
             expected = n * particles if strategy == "repeat" else n
             if frame.size != expected:
-                raise ValueError(f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}")
+                raise ValueError(
+                    f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
+                )
             if site["is_observed"] and name in self.observed:
                 check_observation(site)
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -251,7 +276,8 @@ class Evaluator:
             for axis, (have, declared) in enumerate(zip(log_prob.shape[::-1], full[::-1], strict=False)):
                 if have not in (1, declared):
                     raise ValueError(
-                        f"{program} site {name!r} has a batch dimension of size {have} at dim {-1 - axis}, where its plates declare "
+                        f"{program} site {name!r} has a batch dimension of size {have} at dim "
+                        f"{-1 - axis}, where its plates declare "
                         f"{declared}: declare the dimension as an event with .to_event(), or add a plate"
                     )
             log_prob = log_prob.expand(full)
@@ -325,7 +351,8 @@ def _data_frame(site: Any, program: str) -> Any:
             return frame
     kind = "observes" if site["is_observed"] else "draws a latent"
     raise ValueError(
-        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound over the whole batch is "
+        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound "
+        "over the whole batch is "
         f'possible for it, and this one is per datum. Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
     )
 
@@ -335,7 +362,9 @@ def check_observation(site: Any) -> None:
     fn, value, name = site["fn"], site["value"], site["name"]
     event = tuple(fn.event_shape)
     if event and tuple(value.shape[value.dim() - len(event) :]) != event:
-        raise ValueError(f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}")
+        raise ValueError(
+            f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}"
+        )
     support = getattr(fn, "support", None)
     if support is None or not isinstance(value, Tensor):
         return
@@ -347,12 +376,18 @@ def check_observation(site: Any) -> None:
     bad = float(wrong[0]) if len(wrong) else float("nan")
     advice = ""
     if base is constraints.boolean and bool(((value >= 0) & (value <= 1)).all()):
-        advice = ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or pyroelbo.data.binarize(y), or take a likelihood for grey"
-    raise ValueError(f"observed site {name!r} ({type(_base(fn)).__name__}) takes values in {base}, got {bad:.6g}{advice}")
+        advice = (
+            ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or "
+            "pyroelbo.data.binarize(y), or take a likelihood for grey"
+        )
+    raise ValueError(
+        f"observed site {name!r} ({type(_base(fn)).__name__}) takes values in {base}, got {bad:.6g}{advice}"
+    )
 
 
 def _inner_plates(site: Any) -> float:
-    """Scale by which plates within a datum (a subsampled time, a subsampled token) stand for all of theirs."""
+    """Scale by which plates within a datum (a subsampled time, a subsampled token) stand for all of
+    theirs."""
     scale = 1.0
     for frame in site["cond_indep_stack"]:
         if frame.name != PLATE and frame.full_size is not None and frame.full_size != frame.size:
@@ -368,8 +403,10 @@ def _check_scale(site: Any, program: str) -> bool:
     scale, expected = torch.as_tensor(site["scale"]), torch.as_tensor(within * outer)
     if not torch.allclose(scale.double(), expected.double(), rtol=1e-5):
         raise ValueError(
-            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} (poutine.scale or an outer plate), so what "
-            "would be computed is no bound. Put KL annealing into the objective (fit(..., kl_weight=...)), and mark a "
+            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} "
+            "(poutine.scale or an outer plate), so what "
+            "would be computed is no bound. Put KL annealing into the objective (fit(..., "
+            "kl_weight=...)), and mark a "
             "scale that belongs to one datum's estimate with pyroelbo.within_datum"
         )
     return not _is_one(within)
@@ -385,15 +422,20 @@ def _check_sites(guide: Any, model: Any, with_guide: bool) -> None:
     extra = sorted(k for k, s in drawn.items() if k not in latent and not s["infer"].get("is_auxiliary"))
     if extra:
         where = "observed in" if extra[0] in {k for k, _ in _sites(model)} else "missing in"
-        raise ValueError(f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}")
+        raise ValueError(
+            f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}"
+        )
     missing = sorted(latent - set(drawn))
     if missing:
         raise ValueError(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
     for name in sorted(latent):
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
-        if ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own or "StraightThrough" in kind:
+        if (
+            ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
+        ) or "StraightThrough" in kind:
             raise ValueError(
-                f"guide site {name!r} is a {kind}, the model's a {own}: a relaxed draw's density is not the discrete latent's "
+                f"guide site {name!r} is a {kind}, the model's a {own}: a relaxed draw's density "
+                "is not the discrete latent's "
                 "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
             )
 

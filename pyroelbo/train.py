@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,14 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo import evidence
-from pyroelbo.data import Batch
+from pyroelbo.data import Batch, Minibatches
 from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
@@ -38,7 +38,6 @@ __all__ = ["fit"]
 OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "elbo": Trace_ELBO,
     "mean_field": TraceMeanField_ELBO,
-    "graph": TraceGraph_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -77,29 +76,38 @@ def fit(
 ) -> Run:
     """Train ``pair`` in place on ``data`` by stochastic gradients of an ELBO; losses are nats per datum.
 
-    ``data`` is a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader, which brings
-    its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience`` training stops after so many epochs without a better one, and the
-    best weights are kept.
+    ``data`` is a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader,
+    which brings its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience``
+    training stops after so many epochs without a better one, and the best weights are kept.
 
-    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``, ``"graph"``, ``"enum"`` or any
-    Pyro ELBO. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and ``schedule`` (``"constant"``,
-    ``"cosine"`` to zero over all epochs) may be functions of the epoch, a float, that give the weight of the KL and a factor on
-    ``learning_rate``. ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is
-    validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
+    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``,
+    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
+    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
+    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
+    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
+    fixed-encoder training.
 
-    ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with ``metrics.jsonl``, a checkpoint every
-    ``checkpoint_seconds`` and the weights at the end; ``resume`` goes on from its checkpoint and, on the CPU, gives what an
-    unbroken run gives, bit for bit (callables must be the same ones again). ``config`` is stored with it. ``callbacks`` are called with each
-    epoch's row of metrics.
+    ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
+    ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
+    on from its checkpoint and, on the CPU, gives what an unbroken run gives, bit for bit (callables must be
+    the same ones again). ``config`` is stored with it. ``callbacks`` are called with each epoch's row of
+    metrics.
 
-    Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or outside the
-    likelihood's support, sites that do not match, a model without the plate ``"data"``, an unknown part, a foreign checkpoint;
-    RuntimeError for CUDA asked for and absent; FileExistsError and PermissionError for the run directory. A loss that is not
-    finite raises FloatingPointError and names the epoch; the last checkpoint stands.
+    Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or
+    outside the likelihood's support, sites that do not match, a model without the plate ``"data"``, an
+    unknown part, a foreign checkpoint; RuntimeError for CUDA asked for and absent; FileExistsError and
+    PermissionError for the run directory. A loss that is not finite raises FloatingPointError and names the
+    epoch; the last checkpoint stands.
     """
     _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
+    if resume and out is None:
+        raise ValueError("resume takes the run directory to go on with: give out=")
+    factor = _schedule(schedule, epochs)
     place = _device(device)
-    loader = _Batches(data, batch_size, seed)
+    loader = Minibatches(data, batch_size, seed)
     held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
     pyro.set_rng_seed(seed)
     pair.to(place)
@@ -122,14 +130,12 @@ def fit(
         "data_size": loader.size,
     }
     run = None if out is None else RunDirectory.create(out, settings, resume)
-    if resume and run is None:
-        raise ValueError("resume takes the run directory to go on with: give out=")
     pyro.set_rng_seed(seed)
     plan = _Plan(
         epochs,
         particles,
         per_datum,
-        _schedule(schedule, epochs),
+        factor,
         kl_weight if callable(kl_weight) else None,
         clip_norm,
         held_out,
@@ -145,7 +151,10 @@ def fit(
     stopped = job.train(loader, place, plan)
     seconds = time.perf_counter() - began
     if run is not None:
-        run.finish(job.state, {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)})
+        run.finish(
+            job.state,
+            {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)},
+        )
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
 
 
@@ -178,8 +187,6 @@ class _Job:
         ema: float | None,
         run: RunDirectory | None,
     ) -> None:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
         self.pair, self.loss_fn, self.run = pair, loss_fn, run
         self.state = {**leaves, **dict(pair.named_buffers())}
         self.trained = list(trained.values())
@@ -199,16 +206,31 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ one run
 
-    def train(self, loader: _Batches, place: torch.device, plan: _Plan) -> str:
-        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the pair."""
+    def train(self, loader: Minibatches, place: torch.device, plan: _Plan) -> str:
+        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the
+        pair."""
         self.loss_sum = self.loss_sum.to(place)
         self.pair.train()
         total = plan.epochs * loader.steps if loader.steps else None
         every = 0.3 if sys.stderr.isatty() else 30.0
         bar = tqdm(
-            total=total, initial=self.step, disable=not plan.progress, unit="step", mininterval=every, dynamic_ncols=True
+            total=total,
+            initial=self.step,
+            disable=not plan.progress,
+            unit="step",
+            mininterval=every,
+            dynamic_ncols=True,
         )
-        with bar, _interruptible() as interrupt, unregistered(), pyro.validation_enabled(False):
+        with (
+            bar,
+            _interruptible() as interrupt,
+            unregistered(),
+            pyro.validation_enabled(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings(
+                "ignore", "Encountered NaN"
+            )  # told by an error of our own, with the epoch
             while self.stopped is None and self.epoch < plan.epochs:
                 self._run_epoch(loader, place, plan, bar, every, interrupt)
                 if interrupt.is_set():
@@ -227,7 +249,13 @@ class _Job:
         return self.stopped
 
     def _run_epoch(
-        self, loader: _Batches, place: torch.device, plan: _Plan, bar: Any, every: float, interrupt: threading.Event
+        self,
+        loader: Minibatches,
+        place: torch.device,
+        plan: _Plan,
+        bar: Any,
+        every: float,
+        interrupt: threading.Event,
     ) -> None:
         shown = time.monotonic()
         for batch in self._epoch_batches(loader):
@@ -253,7 +281,7 @@ class _Job:
             if interrupt.is_set():
                 return
 
-    def _epoch_batches(self, loader: _Batches) -> Iterator[Batch]:
+    def _epoch_batches(self, loader: Minibatches) -> Iterator[Batch]:
         if self.position == 0:
             self.epoch_rng = torch.get_rng_state()
             yield from loader.epoch(self.epoch)
@@ -270,7 +298,9 @@ class _Job:
             yield from left
 
     def _step(self, batch: Batch, normalizer: float, count: int, clip_norm: float | None) -> None:
-        loss = batches.call(lambda *a, **k: self.loss_fn.differentiable_loss(self.pair.model, self.pair.guide, *a, **k), batch)
+        loss = batches.call(
+            lambda *a, **k: self.loss_fn.differentiable_loss(self.pair.model, self.pair.guide, *a, **k), batch
+        )
         loss = loss / normalizer
         gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
         for parameter, gradient in zip(self.trained, gradients, strict=True):
@@ -287,14 +317,19 @@ class _Job:
     def _finite(self) -> None:
         if not math.isfinite(float(self.loss_sum)):
             raise FloatingPointError(
-                f"the loss became {float(self.loss_sum)} in epoch {self.epoch + 1}, by step {self.step}: lower learning_rate, set "
+                f"the loss became {float(self.loss_sum)} in epoch {self.epoch + 1}, by step "
+                f"{self.step}: lower learning_rate, set "
                 "clip_norm, or look for a scale that runs to zero"
             )
 
     def _end_epoch(self, valid: Batch | None) -> dict[str, Any]:
         self._finite()
         self.epoch += 1
-        row: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "loss": float(self.loss_sum) / self.loss_count}
+        row: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": float(self.loss_sum) / self.loss_count,
+        }
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if isinstance(self.loss_fn, Weighted_ELBO):
             row["kl_weight"] = self.loss_fn.weight
@@ -418,7 +453,9 @@ class _Job:
         if torch.cuda.is_available() and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         kind, position, has_gauss, gauss = meta["numpy"]
-        np.random.set_state((kind, tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+        np.random.set_state(
+            (kind, tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
+        )
         version, internal, cached = meta["python"]
         random.setstate((version, tuple(internal), cached))
         self.stopped = "early" if meta["stopped"] == "early" else None
@@ -444,65 +481,6 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Batches:
-    """Minibatches of tensors, a Dataset or a DataLoader; the order of an epoch depends on the seed and its number alone."""
-
-    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
-        self.loader = data if isinstance(data, DataLoader) else None
-        self.dataset = data if isinstance(data, Dataset) and self.loader is None else None
-        self.tensors = None
-        self.steps: int | None
-        if isinstance(data, IterableDataset):
-            raise TypeError("data is an IterableDataset: wrap it in a DataLoader, which brings its own batches")
-        if self.loader is not None:
-            try:
-                self.steps = len(self.loader)
-            except TypeError:
-                self.steps = None
-            self.size = None
-            if self.steps == 0:
-                raise ValueError("data is a DataLoader without batches")
-            return
-        if self.dataset is None:
-            self.tensors = batches.as_batch(data, "data")
-            self.size = batches.size(self.tensors)
-        else:
-            self.size = len(self.dataset)  # type: ignore[arg-type]
-            if self.size == 0:
-                raise ValueError("data is an empty Dataset")
-        self.steps = math.ceil(self.size / batch_size)
-
-    @property
-    def whole(self) -> bool:
-        """Whether one batch holds all data."""
-        return self.steps == 1
-
-    def first(self) -> Batch:
-        """A batch to look at; the stream of an epoch is not touched."""
-        with torch.random.fork_rng(devices=[]):
-            return next(self.epoch(0))
-
-    def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
-        if self.loader is not None:
-            for i, batch in enumerate(self.loader):
-                if i >= skip:
-                    yield batches.as_batch(batch)
-            return
-        assert self.size is not None
-        # A single batch keeps its order: a guide may hold parameters for each datum.
-        order = torch.arange(self.size)
-        if not self.whole:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-            order = torch.randperm(self.size, generator=generator)
-        for index in order.split(self.batch_size)[skip:]:
-            if self.tensors is not None:
-                yield batches.rows(self.tensors, index)
-            else:
-                assert self.dataset is not None
-                yield batches.as_batch(default_collate([self.dataset[int(i)] for i in index]))
-
-
 def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -523,24 +501,35 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device={str(device)!r} was asked for, and this machine has no CUDA device (or torch was built without CUDA)")
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
+            "torch was built without CUDA)"
+        )
     return place
 
 
 def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
-            raise ValueError(f"objective takes one of {tuple(OBJECTIVES)} or a pyro.infer.ELBO, got {objective!r}")
+            raise ValueError(
+                f"objective takes one of {tuple(OBJECTIVES)} or a pyro.infer.ELBO, got {objective!r}"
+            )
         exact = objective == "elbo" and isinstance(pair, ExactPair) and pair.exact_guide
         loss: ELBO = Exact_ELBO() if exact else OBJECTIVES[objective]()
     elif isinstance(objective, ELBO):
         loss = objective
     else:
         raise TypeError(f"objective takes a name or a pyro.infer.ELBO, got a {type(objective).__name__}")
+    if not hasattr(loss, "differentiable_loss"):
+        raise TypeError(
+            f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
+        )
     if callable(kl_weight):
         return Weighted_ELBO(loss, kl_weight(0.0))
     if not kl_weight >= 0:
-        raise ValueError(f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}")
+        raise ValueError(
+            f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}"
+        )
     return loss if kl_weight == 1.0 else Weighted_ELBO(loss, kl_weight)
 
 
@@ -555,7 +544,8 @@ def _schedule(schedule: str | Callable[[float], float], epochs: int) -> Callable
 
 
 def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Callable[[int], float]]:
-    """Run the pair once, checked: its trainable leaves by name, and by what a batch's loss is divided to be per datum."""
+    """Run the pair once, checked: its trainable leaves by name, and by what a batch's loss is divided to be
+    per datum."""
     shapes = {k: tuple(v.shape) for k, v in batches.parts(batch, "batch").items()}
     with torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
         try:
@@ -563,14 +553,18 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
             with pyro.validation_enabled(False):
                 model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
         except RuntimeError as error:
-            raise ValueError(f"{pair.name} could not be run on a batch of shapes {shapes}: {error}") from error
+            raise ValueError(
+                f"{pair.name} could not be run on a batch of shapes {shapes}: {str(error).splitlines()[0]}"
+            ) from error
     guide, model = prune_subsample_sites(guide), prune_subsample_sites(model)
     sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
     drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
     latent = {k: s for k, s in sites.items() if not s["is_observed"]}
     for name, site in drawn.items():
         if name not in latent and not site["infer"].get("is_auxiliary"):
-            raise ValueError(f"guide site {name!r} is missing in the model, whose latent sites are {sorted(latent)}")
+            raise ValueError(
+                f"guide site {name!r} is missing in the model, whose latent sites are {sorted(latent)}"
+            )
     for name, site in latent.items():
         if name not in drawn and not site["infer"].get("enumerate"):
             raise ValueError(f"model site {name!r} is missing in the guide, which draws {sorted(drawn)}")
@@ -581,14 +575,17 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
         check_observation(site)
     frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.name == PLATE]
     if not frames:
-        raise ValueError(f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum')
+        raise ValueError(
+            f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+        )
     frame = frames[0]
     full = frame.size if frame.full_size is None else frame.full_size
     subsampled = full != frame.size
     outside = [k for k, s in sites.items() if not any(f.name == PLATE for f in s["cond_indep_stack"])]
     if outside and not subsampled and not whole:
         raise ValueError(
-            f"site {outside[0]!r} stands outside the plate {PLATE!r} and would be counted once a minibatch: declare the whole size, "
+            f"site {outside[0]!r} stands outside the plate {PLATE!r} and would be counted once a "
+            "minibatch: declare the whole size, "
             f'pyro.plate("{PLATE}", N, subsample_size=len(y)), or train on one batch of all data (batch_size)'
         )
     leaves: dict[str, Tensor] = dict(pair.named_parameters())
@@ -605,7 +602,9 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
 
 def _trained(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> dict[str, Tensor]:
     if isinstance(freeze, str):
-        raise TypeError(f"freeze takes a sequence of part names, got the string {freeze!r}: write freeze=({freeze!r},)")
+        raise TypeError(
+            f"freeze takes a sequence of part names, got the string {freeze!r}: write freeze=({freeze!r},)"
+        )
     frozen = {id(p) for name in freeze for p in pair.part(name).values()}
     trained = {k: p for k, p in leaves.items() if id(p) not in frozen and p.requires_grad}
     if not trained:

@@ -20,7 +20,7 @@ class Nonlinear(Pair):
 
     def plate(self, y):
         size = len(y) if self.full_size is None else self.full_size
-        return pyro.plate("data", size, subsample_size=len(y))
+        return pyro.plate("data", size, subsample=torch.arange(len(y)))
 
     def model(self, y):
         with self.plate(y):

@@ -50,8 +50,13 @@ def test_digits():
 
 def test_files_are_read_by_path(tmp_path, monkeypatch):
     bits = (np.arange(784) % 3 == 0).astype(np.uint8)
-    np.savez(tmp_path / "binarized_mnist.npz", **{k: np.packbits(bits[None], axis=1) for k in ("train", "valid", "test")})
-    assert torch.equal(data.load("binarized_mnist", root=tmp_path)["test"][0], torch.from_numpy(bits).double())
+    np.savez(
+        tmp_path / "binarized_mnist.npz",
+        **{k: np.packbits(bits[None], axis=1) for k in ("train", "valid", "test")},
+    )
+    assert torch.equal(
+        data.load("binarized_mnist", root=tmp_path)["test"][0], torch.from_numpy(bits).double()
+    )
     monkeypatch.setenv("PYROELBO_DATA", str(tmp_path))
     assert data.load("binarized_mnist")["train"].shape == (1, 784)
     with pytest.raises(FileNotFoundError, match="mnist.npz"):

@@ -68,7 +68,17 @@ def test_the_check_can_fail():
 
 def test_import_is_light():
     """What costs seconds is imported where it is used."""
-    heavy = ("arviz", "matplotlib.pyplot", "sklearn", "skimage", "xarray", "pandas", "numba", "torch._inductor", "scipy.stats")
+    heavy = (
+        "arviz",
+        "matplotlib.pyplot",
+        "sklearn",
+        "skimage",
+        "xarray",
+        "pandas",
+        "numba",
+        "torch._inductor",
+        "scipy.stats",
+    )
     code = (
         "import pyro, sys; before = set(sys.modules); import pyroelbo, pyroelbo.report, pyroelbo.cli; "
         f"print([m for m in {heavy} if m in sys.modules and m not in before])"

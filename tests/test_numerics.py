@@ -10,7 +10,9 @@ def test_logsumexp_agrees_with_torch_on_ordinary_input():
     x = torch.randn(4, 5, 6) * 30
     for dim in (0, -1, (0, 2)):
         torch.testing.assert_close(numerics.logsumexp(x, dim), torch.logsumexp(x, dim))
-        torch.testing.assert_close(numerics.logsumexp(x, dim, keepdim=True), torch.logsumexp(x, dim, keepdim=True))
+        torch.testing.assert_close(
+            numerics.logsumexp(x, dim, keepdim=True), torch.logsumexp(x, dim, keepdim=True)
+        )
 
 
 def test_logsumexp_of_nothing_is_minus_infinity_with_zero_gradient():
@@ -29,14 +31,17 @@ def test_logsumexp_gradient_is_the_softmax():
 
 
 def test_log_mean_exp_standard_error():
-    """The delta method's standard error is the spread over repetitions, and weights far from one do not matter."""
+    """The delta method's standard error is the spread over repetitions, and weights far from one do not
+    matter."""
     draws, repeats = 400, 2000
     log_w = 0.3 * torch.randn(draws, repeats) - 700
     value, stderr = numerics.log_mean_exp(log_w)
     exact = -700 + 0.045
     z = (value.mean() - exact + value.var() / 2) / (value.std() / math.sqrt(repeats))
     assert abs(z) < 5  # false alarms: 6e-7
-    assert abs(float(stderr.mean() / value.std()) - 1) < 0.1  # 1 / sqrt(2 * 2000) = 0.016 is one standard error
+    assert (
+        abs(float(stderr.mean() / value.std()) - 1) < 0.1
+    )  # 1 / sqrt(2 * 2000) = 0.016 is one standard error
 
 
 def test_log_mean_exp_edges():
@@ -49,7 +54,9 @@ def test_log_mean_exp_edges():
 
 def test_effective_sample_size():
     assert float(numerics.effective_sample_size(torch.zeros(7))) == pytest.approx(7)
-    assert float(numerics.effective_sample_size(torch.tensor([0.0, -math.inf, -math.inf]))) == pytest.approx(1)
+    assert float(numerics.effective_sample_size(torch.tensor([0.0, -math.inf, -math.inf]))) == pytest.approx(
+        1
+    )
 
 
 def test_units():

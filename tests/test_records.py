@@ -8,7 +8,9 @@ from pyroelbo.records import Audit, Bound, Gap, Terms
 
 
 def bound(method="elbo", kind="lower", **kwargs):
-    return Bound(method, torch.tensor([-3.0, -5.0]), torch.tensor([0.3, 0.4]), kind, draws=4, cost=8, **kwargs)
+    return Bound(
+        method, torch.tensor([-3.0, -5.0]), torch.tensor([0.3, 0.4]), kind, draws=4, cost=8, **kwargs
+    )
 
 
 def test_means_and_errors():
@@ -49,5 +51,9 @@ def test_bad_records_are_refused():
 
 
 def test_terms_sum_over_sites():
-    terms = Terms({"z": torch.ones(2, 3), "y": torch.full((2, 3), 2.0)}, {"z": torch.ones(2, 3)}, frozenset({"y"}), {})
-    assert torch.equal(terms.log_joint, torch.full((2, 3), 3.0)) and torch.equal(terms.log_weight, torch.full((2, 3), 2.0))
+    terms = Terms(
+        {"z": torch.ones(2, 3), "y": torch.full((2, 3), 2.0)}, {"z": torch.ones(2, 3)}, frozenset({"y"}), {}
+    )
+    assert torch.equal(terms.log_joint, torch.full((2, 3), 3.0)) and torch.equal(
+        terms.log_weight, torch.full((2, 3), 2.0)
+    )

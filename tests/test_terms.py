@@ -1,4 +1,5 @@
-"""Per-datum terms: unscaled but masked, the same for every way to run particles, and refusals that name the site."""
+"""Per-datum terms: unscaled but masked, the same for every way to run particles, and refusals that name the
+site."""
 
 import pyro
 import pyro.distributions as dist
@@ -40,7 +41,9 @@ class Stubborn(Nonlinear):
         with self.plate(y):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             assert z.dim() == 2
-            pyro.sample("y", dist.Normal(self.generator(z - 0.1 * z.sum(0) * (len(y) > 2)), 0.5).to_event(1), obs=y)
+            pyro.sample(
+                "y", dist.Normal(self.generator(z - 0.1 * z.sum(0) * (len(y) > 2)), 0.5).to_event(1), obs=y
+            )
 
 
 def test_a_loop_is_the_last_resort():
@@ -85,14 +88,18 @@ def padded_pair():
             if observe:
                 pyro.sample("y", dist.Normal(z, 1.0), obs=y.T)
 
-    return Pair.of(lambda y, lengths: program(y, lengths, True), lambda y, lengths: program(y, lengths, False))
+    return Pair.of(
+        lambda y, lengths: program(y, lengths, True), lambda y, lengths: program(y, lengths, False)
+    )
 
 
 def test_a_padded_datum_weighs_what_its_own_steps_weigh():
     pair, y = padded_pair(), torch.randn(5, 6)
     lengths = torch.tensor([1, 2, 3, 6, 6])
     whole = evidence.elbo(pair, (y, lengths), particles=20000)
-    exact = torch.stack([dist.Normal(0.0, 2**0.5).log_prob(row[:n]).sum() for row, n in zip(y, lengths, strict=True)])
+    exact = torch.stack(
+        [dist.Normal(0.0, 2**0.5).log_prob(row[:n]).sum() for row, n in zip(y, lengths, strict=True)]
+    )
     # KL(N(y/2, .64), N(y/2, .5)) a step is the gap.
     gap = lengths * dist.kl.kl_divergence(dist.Normal(0.0, 0.8), dist.Normal(0.0, 0.5**0.5))
     assert ((whole.value - (exact - gap)).abs() < 5.5 * whole.stderr).all()
@@ -128,8 +135,8 @@ def test_a_scale_within_a_datum_is_kept_by_elbo_and_refused_by_weights():
 
     pair, y = Pair.of(model, guide), torch.randn(4)
     value = evidence.elbo(pair, y, particles=4000)
-    exact = (
-        3 * (dist.Normal(0.7 * y, 1.0).log_prob(y) - 0.125) - dist.kl.kl_divergence(dist.Normal(0.7 * y, 0.5), dist.Normal(0.0, 1.0))
+    exact = 3 * (dist.Normal(0.7 * y, 1.0).log_prob(y) - 0.125) - dist.kl.kl_divergence(
+        dist.Normal(0.7 * y, 0.5), dist.Normal(0.0, 1.0)
     )
     assert ((value.value - exact).abs() < 5.5 * value.stderr).all()
     with pytest.raises(ValueError, match="'y' carries a scale within its datum"):
@@ -153,8 +160,14 @@ def test_a_subsampled_inner_plate_is_within_the_datum():
     y = torch.randn(4, 12)
     value = evidence.elbo(Pair.of(model, guide), y, particles=2)
     entropy = dist.Normal(0.0, 1e-9).entropy()
-    expected = 4 * dist.Normal(0.0, 1.0).log_prob(y[:, :3]).sum(1) + entropy + dist.Normal(0.0, 1.0).log_prob(torch.zeros(()))
-    torch.testing.assert_close(value.value, expected, atol=5.0, rtol=0)  # one draw of the entropy term has sd 0.7
+    expected = (
+        4 * dist.Normal(0.0, 1.0).log_prob(y[:, :3]).sum(1)
+        + entropy
+        + dist.Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    )
+    torch.testing.assert_close(
+        value.value, expected, atol=5.0, rtol=0
+    )  # one draw of the entropy term has sd 0.7
     with pytest.raises(ValueError, match="scale within its datum"):
         evidence.iwae(Pair.of(model, guide), y)
 
@@ -177,9 +190,17 @@ def plain_model(y, z="z", plate="data", size=None, scale=1.0, event=True, obs=Tr
         (lambda y: plain_model(y, scale=0.5), plain_guide, "site 'z' is scaled by 0.5"),
         (lambda y: plain_model(y, z="w"), plain_guide, "guide site 'z' is missing in the model"),
         (plain_model, lambda y: None, "model site 'z' is missing in the guide"),
-        (lambda y: plain_model(y, plate="rows"), plain_guide, "model site 'z' draws a latent outside the plate 'data'"),
+        (
+            lambda y: plain_model(y, plate="rows"),
+            plain_guide,
+            "model site 'z' draws a latent outside the plate 'data'",
+        ),
         (lambda y: plain_model(y, event=False), plain_guide, "observes nothing"),
-        (lambda y: plain_model(torch.zeros(7)), lambda y: plain_guide(torch.zeros(7)), "holds 7 data at guide site 'z', the batch 5"),
+        (
+            lambda y: plain_model(torch.zeros(7)),
+            lambda y: plain_guide(torch.zeros(7)),
+            "holds 7 data at guide site 'z', the batch 5",
+        ),
     ],
 )
 def test_what_is_no_bound_is_refused(model, guide, message):
@@ -207,7 +228,9 @@ def test_a_relaxed_guide_is_refused():
 
     def guide(y):
         with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), probs.expand(len(y), 2)))
+            pyro.sample(
+                "z", dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), probs.expand(len(y), 2))
+            )
 
     with pytest.raises(ValueError, match="hard counterpart"):
         evidence.elbo(Pair.of(model, guide), torch.randn(5))

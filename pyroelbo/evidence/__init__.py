@@ -1,4 +1,5 @@
-"""How large is ln p(y)? Lower bounds, exact values and estimates of the evidence of any pair, per datum, in nats."""
+"""How large is ln p(y)? Lower bounds, exact values and estimates of the evidence of any pair, per datum, in
+nats."""
 
 from pyroelbo.evidence.audit import audit
 from pyroelbo.evidence.bounds import elbo, iwae

@@ -18,12 +18,14 @@ _REFERENCES: dict[str, Callable[[Pair, Any], Bound]] = {"exact": exact, "quadrat
 
 
 def audit(pair: Pair, y: Any, *, particles: int = 64, references: Sequence[str] | None = None) -> Audit:
-    """How tight is the bound? ELBO and IWAE with ``particles`` draws each, beside a reference, per datum, in nats.
+    """How tight is the bound? ELBO and IWAE with ``particles`` draws each, beside a reference, per datum, in
+    nats.
 
-    ``references`` names what to hold them against, ``"exact"`` or ``"quadrature"`` or both; the gaps are taken from the first, and
-    one that the pair does not have raises :class:`~pyroelbo.evidence.Unavailable`. Left out, the exact evidence is used
-    where there is one, else quadrature for one or two continuous latent dimensions; the notes say what was not
-    possible and why. ``print(audit(pair, y))`` is a table. Cost: 2 ``particles`` evaluations a datum and the reference's.
+    ``references`` names what to hold them against, ``"exact"`` or ``"quadrature"`` or both; the gaps are
+    taken from the first, and one that the pair does not have raises :class:`~pyroelbo.evidence.Unavailable`.
+    Left out, the exact evidence is used where there is one, else quadrature for one or two continuous latent
+    dimensions; the notes say what was not possible and why. ``print(audit(pair, y))`` is a table. Cost: 2
+    ``particles`` evaluations a datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
     notes: list[str] = []
@@ -40,6 +42,8 @@ def audit(pair: Pair, y: Any, *, particles: int = 64, references: Sequence[str] 
         if references is None and found:
             break
     if not found:
-        notes.append("no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)")
+        notes.append(
+            "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
+        )
     bounds = [*found, elbo(pair, batch, particles), iwae(pair, batch, particles)]
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))

@@ -21,8 +21,9 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """The evidence lower bound of each datum, E_q[ln p(y, z) - ln q(z | y)] ≤ ln p(y), in nats, [B].
 
     The mean of ``particles`` draws, with its standard error (NaN for one draw). Scales within a datum
-    (subsampled inner plates, ``within_datum``) are kept: they are part of that datum's estimate. ``y`` is a batch: a tensor, a
-    tuple or a dict. Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: ``particles`` evaluations a datum.
+    (subsampled inner plates, ``within_datum``) are kept: they are part of that datum's estimate. ``y`` is a
+    batch: a tensor, a tuple or a dict. Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost:
+    ``particles`` evaluations a datum.
     """
     evaluator = Evaluator(pair, y)
     log_w = evaluator.draws(_count(particles)).log_weight.double()
@@ -35,12 +36,14 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
 
 @torch.no_grad()
 def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
-    """The importance-weighted bound of each datum, E ln (1/K) Σ_k p(y, z_k)/q(z_k | y) ≤ ln p(y), in nats, [B].
+    """The importance-weighted bound of each datum, E ln (1/K) Σ_k p(y, z_k)/q(z_k | y) ≤ ln p(y), in nats,
+    [B].
 
-    Weights are formed per datum, unscaled. One set of K = ``particles`` draws; the standard error is the delta method's, ``ess``
-    Kish's effective number of draws, ``k_hat`` the Pareto tail index: above 0.7 the standard error is not to be trusted and
-    a note says for how many data. Monotone in K; (1/K) Σ w itself is unbiased for p(y). Raises ValueError as
-    :class:`~pyroelbo.terms.Evaluator` says, and for pairs with a scale within the datum, whose weights would be wrong.
+    Weights are formed per datum, unscaled. One set of K = ``particles`` draws; the standard error is the
+    delta method's, ``ess`` Kish's effective number of draws, ``k_hat`` the Pareto tail index: above 0.7 the
+    standard error is not to be trusted and a note says for how many data. Monotone in K; (1/K) Σ w itself is
+    unbiased for p(y). Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says, and for pairs with a
+    scale within the datum, whose weights would be wrong.
 
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
     """
@@ -50,7 +53,11 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     value, stderr = log_mean_exp(log_w)
     k_hat = pareto_k_hat(log_w)
     bad = int((k_hat > 0.7).sum())
-    notes = (f"k-hat above 0.7 for {bad} of {evaluator.size} data: their errors are not to be trusted",) if bad else ()
+    notes = (
+        (f"k-hat above 0.7 for {bad} of {evaluator.size} data: their errors are not to be trusted",)
+        if bad
+        else ()
+    )
     return Bound(
         f"iwae-{particles}",
         value,

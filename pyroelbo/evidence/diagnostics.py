@@ -13,10 +13,11 @@ __all__ = ["pareto_k_hat"]
 def pareto_k_hat(log_w: Tensor) -> Tensor:
     """Tail index k of the importance weights over dimension 0: ``[K, *]`` to ``[*]``.
 
-    A generalized Pareto distribution is fitted to the largest min(K/5, 3√K) weights, with the weakly informative prior
-    that draws k towards 1/2. Below 1/2 the weights' variance is finite; above 0.7 (or 1 - 1/log10 K for few draws) the
-    estimate and its standard error mislead. NaN where fewer than five weights make the tail, where they tie, or all weights are zero; -inf where
-    the largest weights all lie within a thousandth of each other. Cost: O(K log K) for each datum.
+    A generalized Pareto distribution is fitted to the largest min(K/5, 3√K) weights, with the weakly
+    informative prior that draws k towards 1/2. Below 1/2 the weights' variance is finite; above 0.7 (or 1 -
+    1/log10 K for few draws) the estimate and its standard error mislead. NaN where fewer than five weights
+    make the tail, where they tie, or all weights are zero; -inf where the largest weights all lie within a
+    thousandth of each other. Cost: O(K log K) for each datum.
 
     Source: Zhang and Stephens (2009); Vehtari, Simpson, Gelman, Yao and Gabry (2024), appendix C.
     """
@@ -38,7 +39,8 @@ def pareto_k_hat(log_w: Tensor) -> Tensor:
 
 
 def _fit_tail(x: Tensor) -> Tensor:
-    """Posterior mean of k for sorted exceedances x [n, *], by Zhang and Stephens' profile quadrature over b = -k/sigma."""
+    """Posterior mean of k for sorted exceedances x [n, *], by Zhang and Stephens' profile quadrature over b =
+    -k/sigma."""
     n = x.shape[0]
     points = 30 + int(math.sqrt(n))
     grid = 1 - (points / (torch.arange(1, points + 1, dtype=x.dtype, device=x.device) - 0.5)).sqrt()

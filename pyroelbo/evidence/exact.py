@@ -1,4 +1,5 @@
-"""The evidence exactly: closed form or dynamic program where the pair has one, else enumeration of finite latents."""
+"""The evidence exactly: closed form or dynamic program where the pair has one, else enumeration of finite
+latents."""
 
 from __future__ import annotations
 
@@ -31,11 +32,12 @@ class Unavailable(ValueError):
 
 @torch.no_grad()
 def exact(pair: Pair, y: Any) -> Bound:
-    """ln p(y) of each datum, [B], in nats: ``pair.log_evidence`` for an :class:`ExactPair`, else by enumeration.
+    """ln p(y) of each datum, [B], in nats: ``pair.log_evidence`` for an :class:`ExactPair`, else by
+    enumeration.
 
-    Enumeration works for any pair all of whose latents are finite and discrete: their sum is taken in log space by
-    eliminating one latent after the other, so that chains and trees cost what their dynamic program costs. Raises
-    :class:`Unavailable` for continuous latents.
+    Enumeration works for any pair all of whose latents are finite and discrete: their sum is taken in log
+    space by eliminating one latent after the other, so that chains and trees cost what their dynamic program
+    costs. Raises :class:`Unavailable` for continuous latents.
     """
     batch = batches.to(batches.as_batch(y, "y"), pair.device)
     if isinstance(pair, ExactPair):
@@ -43,7 +45,8 @@ def exact(pair: Pair, y: Any) -> Bound:
             value = batches.call(pair.log_evidence, batch)
         if value.shape != (batches.size(batch),):
             raise ValueError(
-                f"{type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for {batches.size(batch)} data: it must give [B]"
+                f"{type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for "
+                f"{batches.size(batch)} data: it must give [B]"
             )
         cost = batches.size(batch)
     else:
@@ -57,7 +60,9 @@ def _enumerate(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
     if continuous:
         raise Unavailable(f"latent site {continuous[0]!r} has no finite set of values to sum over")
     refuse_scales(evaluator, "enumeration")
-    model = poutine.enum(config_enumerate(pair.model, default="parallel"), first_available_dim=-1 - evaluator.depth)
+    model = poutine.enum(
+        config_enumerate(pair.model, default="parallel"), first_available_dim=-1 - evaluator.depth
+    )
     with evaluation_mode(pair), unregistered(), pyro.validation_enabled(False):
         trace = prune_subsample_sites(batches.call(poutine.trace(model).get_trace, batch))
         for site in trace.nodes.values():
@@ -88,7 +93,7 @@ def _enumerate(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
 class _LogSpace(LogRing):
     """Sums of products term by term in log space: nothing underflows, however far apart the terms are."""
 
-    def sumproduct(self, terms: list[Tensor], dims: set[str]) -> Tensor:
+    def sumproduct(self, terms: list[Any], dims: set[str]) -> Tensor:
         terms = list(terms)
         for dim in list(dims):
             # The latent whose elimination makes the smallest table goes first.
@@ -97,16 +102,16 @@ class _LogSpace(LogRing):
             joined = packed.broadcast_all(*(t for t in terms if dim in t._pyro_dims))
             names = joined[0]._pyro_dims
             position = names.index(dim)
-            summed = logsumexp(sum(joined[1:], joined[0]), position)
+            summed: Any = logsumexp(sum(joined[1:], joined[0]), position)
             summed._pyro_dims = names.replace(dim, "")
             terms = [t for t in terms if dim not in t._pyro_dims] + [summed]
         joined = packed.broadcast_all(*terms)
-        total = sum(joined[1:], joined[0])
+        total: Any = sum(joined[1:], joined[0])
         total._pyro_dims = joined[0]._pyro_dims
         return total
 
 
-def _table(terms: list[Tensor], dim: str) -> int:
+def _table(terms: list[Any], dim: str) -> int:
     sizes: dict[str, int] = {}
     for term in terms:
         if dim in term._pyro_dims:

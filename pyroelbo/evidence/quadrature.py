@@ -27,14 +27,17 @@ _DRAWS = 128
 
 @torch.no_grad()
 def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
-    """ln ∫ p(y, z) dz of each datum over one or two continuous latent dimensions, an ``estimate`` in nats, [B].
+    """ln ∫ p(y, z) dz of each datum over one or two continuous latent dimensions, an ``estimate`` in nats,
+    [B].
 
-    Two rules that share no nodes. An *adaptive grid*: a box around prior and guide draws, narrowed around where the
-    integrand is, then doubled until two grids agree to ``tolerance`` (a datum that has agreed is not refined). *Gauss–Hermite*: nodes
-    centred on the guide's draws for the datum, recentred on the integrand's own mean and covariance, then doubled in the same way. The value is the
-    grid's; ``resolution`` is the two rules' absolute difference plus the grid's last change. Latents with a bounded support
-    are mapped to the whole line first. Raises :class:`Unavailable` for discrete latents or more than two
-    dimensions, ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: some 30,000 to 80,000 evaluations a datum in two dimensions, 5,000 in one.
+    Two rules that share no nodes. An *adaptive grid*: a box around prior and guide draws, narrowed around
+    where the integrand is, then doubled until two grids agree to ``tolerance`` (a datum that has agreed is
+    not refined). *Gauss–Hermite*: nodes centred on the guide's draws for the datum, recentred on the
+    integrand's own mean and covariance, then doubled in the same way. The value is the grid's; ``resolution``
+    is the two rules' absolute difference plus the grid's last change. Latents with a bounded support are
+    mapped to the whole line first. Raises :class:`Unavailable` for discrete latents or more than two
+    dimensions, ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: some 30,000 to 80,000 evaluations
+    a datum in two dimensions, 5,000 in one.
 
     Source: Naylor and Smith (1982) for the recentred Gauss–Hermite rule.
     """
@@ -44,7 +47,9 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     refuse_scales(evaluator, "quadrature")
     space = Unconstrained(evaluator)
     if space.dims not in (1, 2):
-        raise Unavailable(f"the latents of one datum have {space.dims} dimensions, quadrature takes one or two")
+        raise Unavailable(
+            f"the latents of one datum have {space.dims} dimensions, quadrature takes one or two"
+        )
     work = _Integrand(space)
     guide = space.unconstrain(evaluator.draws(_DRAWS).latents)
     prior = space.unconstrain(Evaluator(pair, y, with_guide=False).draws(_DRAWS).latents)
@@ -82,13 +87,17 @@ class _Integrand:
         for first in range(0, len(index), width):
             rows = index[first : first + width]
             block = nodes[:, first : first + width]
-            out = [self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows) for m in range(0, len(nodes), step)]
+            out = [
+                self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows)
+                for m in range(0, len(nodes), step)
+            ]
             columns.append(torch.cat(out).double())
         return torch.cat(columns, 1).nan_to_num(nan=-math.inf)
 
 
 def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """ln of the midpoint rule's sum and its last change, [B] each; ``seen`` [M, B, D] are points the first box must hold."""
+    """ln of the midpoint rule's sum and its last change, [B] each; ``seen`` [M, B, D] are points the first
+    box must hold."""
     seen, guide = seen.double(), guide.double()
     data, dims = seen.shape[1], seen.shape[2]
     low, high = seen.amin(0), seen.amax(0)
@@ -131,7 +140,9 @@ def _midpoints(low: Tensor, high: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Cell centres [points^D, b, D] of a grid over each datum's box, and the cell widths [b, D]."""
     step = (high - low) / points
     ticks = torch.arange(points, dtype=low.dtype, device=low.device) + 0.5
-    unit = torch.stack(torch.meshgrid(*[ticks] * low.shape[-1], indexing="ij"), -1).reshape(-1, 1, low.shape[-1])
+    unit = torch.stack(torch.meshgrid(*[ticks] * low.shape[-1], indexing="ij"), -1).reshape(
+        -1, 1, low.shape[-1]
+    )
     return low + unit * step, step
 
 
@@ -147,9 +158,9 @@ def _midpoint_sum(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, po
 
 
 def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: float) -> Tensor:
-    """ln of the Gauss–Hermite sum, [B]: around the guide's mean and as wide as the prior first, then recentred on the
-    integrand's moments and refined until two sums in a row agree. A tenth of the first covariance stays in, so
-    that a small mode far away is not lost."""
+    """ln of the Gauss–Hermite sum, [B]: around the guide's mean and as wide as the prior first, then
+    recentred on the integrand's moments and refined until two sums in a row agree. A tenth of the first
+    covariance stays in, so that a small mode far away is not lost."""
     guide, prior = guide.double(), prior.double()
     everyone = torch.arange(guide.shape[1], device=guide.device)
     mean = guide.mean(0)
@@ -158,7 +169,9 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     covariance = wide.clone()
     value = torch.full_like(mean[:, 0], -math.inf)
     open_rows = everyone
-    for points in (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384):
+    for points in (
+        (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384)
+    ):
         nodes, terms = _hermite_terms(work, mean, covariance, open_rows, points)
         finer = logsumexp(terms, 0)
         share = (terms - finer).exp().nan_to_num(nan=0.0)
@@ -193,8 +206,9 @@ def _cholesky(covariance: Tensor) -> Tensor:
 def _hermite_rule(points: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss–Hermite nodes and ln(weight) + x² within eleven standard deviations, |x| < 8.
 
-    The nodes are the zeros of the Hermite function ψ_n: first where its WKB phase says, then by Newton's method; and
-    weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) for each node, so that thousands of points are no matter.
+    The nodes are the zeros of the Hermite function ψ_n: first where its WKB phase says, then by Newton's
+    method; and weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) for each node, so that thousands of points are
+    no matter.
     """
     turning = math.sqrt(2 * points + 1)
     grid = np.linspace(0, min(8.2, turning * (1 - 1e-9)), 20_000)

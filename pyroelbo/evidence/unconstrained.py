@@ -16,7 +16,8 @@ __all__ = ["Unconstrained"]
 
 
 class Unconstrained:
-    """Maps latents {site: [K, *plates, B, *event]} to u [K, B, D] and back; ``density(u)`` is ln p(y, z(u)) + ln |dz/du|.
+    """Maps latents {site: [K, *plates, B, *event]} to u [K, B, D] and back; ``density(u)`` is ln p(y, z(u)) +
+    ln |dz/du|.
 
     Raises :class:`Unavailable` for discrete latents and for supports that differ from datum to datum.
     """
@@ -64,7 +65,9 @@ class Unconstrained:
 def _common_support(support: Any, name: str) -> Any:
     """The support with bounds that are one number each, for all data."""
     if isinstance(support, constraints.independent):
-        return constraints.independent(_common_support(support.base_constraint, name), support.reinterpreted_batch_ndims)
+        return constraints.independent(
+            _common_support(support.base_constraint, name), support.reinterpreted_batch_ndims
+        )
     bounds = {k: v for k, v in vars(support).items() if isinstance(v, Tensor)}
     if not bounds:
         return support

@@ -19,7 +19,8 @@ __all__ = ["PPCA", "REGISTRY", "VAE", "Entry", "GaussianMixture", "build", "load
 
 @dataclass(frozen=True)
 class Entry:
-    """``make(train or None, shape, levels, **settings)`` builds the pair; ``form(settings)`` is the form of data it takes."""
+    """``make(train or None, shape, levels, **settings)`` builds the pair; ``form(settings)`` is the form of
+    data it takes."""
 
     about: str
     make: Callable[..., Pair]
@@ -29,9 +30,23 @@ class Entry:
 
 
 REGISTRY: dict[str, Entry] = {
-    "vae": Entry("Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv", VAE.for_data, VAE.form_of, 50, 1e-3),
-    "ppca": Entry("probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2),
-    "mixture": Entry("Gaussian mixture, exact; guide=exact|encoder", GaussianMixture.for_data, lambda settings: "grey", 50, 1e-2),
+    "vae": Entry(
+        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv",
+        VAE.for_data,
+        VAE.form_of,
+        50,
+        1e-3,
+    ),
+    "ppca": Entry(
+        "probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2
+    ),
+    "mixture": Entry(
+        "Gaussian mixture, exact; guide=exact|encoder",
+        GaussianMixture.for_data,
+        lambda settings: "grey",
+        50,
+        1e-2,
+    ),
 }
 
 
@@ -42,7 +57,8 @@ def entry(name: str) -> Entry:
 
 
 def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
-    """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data where that helps."""
+    """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data
+    where that helps."""
     try:
         return entry(name).make(train, data.shape(dataset), data.levels(dataset), **settings)
     except TypeError as error:
@@ -52,12 +68,15 @@ def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) 
 def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
     """The pair of a run directory with its weights, and the run's configuration.
 
-    Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another pair.
+    Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another
+    pair.
     """
     run = RunDirectory(path)
     config = run.config()
     if "model" not in config:
-        raise ValueError(f"{path} does not say which model it trained: it was not started by `pyroelbo train`")
+        raise ValueError(
+            f"{path} does not say which model it trained: it was not started by `pyroelbo train`"
+        )
     pair = build(config["model"], config["data"], config["settings"])
     tensors, _ = run.load_weights()
     copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))

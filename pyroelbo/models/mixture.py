@@ -18,11 +18,12 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture(ExactPair):
     """p(z) = Categorical(π) over M components, p(y | z) = N(loc_z, diag scale_z²). Data [B, D].
 
-    ln p(y) = logsumexp_z [ln π_z + ln N(y; loc_z, diag scale_z²)] and p(z | y) are the responsibilities. ``guide="exact"``
-    draws from them; ``"encoder"`` is an amortized linear-softmax guide q(z | y). A scale never falls below ``floor``: without
-    one the likelihood of a component on a single datum has no upper end.
+    ln p(y) = logsumexp_z [ln π_z + ln N(y; loc_z, diag scale_z²)] and p(z | y) are the responsibilities.
+    ``guide="exact"`` draws from them; ``"encoder"`` is an amortized linear-softmax guide q(z | y). A scale
+    never falls below ``floor``: without one the likelihood of a component on a single datum has no upper end.
 
-    Parts: ``generator`` (logits [M], loc [M, D], log_scale [M, D]), ``encoder`` (amortized only). Cost: O(B·M·D).
+    Parts: ``generator`` (logits [M], loc [M, D], log_scale [M, D]), ``encoder`` (amortized only). Cost:
+    O(B·M·D).
     """
 
     form = "grey"
@@ -62,7 +63,9 @@ class GaussianMixture(ExactPair):
 
     def guide(self, y: Tensor) -> None:
         with pyro.plate(PLATE, len(y)):
-            pyro.sample("z", self.posterior(y) if self.encoder is None else dist.Categorical(logits=self.encoder(y)))
+            pyro.sample(
+                "z", self.posterior(y) if self.encoder is None else dist.Categorical(logits=self.encoder(y))
+            )
 
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln Σ_z π_z N(y; loc_z, diag scale_z²), [B], in nats."""
@@ -82,5 +85,7 @@ class GaussianMixture(ExactPair):
                 raise ValueError(f"{pair.components} components take at least as many data, got {len(train)}")
             with torch.no_grad():
                 pair.generator.loc.copy_(train[torch.randperm(len(train))[: pair.components]])
-                pair.generator.log_scale.copy_(train.std(0).clamp_min(0.05).log().expand_as(pair.generator.log_scale))
+                pair.generator.log_scale.copy_(
+                    train.std(0).clamp_min(0.05).log().expand_as(pair.generator.log_scale)
+                )
         return pair

@@ -1,4 +1,5 @@
-"""Probabilistic principal components: the linear Gaussian model whose evidence and posterior are closed forms."""
+"""Probabilistic principal components: the linear Gaussian model whose evidence and posterior are closed
+forms."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ __all__ = ["PPCA"]
 class PPCA(ExactPair):
     """p(z) = N(0, I), p(y | z) = N(W z + μ, σ² I), so p(y) = N(μ, W Wᵀ + σ² I). Data [B, D].
 
-    With M = Wᵀ W + σ² I the posterior is N(M⁻¹ Wᵀ (y - μ), σ² M⁻¹). ``guide="exact"`` draws from it; ``"mean_field"``
-    is an amortized Gaussian with diagonal covariance, linear in y, which cannot follow the posterior's correlations.
+    With M = Wᵀ W + σ² I the posterior is N(M⁻¹ Wᵀ (y - μ), σ² M⁻¹). ``guide="exact"`` draws from it;
+    ``"mean_field"`` is an amortized Gaussian with diagonal covariance, linear in y, which cannot follow the
+    posterior's correlations.
 
-    Parts: ``generator`` (weight [D, L], loc [D], log_scale), ``encoder`` (mean-field only). Cost: O(B·D·L + L³).
+    Parts: ``generator`` (weight [D, L], loc [D], log_scale), ``encoder`` (mean-field only). Cost: O(B·D·L +
+    L³).
 
     Source: Tipping and Bishop (1999), equations 6, 7, 14 and 15.
     """
@@ -36,7 +39,9 @@ class PPCA(ExactPair):
             raise ValueError(f"latent takes 1 to {dims} dimensions for data of {dims}, got {latent}")
         self.dims, self.latent_dims = dims, latent
         self.generator = nn.Module()
-        self.generator.register_parameter("weight", nn.Parameter(torch.randn(dims, latent) / math.sqrt(latent)))
+        self.generator.register_parameter(
+            "weight", nn.Parameter(torch.randn(dims, latent) / math.sqrt(latent))
+        )
         self.generator.register_parameter("loc", nn.Parameter(torch.zeros(dims)))
         self.generator.register_parameter("log_scale", nn.Parameter(torch.zeros(())))
         self.encoder: nn.Module | None = None
@@ -76,20 +81,27 @@ class PPCA(ExactPair):
     def posterior(self, y: Tensor) -> dist.MultivariateNormal:
         g = self.generator
         noise = (2 * g.log_scale).exp()
-        inner = g.weight.T @ g.weight + noise * torch.eye(self.latent_dims, dtype=noise.dtype, device=noise.device)
+        inner = g.weight.T @ g.weight + noise * torch.eye(
+            self.latent_dims, dtype=noise.dtype, device=noise.device
+        )
         root = torch.linalg.cholesky(inner)
         mean = torch.cholesky_solve(g.weight.T @ (self._check(y) - g.loc).T, root).T
-        return dist.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(noise * torch.cholesky_inverse(root)))
+        return dist.MultivariateNormal(
+            mean, scale_tril=torch.linalg.cholesky(noise * torch.cholesky_inverse(root))
+        )
 
     @torch.no_grad()
     def solve(self, y: Tensor) -> PPCA:
-        """Set the maximum likelihood parameters in closed form from the covariance's eigenvectors; returns self."""
+        """Set the maximum likelihood parameters in closed form from the covariance's eigenvectors; returns
+        self."""
         mean = self._check(y).mean(0)
         values, vectors = torch.linalg.eigh((y - mean).T @ (y - mean) / len(y))
         noise = values[: -self.latent_dims].mean() if self.latent_dims < self.dims else values[0] * 1e-3
         noise = noise.clamp_min(1e-8)
         self.generator.loc.copy_(mean)
-        self.generator.weight.copy_(vectors[:, -self.latent_dims :] * (values[-self.latent_dims :] - noise).clamp_min(0).sqrt())
+        self.generator.weight.copy_(
+            vectors[:, -self.latent_dims :] * (values[-self.latent_dims :] - noise).clamp_min(0).sqrt()
+        )
         self.generator.log_scale.copy_(0.5 * noise.log())
         return self
 

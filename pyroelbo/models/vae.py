@@ -29,12 +29,14 @@ LIKELIHOODS: dict[str, tuple[Callable[[int], int], str]] = {
 class VAE(Pair):
     """p(z) = N(0, I), p(y | z) by a decoder; q(z | y) = N(μ(y), diag s(y)²) by an encoder. Data [B, D], flat.
 
-    ``likelihood``: ``bernoulli`` (0 or 1), ``discretized_logistic`` and ``categorical`` (integers 0 … levels-1), ``l2`` and
-    ``l1`` (real pixels; the Gaussian and Laplace densities with their constants). The logistic's scale and the densities'
-    weight are learned, one number for all pixels; ``weight`` fixes the latter instead. ``network`` is ``mlp`` (of widths
-    ``hidden``) or ``conv`` (of ``channels``; needs ``shape`` = (height, width)).
+    ``likelihood``: ``bernoulli`` (0 or 1), ``discretized_logistic`` and ``categorical`` (integers 0 …
+    levels-1), ``l2`` and ``l1`` (real pixels; the Gaussian and Laplace densities with their constants). The
+    logistic's scale and the densities' weight are learned, one number for all pixels; ``weight`` fixes the
+    latter instead. ``network`` is ``mlp`` (of widths ``hidden``) or ``conv`` (of ``channels``; needs
+    ``shape`` = (height, width)).
 
-    Parts: ``generator``, ``encoder``. KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises ValueError for data that are not [B, D].
+    Parts: ``generator``, ``encoder``. KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises ValueError for data that
+    are not [B, D].
 
     Source: Kingma and Welling (2014).
     """
@@ -60,13 +62,22 @@ class VAE(Pair):
         if weight is not None and likelihood not in ("l1", "l2"):
             raise ValueError(f"weight belongs to the densities 'l1' and 'l2', not to {likelihood!r}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self.dims, self.latent, self.levels, self.likelihood = math.prod(self.shape), latent, levels, likelihood
+        self.dims, self.latent, self.levels, self.likelihood = (
+            math.prod(self.shape),
+            latent,
+            levels,
+            likelihood,
+        )
         per_pixel, self.form = LIKELIHOODS[likelihood]
         outputs = per_pixel(levels)
         self.generator = nn.Module()
         self.generator.add_module("decoder", self._decoder(network, hidden, channels, outputs))
         if likelihood in ("discretized_logistic", "l1", "l2"):
-            start = {"discretized_logistic": math.log(levels / 10), "l1": math.log(10.0), "l2": math.log(100.0)}[likelihood]
+            start = {
+                "discretized_logistic": math.log(levels / 10),
+                "l1": math.log(10.0),
+                "l2": math.log(100.0),
+            }[likelihood]
             value = torch.tensor(start if weight is None else math.log(weight))
             if weight is None:
                 self.generator.register_parameter("log_weight", nn.Parameter(value))
@@ -89,7 +100,9 @@ class VAE(Pair):
 
     def _scaled(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.shape[-1] != self.dims:
-            raise ValueError(f"y has shape {tuple(y.shape)}: this VAE takes [B, {self.dims}], images flattened")
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}: this VAE takes [B, {self.dims}], images flattened"
+            )
         y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
         return y / (self.levels - 1) if self.form == "bytes" else y
 

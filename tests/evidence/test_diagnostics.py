@@ -8,7 +8,8 @@ from pyroelbo.evidence import pareto_k_hat
 
 
 def arviz_k(log_w):
-    """The same quantity from arviz, whose 1.x line wants the draws last and takes the log weights' sign reversed."""
+    """The same quantity from arviz, whose 1.x line wants the draws last and takes the log weights' sign
+    reversed."""
     try:
         from arviz import psislw
     except ImportError:

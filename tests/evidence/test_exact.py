@@ -48,7 +48,9 @@ def test_a_long_chain_needs_no_table_of_all_paths():
     value = evidence.exact(chain(first, following, 40), y).value
     alpha = first + dist.Normal(torch.arange(4.0), 0.5).log_prob(y[:, :1])
     for t in range(1, 40):
-        alpha = torch.logsumexp(alpha[:, :, None] + following, 1) + dist.Normal(torch.arange(4.0), 0.5).log_prob(y[:, t : t + 1])
+        alpha = torch.logsumexp(alpha[:, :, None] + following, 1) + dist.Normal(
+            torch.arange(4.0), 0.5
+        ).log_prob(y[:, t : t + 1])
     torch.testing.assert_close(value, alpha.logsumexp(-1))
 
 
@@ -84,7 +86,10 @@ def test_inner_plates_multiply():
     for k, log_pk in enumerate((math.log(0.2), math.log(0.8))):
         p = (0.3, 0.6)[k]
         step = torch.logsumexp(
-            torch.stack([math.log(q) + dist.Normal(j + 2.0 * k, 1.0).log_prob(y) for j, q in ((0, 1 - p), (1, p))]), 0
+            torch.stack(
+                [math.log(q) + dist.Normal(j + 2.0 * k, 1.0).log_prob(y) for j, q in ((0, 1 - p), (1, p))]
+            ),
+            0,
         )
         total.append(log_pk + step.sum(1))
     value = evidence.exact(Pair.of(model, lambda y: None), y).value

@@ -36,7 +36,9 @@ def test_agrees_with_ppca(latent):
 
 def test_a_bounded_support_is_mapped_to_the_line():
     counts = pair_of(
-        lambda y: dist.Gamma(torch.full_like(y, 2.0), 1.0), dist.Poisson, lambda y: dist.Gamma(1.5 + y, torch.full_like(y, 2.0))
+        lambda y: dist.Gamma(torch.full_like(y, 2.0), 1.0),
+        dist.Poisson,
+        lambda y: dist.Gamma(1.5 + y, torch.full_like(y, 2.0)),
     )
     y = torch.tensor([0.0, 3.0, 11.0])
     exact = dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(y)
@@ -104,7 +106,9 @@ def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="3 dimensions"):
         evidence.quadrature(PPCA(4, 3), torch.randn(2, 4))
     discrete = pair_of(
-        lambda y: dist.Categorical(torch.ones(len(y), 2)), lambda z: dist.Normal(z.double(), 1.0), lambda y: dist.Categorical(torch.ones(len(y), 2))
+        lambda y: dist.Categorical(torch.ones(len(y), 2)),
+        lambda z: dist.Normal(z.double(), 1.0),
+        lambda y: dist.Categorical(torch.ones(len(y), 2)),
     )
     with pytest.raises(evidence.Unavailable, match="'z' is discrete"):
         evidence.quadrature(discrete, torch.randn(3))
