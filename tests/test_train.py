@@ -64,7 +64,7 @@ def test_enumeration_in_the_loss():
     make, draw = TABLE["mixture"]
     mixture, y = make(), draw(12)
     pair = Pair.of(pyro.infer.config_enumerate(mixture.model, "parallel"), lambda y: None)
-    before = -float(mixture.log_evidence(y).mean())
+    before = -float(mixture.log_evidence(y).mean().detach())
     run = quiet(pair, y, objective="enum", epochs=1, batch_size=12)
     assert run.losses[0] == pytest.approx(before)
 
