@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroelbo.distributions._recursions import Problem, Solution, best_path, draw_paths, log_partition, solve
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
     check_finite_or_minus_inf,
@@ -67,6 +68,7 @@ class LinearChain(StructuredDistribution):
         if lengths is not None:
             shapes.append(lengths.shape)
         batch_shape = torch.broadcast_shapes(*shapes)
+        self._solution: Solution | None = None
         self.lengths = lengths if lengths is None else lengths.expand(batch_shape)
         super().__init__(
             ChainParts(initial, transition, observation), batch_shape, (steps,), validate_args=validate_args
@@ -86,6 +88,7 @@ class LinearChain(StructuredDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LinearChain:
         new: Any = super().expand(batch_shape)
+        new._solution = None
         if self.lengths is not None:
             new.lengths = self.lengths.expand(new.batch_shape)
         return new
@@ -100,6 +103,40 @@ class LinearChain(StructuredDistribution):
                 moved if self.lengths is None else torch.where((t < self.lengths)[..., None], moved, alpha)
             )
         return semiring.sum(alpha, -1)
+
+    # ---- the fast recursions, in flat shapes
+
+    def _flat(self, parts: tuple[Tensor, ...]) -> Problem:
+        rank, rows = len(self.batch_shape), self.batch_shape.numel()
+
+        def flat(x: Tensor, whole: bool = False) -> Tensor:
+            event = x.shape[rank:]
+            if not whole and x.shape[:rank].numel() == 1:
+                return x.reshape(1, *event)
+            return x.expand(*self.batch_shape, *event).reshape(rows, *event)
+
+        initial, transition, observation = parts
+        if self.homogeneous:
+            transition = transition.unsqueeze(-3)
+        if self.lengths is None:
+            lengths = torch.full((rows,), self.event_shape[0], device=observation.device)
+        else:
+            lengths = self.lengths.reshape(rows)
+        return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
+
+    def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
+        solution = self._solution if parts is self.potentials else None
+        return log_partition(self._flat(parts), solution).reshape(self.batch_shape)
+
+    def _mode(self) -> Tensor:
+        return best_path(self._flat(self.potentials)).reshape(self.batch_shape + self.event_shape)
+
+    def _draw(self, sample_shape: torch.Size) -> Tensor:
+        if self._solution is None:
+            self._solution = solve(self._flat(self.potentials), keep=True)
+        flat = (sample_shape.numel(), self.batch_shape.numel(), *self.event_shape)
+        uniform = torch.rand(flat, dtype=torch.float64, device=self.potentials[0].device)
+        return draw_paths(self._solution, uniform).reshape(self._extended_shape(sample_shape))
 
     def _inside(self, like: Tensor) -> Tensor:
         """[*B, T] ones where a step lies within its sequence."""

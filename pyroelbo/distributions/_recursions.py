@@ -1,0 +1,397 @@
+"""Sums over chains: scaled recursions that know when to distrust themselves, and the exact ones behind them.
+
+A scaled recursion works with exponentials, normalized at each step. It loses a path whose share of the mass
+falls below the smallest number, and says nothing: wrong where that path overtakes later, or is the only one.
+So
+
+1. entries are watched: where none came near the smallest number at any step, nothing was lost (rounding
+apart); 2. otherwise, in float64, the recursion is run again with every entry lifted to at least 1e-290, an
+upper bound that
+   includes all that could have been lost; where both agree, nothing that matters was lost;
+3. the sequences still in doubt are computed in log space.
+
+All shapes here are flat: ``initial [I,S]``, ``transition [A,U,S,S]``, ``observation [B,T,S]``, ``lengths
+[B]``, with I and A in {1, B}, U in {1, T-1}.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroelbo.numerics import logsumexp
+from pyroelbo.semiring import choose
+
+__all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
+
+_LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The compiled loops, where numba is installed."""
+    try:
+        from pyroelbo.distributions import _kernels
+    except ImportError:
+        return None
+    return _kernels
+
+
+def kernels(x: Tensor) -> Any:
+    return _compiled() if x.device.type == "cpu" else None
+
+
+class Problem(NamedTuple):
+    """Log potentials of a batch of chains, flat as in the module's text."""
+
+    initial: Tensor
+    transition: Tensor
+    observation: Tensor
+    lengths: Tensor
+
+    def take(self, rows: Tensor) -> Problem:
+        def pick(x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else x[rows]
+
+        return Problem(pick(self.initial), pick(self.transition), self.observation[rows], self.lengths[rows])
+
+
+class Expected(NamedTuple):
+    """Gradients of Σ_b grad_b ln Z_b with respect to the three potentials."""
+
+    initial: Tensor
+    transition: Tensor
+    observation: Tensor
+
+
+class Scaled(NamedTuple):
+    """A scaled forward pass of exponentials: ``alpha [B,T,S]`` and ``scale [B,T]`` (empty unless kept), and
+    ln Z."""
+
+    problem: Problem
+    alpha: Tensor
+    scale: Tensor
+    log_z: Tensor
+
+    def take(self, rows: Tensor) -> Scaled:
+        return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
+
+    def expected(self, grad: Tensor, apart: bool) -> Expected:
+        _, transition, weight, lengths = self.problem
+        gamma, flow = _backward(_turned(transition), weight, lengths, self.alpha, self.scale)
+        grad = grad.to(gamma.dtype)[:, None, None]
+        gamma *= grad
+        flow *= grad
+        states = gamma.shape[-1]
+        if transition.shape[1] != 1:
+            steps = self.alpha[:, :-1, :, None] * flow[:, 1:, None, :] * transition
+        elif apart:
+            steps = (self.alpha[:, :-1].transpose(1, 2) @ flow[:, 1:]).unsqueeze(1) * transition
+        else:
+            # flow is zero at each first step, so that rows may follow one another without a seam
+            flat = self.alpha.reshape(-1, states)[:-1].T @ flow.reshape(-1, states)[1:]
+            steps = flat * transition
+        return Expected(gamma[:, 0], steps, gamma)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        _, transition, _, lengths = self.problem
+        run = kernels(uniform)
+        if run is None:
+            return _draw(self.alpha.log(), transition.log(), lengths, uniform)
+        z = torch.empty(uniform.shape, dtype=torch.long)
+        run.draw(*_arrays(_turned(transition), self.alpha, lengths, uniform, z))
+        return z
+
+
+class Exact(NamedTuple):
+    """A forward pass in log space: ``alpha [B,T,S]`` is the log weight of all prefixes that end in a
+    state."""
+
+    problem: Problem
+    alpha: Tensor
+    log_z: Tensor
+
+    def expected(self, grad: Tensor, apart: bool) -> Expected:
+        _, transition, observation, lengths = self.problem
+        rows, steps, _ = observation.shape
+        possible = (self.log_z > -math.inf)[:, None]
+        log_z = torch.where(possible, self.log_z[:, None], 0.0)
+        grad = grad.to(log_z.dtype)[:, None]
+        gamma = torch.zeros_like(observation)
+        count = observation.new_zeros(rows, *transition.shape[1:])
+        beta = torch.zeros_like(observation[:, 0])
+        for t in range(steps - 1, -1, -1):
+            inside = (lengths > t)[:, None]
+            beta = torch.where((lengths == t + 1)[:, None], 0.0, beta)
+            share = (self.alpha[:, t] + beta - log_z).exp()
+            gamma[:, t] = torch.where(inside & possible, share, 0.0) * grad
+            if t > 0:
+                u = min(t - 1, transition.shape[1] - 1)
+                onward = transition[:, u] + torch.where(inside, observation[:, t] + beta, -math.inf)[:, None]
+                pair = (self.alpha[:, t - 1, :, None] + onward - log_z[..., None]).exp()
+                count[:, u] += torch.where(possible[..., None], pair, 0.0) * grad[..., None]
+                beta = logsumexp(onward, -1)
+        if not apart:
+            count = count.sum(0, keepdim=True)
+        return Expected(gamma[:, 0], count, gamma)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        return _draw(self.alpha, self.problem.transition, self.problem.lengths, uniform)
+
+
+class Solution(NamedTuple):
+    """Forward passes of a batch: which rows, and the pass that they were done by; rows None means all."""
+
+    log_z: Tensor
+    passes: list[tuple[Tensor | None, Scaled | Exact]]
+
+
+def solve(problem: Problem, keep: bool) -> Solution:
+    """ln Z of each sequence; with ``keep`` also what gradients and samples need. O(B·T·S²) time, O(B·T·S)
+    memory.
+    """
+    observation = problem.observation
+    wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
+    log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
+    passes: list[tuple[Tensor | None, Scaled | Exact]] = []
+    pending: Tensor | None = None
+    for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
+        part = problem if pending is None else problem.take(pending)
+        scaled, trusted = _scaled(part, dtype, keep)
+        if bool(trusted.all()):
+            return _finish(log_z, passes, pending, scaled)
+        good = trusted.nonzero().squeeze(-1)
+        if len(good):
+            rows = good if pending is None else pending[good]
+            log_z[rows] = scaled.log_z[good]
+            passes.append((rows, scaled.take(good) if keep else scaled))
+        left = (~trusted).nonzero().squeeze(-1)
+        pending = left if pending is None else pending[left]
+    assert pending is not None
+    return _finish(log_z, passes, pending, _exact(problem.take(pending), keep))
+
+
+def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exact) -> Solution:
+    if rows is None:
+        return Solution(last.log_z, [(None, last)])
+    log_z[rows] = last.log_z
+    return Solution(log_z, [*passes, (rows, last)])
+
+
+def _scaled(problem: Problem, dtype: torch.dtype, keep: bool) -> tuple[Scaled, Tensor]:
+    """The scaled pass, and which rows of it can be trusted."""
+    lengths = problem.lengths
+    initial, top_initial = _exponential(problem.initial, dtype)
+    step = problem.transition
+    if len(step) > 1 and step.stride(0) == 0:
+        step = step[:1]
+    transition, top = _exponential(step.flatten(2), dtype)
+    weight, tops = _exponential(problem.observation, dtype)
+    offset = _within(tops, lengths) + top_initial
+    offset = offset + (top[:, 0] * (lengths - 1) if top.shape[1] == 1 else _within(top, lengths - 1))
+    powers = Problem(initial, transition.view(step.shape), weight, lengths)
+    total, least, alpha, scale = _forward(powers, 0.0, keep)
+    trusted = least >= _LEAST[dtype]
+    if dtype == torch.float64 and not bool(trusted.all()):
+        rows = (~trusted).nonzero().squeeze(-1)
+        upper = _forward(powers.take(rows), _LEAST[dtype], False)[0]
+        trusted[rows] = upper - total[rows] <= 1e-12 * total[rows].abs().clamp(min=1.0)
+    return Scaled(powers, alpha, scale, total + offset), trusted
+
+
+def _turned(transition: Tensor) -> Tensor:
+    return transition.transpose(-1, -2).contiguous()
+
+
+def _within(x: Tensor, lengths: Tensor) -> Tensor:
+    """Σ over the first ``lengths`` entries of each row."""
+    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(inside, x, 0.0).sum(-1)
+
+
+def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
+    run = kernels(x)
+    if run is None:
+        peak = x.amax(-1, keepdim=True)
+        peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
+        return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
+    x = x.contiguous()
+    out, peak = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float64)
+    run.shift(*_arrays(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), peak.view(-1)))
+    return out.exp_(), peak
+
+
+def _arrays(*tensors: Tensor) -> list:
+    return [x.numpy() for x in tensors]
+
+
+def _forward(powers: Problem, floor: float, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ln Z of the exponentials, the least entry met, and with ``keep`` alpha and scale; see
+    ``_kernels.forward``.
+    """
+    initial, transition, weight, lengths = powers
+    rows, steps, states = weight.shape
+    run = kernels(weight)
+    if run is not None:
+        alpha = weight.new_zeros((rows, steps, states) if keep else (0, 0, 0))
+        scale = weight.new_ones((rows, steps) if keep else (0, 0))
+        total, least = torch.empty(2, rows, dtype=torch.float64).unbind()
+        run.forward(*_arrays(*powers), floor, keep, *_arrays(alpha, scale, total, least))
+        return total, least, alpha, scale
+    alphas, scales, lows = [], [], []
+    alpha = initial
+    for t in range(steps):
+        if t > 0:
+            step = transition[:, min(t - 1, transition.shape[1] - 1)]
+            alpha = alpha @ step[0] if step.shape[0] == 1 else (alpha.unsqueeze(-2) @ step).squeeze(-2)
+        alpha = (alpha * weight[:, t]).clamp_(min=floor)
+        lows.append(alpha.amin(-1))
+        scales.append(alpha.sum(-1))
+        alpha = alpha / scales[-1].clamp(min=torch.finfo(alpha.dtype).tiny).unsqueeze(-1)
+        if keep:
+            alphas.append(alpha)
+    inside = torch.arange(steps, device=weight.device) < lengths[:, None]
+    scale = torch.where(inside, torch.stack(scales, 1), 1.0)
+    least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
+    kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
+    return scale.double().log().sum(-1), least, kept, scale
+
+
+def _backward(
+    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The posterior of each state and the backward flow, ``[B,T,S]`` each; see ``_kernels.backward``."""
+    run = kernels(weight)
+    if run is not None:
+        gamma, flow = torch.empty_like(weight), torch.empty_like(weight)
+        run.backward(*_arrays(turned, weight, lengths, alpha, scale, gamma, flow))
+        return gamma, flow
+    flow = torch.zeros_like(weight)
+    gamma = torch.zeros_like(weight)
+    beta = torch.ones_like(weight[:, 0])
+    for t in range(weight.shape[1] - 1, -1, -1):
+        beta = torch.where((lengths == t + 1).unsqueeze(-1), 1.0, beta)
+        gamma[:, t] = alpha[:, t] * beta
+        if t > 0:
+            out = torch.where((lengths > t).unsqueeze(-1), weight[:, t] * beta / scale[:, t, None], 0.0)
+            flow[:, t] = out
+            step = turned[:, min(t - 1, turned.shape[1] - 1)]
+            beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
+    return gamma, flow
+
+
+def _exact(problem: Problem, keep: bool) -> Exact:
+    problem = Problem(problem[0].double(), problem[1].double(), problem[2].double(), problem[3])
+    initial, transition, observation, lengths = problem
+    alpha = initial + observation[:, 0]
+    kept = [alpha]
+    for t in range(1, observation.shape[1]):
+        step = transition[:, min(t - 1, transition.shape[1] - 1)]
+        moved = logsumexp(alpha.unsqueeze(-1) + step, -2) + observation[:, t]
+        alpha = torch.where((lengths > t).unsqueeze(-1), moved, alpha)
+        if keep:
+            kept.append(alpha)
+    return Exact(problem, torch.stack(kept, 1) if keep else alpha, logsumexp(alpha, -1))
+
+
+def _draw(alpha: Tensor, transition: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
+    """Backward sampling from log filters: ``[N,B,T]`` by inversion of uniform numbers of that shape."""
+    steps = alpha.shape[1]
+    rows = torch.arange(alpha.shape[0], device=alpha.device)
+    uniform = uniform.to(alpha.dtype)
+    z = torch.zeros(uniform.shape, dtype=torch.long, device=alpha.device)
+    for t in range(steps - 1, -1, -1):
+        weight = alpha[:, t].expand(len(uniform), -1, -1)
+        if t + 1 < steps:
+            step = transition[:, min(t, transition.shape[1] - 1)]
+            into = step[rows if step.shape[0] > 1 else 0, :, z[..., t + 1]]
+            weight = torch.where((lengths > t + 1).unsqueeze(-1), weight + into, weight)
+        z[..., t] = torch.where(lengths > t, choose(weight, uniform[..., t]), 0)
+    return z
+
+
+def draw_paths(solution: Solution, uniform: Tensor) -> Tensor:
+    """Exact samples ``[N,B,T]`` of a kept solution, by inversion of ``uniform [N,B,T]``."""
+    z = torch.empty(uniform.shape, dtype=torch.long, device=uniform.device)
+    for rows, done in solution.passes:
+        if rows is None:
+            return done.draw(uniform)
+        z[:, rows] = done.draw(uniform[:, rows].contiguous())
+    return z
+
+
+def best_path(problem: Problem) -> Tensor:
+    """A most probable path ``[B,T]``, the first among equals at each step. O(B·T·S²) time, O(B·T·S)
+    memory.
+    """
+    initial, transition, observation, lengths = problem
+    rows, steps, _ = observation.shape
+    turned = _turned(transition)
+    run = kernels(observation)
+    if run is not None:
+        z = torch.empty(rows, steps, dtype=torch.long)
+        arrays = [x.contiguous() for x in (initial, transition, turned, observation, lengths)]
+        run.viterbi(*_arrays(*arrays, torch.empty(observation.shape, dtype=observation.dtype), z))
+        return z
+    z = torch.zeros(rows, steps, dtype=torch.long, device=observation.device)
+    delta = [initial + observation[:, 0]]
+    for t in range(1, steps):
+        step = turned[:, min(t - 1, turned.shape[1] - 1)]
+        delta.append((delta[-1].unsqueeze(-2) + step).amax(-1) + observation[:, t])
+    each = torch.arange(rows, device=observation.device)
+    for t in range(steps - 1, -1, -1):
+        score = delta[t].expand_as(observation[:, 0])
+        if t + 1 < steps:
+            step = turned[:, min(t, turned.shape[1] - 1)]
+            into = step[each if step.shape[0] > 1 else 0, z[:, t + 1]]
+            score = torch.where((lengths > t + 1).unsqueeze(-1), score + into, score)
+        z[:, t] = torch.where(lengths > t, score.argmax(-1), 0)
+    return z
+
+
+class _LogPartition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, initial, transition, observation, lengths, solution):
+        problem = Problem(initial, transition, observation, lengths)
+        if solution is None:
+            solution = solve(problem, keep=any(ctx.needs_input_grad))
+        ctx.passes = solution.passes
+        ctx.save_for_backward(initial, transition, observation, lengths)
+        return solution.log_z.to(observation.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        problem = Problem(*ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            # a second derivative is wanted: the same numbers, from a scan that autograd can follow
+            value = _exact(problem, False).log_z.to(grad.dtype)
+            inputs = [x for x, needed in zip(problem[:3], ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+        total = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in problem[:3]]
+        for rows, done in ctx.passes:
+            found = done.expected(
+                grad if rows is None else grad[rows], apart=len(problem.transition) == len(grad)
+            )
+            for out, part in zip(total, found, strict=True):
+                part = part.to(out.dtype)
+                if out.shape[0] < len(grad):
+                    out += part.sum(0, keepdim=True)
+                elif rows is None:
+                    out.copy_(part)
+                else:
+                    out[rows] = part
+        return *total, None, None
+
+
+def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:
+    """ln Z ``[B]``, differentiable as often as wanted; ``solution`` may hold the kept forward pass
+    already.
+    """
+    return _LogPartition.apply(*problem, solution)
