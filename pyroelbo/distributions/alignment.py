@@ -99,7 +99,9 @@ class Alignment(StructuredDistribution):
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         _, skip, end = self._lattice
         states = torch.arange(end.shape[-1], device=end.device)
-        move, start = (semiring.lift(_log_indicator(x, end.dtype).expand_as(end)) for x in (states > 0, states < 2))
+        move, start = (
+            semiring.lift(_log_indicator(x, end.dtype).expand_as(end)) for x in (states > 0, states < 2)
+        )
         skip, end = semiring.lift(skip), semiring.lift(end)
         emission = self._at_states(parts[0])
         alpha = semiring.mul(start, emission[..., 0, :])
@@ -142,7 +144,8 @@ class Alignment(StructuredDistribution):
         alpha = _alpha(self._at_states(self.potentials[0].detach()).double(), skip.double())
         shape = sample_shape + self.batch_shape
         rows = [
-            torch.arange(n, device=end.device).view(-1, *(1,) * (len(shape) - 1 - d)) for d, n in enumerate(shape)
+            torch.arange(n, device=end.device).view(-1, *(1,) * (len(shape) - 1 - d))
+            for d, n in enumerate(shape)
         ][len(sample_shape) :]
         z = torch.zeros(*shape, self.event_shape[0], dtype=torch.long, device=end.device)
         state = torch.zeros(shape, dtype=torch.long, device=end.device)
@@ -154,7 +157,9 @@ class Alignment(StructuredDistribution):
             before = state - choose(ways, torch.rand(shape, dtype=ways.dtype, device=end.device))
             last = (alpha[..., t, :] + end).expand(*shape, -1)
             ending = choose(last, torch.rand(shape, dtype=last.dtype, device=end.device))
-            state = torch.where(t == self.lengths - 1, ending, torch.where(t < self.lengths - 1, before, state))
+            state = torch.where(
+                t == self.lengths - 1, ending, torch.where(t < self.lengths - 1, before, state)
+            )
             z[..., t] = torch.where(t < self.lengths, symbol[(*rows, state)], 0)
         return z
 
@@ -211,7 +216,9 @@ def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
         occupied[..., t, :] = alpha[..., t, :] + beta
         after = beta + scores[..., t, :]
     possible = (value > -math.inf)[..., None, None]
-    share = torch.where(possible, occupied - torch.where(possible, value[..., None, None], 0.0), -math.inf).exp()
+    share = torch.where(
+        possible, occupied - torch.where(possible, value[..., None, None], 0.0), -math.inf
+    ).exp()
     share = share * q._within[..., None]
     index = symbol.unsqueeze(-2).expand(share.shape)
     return value, torch.zeros_like(emission, dtype=share.dtype).scatter_add_(-1, index, share)
