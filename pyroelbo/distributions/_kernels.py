@@ -1,8 +1,8 @@
 """Compiled loops of the chain recursions; imported only where numba is installed.
 
-Arrays: ``weight [B,T,S]`` and ``transition [A,U,S,S]`` (from, to) hold exponentials, A in {1, B} and U in
-{1, T-1}. Rows are sequences. Where they share their transitions, four go together, so that a matrix is read
-once for four of them; this beats BLAS on such thin products.
+Log potentials come as in ``_recursions``; ``weight [B,T,S]`` and ``powers [A,U,S,S]`` (from, to) are their
+exponentials, divided by the largest of each time or matrix. Where sequences share their transitions, four go
+together, so that a matrix is read once for four of them; this beats BLAS on such thin products.
 """
 
 from __future__ import annotations
@@ -10,25 +10,93 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 # NaN and infinity keep their meaning; only the order of a sum is free
-_compile = njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+_ORDER = {"contract", "reassoc", "nsz"}
+_compile = njit(cache=True, fastmath=_ORDER)
 _compile_max = njit(cache=True, fastmath={"nnan", "nsz"})
+_PIECE = 4096
+
+
+def _exponential(x, spare):
+    """x = exp(x) in place for x <= 0, in a form that compilers turn into vector code; zero below the normal
+    range.
+    """
+
+
+# no free order here: rounding by adding and subtracting a large number must not be simplified away
+@overload(_exponential, jit_options={"fastmath": {"contract", "nsz"}})
+def _(x, spare):
+    if x.dtype == types.float32:
+        low32, magic32 = np.float32(-87.0), np.float32(12582912.0)
+        high32, rest32 = np.float32(0.693359375), np.float32(-2.12194440e-4)
+        rate32, one32, zero32 = np.float32(1.4426950408889634), np.float32(1), np.float32(0)
+        c2, c3, c4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
+        c5, c6, c7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
+
+        def run32(x, spare):
+            bits, shift = x.view(np.int32), spare.view(np.int32)
+            for j in range(x.shape[0]):
+                ok = x[j] > low32
+                y = x[j] if ok else low32
+                z = y * rate32 + magic32
+                n = z - magic32
+                r = (y - n * high32) - n * rest32
+                p = ((((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2) * r + one32) * r + one32
+                spare[j] = z if ok else magic32
+                x[j] = p if ok else zero32
+            for j in range(x.shape[0]):
+                bits[j] += shift[j] << np.int32(23)
+
+        return run32
+
+    low, magic = -708.0, 6755399441055744.0
+    high, rest = 6.93145751953125e-1, 1.42860682030941723212e-6
+    rate = 1.4426950408889634
+    c = tuple(1.0 / math.factorial(n) for n in range(13))
+
+    def run(x, spare):
+        bits, shift = x.view(np.int64), spare.view(np.int64)
+        for j in range(x.shape[0]):
+            ok = x[j] > low
+            y = x[j] if ok else low
+            z = y * rate + magic
+            n = z - magic
+            r = (y - n * high) - n * rest
+            p = ((((c[12] * r + c[11]) * r + c[10]) * r + c[9]) * r + c[8]) * r + c[7]
+            p = ((((p * r + c[6]) * r + c[5]) * r + c[4]) * r + c[3]) * r + c[2]
+            p = (p * r + 1.0) * r + 1.0
+            spare[j] = z if ok else magic
+            x[j] = p if ok else 0.0
+        for j in range(x.shape[0]):
+            bits[j] += shift[j] << 52
+
+    return run
 
 
 @_compile
-def shift(x, out, peak):
-    """out = x - peak with the row's largest finite entry as peak (0 where the whole row is -inf)."""
-    for n in range(x.shape[0]):
-        top = x[n, 0]
-        for j in range(1, x.shape[1]):
-            top = max(top, x[n, j])
-        if top == -math.inf:
-            top = x.dtype.type(0)
-        peak[n] = top
-        for j in range(x.shape[1]):
-            out[n, j] = x[n, j] - top
+def _powers(x, out, spare):
+    """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
+    is).
+    """
+    top = x[0]
+    broken = False
+    for j in range(x.shape[0]):
+        top = max(top, x[j])
+        broken |= x[j] != x[j]
+    if broken:
+        return math.nan
+    if top == -math.inf:
+        out[:] = 0
+        return 0.0
+    for j in range(x.shape[0]):
+        out[j] = x[j] - top
+    for start in range(0, x.shape[0], _PIECE):
+        piece = out[start : start + _PIECE]
+        _exponential(piece, spare[: piece.shape[0]])
+    return float(top)
 
 
 @_compile
@@ -100,54 +168,113 @@ def _absorb(moved, weight, floor, out):
 
 
 @_compile
-def forward(initial, transition, weight, lengths, floor, keep, alpha, scale, total, least):
-    """Scaled forward pass: fills ``total [B]`` (the log of the sum), ``least [B]``; with ``keep`` alpha and
-    scale.
+def _weights(observation, out, spare):
+    """out = exp(observation - top) where top is the largest of each row; returns the sum of the tops."""
+    steps, size = observation.shape
+    offset = 0.0
+    for t in range(steps):
+        top = observation[t, 0]
+        broken = False
+        for j in range(size):
+            top = max(top, observation[t, j])
+            broken |= observation[t, j] != observation[t, j]
+        if broken:
+            offset = math.nan
+        elif top > -math.inf:
+            offset += top
+        else:
+            top = observation.dtype.type(0)
+        for j in range(size):
+            out[t * size + j] = observation[t, j] - top
+    for start in range(0, steps * size, _PIECE):
+        piece = out[start : min(start + _PIECE, steps * size)]
+        _exponential(piece, spare[: piece.shape[0]])
+    return offset
 
-    ``alpha [B,T,S]`` sums to one at each time, ``scale [B,T]`` holds the sums divided out. ``floor`` lifts
-    every entry from below at each step, which makes the result an upper bound.
+
+@_compile
+def forward(
+    initial, transition, observation, lengths, floor, keep, powers, weight, alpha, scale, total, least
+):
+    """Scaled forward pass: fills ``powers``, ``total [B]`` (ln Z), ``least [B]``; with ``keep`` all arrays.
+
+    ``alpha [B,T,S]`` sums to one at each time, ``scale [B,T]`` holds the sums divided out, ``least`` the
+    least entry met. ``floor`` lifts every entry from below at each step, which makes the result an upper
+    bound.
     """
-    rows, _, size = weight.shape
+    rows, steps, size = observation.shape
     shared = transition.shape[0] == 1
     still = transition.shape[1] == 1
     width = 4 if shared and size >= 16 else 1
-    lowest = weight.dtype.type(floor)
-    previous = np.zeros((4, size), weight.dtype)
-    moved = np.zeros((4, size), weight.dtype)
+    kind = powers.dtype.type
+    lowest = kind(floor)
+    spare = np.empty(_PIECE, powers.dtype)
+    tops = np.zeros((transition.shape[0], transition.shape[1]))
+    for a in range(transition.shape[0]):
+        for u in range(transition.shape[1]):
+            tops[a, u] = _powers(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
+    first = np.empty((initial.shape[0], size), powers.dtype)
+    first_tops = np.zeros(initial.shape[0])
+    for b in range(initial.shape[0]):
+        first_tops[b] = _powers(initial[b], first[b], spare)
+    chunk = max(1, _PIECE // size)
+    flat = weight.reshape(-1) if keep else np.empty(width * chunk * size, powers.dtype)
+    previous = np.zeros((4, size), powers.dtype)
+    moved = np.zeros((4, size), powers.dtype)
+    product = np.ones(4)
     for start in range(0, rows, width):
         stop = min(start + width, rows)
         longest = lengths[start:stop].max()
-        product = np.ones(4)
         for b in range(start, stop):
-            total[b] = 0.0
-            least[b] = math.inf
-        for t in range(longest):
-            if t == 0:
-                for b in range(start, stop):
-                    moved[b - start] = initial[b if initial.shape[0] > 1 else 0]
+            a = 0 if shared else b
+            product[b - start] = 1.0
+            total[b] = first_tops[b if initial.shape[0] > 1 else 0]
+            if still:
+                total[b] += (lengths[b] - 1) * tops[a, 0]
             else:
-                matrix = transition[0 if shared else start, 0 if still else t - 1]
-                if stop - start > 1:
-                    _step4(previous, matrix, moved)
-                else:
-                    _step1(previous[0], matrix, moved[0])
+                total[b] += tops[a, : lengths[b] - 1].sum()
+            least[b] = math.inf
+        for begin in range(0, longest, chunk):
+            end = min(begin + chunk, longest)
             for b in range(start, stop):
-                r = b - start
-                if t >= lengths[b]:
-                    continue
-                s, low = _absorb(moved[r], weight[b, t], lowest, previous[r])
-                least[b] = min(least[b], low)
-                if s == 0:
-                    previous[r] = 0
-                if keep:
-                    scale[b, t] = s
-                    alpha[b, t] = previous[r]
-                product[r] *= s
-                if not (1e-200 < product[r] < 1e200):
-                    total[b] += math.log(product[r]) if product[r] > 0 else -math.inf
-                    product[r] = 1.0
+                if begin < lengths[b]:
+                    at = (b * steps + begin) * size if keep else (b - start) * chunk * size
+                    last = min(end, lengths[b])
+                    total[b] += _weights(
+                        observation[b, begin:last], flat[at : at + (last - begin) * size], spare
+                    )
+            for t in range(begin, end):
+                if t == 0:
+                    for b in range(start, stop):
+                        moved[b - start] = first[b if initial.shape[0] > 1 else 0]
+                else:
+                    matrix = powers[0 if shared else start, 0 if still else t - 1]
+                    if stop - start > 1:
+                        _step4(previous, matrix, moved)
+                    else:
+                        _step1(previous[0], matrix, moved[0])
+                for b in range(start, stop):
+                    if t >= lengths[b]:
+                        continue
+                    r = b - start
+                    at = (b * steps + t) * size if keep else (r * chunk + t - begin) * size
+                    s, low = _absorb(moved[r], flat[at : at + size], lowest, previous[r])
+                    least[b] = min(least[b], low)
+                    if s == 0:
+                        previous[r] = 0
+                    if keep:
+                        scale[b, t] = s
+                        alpha[b, t] = previous[r]
+                    product[r] *= s
+                    if not (1e-200 < product[r] < 1e200):
+                        total[b] += math.log(product[r]) if product[r] > 0 else -math.inf
+                        product[r] = 1.0
         for b in range(start, stop):
             total[b] += math.log(product[b - start])
+            if keep:
+                alpha[b, lengths[b] :] = 0
+                weight[b, lengths[b] :] = 0
+                scale[b, lengths[b] :] = 1
 
 
 @_compile

@@ -29,6 +29,7 @@ from pyroelbo.semiring import choose
 
 __all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
 
+_GROUP = 1 << 19
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
 
@@ -70,8 +71,8 @@ class Expected(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A scaled forward pass of exponentials: ``alpha [B,T,S]`` and ``scale [B,T]`` (empty unless kept), and
-    ln Z."""
+    """A scaled forward pass; the problem's transition and observation are exponentials: ``alpha [B,T,S]``
+    and ``scale [B,T]`` (empty unless kept), and ln Z."""
 
     problem: Problem
     alpha: Tensor
@@ -83,20 +84,31 @@ class Scaled(NamedTuple):
 
     def expected(self, grad: Tensor, apart: bool) -> Expected:
         _, transition, weight, lengths = self.problem
-        gamma, flow = _backward(_turned(transition), weight, lengths, self.alpha, self.scale)
-        grad = grad.to(gamma.dtype)[:, None, None]
+        rows, steps, states = weight.shape
+        turned = _turned(transition)
+        grad = grad.to(weight.dtype)[:, None, None]
+        gamma = torch.empty_like(weight)
+        counts: list[Tensor] = []
+        # a few rows at a time: fresh memory costs more than the arithmetic on it
+        group = max(4, _GROUP // (steps * states) // 4 * 4)
+        flow = weight.new_empty(min(group, rows), steps, states)
+        for start in range(0, rows, group):
+            part = slice(start, min(start + group, rows))
+            alpha, out = self.alpha[part], flow[: part.stop - start]
+            mine = turned if len(turned) == 1 else turned[part]
+            _backward(mine, weight[part], lengths[part], alpha, self.scale[part], gamma[part], out)
+            out *= grad[part]
+            if transition.shape[1] != 1:
+                count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
+            elif apart:
+                count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
+            else:
+                # flow is zero at each first step, so that rows may follow one another without a seam
+                count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
+                count = count if not counts else count + counts.pop()
+            counts.append(count)
         gamma *= grad
-        flow *= grad
-        states = gamma.shape[-1]
-        if transition.shape[1] != 1:
-            steps = self.alpha[:, :-1, :, None] * flow[:, 1:, None, :] * transition
-        elif apart:
-            steps = (self.alpha[:, :-1].transpose(1, 2) @ flow[:, 1:]).unsqueeze(1) * transition
-        else:
-            # flow is zero at each first step, so that rows may follow one another without a seam
-            flat = self.alpha.reshape(-1, states)[:-1].T @ flow.reshape(-1, states)[1:]
-            steps = flat * transition
-        return Expected(gamma[:, 0], steps, gamma)
+        return Expected(gamma[:, 0], torch.cat(counts).mul_(transition), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
@@ -185,23 +197,17 @@ def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exa
 
 def _scaled(problem: Problem, dtype: torch.dtype, keep: bool) -> tuple[Scaled, Tensor]:
     """The scaled pass, and which rows of it can be trusted."""
-    lengths = problem.lengths
-    initial, top_initial = _exponential(problem.initial, dtype)
     step = problem.transition
     if len(step) > 1 and step.stride(0) == 0:
-        step = step[:1]
-    transition, top = _exponential(step.flatten(2), dtype)
-    weight, tops = _exponential(problem.observation, dtype)
-    offset = _within(tops, lengths) + top_initial
-    offset = offset + (top[:, 0] * (lengths - 1) if top.shape[1] == 1 else _within(top, lengths - 1))
-    powers = Problem(initial, transition.view(step.shape), weight, lengths)
-    total, least, alpha, scale = _forward(powers, 0.0, keep)
+        problem = problem._replace(transition=step[:1])
+    result, least = _forward(problem, dtype, 0.0, keep)
     trusted = least >= _LEAST[dtype]
     if dtype == torch.float64 and not bool(trusted.all()):
         rows = (~trusted).nonzero().squeeze(-1)
-        upper = _forward(powers.take(rows), _LEAST[dtype], False)[0]
-        trusted[rows] = upper - total[rows] <= 1e-12 * total[rows].abs().clamp(min=1.0)
-    return Scaled(powers, alpha, scale, total + offset), trusted
+        upper = _forward(problem.take(rows), dtype, _LEAST[dtype], False)[0].log_z
+        lower = result.log_z[rows]
+        trusted[rows] = upper - lower <= 1e-12 * lower.abs().clamp(min=1.0)
+    return result, trusted
 
 
 def _turned(transition: Tensor) -> Tensor:
@@ -216,39 +222,41 @@ def _within(x: Tensor, lengths: Tensor) -> Tensor:
 
 def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
-    run = kernels(x)
-    if run is None:
-        peak = x.amax(-1, keepdim=True)
-        peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
-        return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
-    x = x.contiguous()
-    out, peak = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1], dtype=torch.float64)
-    run.shift(*_arrays(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), peak.view(-1)))
-    return out.exp_(), peak
+    peak = x.amax(-1, keepdim=True)
+    peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
+    return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
 
 
 def _arrays(*tensors: Tensor) -> list:
     return [x.numpy() for x in tensors]
 
 
-def _forward(powers: Problem, floor: float, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ln Z of the exponentials, the least entry met, and with ``keep`` alpha and scale; see
-    ``_kernels.forward``.
+def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
+    """The scaled forward pass in ``dtype`` and the least entry met; see ``_kernels.forward`` for
+    ``floor``.
     """
-    initial, transition, weight, lengths = powers
-    rows, steps, states = weight.shape
-    run = kernels(weight)
+    initial, transition, observation, lengths = problem
+    rows, steps, states = observation.shape
+    run = kernels(observation)
     if run is not None:
-        alpha = weight.new_zeros((rows, steps, states) if keep else (0, 0, 0))
-        scale = weight.new_ones((rows, steps) if keep else (0, 0))
-        total, least = torch.empty(2, rows, dtype=torch.float64).unbind()
-        run.forward(*_arrays(*powers), floor, keep, *_arrays(alpha, scale, total, least))
-        return total, least, alpha, scale
+        powers = torch.empty(transition.shape, dtype=dtype)
+        weight, alpha = (torch.empty((rows, steps, states) if keep else (0, 0, 0), dtype=dtype) for _ in "wa")
+        scale = torch.empty((rows, steps) if keep else (0, 0), dtype=dtype)
+        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
+        arrays = _arrays(initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths)
+        run.forward(*arrays, floor, keep, *_arrays(powers, weight, alpha, scale, log_z, least))
+        return Scaled(Problem(initial, powers, weight, lengths), alpha, scale, log_z), least
+    first, top_first = _exponential(initial, dtype)
+    powers, tops = _exponential(transition.flatten(2), dtype)
+    powers = powers.view(transition.shape)
+    weight, top_weight = _exponential(observation, dtype)
+    offset = _within(top_weight, lengths) + top_first
+    offset = offset + (tops[:, 0] * (lengths - 1) if tops.shape[1] == 1 else _within(tops, lengths - 1))
     alphas, scales, lows = [], [], []
-    alpha = initial
+    alpha = first
     for t in range(steps):
         if t > 0:
-            step = transition[:, min(t - 1, transition.shape[1] - 1)]
+            step = powers[:, min(t - 1, powers.shape[1] - 1)]
             alpha = alpha @ step[0] if step.shape[0] == 1 else (alpha.unsqueeze(-2) @ step).squeeze(-2)
         alpha = (alpha * weight[:, t]).clamp_(min=floor)
         lows.append(alpha.amin(-1))
@@ -260,20 +268,21 @@ def _forward(powers: Problem, floor: float, keep: bool) -> tuple[Tensor, Tensor,
     scale = torch.where(inside, torch.stack(scales, 1), 1.0)
     least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
     kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
-    return scale.double().log().sum(-1), least, kept, scale
+    log_z = scale.double().log().sum(-1) + offset
+    return Scaled(Problem(initial, powers, weight, lengths), kept, scale, log_z), least
 
 
 def _backward(
-    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The posterior of each state and the backward flow, ``[B,T,S]`` each; see ``_kernels.backward``."""
+    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor, gamma: Tensor, flow: Tensor
+) -> None:
+    """Fills the posterior of each state and the backward flow, ``[B,T,S]`` each; see
+    ``_kernels.backward``.
+    """
     run = kernels(weight)
     if run is not None:
-        gamma, flow = torch.empty_like(weight), torch.empty_like(weight)
         run.backward(*_arrays(turned, weight, lengths, alpha, scale, gamma, flow))
-        return gamma, flow
-    flow = torch.zeros_like(weight)
-    gamma = torch.zeros_like(weight)
+        return
+    flow[:, 0] = 0
     beta = torch.ones_like(weight[:, 0])
     for t in range(weight.shape[1] - 1, -1, -1):
         beta = torch.where((lengths == t + 1).unsqueeze(-1), 1.0, beta)
@@ -283,7 +292,6 @@ def _backward(
             flow[:, t] = out
             step = turned[:, min(t - 1, turned.shape[1] - 1)]
             beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
-    return gamma, flow
 
 
 def _exact(problem: Problem, keep: bool) -> Exact:
@@ -360,7 +368,7 @@ class _LogPartition(torch.autograd.Function):
     def forward(ctx, initial, transition, observation, lengths, solution):
         problem = Problem(initial, transition, observation, lengths)
         if solution is None:
-            solution = solve(problem, keep=any(ctx.needs_input_grad))
+            solution = solve(problem, keep=True)
         ctx.passes = solution.passes
         ctx.save_for_backward(initial, transition, observation, lengths)
         return solution.log_z.to(observation.dtype)
@@ -374,17 +382,22 @@ class _LogPartition(torch.autograd.Function):
             inputs = [x for x, needed in zip(problem[:3], ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        total = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in problem[:3]]
+        apart = len(problem.transition) == len(grad)
+        total: list[Tensor] = []
         for rows, done in ctx.passes:
-            found = done.expected(
-                grad if rows is None else grad[rows], apart=len(problem.transition) == len(grad)
-            )
-            for out, part in zip(total, found, strict=True):
-                part = part.to(out.dtype)
-                if out.shape[0] < len(grad):
-                    out += part.sum(0, keepdim=True)
-                elif rows is None:
-                    out.copy_(part)
+            found = done.expected(grad if rows is None else grad[rows], apart)
+            parts = [
+                (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
+                    potential.dtype
+                )
+                for x, potential in zip(found, problem[:3], strict=True)
+            ]
+            if rows is None:
+                return *parts, None, None
+            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in problem[:3]]
+            for out, part in zip(total, parts, strict=True):
+                if len(out) < len(grad):
+                    out += part
                 else:
                     out[rows] = part
         return *total, None, None
@@ -394,4 +407,6 @@ def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:
     """ln Z ``[B]``, differentiable as often as wanted; ``solution`` may hold the kept forward pass
     already.
     """
-    return _LogPartition.apply(*problem, solution)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in problem[:3]):
+        return _LogPartition.apply(*problem, solution)
+    return (solution or solve(problem, keep=False)).log_z.to(problem.observation.dtype)

@@ -25,15 +25,14 @@ def first_index(bad: Tensor) -> str:
 
 def check_finite_or_minus_inf(**arguments: Tensor) -> None:
     """Refuse NaN and +inf among log potentials or logits, naming the argument and the offending index."""
+    # a sum is one pass without a temporary; only where it looks bad are the numbers looked at one by one
+    if sum(value.detach().sum() for value in arguments.values()) < math.inf:
+        return
     for name, value in arguments.items():
-        # a sum is one pass without a temporary; only a suspicious one is looked at again
-        if not value.detach().sum() < math.inf:
-            bad = value.isnan() | (value == math.inf)
-            if bad.any():
-                index = first_index(bad)
-                raise ValueError(
-                    f"{name} has {value[bad][0].item()} at index {index}: it takes finite numbers and -inf"
-                )
+        bad = value.isnan() | (value == math.inf)
+        if bad.any():
+            got, index = value[bad][0].item(), first_index(bad)
+            raise ValueError(f"{name} has {got} at index {index}: it takes finite numbers and -inf")
 
 
 def check_lengths(lengths: Tensor, longest: int) -> None:
