@@ -1,7 +1,7 @@
 """Kalman filter and its adjoint, compiled (needs numba).
 
-Covariances do not depend on the data: a batch that shares its parameters shares their recursion, and one that
-has come to its fixed point, to the last bit, is not continued.
+Covariances do not depend on the data: a batch that shares its parameters shares their recursion. Where parameters
+stay the same it is not continued past its fixed point, that is when a step changes less than its own rounding does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 
 import numpy as np
 from numba import njit
+
+
+NOISE = 4 * 2.0**-52
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -25,11 +28,20 @@ def _mm(x, y, out):
 
 @njit(cache=True)
 def _same(x, y):
+    """Whether two positive semidefinite matrices differ by no more than one step's rounding, in any units."""
     for i in range(x.shape[0]):
-        for k in range(x.shape[1]):
-            if x[i, k] != y[i, k]:
+        for k in range(i + 1):
+            apart = x[i, k] - y[i, k]
+            if not apart * apart <= NOISE * NOISE * x[i, i] * x[k, k]:
                 return False
     return True
+
+
+@njit(cache=True)
+def _subtract(scale, x, out):
+    for i in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            out[i, k] -= scale * x[i, k]
 
 
 @njit(cache=True)
@@ -87,7 +99,7 @@ def _invert(s, low, out):
 
 @njit(cache=True)
 def _filter_covariances(p0, a, q, c, r, steps, fixed, p, v, gain, inverse, j, log_det):
-    """Fill predicted p, filtered v, gain, inverse innovation covariance, I - gain c; from where all are the same."""
+    """Fill predicted p, filtered v, gain, inverse innovation covariance, I - gain c; returns the last step that they have."""
     hidden, observed = p0.shape[0], r.shape[1]
     cp, s = np.empty((observed, hidden)), np.empty((observed, observed))
     low = np.zeros((observed, observed))
@@ -122,12 +134,9 @@ def _filter_covariances(p0, a, q, c, r, steps, fixed, p, v, gain, inverse, j, lo
             _mm(x, at, w)
             _add_symmetric(w, qo, z)
             if fixed and _same(z, p[t]):
-                for u in range(t + 1, steps):
-                    p[u], v[u], gain[u], inverse[u], j[u] = p[t], v[t], gain[t], inverse[t], j[t]
-                    log_det[u] = log_det[t]
                 return t
             p[t + 1] = z
-    return steps
+    return steps - 1
 
 
 @njit(cache=True)
@@ -154,7 +163,7 @@ def kalman_filter(
     log_det,
     settled,
 ):
-    """Fill ln p(y) [B]; predicted means, errors, weighted errors [B,T,.]; covariances [G,T,.,.] and from where they stay.
+    """Fill ln p(y) [B]; predicted means, errors, weighted errors [B,T,.]; covariances [G,T,.,.] up to the step ``settled``.
 
     Parameters are [G,...] with G = 1 (shared by the batch) or B; a, b, q [G,1 or T-1,...], c, d, r [G,1 or T,...].
     """
@@ -173,39 +182,37 @@ def kalman_filter(
         for i in range(hidden):
             mean[row, 0, i] = m0[g, i]
         for t in range(lengths[row]):
-            e = error[row, t]
-            co, do = c[g, min(t, c.shape[1] - 1)], d[g, min(t, d.shape[1] - 1)]
+            u, tc, ta = min(t, settled[g]), min(t, c.shape[1] - 1), min(t, a.shape[1] - 1)
             for i in range(observed):
-                x = y[row, t, i] - do[i]
+                x = y[row, t, i] - d[g, tc, i]
                 for k in range(hidden):
-                    x -= co[i, k] * mean[row, t, k]
-                e[i] = x
+                    x -= c[g, tc, i, k] * mean[row, t, k]
+                error[row, t, i] = x
             for i in range(hidden):
                 x = mean[row, t, i]
                 for k in range(observed):
-                    x += gain[g, t, i, k] * e[k]
+                    x += gain[g, u, i, k] * error[row, t, k]
                 filtered[i] = x
             square = 0.0
             for i in range(observed):
                 x = 0.0
                 for k in range(observed):
-                    x += inverse[g, t, i, k] * e[k]
+                    x += inverse[g, u, i, k] * error[row, t, k]
                 residual[row, t, i] = x
-                square += x * e[i]
-            total -= 0.5 * (square + log_det[g, t])
+                square += x * error[row, t, i]
+            total -= 0.5 * (square + log_det[g, u])
             if t + 1 < lengths[row]:
-                ao, bo = a[g, min(t, a.shape[1] - 1)], b[g, min(t, b.shape[1] - 1)]
                 for i in range(hidden):
-                    x = bo[i]
+                    x = b[g, ta, i]
                     for k in range(hidden):
-                        x += ao[i, k] * filtered[k]
+                        x += a[g, ta, i, k] * filtered[k]
                     mean[row, t + 1, i] = x
         value[row] = total
 
 
 @njit(cache=True)
-def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before):
-    """Fill N, the precision that the future adds, of the filtered and of the predicted state at each step."""
+def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before, slot):
+    """Fill N, the precision that the future adds, of the filtered and of the predicted state, at ``slot`` of each step."""
     hidden, observed = gain.shape[1], gain.shape[2]
     at, jt = np.empty((hidden, hidden)), np.empty((hidden, hidden))
     ct, weighted = np.empty((hidden, observed)), np.empty((hidden, observed))
@@ -213,23 +220,25 @@ def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before):
     still = False
     for t in range(steps - 1, -1, -1):
         if still and t >= settled:
-            after[t], before[t] = after[t + 1], before[t + 1]
+            slot[t] = slot[t + 1]
             continue
+        slot[t] = t
+        u = min(t, settled)
         after[t] = 0.0
         if t + 1 < steps:
             ao = a[min(t, a.shape[0] - 1)]
             _transpose(ao, at)
-            _mm(at, before[t + 1], x)
+            _mm(at, before[slot[t + 1]], x)
             _mm(x, ao, after[t])
         co = c[min(t, c.shape[0] - 1)]
         _transpose(co, ct)
-        _mm(ct, inverse[t], weighted)
+        _mm(ct, inverse[u], weighted)
         _mm(weighted, co, x)
-        _transpose(j[t], jt)
+        _transpose(j[u], jt)
         _mm(jt, after[t], w)
-        _mm(w, j[t], z)
+        _mm(w, j[u], z)
         _add_symmetric(z, x, before[t])
-        still = t + 1 < steps and _same(before[t], before[t + 1])
+        still = t + 1 < steps and _same(before[t], before[slot[t + 1]])
 
 
 @njit(cache=True)
@@ -266,6 +275,7 @@ def kalman_adjoint(
     observed = residual.shape[2]
     shared = p.shape[0] == 1 and np.all(lengths == lengths[0])
     after, before = np.empty((steps, hidden, hidden)), np.empty((steps, hidden, hidden))
+    slot = np.empty(steps + 1, np.int64)
     av, x = np.empty((hidden, hidden)), np.empty((hidden, hidden))
     kt, kn = np.empty((observed, hidden)), np.empty((observed, hidden))
     oo, oh = np.empty((observed, observed)), np.empty((observed, hidden))
@@ -276,27 +286,32 @@ def kalman_adjoint(
         rows = np.arange(batch) if shared else np.arange(unit, unit + 1)
         mass = weight[rows].sum()
         length = lengths[unit]
-        _adjoint_covariances(a[g], c[g], length, settled[g], gain[g], inverse[g], j[g], after, before)
+        _adjoint_covariances(a[g], c[g], length, settled[g], gain[g], inverse[g], j[g], after, before, slot)
         for t in range(length - 1, -1, -1):
-            ta, tc = min(t, a.shape[1] - 1), min(t, c.shape[1] - 1)
-            ao, co = a[g, ta], c[g, tc]
-            _mm(ao, v[g, t], av)
+            ta, tc, at = min(t, a.shape[1] - 1), min(t, c.shape[1] - 1), min(t, settled[g])
+            ao, co, now = a[g, ta], c[g, tc], slot[t]
+            # between its two fixed points everything stays as it was one step later
+            if not (t + 2 < length and t >= settled[g] and now == slot[t + 1] and now == slot[t + 2]):
+                _mm(ao, v[g, at], av)
+                if t + 1 < length:
+                    _mm(before[slot[t + 1]], av, x)
+                _transpose(gain[g, at], kt)
+                _mm(kt, after[now], kn)
+                _mm(kn, gain[g, at], oo)
+                _mm(kn, v[g, at], oh)
             if t + 1 < length:
-                _mm(before[t + 1], av, x)
-                ga[g, ta] -= mass * x
-                gq[g, ta] -= 0.5 * mass * before[t + 1]
-            _transpose(gain[g, t], kt)
-            _mm(kt, after[t], kn)
-            _mm(kn, gain[g, t], oo)
-            gr[g, tc] -= 0.5 * mass * (oo + inverse[g, t])
-            _mm(kn, v[g, t], oh)
-            gc[g, tc] -= mass * (kt - oh)
+                _subtract(mass, x, ga[g, ta])
+                _subtract(0.5 * mass, before[slot[t + 1]], gq[g, ta])
+            _subtract(0.5 * mass, oo, gr[g, tc])
+            _subtract(0.5 * mass, inverse[g, at], gr[g, tc])
+            _subtract(mass, kt, gc[g, tc])
+            _subtract(-mass, oh, gc[g, tc])
             for row in rows:
                 w = weight[row]
                 for i in range(hidden):
                     s = mean[row, t, i]
                     for k in range(observed):
-                        s += gain[g, t, i, k] * error[row, t, k]
+                        s += gain[g, at, i, k] * error[row, t, k]
                     filtered[i] = s
                     up[i] = 0.0
                     vector[i] = 0.0
@@ -315,7 +330,7 @@ def kalman_adjoint(
                 for i in range(observed):
                     s = residual[row, t, i]
                     for k in range(hidden):
-                        s -= gain[g, t, k, i] * up[k]
+                        s -= gain[g, at, k, i] * up[k]
                     u[i] = s
                     gy[row, t, i] -= w * s
                     gd[g, tc, i] += w * s
@@ -329,12 +344,12 @@ def kalman_adjoint(
                 for i in range(hidden):
                     s = mean[row, t, i]
                     for k in range(hidden):
-                        s += p[g, t, i, k] * up[k]
+                        s += p[g, at, i, k] * up[k]
                     vector[i] = w * s
                 for i in range(observed):
                     for k in range(hidden):
                         gc[g, tc, i, k] += u[i] * vector[k]
-        gp0[g] -= 0.5 * mass * before[0]
+        _subtract(0.5 * mass, before[slot[0]], gp0[g])
         for row in rows:
             for i in range(hidden):
                 gm0[g, i] += weight[row] * r[row, i]
