@@ -1,44 +1,157 @@
-"""Brute force in plain Python: every structure with its log weight. Never imports the semiring."""
+"""Exact answers by listing everything, in plain Python: no tensor algebra, no semiring, nothing of the
+library.
+
+An enumerator of structures yields ``(labels, log weight, use)`` for one datum, ``use`` counting the parts
+that the structure uses as ``{part name: {index: count}}``. ``Listing`` answers every question from such a
+list.
+"""
 
 import itertools
 import math
+from collections import Counter
 
 
-def parse_trees(root, rules, leaves, spans):
-    """All labelled binary trees over the words: a list of (chart as nested lists, log weight)."""
-    n, p, words = len(root), len(leaves[0]), len(leaves)
+def log_sum_exp(numbers):
+    numbers = list(numbers)
+    top = max(numbers, default=-math.inf)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(x - top) for x in numbers))
 
-    def under(first, last):
+
+class Listing:
+    """All structures of one datum with their log weights and parts."""
+
+    def __init__(self, items):
+        self.items = list(items)
+        self.log_partition = log_sum_exp(w for _, w, _ in self.items)
+        self.log_prob = {labels: w - self.log_partition for labels, w, _ in self.items if w > -math.inf}
+        assert len({labels for labels, _, _ in self.items}) == len(self.items)
+
+    def best(self, k):
+        return sorted(self.log_prob.items(), key=lambda item: -item[1])[:k]
+
+    def marginals(self):
+        expected = {}
+        for labels, _, use in self.items:
+            if labels in self.log_prob:
+                for name, counts in use.items():
+                    for index, count in counts.items():
+                        expected.setdefault(name, Counter())[index] += count * math.exp(self.log_prob[labels])
+        return expected
+
+    def entropy(self):
+        return -math.fsum(math.exp(w) * w for w in self.log_prob.values())
+
+    def cross_entropy(self, other):
+        if any(labels not in other.log_prob for labels in self.log_prob):
+            return math.inf
+        return -math.fsum(math.exp(w) * other.log_prob[labels] for labels, w in self.log_prob.items())
+
+
+def chains(initial, transition, observation, length=None):
+    """Label sequences of a linear chain; ``transition`` is [S][S], or [T-1][S][S]. Labels are padded with
+    0.
+    """
+    steps, states = len(observation), len(initial)
+    length = steps if length is None else length
+    varying = steps > 1 and isinstance(transition[0][0], list)
+    for z in itertools.product(range(states), repeat=length):
+        use = {"initial": Counter([(z[0],)]), "transition": Counter(), "observation": Counter(enumerate(z))}
+        weight = initial[z[0]] + sum(observation[t][s] for t, s in enumerate(z))
+        for t in range(length - 1):
+            if varying:
+                weight += transition[t][z[t]][z[t + 1]]
+                use["transition"][(t, z[t], z[t + 1])] += 1
+            else:
+                weight += transition[z[t]][z[t + 1]]
+                use["transition"][(z[t], z[t + 1])] += 1
+        yield z + (0,) * (steps - length), weight, use
+
+
+def segmentations(initial, transition, duration, observation, start, length=None):
+    """Segmentations of a semi-Markov chain; a label is the state, plus S where a segment starts; padded with
+    0.
+    """
+    steps, states = len(observation), len(initial)
+    length = steps if length is None else length
+
+    def grow(at, previous):
+        if at == length:
+            yield (), 0.0, []
+            return
+        for s in range(states):
+            enter = initial[s] if previous is None else transition[previous][s]
+            for d in range(1, min(len(duration[s]), length - at) + 1):
+                own = (
+                    enter + duration[s][d - 1] + start[at][s] + sum(observation[at + i][s] for i in range(d))
+                )
+                for labels, weight, rest in grow(at + d, s):
+                    yield (s + states, *[s] * (d - 1), *labels), own + weight, [(previous, s, at, d), *rest]
+
+    for labels, weight, segments in grow(0, None):
+        use = {name: Counter() for name in ("initial", "transition", "duration", "observation", "start")}
+        for previous, s, at, d in segments:
+            if previous is None:
+                use["initial"][(s,)] += 1
+            else:
+                use["transition"][(previous, s)] += 1
+            use["duration"][(s, d - 1)] += 1
+            use["start"][(at, s)] += 1
+            use["observation"].update((at + i, s) for i in range(d))
+        yield labels + (0,) * (steps - length), weight, use
+
+
+def labelled_trees(parents, node, edge):
+    """Labellings of a given tree; ``edge`` is [S][S] (parent, child), or [N][S][S]."""
+    nodes, states = len(node), len(node[0])
+    varying = isinstance(edge[0][0], list)
+    for z in itertools.product(range(states), repeat=nodes):
+        use = {"node": Counter(enumerate(z)), "edge": Counter()}
+        weight = sum(node[n][s] for n, s in enumerate(z))
+        for n, above in enumerate(parents):
+            if above >= 0:
+                pair = (z[above], z[n])
+                weight += edge[n][pair[0]][pair[1]] if varying else edge[pair[0]][pair[1]]
+                use["edge"][(n, *pair) if varying else pair] += 1
+        yield z, weight, use
+
+
+def parse_trees(root, rules, leaves, spans, length=None):
+    """Labelled binary trees over the words; labels are a chart, row after row, -1 where no node."""
+    words, n = len(leaves), len(root)
+    length = words if length is None else length
+
+    def grow(first, last):
         if first == last:
-            return [([(first, last, n + a)], leaves[first][a]) for a in range(p)]
-        found = []
+            for p, weight in enumerate(leaves[first]):
+                yield n + p, weight, [(first, last, n + p)], []
+            return
         for split in range(first, last):
-            for (left, u), (right, v) in itertools.product(under(first, split), under(split + 1, last)):
-                for a in range(n):
-                    weight = u + v + rules[a][left[0][2]][right[0][2]] + spans[first][last][a]
-                    found.append(([(first, last, a), *left, *right], weight))
-        return found
+            both = itertools.product(list(grow(first, split)), list(grow(split + 1, last)), range(n))
+            for (left, u, nodes, used), (right, v, others, also), a in both:
+                weight = u + v + rules[a][left][right] + spans[first][last][a]
+                yield a, weight, [(first, last, a), *nodes, *others], [(a, left, right), *used, *also]
 
-    trees = []
-    for nodes, weight in under(0, words - 1) if words > 1 else []:
-        chart = [[-1] * words for _ in range(words)]
-        for first, last, label in nodes:
-            chart[first][last] = label
-        trees.append((chart, weight + root[nodes[0][2]]))
-    return trees
-
-
-def alignments(log_probs, target, blank=0):
-    """All paths that collapse to the target: a list of (path, log weight)."""
-    found = []
-    for path in itertools.product(range(len(log_probs[0])), repeat=len(log_probs)):
-        merged = [c for c, _ in itertools.groupby(path)]
-        if [c for c in merged if c != blank] == list(target):
-            found.append((list(path), sum(row[c] for row, c in zip(log_probs, path, strict=True))))
-    return found
+    for label, weight, nodes, used in grow(0, length - 1) if length > 1 else ():
+        chart = [-1] * (words * words)
+        for first, last, symbol in nodes:
+            chart[first * words + last] = symbol
+        use = {
+            "root": Counter([(label,)]),
+            "rules": Counter(used),
+            "leaves": Counter((i, symbol - n) for i, j, symbol in nodes if i == j),
+            "spans": Counter(node for node in nodes if node[0] < node[1]),
+        }
+        yield tuple(chart), root[label] + weight, use
 
 
-def log_total(weights):
-    """ln Σ exp over a list of floats."""
-    peak = max(weights, default=-math.inf)
-    return peak if peak == -math.inf else peak + math.log(math.fsum(math.exp(w - peak) for w in weights))
+def alignments(emission, target, blank=0, length=None):
+    """Symbol sequences that give the target once repeats are merged and blanks left out; padded with 0."""
+    steps = len(emission)
+    length = steps if length is None else length
+    for path in itertools.product(range(len(emission[0])), repeat=length):
+        merged = [symbol for symbol, _ in itertools.groupby(path)]
+        if [symbol for symbol in merged if symbol != blank] == target:
+            weight = sum(emission[t][symbol] for t, symbol in enumerate(path))
+            yield path + (0,) * (steps - length), weight, {"emission": Counter(enumerate(path))}

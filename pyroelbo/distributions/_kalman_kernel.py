@@ -13,9 +13,10 @@ from numba import njit
 
 
 NOISE = 4 * 2.0**-52
+SUMS = {"contract", "reassoc"}  # sums in any order, so that they vectorize; infinities and NaN stay right
 
 
-@njit(cache=True, fastmath={"contract"})
+@njit(cache=True, fastmath=SUMS)
 def _mm(x, y, out):
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
@@ -139,7 +140,7 @@ def _filter_covariances(p0, a, q, c, r, steps, fixed, p, v, gain, inverse, j, lo
     return steps - 1
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=SUMS)
 def kalman_filter(
     y,
     lengths,
@@ -241,7 +242,7 @@ def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before, 
         still = t + 1 < steps and _same(before[t], before[slot[t + 1]])
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=SUMS)
 def kalman_adjoint(
     weight,
     lengths,

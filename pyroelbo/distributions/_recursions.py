@@ -318,7 +318,7 @@ def _draw(alpha: Tensor, transition: Tensor, lengths: Tensor, uniform: Tensor) -
         weight = alpha[:, t].expand(len(uniform), -1, -1)
         if t + 1 < steps:
             step = transition[:, min(t, transition.shape[1] - 1)]
-            into = step[rows if step.shape[0] > 1 else 0, :, z[..., t + 1]]
+            into = step[rows if step.shape[0] > 1 else 0 * rows, :, z[..., t + 1]]
             weight = torch.where((lengths > t + 1).unsqueeze(-1), weight + into, weight)
         z[..., t] = torch.where(lengths > t, choose(weight, uniform[..., t]), 0)
     return z
@@ -380,7 +380,7 @@ class _LogPartition(torch.autograd.Function):
             # a second derivative is wanted: the same numbers, from a scan that autograd can follow
             value = _exact(problem, False).log_z.to(grad.dtype)
             inputs = [x for x, needed in zip(problem[:3], ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True))
+            found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True, materialize_grads=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
         apart = len(problem.transition) == len(grad)
         total: list[Tensor] = []

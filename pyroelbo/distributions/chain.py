@@ -205,6 +205,10 @@ class HMM(TorchDistribution):
                 f"batch shape {tuple(emission.batch_shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and "
                 "[*B,S] or [*B,T,S]"
             )
+        extra = 0 if lengths is None else max(0, lengths.dim() - rank)
+        if extra:
+            initial, transition, emission = _lead(extra, initial, transition, emission)
+            rank += extra
         known = {} if num_steps is None else {"num_steps": num_steps}
         if not still:
             known["transition"] = transition.shape[rank] + 1
@@ -236,10 +240,8 @@ class HMM(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HMM:
         new = copy.copy(self)
         new._batch_shape = torch.Size(batch_shape)
-        pad = (1,) * (len(new._batch_shape) - len(self.batch_shape))
-        new.initial = self.initial.reshape(pad + self.initial.shape)
-        new.transition = self.transition.reshape(pad + self.transition.shape)
-        new.emission = self.emission.expand(pad + self.emission.batch_shape)
+        extra = len(new._batch_shape) - len(self.batch_shape)
+        new.initial, new.transition, new.emission = _lead(extra, self.initial, self.transition, self.emission)
         if self.lengths is not None:
             new.lengths = self.lengths.expand(new._batch_shape)
         return new
@@ -345,6 +347,16 @@ class HMM(TorchDistribution):
         # time goes to the front, where any distribution takes it as a sample dimension
         first = value.movedim(value.dim() - event - 1, 0).unsqueeze(-1 - event)
         return self.emission.log_prob(first).movedim(0, -2)
+
+
+def _lead(extra: int, initial: Tensor, transition: Tensor, emission: Any) -> tuple[Tensor, Tensor, Any]:
+    """All three with ``extra`` leading batch dimensions of size one."""
+    pad = (1,) * extra
+    return (
+        initial.reshape(pad + initial.shape),
+        transition.reshape(pad + transition.shape),
+        emission.expand(pad + emission.batch_shape) if extra else emission,
+    )
 
 
 def _normalize(logits: Tensor) -> Tensor:
