@@ -20,6 +20,7 @@ from pyroelbo.distributions.structured import (
     check_lengths,
     first_index,
 )
+from pyroelbo.distributions.grammar import check_padded, without_padding
 from pyroelbo.semiring import Log, Semiring, choose
 
 __all__ = ["CTC", "Alignment", "AlignmentParts"]
@@ -60,6 +61,7 @@ class Alignment(StructuredDistribution):
                 f"they take [*B,T,C], [*B,L] and [*B], the same number of batch dimensions"
             )
         self.blank = blank
+        target = target if target.shape[-1] else F.pad(target, (0, 1), value=-1)
         self.target = target.expand(*batch_shape, target.shape[-1])
         self.lengths = lengths.expand(batch_shape)
         super().__init__(AlignmentParts(emission), batch_shape, (steps,), validate_args=validate_args)
@@ -78,9 +80,8 @@ class Alignment(StructuredDistribution):
         new.lengths = self.lengths.expand(new.batch_shape)
         return new
 
-    @functools.cached_property
-    def _lattice(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Symbol of each of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into it, and for ending in it."""
+    def _lattice(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending in it."""
         count = (self.target >= 0).sum(-1, keepdim=True)
         shape = self.target.shape[:-1]
         symbol = torch.full((*shape, 2 * self.target.shape[-1] + 1), self.blank, device=self.target.device)
@@ -88,22 +89,21 @@ class Alignment(StructuredDistribution):
         state = torch.arange(symbol.shape[-1], device=symbol.device)
         skip = F.pad(symbol[..., 2:] != symbol[..., :-2], (2, 0)) & (state % 2 == 1)
         end = (state == 2 * count) | (state == 2 * count - 1)
-        dtype = self.potentials[0].dtype
         return symbol, _log_indicator(skip, dtype), _log_indicator(end, dtype)
 
-    def _at_states(self, emission: Tensor) -> Tensor:
-        symbol = self._lattice[0].unsqueeze(-2)
+    def _at_states(self, emission: Tensor, symbol: Tensor) -> Tensor:
+        symbol = symbol.unsqueeze(-2)
         shape = torch.broadcast_shapes(emission.shape[:-1], (*symbol.shape[:-2], self.event_shape[0]))
         return emission.expand(*shape, -1).gather(-1, symbol.expand(*shape, symbol.shape[-1]))
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
-        _, skip, end = self._lattice
+        symbol, skip, end = self._lattice(parts[0].dtype)
         states = torch.arange(end.shape[-1], device=end.device)
         move, start = (
             semiring.lift(_log_indicator(x, end.dtype).expand_as(end)) for x in (states > 0, states < 2)
         )
         skip, end = semiring.lift(skip), semiring.lift(end)
-        emission = self._at_states(parts[0])
+        emission = self._at_states(parts[0], symbol)
         alpha = semiring.mul(start, emission[..., 0, :])
         for t in range(1, self.event_shape[0]):
             ways = [alpha, semiring.mul(alpha.roll(1, -1), move), semiring.mul(alpha.roll(2, -1), skip)]
@@ -140,8 +140,8 @@ class Alignment(StructuredDistribution):
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
         """Paths backwards in time, each step in proportion to what led there."""
-        symbol, skip, end = (x.expand(*self.batch_shape, -1) for x in self._lattice)
-        alpha = _alpha(self._at_states(self.potentials[0].detach()).double(), skip.double())
+        symbol, skip, end = self._lattice(torch.float64)
+        alpha = _alpha(self._at_states(self.potentials[0].detach().double(), symbol), skip)
         shape = sample_shape + self.batch_shape
         rows = [
             torch.arange(n, device=end.device).view(-1, *(1,) * (len(shape) - 1 - d))
@@ -201,8 +201,8 @@ def _alpha(emission: Tensor, skip: Tensor) -> Tensor:
 
 def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
     """ln Z and its gradient by ``emission`` in plain torch, in float64."""
-    symbol, skip, end = q._lattice
-    scores, skip, end = q._at_states(emission).double(), skip.double(), end.double()
+    symbol, skip, end = q._lattice(torch.float64)
+    scores = q._at_states(emission.double(), symbol)
     alpha = _alpha(scores, skip)
     final = (q.lengths - 1)[..., None, None].expand(*q.batch_shape, 1, scores.shape[-1])
     value = (alpha.gather(-2, final).squeeze(-2) + end).logsumexp(-1)
@@ -304,8 +304,7 @@ class CTC(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), ``[*sample, *B]``; -inf where no path gives y."""
-        used = int((value >= 0).sum(-1).max()) if value.numel() else 0
-        return self.posterior(value[..., :used]).log_partition
+        return self.posterior(without_padding(value)).log_partition
 
     def posterior(self, y: Tensor) -> Alignment:
         """p(path | y); its ``log_partition`` is ln p(y)."""
@@ -313,15 +312,10 @@ class CTC(TorchDistribution):
         shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
         lengths = torch.full((), steps, device=y.device) if self.lengths is None else self.lengths
         if self._validate_args:
-            present = y >= 0
-            bad = (y < -1) | (y >= symbols) | (y == self.blank)
-            bad[..., 1:] |= present[..., 1:] & ~present[..., :-1]
-            if bad.any():
-                raise ValueError(
-                    f"y has {y[bad][0].item()} at index {first_index(bad)}: it takes symbols 0..{symbols - 1} without "
-                    f"the blank {self.blank}, padded with -1"
-                )
-            long = present.sum(-1) > lengths
+            check_padded("y", y, symbols)
+            if (y == self.blank).any():
+                raise ValueError(f"y has the blank {self.blank} at index {first_index(y == self.blank)}")
+            long = (y >= 0).sum(-1) > lengths
             if long.any():
                 raise ValueError(f"y at index {first_index(long)} is longer than its input")
         emission = self.log_probs.expand(*shape, steps, symbols)

@@ -24,10 +24,10 @@ from pyroelbo.distributions.structured import (
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import Log, Max, Semiring, choose
 
-__all__ = ["PCFG", "ParseTree", "TreeParts"]
+__all__ = ["PCFG", "ParseTree", "ParseParts"]
 
 
-class TreeParts(NamedTuple):
+class ParseParts(NamedTuple):
     """The parts of a labelled binary tree: its top, its rules, the labels of its leaves and of its inner nodes."""
 
     root: Tensor
@@ -44,7 +44,7 @@ class ParseTree(StructuredDistribution):
     ``spans [*B,L,L,N]`` (first and last word of the node; zeros unless given): unnormalized log potentials, -inf
     allowed, rank(*B) = root.dim() - 1, batch sizes broadcast. ``lengths [*B]`` shortens sentences.
     Values are LongTensor charts ``[*B,L,L]``: at (i, j) the label of the node over words i..j, -1 where none.
-    A tree has at least two leaves. Parts are ``TreeParts``: ``rules`` counts each rule's uses, the marginals of
+    A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the marginals of
     ``spans`` are the probabilities of labelled spans.
 
     Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L²·N²) memory with gradients.
@@ -75,7 +75,7 @@ class ParseTree(StructuredDistribution):
                 f"got root {tuple(root.shape)}, rules {tuple(rules.shape)}, leaves {tuple(leaves.shape)}, spans "
                 f"{tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
             )
-        parts = TreeParts(root, rules, leaves, spans)
+        parts = ParseParts(root, rules, leaves, spans)
         batch_shape = torch.broadcast_shapes(*(x.shape[:rank] for x in parts))
         if lengths is None:
             lengths = torch.full(batch_shape, words, device=root.device)
@@ -101,7 +101,7 @@ class ParseTree(StructuredDistribution):
 
     # ---- trees and parts
 
-    def to_parts(self, z: Tensor) -> TreeParts:
+    def to_parts(self, z: Tensor) -> ParseParts:
         root, rules, leaves, _ = self.potentials
         dtype, n, every = root.dtype, root.shape[-1], rules.shape[-1]
         words = self.event_shape[0]
@@ -119,7 +119,7 @@ class ParseTree(StructuredDistribution):
         leaf = leaf * (torch.arange(words, device=z.device) < lengths[:, None])[..., None]
         inner = (z >= 0) & (z < n)
         node = F.one_hot(torch.where(inner, z, 0), n).to(dtype) * inner[..., None]
-        return TreeParts(*(x.view(*shape, *x.shape[1:]) for x in (top, used, leaf, node)))
+        return ParseParts(*(x.view(*shape, *x.shape[1:]) for x in (top, used, leaf, node)))
 
     def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
         _, _, leaves, spans = parts
@@ -248,9 +248,9 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
     weights = None if plain else spans
     possible = None
     if any((x == -math.inf).any() for x in (rules, leaves, spans)):
-        floats = [x.float() for x in (root, rules, leaves)]
-        where = None if plain else spans.float()
-        possible = inside(*floats, where, lengths, boolean=True, keep=False).left
+        allowed = [torch.where(x == -math.inf, x, 0.0).float() for x in (root, rules, leaves)]
+        where = None if plain else torch.where(spans == -math.inf, spans, 0.0).float()
+        possible = inside(*allowed, where, lengths, boolean=True, keep=False).left
     return inside(root, rules, leaves, weights, lengths, possible=possible, keep=keep)
 
 
@@ -371,6 +371,23 @@ def _log_softmax(logits: Tensor, rank: int) -> Tensor:
     return (flat - torch.where(total == -math.inf, 0.0, total)).view(logits.shape)
 
 
+def without_padding(y: Tensor) -> Tensor:
+    """``y [*, L]`` without the columns at its end that are -1 throughout."""
+    used = (y.unsqueeze(0).flatten(0, -2) != -1).any(0).nonzero()
+    return y[..., : int(used[-1]) + 1 if len(used) else min(1, y.shape[-1])]
+
+
+def check_padded(name: str, y: Tensor, count: int) -> None:
+    """Refuse labels outside 0..count-1, and -1 anywhere but at the end."""
+    bad = (y < -1) | (y >= count)
+    bad[..., 1:] |= (y[..., 1:] >= 0) & (y[..., :-1] < 0)
+    if bad.any():
+        raise ValueError(
+            f"{name} has {y[bad][0].item()} at index {first_index(bad)}: it takes integers from 0 to {count - 1}, "
+            f"then -1 to the end"
+        )
+
+
 class PCFG(TorchDistribution):
     """p(y) = Σ_trees p(tree, y) of a probabilistic context-free grammar with binary rules and preterminals.
 
@@ -429,8 +446,7 @@ class PCFG(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), ``[*sample, *B]``; -inf where no tree yields y."""
-        used = int((value >= 0).sum(-1).max()) if value.numel() else 0
-        return self.posterior(value[..., : max(used, 1)]).log_partition
+        return self.posterior(without_padding(value)).log_partition
 
     def posterior(self, y: Tensor) -> ParseTree:
         """p(tree | y); its ``log_partition`` is ln p(y)."""
@@ -438,12 +454,7 @@ class PCFG(TorchDistribution):
         present = y >= 0
         lengths = present.sum(-1)
         if self._validate_args:
-            bad = (y < -1) | (y >= words)
-            bad[..., 1:] |= present[..., 1:] & ~present[..., :-1]
-            if bad.any():
-                raise ValueError(
-                    f"y has {y[bad][0].item()} at index {first_index(bad)}: it takes words 0..{words - 1}, padded with -1"
-                )
+            check_padded("y", y, words)
             if (lengths == 0).any():
                 raise ValueError(f"y has an empty sentence at index {first_index(lengths == 0)}")
         shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
