@@ -217,10 +217,10 @@ class _Features:
         square = sums.new_empty(len(sums), self.dims, self.dims)
         at = 0
         for a, b in self.blocks:
-            block = square[:, a, b]
-            block.copy_(sums[:, at : at + block[0].numel()].view_as(block))
-            square[:, b, a] = block.transpose(1, 2)
-            at += block[0].numel()
+            size = (a.stop - a.start) * (b.stop - b.start)
+            block = sums[:, at : at + size].view(len(sums), a.stop - a.start, -1)
+            square[:, a, b], square[:, b, a] = block, block.mT
+            at += size
         return square
 
 
