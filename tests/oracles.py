@@ -117,6 +117,31 @@ def labelled_trees(parents, node, edge):
         yield z, weight, use
 
 
+def forward_backward(initial, transition, observation):
+    """ln Z, state marginals [T][S], expected steps [S][S] and the best score of a chain, by loops in log space."""
+    states, steps = range(len(initial)), len(observation)
+    alpha = [[initial[s] + observation[0][s] for s in states]]
+    best = alpha[0]
+    for row in observation[1:]:
+        last = alpha[-1]
+        alpha.append([log_sum_exp(last[i] + transition[i][j] for i in states) + row[j] for j in states])
+        best = [max(best[i] + transition[i][j] for i in states) + row[j] for j in states]
+    log_z = log_sum_exp(alpha[-1])
+    beta = [0.0 for _ in states]
+    marginals, expected = [], [[0.0 for _ in states] for _ in states]
+    if log_z == -math.inf:
+        return log_z, [[0.0 for _ in states] for _ in observation], expected, max(best)
+    for t in range(steps - 1, -1, -1):
+        marginals.append([math.exp(alpha[t][s] + beta[s] - log_z) for s in states])
+        if t:
+            ahead = [[transition[i][j] + observation[t][j] + beta[j] for j in states] for i in states]
+            for i in states:
+                for j in states:
+                    expected[i][j] += math.exp(alpha[t - 1][i] + ahead[i][j] - log_z)
+            beta = [log_sum_exp(ahead[i]) for i in states]
+    return log_z, marginals[::-1], expected, max(best)
+
+
 def parse_trees(root, rules, leaves, spans, length=None):
     """Labelled binary trees over the words; labels are a chart, row after row, -1 where no node."""
     words, n = len(leaves), len(root)

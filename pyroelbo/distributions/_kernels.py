@@ -92,7 +92,7 @@ def _powers(x, out, spare):
         out[:] = 0
         return 0.0
     for j in range(x.shape[0]):
-        out[j] = x[j] - top
+        out[j] = out.dtype.type(x[j]) - out.dtype.type(top)
     for start in range(0, x.shape[0], _PIECE):
         piece = out[start : start + _PIECE]
         _exponential(piece, spare[: piece.shape[0]])
@@ -185,7 +185,7 @@ def _weights(observation, out, spare):
         else:
             top = observation.dtype.type(0)
         for j in range(size):
-            out[t * size + j] = observation[t, j] - top
+            out[t * size + j] = out.dtype.type(observation[t, j]) - out.dtype.type(top)
     for start in range(0, steps * size, _PIECE):
         piece = out[start : min(start + _PIECE, steps * size)]
         _exponential(piece, spare[: piece.shape[0]])

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
@@ -206,7 +207,7 @@ def _scaled(problem: Problem, dtype: torch.dtype, keep: bool) -> tuple[Scaled, T
         rows = (~trusted).nonzero().squeeze(-1)
         upper = _forward(problem.take(rows), dtype, _LEAST[dtype], False)[0].log_z
         lower = result.log_z[rows]
-        trusted[rows] = upper - lower <= 1e-12 * lower.abs().clamp(min=1.0)
+        trusted[rows] = (lower > -math.inf) & (upper - lower <= 1e-12 * lower.abs().clamp(min=1.0))
     return result, trusted
 
 
@@ -224,11 +225,11 @@ def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
     peak = x.amax(-1, keepdim=True)
     peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
-    return (x - peak).to(dtype).exp_(), peak.squeeze(-1).double()
+    return (x.to(dtype) - peak.to(dtype)).exp_(), peak.squeeze(-1).double()
 
 
 def _arrays(*tensors: Tensor) -> list:
-    return [x.numpy() for x in tensors]
+    return [x.detach().numpy() for x in tensors]
 
 
 def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
@@ -375,32 +376,52 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        problem = Problem(*ctx.saved_tensors)
-        if torch.is_grad_enabled():
-            # a second derivative is wanted: the same numbers, from a scan that autograd can follow
-            value = _exact(problem, False).log_z.to(grad.dtype)
-            inputs = [x for x, needed in zip(problem[:3], ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(value, inputs, grad, create_graph=True, materialize_grads=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
-        apart = len(problem.transition) == len(grad)
+        return *_Expected.apply(*ctx.saved_tensors, grad, ctx.passes), None, None
+
+
+class _Expected(torch.autograd.Function):
+    """The gradient of ln Z in closed form; its own derivative, if anyone asks, by autograd through the exact
+    scan.
+    """
+
+    @staticmethod
+    def forward(ctx, initial, transition, observation, lengths, grad, passes):
+        ctx.save_for_backward(initial, transition, observation, lengths, grad)
+        potentials = (initial, transition, observation)
+        apart = len(transition) == len(grad)
         total: list[Tensor] = []
-        for rows, done in ctx.passes:
+        for rows, done in passes:
             found = done.expected(grad if rows is None else grad[rows], apart)
             parts = [
                 (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
                     potential.dtype
                 )
-                for x, potential in zip(found, problem[:3], strict=True)
+                for x, potential in zip(found, potentials, strict=True)
             ]
             if rows is None:
-                return *parts, None, None
-            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in problem[:3]]
+                return tuple(parts)
+            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
             for out, part in zip(total, parts, strict=True):
                 if len(out) < len(grad):
                     out += part
                 else:
                     out[rows] = part
-        return *total, None, None
+        return tuple(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *above):
+        initial, transition, observation, lengths, grad = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (initial, transition, observation, grad)]
+            log_z = _exact(Problem(inputs[0], inputs[1], inputs[2], lengths), False).log_z.to(grad.dtype)
+            first = torch.autograd.grad(
+                log_z, inputs[:3], inputs[3], create_graph=True, materialize_grads=True
+            )
+        used = [(x, g) for x, g in zip(first, above, strict=True) if x.requires_grad]
+        outputs, weights = zip(*used, strict=True)
+        second = torch.autograd.grad(outputs, inputs, weights, materialize_grads=True)
+        return *second[:3], None, second[3], None
 
 
 def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:

@@ -366,9 +366,27 @@ def _kernels() -> Any:
     return _kalman_kernel
 
 
+def _in_steps(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
+    past = _filtered(p, y)
+    mean = _apply(p.read, past.predicted_mean) + p.offset
+    covariance = p.read @ past.predicted_covariance @ p.read.mT + p.error
+    each = MultivariateNormal(mean, covariance, validate_args=False).log_prob(y)
+    return torch.where(_within(lengths, y.shape[-2]), each, 0.0).sum(-1)
+
+
 def _scan(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
-    """ln p(y) by Pyro's parallel scan over Gaussian factors; what lies beyond a length says nothing."""
-    steps = y.shape[-2]
+    """ln p(y) by Pyro's parallel scan over Gaussian factors; what lies beyond a length says nothing.
+
+    The scan works with precisions, which cannot hold a vague start beside precise observations: then the
+    filter takes the steps one after another. Arithmetic is in float64.
+    """
+    dtype, steps = y.dtype, y.shape[-2]
+    y, p = y.double(), Parameters(*(x.double() for x in p))
+    with torch.no_grad():
+        sizes = torch.cat([torch.linalg.eigvalsh(x).flatten() for x in (p.spread, p.noise, p.error)])
+        uneven = not sizes.max() < 1e6 * sizes.min()
+    if uneven:
+        return _in_steps(y, lengths, p).to(dtype)
     read = matrix_and_mvn_to_gaussian(p.read.mT, MultivariateNormal(p.offset, p.error)).condition(y)
     read = read.expand(y.shape[:-1])
     within = _within(lengths, steps).to(y.dtype)
@@ -381,7 +399,7 @@ def _scan(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
         moves = matrix_and_mvn_to_gaussian(p.move.mT, MultivariateNormal(p.drift, p.noise))
         moves = moves.expand((*y.shape[:-2], steps - 1)) + read[..., 1:].event_pad(left=hidden)
         first = gaussian_tensordot(first, sequential_gaussian_tensordot(moves), hidden)
-    return first.event_logsumexp()
+    return first.event_logsumexp().to(dtype)
 
 
 def _log_evidence(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:

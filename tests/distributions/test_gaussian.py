@@ -129,9 +129,11 @@ def test_agrees_with_one_large_gaussian(varying, rows, lengths):
 @pytest.mark.parametrize("lengths", [None, [5, 3, 1]])
 @pytest.mark.parametrize("rows", [(), (3,)])
 @pytest.mark.parametrize("varying", [False, True])
-def test_derivatives(varying, rows, lengths):
+def test_derivatives(varying, rows, lengths, engine):
+    if engine == "plain" and lengths is None:
+        pytest.skip("autograd's own; one of the two is enough")
     lengths = None if lengths is None else torch.tensor(lengths)
-    parts = [x.requires_grad_() for x in (torch.randn(3, 5, 3), *parameters(rows, varying=varying))]
+    parts = [x.requires_grad_() for x in (torch.randn(3, 5, 2), *parameters(rows, observed=2, varying=varying))]
 
     def evidence(y, *rest):
         rest = [(x + x.mT) / 2 if i in (1, 4, 7) else x for i, x in enumerate(rest)]
@@ -201,11 +203,8 @@ def test_stopping_at_the_fixed_point_changes_nothing(dtype):
     torch.testing.assert_close(*gradients, rtol=100 * rtol, atol=100 * rtol)
 
 
-def test_a_vague_start_and_precise_observations(engine):
+def test_a_vague_start_and_precise_observations():
     """Where spread is 10^18 times the noise a filter without Joseph's form has negative variances."""
-    if engine == "plain":
-        pytest.skip("the scan in information form holds no such range")
-    steps = 4
     spread, error = torch.tensor([[1e12]]), torch.tensor([[1e-6]])
     one = torch.ones(1, 1)
     parts = [torch.zeros(1), spread, one, torch.zeros(1), 1e-6 * one, one, torch.zeros(1), error]
@@ -218,7 +217,6 @@ def test_a_vague_start_and_precise_observations(engine):
     expected += -0.5 * math.log(2 * math.pi * 1e12)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     assert (chain(parts).posterior(y[None]).variance > 0).all()
-    assert steps == len(y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
