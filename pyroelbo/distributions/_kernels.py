@@ -278,6 +278,30 @@ def forward(
 
 
 @_compile
+def evidence(initial, transition, observation, lengths, floor, like):
+    """ln Z of each row and the least entry met, in the precision of ``like``; nothing is kept."""
+    rows = observation.shape[0]
+    total, least = np.empty(rows), np.empty(rows)
+    powers = np.empty(transition.shape, like.dtype)
+    none3, none2 = np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype)
+    forward(
+        initial,
+        transition,
+        observation,
+        lengths,
+        floor,
+        False,
+        powers,
+        none3,
+        none3,
+        none2,
+        total,
+        least,
+    )
+    return total, least
+
+
+@_compile
 def backward(turned, weight, lengths, alpha, scale, gamma, flow):
     """Scaled backward pass: ``gamma [B,T,S]`` posterior of each state, ``flow [B,T,S]`` = weight · beta /
     scale.

@@ -30,7 +30,9 @@ from pyroelbo.semiring import choose
 
 __all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
 
+# fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
 _GROUP = 1 << 19
+_NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
 
@@ -90,7 +92,6 @@ class Scaled(NamedTuple):
         grad = grad.to(weight.dtype)[:, None, None]
         gamma = torch.empty_like(weight)
         counts: list[Tensor] = []
-        # a few rows at a time: fresh memory costs more than the arithmetic on it
         group = max(4, _GROUP // (steps * states) // 4 * 4)
         flow = weight.new_empty(min(group, rows), steps, states)
         for start in range(0, rows, group):
@@ -168,16 +169,27 @@ def solve(problem: Problem, keep: bool) -> Solution:
     """ln Z of each sequence; with ``keep`` also what gradients and samples need. O(B·T·S²) time, O(B·T·S)
     memory.
     """
-    observation = problem.observation
+    observation, step = problem.observation, problem.transition
+    if len(step) > 1 and step.stride(0) == 0:
+        problem = problem._replace(transition=step[:1])
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
     log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
     passes: list[tuple[Tensor | None, Scaled | Exact]] = []
     pending: Tensor | None = None
     for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
         part = problem if pending is None else problem.take(pending)
-        scaled, trusted = _scaled(part, dtype, keep)
-        if bool(trusted.all()):
+        scaled, least = _forward(part, dtype, 0.0, keep)
+        limit = _LEAST[dtype]
+        if float(least.min()) >= limit:
             return _finish(log_z, passes, pending, scaled)
+        trusted = least >= limit
+        if dtype == torch.float64:
+            rows = (~trusted).nonzero().squeeze(-1)
+            upper = _forward(part.take(rows), dtype, limit, False)[0].log_z
+            lower = scaled.log_z[rows]
+            trusted[rows] = (lower > -math.inf) & (upper - lower <= 1e-12 * lower.abs().clamp(min=1.0))
+            if bool(trusted.all()):
+                return _finish(log_z, passes, pending, scaled)
         good = trusted.nonzero().squeeze(-1)
         if len(good):
             rows = good if pending is None else pending[good]
@@ -194,21 +206,6 @@ def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exa
         return Solution(last.log_z, [(None, last)])
     log_z[rows] = last.log_z
     return Solution(log_z, [*passes, (rows, last)])
-
-
-def _scaled(problem: Problem, dtype: torch.dtype, keep: bool) -> tuple[Scaled, Tensor]:
-    """The scaled pass, and which rows of it can be trusted."""
-    step = problem.transition
-    if len(step) > 1 and step.stride(0) == 0:
-        problem = problem._replace(transition=step[:1])
-    result, least = _forward(problem, dtype, 0.0, keep)
-    trusted = least >= _LEAST[dtype]
-    if dtype == torch.float64 and not bool(trusted.all()):
-        rows = (~trusted).nonzero().squeeze(-1)
-        upper = _forward(problem.take(rows), dtype, _LEAST[dtype], False)[0].log_z
-        lower = result.log_z[rows]
-        trusted[rows] = (lower > -math.inf) & (upper - lower <= 1e-12 * lower.abs().clamp(min=1.0))
-    return result, trusted
 
 
 def _turned(transition: Tensor) -> Tensor:
@@ -240,12 +237,16 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
     rows, steps, states = observation.shape
     run = kernels(observation)
     if run is not None:
-        powers = torch.empty(transition.shape, dtype=dtype)
-        weight, alpha = (torch.empty((rows, steps, states) if keep else (0, 0, 0), dtype=dtype) for _ in "wa")
-        scale = torch.empty((rows, steps) if keep else (0, 0), dtype=dtype)
-        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
         arrays = _arrays(initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths)
-        run.forward(*arrays, floor, keep, *_arrays(powers, weight, alpha, scale, log_z, least))
+        none = _NONE[dtype]
+        if not keep:
+            log_z, least = map(torch.from_numpy, run.evidence(*arrays, floor, *_arrays(none)))
+            return Scaled(problem, none, none, log_z), least
+        powers = torch.empty(transition.shape, dtype=dtype)
+        weight, alpha = (torch.empty((rows, steps, states), dtype=dtype) for _ in "wa")
+        scale = torch.empty((rows, steps), dtype=dtype)
+        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
+        run.forward(*arrays, floor, True, *_arrays(powers, weight, alpha, scale, log_z, least))
         return Scaled(Problem(initial, powers, weight, lengths), alpha, scale, log_z), least
     first, top_first = _exponential(initial, dtype)
     powers, tops = _exponential(transition.flatten(2), dtype)

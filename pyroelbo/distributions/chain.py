@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from pyroelbo.distributions._recursions import Problem, Solution, best_path, draw_paths, log_partition, solve
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
+    broadcast,
     check_finite_or_minus_inf,
     check_lengths,
     first_index,
@@ -69,10 +70,12 @@ class LinearChain(StructuredDistribution):
                 f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, observation "
                 f"{tuple(observation.shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and [*B,T,S]"
             )
-        shapes = [initial.shape[:-1], transition.shape[:batch_rank], observation.shape[:-2]]
-        if lengths is not None:
-            shapes.append(lengths.shape)
-        batch_shape = torch.broadcast_shapes(*shapes)
+        batch_shape = broadcast(
+            initial.shape[:-1],
+            transition.shape[:batch_rank],
+            observation.shape[:-2],
+            *(() if lengths is None else (lengths.shape,)),
+        )
         self._solution: Solution | None = None
         self.lengths = lengths if lengths is None else lengths.expand(batch_shape)
         super().__init__(
@@ -115,6 +118,8 @@ class LinearChain(StructuredDistribution):
         rank, rows = len(self.batch_shape), self.batch_shape.numel()
 
         def flat(x: Tensor, whole: bool = False) -> Tensor:
+            if rank == 1 and (len(x) == rows or not whole):
+                return x
             event = x.shape[rank:]
             if not whole and x.shape[:rank].numel() == 1:
                 return x.reshape(1, *event)
@@ -131,7 +136,7 @@ class LinearChain(StructuredDistribution):
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         solution = self._solution if parts is self.potentials else None
-        return log_partition(self._flat(parts), solution).reshape(self.batch_shape)
+        return log_partition(self._flat(parts), solution).view(self.batch_shape)
 
     def _mode(self) -> Tensor:
         return best_path(self._flat(self.potentials)).reshape(self.batch_shape + self.event_shape)

@@ -15,7 +15,16 @@ from torch.distributions import register_kl
 
 from pyroelbo.semiring import KBest, Log, Max, Relative, Sample, Semiring
 
-__all__ = ["StructuredDistribution", "check_finite_or_minus_inf", "check_lengths", "first_index"]
+__all__ = ["StructuredDistribution", "broadcast", "check_finite_or_minus_inf", "check_lengths", "first_index"]
+
+
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    """``torch.broadcast_shapes``, which takes its time, with a short way for shapes of one dimension."""
+    if all(len(shape) == 1 for shape in shapes):
+        sizes = {shape[0] for shape in shapes} - {1}
+        if len(sizes) <= 1:
+            return torch.Size(sizes or (1,))
+    return torch.broadcast_shapes(*shapes)
 
 
 def first_index(bad: Tensor) -> str:
@@ -92,7 +101,9 @@ class StructuredDistribution(TorchDistribution):
     def log_partition(self) -> Tensor:
         """ln Z, ``[*B]``. Cost: one forward pass; computed once for each distribution."""
         if "log_partition" not in self._cache:
-            value = self._log_partition(self.potentials).expand(self.batch_shape)
+            value = self._log_partition(self.potentials)
+            if value.shape != self.batch_shape:
+                value = value.expand(self.batch_shape)
             if not torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials):
                 return value
             self._cache["log_partition"] = value
