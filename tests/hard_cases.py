@@ -1,7 +1,8 @@
-"""Chains that break scaled recursions, clamps and finite stand-ins for -inf: log potentials of one sequence each.
+"""Chains that break scaled recursions, clamps and finite stand-ins for -inf: log potentials of one sequence
+each.
 
-Each function returns ``initial [S]``, ``transition [S,S]`` (from, to) and ``observation [T,S]`` in float64; what is
-right follows from ``oracles.forward_backward``.
+Each function returns ``initial [S]``, ``transition [S,S]`` (from, to) and ``observation [T,S]`` in float64;
+what is right follows from ``oracles.forward_backward``.
 """
 
 import math
@@ -103,7 +104,9 @@ def outlier_of_1000_sigma():
 
 
 def contradicting_outliers():
-    """Each of two steps is possible in practice from one state only, and going from one to the other is rare."""
+    """Each of two steps is possible in practice from one state only, and going from one to the other is
+    rare.
+    """
     initial, transition, observation = _ordinary(12, 3)
     transition[0, 1] = transition[0, 2] = -400.0
     observation[4] = torch.tensor([0.0, -5000.0, -5000.0])
@@ -126,7 +129,9 @@ def dead_end():
 
 
 def cycle_in_the_wrong_phase():
-    """A deterministic cycle that starts out of phase with the data: the only path is the worst at every step."""
+    """A deterministic cycle that starts out of phase with the data: the only path is the worst at every
+    step.
+    """
     states, steps = 5, 400
     transition = torch.full((states, states), -INF, dtype=torch.float64)
     transition[torch.arange(states), (torch.arange(states) + 1) % states] = 0.0

@@ -118,7 +118,9 @@ def labelled_trees(parents, node, edge):
 
 
 def forward_backward(initial, transition, observation):
-    """ln Z, state marginals [T][S], expected steps [S][S] and the best score of a chain, by loops in log space."""
+    """ln Z, state marginals [T][S], expected steps [S][S] and the best score of a chain, by loops in log
+    space.
+    """
     states, steps = range(len(initial)), len(observation)
     alpha = [[initial[s] + observation[0][s] for s in states]]
     best = alpha[0]

@@ -1,7 +1,8 @@
 """Alpha-beta recursion over alignments in numbers of unlimited range, compiled (needs numba).
 
-A number is m·2^(256 e) with m in [2^-128, 2^128) or m = 0: relative precision is float64's everywhere and nothing
-underflows, so neither a rescue in log space nor any exponential beyond one per frame and symbol is needed.
+A number is m·2^(256 e) with m in [2^-128, 2^128) or m = 0: relative precision is float64's everywhere and
+nothing underflows, so neither a rescue in log space nor any exponential beyond one per frame and symbol is
+needed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def _normalize(m, e):
 
 @njit(cache=True)
 def alpha_beta(log_probs, targets, input_lengths, target_lengths, blank, value, occupancy, with_gradient):
-    """Fill ``value`` [B] with ln Σ_alignments Π_t p_t and ``occupancy`` [B,T,C] (zero on entry) with its gradient."""
+    """Fill ``value`` [B] with ln Σ_alignments Π_t p_t and ``occupancy`` [B,T,C] (zero on entry) with its
+    gradient.
+    """
     batch, steps, symbols = log_probs.shape
     longest = 2 * targets.shape[1] + 1
     index = np.empty(longest, np.int64)

@@ -1,9 +1,9 @@
 """Inside and outside passes of a binary grammar as batched matrix products on scaled charts.
 
-Every span keeps its weights relative to their maximum, with the logarithm of that maximum beside them. What such a
-chart loses by underflow is bounded (each term of a sum loses at most the smallest number of its type, all
-factors being at most one), so an entry that is large against the bound is right; a sentence with a smaller one
-is reported, to be computed again in a wider range.
+Every span keeps its weights relative to their maximum, with the logarithm of that maximum beside them. What
+such a chart loses by underflow is bounded (each term of a sum loses at most the smallest number of its
+type, all factors being at most one), so an entry that is large against the bound is right; a sentence with
+a smaller one is reported, to be computed again in a wider range.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ __all__ = ["Chart", "inside", "outside"]
 
 
 class Blocks(NamedTuple):
-    """Rule weights by kinds of children, relative to their maximum; G is 1 for a grammar shared by the batch, else B."""
+    """Rule weights by kinds of children, relative to their maximum; G is 1 for a grammar shared by the
+    batch, else B.
+    """
 
     inner: Tensor  # [G, N, N*N]: parent, then two nonterminals
     leaf_left: Tensor  # [G, P, N*N]: the left child, a preterminal, then right child and parent
@@ -30,7 +32,9 @@ class Blocks(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Scaled inside weights: left[b, i, w] of the span that starts at i, right[b, j, L - w] of the one that ends at j."""
+    """Scaled inside weights: left[b, i, w] of the span that starts at i, right[b, j, L - w] of the one that
+    ends at j.
+    """
 
     left: Tensor  # [B, L, L+1, N]
     right: Tensor  # [B, L, L+1, N]
@@ -96,10 +100,11 @@ def inside(
     boolean: bool = False,
     keep: bool = True,
 ) -> Chart:
-    """The chart of ``root [B,N]``, ``rules [1 or B,N,N+P,N+P]``, ``leaves [B,L,P]``, ``spans [B,L,L,N]`` log potentials.
+    """The chart of ``root [B,N]``, ``rules [1 or B,N,N+P,N+P]``, ``leaves [B,L,P]``, ``spans [B,L,L,N]``
+    log potentials.
 
-    ``boolean`` replaces every positive weight by one; its ``left`` is the ``possible`` of a grammar with -inf, whose
-    zeros are not taken for underflow. ``keep`` saves what ``outside`` needs.
+    ``boolean`` replaces every positive weight by one; its ``left`` is the ``possible`` of a grammar with
+    -inf, whose zeros are not taken for underflow. ``keep`` saves what ``outside`` needs.
     Cost: O(B L³ N² + B L² N³ + B L N² P) time, O(B L² N²) memory.
     """
     batch, size, preterminals = leaves.shape
@@ -223,10 +228,10 @@ def outside(
             grad_left[:, start, w - 1] += (last[..., None, :] @ leaf_right[:, end]).squeeze(-2)
         if w > 3:
             u, v = slice(2, w - 1), slice(size - w + 2, size - 1)
-            scaled = _times(g, blocks.inner).view(batch, count, n, n)
+            back = _times(g, blocks.inner).view(batch, count, n, n)
             both = chart.shares[w][2]
-            grad_left[:, start, u] += (chart.right[:, end, v] * both) @ scaled.transpose(2, 3)
-            grad_right[:, end, v] += (chart.left[:, start, u] * both) @ scaled
+            grad_left[:, start, u] += (chart.right[:, end, v] * both) @ back.transpose(2, 3)
+            grad_right[:, end, v] += (chart.left[:, start, u] * both) @ back
     nodes = torch.where(chart.total > -math.inf, lengths - 1, 0)
     reliable = chart.reliable & ((found - nodes).abs() <= lengths * torch.finfo(found.dtype).eps ** 0.75)
     scale = torch.where(reliable, grad, 0.0)
@@ -252,7 +257,9 @@ def outside(
 def _by_rules(
     chart: Chart, raw: list[Tensor], to_leaf_left: Tensor, to_leaf_right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by rules and leaves from those by the unscaled spans, widths 2 and up, and by the leaves' matrices."""
+    """Gradients by rules and leaves from those by the unscaled spans, widths 2 and up, and by the leaves'
+    matrices.
+    """
     blocks, leaf = chart.rules, chart.leaf
     groups, p, _ = blocks.leaf_left.shape
     n = blocks.inner.shape[1]

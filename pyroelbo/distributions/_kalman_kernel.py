@@ -1,7 +1,8 @@
 """Kalman filter and its adjoint, compiled (needs numba).
 
-Covariances do not depend on the data: a batch that shares its parameters shares their recursion. Where parameters
-stay the same it is not continued past its fixed point, that is when a step changes less than its own rounding does.
+Covariances do not depend on the data: a batch that shares its parameters shares their recursion. Where
+parameters stay the same it is not continued past its fixed point, that is when a step changes less than its
+own rounding does.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def _add_symmetric(x, y, out):
 
 @njit(cache=True)
 def _invert(s, low, out):
-    """Inverse of a positive definite matrix by its Cholesky factor; returns ln det, NaN where there is no factor."""
+    """Inverse of a positive definite matrix by its Cholesky factor; returns ln det, NaN where there is no
+    factor.
+    """
     n = s.shape[0]
     log_det = 0.0
     for j in range(n):
@@ -100,7 +103,9 @@ def _invert(s, low, out):
 
 @njit(cache=True)
 def _filter_covariances(p0, a, q, c, r, steps, fixed, p, v, gain, inverse, j, log_det):
-    """Fill predicted p, filtered v, gain, inverse innovation covariance, I - gain c; returns the last step that they have."""
+    """Fill predicted p, filtered v, gain, inverse innovation covariance, I - gain c; returns the last step
+    that they have.
+    """
     hidden, observed = p0.shape[0], r.shape[1]
     cp, s = np.empty((observed, hidden)), np.empty((observed, observed))
     low = np.zeros((observed, observed))
@@ -164,9 +169,11 @@ def kalman_filter(
     log_det,
     settled,
 ):
-    """Fill ln p(y) [B]; predicted means, errors, weighted errors [B,T,.]; covariances [G,T,.,.] up to the step ``settled``.
+    """Fill ln p(y) [B]; predicted means, errors, weighted errors [B,T,.]; covariances [G,T,.,.] up to the
+    step ``settled``.
 
-    Parameters are [G,...] with G = 1 (shared by the batch) or B; a, b, q [G,1 or T-1,...], c, d, r [G,1 or T,...].
+    Parameters are [G,...] with G = 1 (shared by the batch) or B; a, b, q [G,1 or T-1,...], c, d, r [G,1 or
+    T,...].
     """
     batch, steps, observed = y.shape
     hidden = m0.shape[1]
@@ -213,7 +220,9 @@ def kalman_filter(
 
 @njit(cache=True)
 def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before, slot):
-    """Fill N, the precision that the future adds, of the filtered and of the predicted state, at ``slot`` of each step."""
+    """Fill N, the precision that the future adds, of the filtered and of the predicted state, at ``slot``
+    of each step.
+    """
     hidden, observed = gain.shape[1], gain.shape[2]
     at, jt = np.empty((hidden, hidden)), np.empty((hidden, hidden))
     ct, weighted = np.empty((hidden, observed)), np.empty((hidden, observed))
@@ -269,8 +278,8 @@ def kalman_adjoint(
 ):
     """Add the gradients of Σ weight·ln p(y) to the g arrays, zero on entry.
 
-    With r and N the score's mean and precision of each predicted state, all gradients are products of these: no
-    inverse but that of the innovations is needed (de Jong 1989; Koopman and Shephard 1992).
+    With r and N the score's mean and precision of each predicted state, all gradients are products of
+    these: no inverse but that of the innovations is needed (de Jong 1989; Koopman and Shephard 1992).
     """
     batch, steps, hidden = mean.shape
     observed = residual.shape[2]

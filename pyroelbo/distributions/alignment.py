@@ -33,11 +33,13 @@ class AlignmentParts(NamedTuple):
 
 
 class Alignment(StructuredDistribution):
-    """p(z) = exp( Σ_t emission_t[z_t] ) / Z over paths z that give ``target`` once repeats are merged and blanks left out.
+    """p(z) = exp( Σ_t emission_t[z_t] ) / Z over paths z that give ``target`` once repeats are merged and
+    blanks left out.
 
-    ``emission [*B,T,C]``: log potentials, -inf allowed; ``target [*B,L]``, padded with -1; ``lengths [*B]`` of the
-    inputs; rank(*B) = emission.dim() - 2, batch sizes broadcast. Values are LongTensors ``[*B,T]``, the symbol of each frame
-    (0 and ignored beyond ``lengths``). The marginals are each frame's distribution over symbols.
+    ``emission [*B,T,C]``: log potentials, -inf allowed; ``target [*B,L]``, padded with -1; ``lengths [*B]``
+    of the inputs; rank(*B) = emission.dim() - 2, batch sizes broadcast. Values are LongTensors ``[*B,T]``,
+    the symbol of each frame (0 and ignored beyond ``lengths``). The marginals are each frame's distribution
+    over symbols.
 
     Cost: O(B·T·L) time and memory. Source: Graves et al. (2006), *Connectionist temporal classification*.
     """
@@ -57,7 +59,8 @@ class Alignment(StructuredDistribution):
         batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
         if len(batch_shape) != emission.dim() - 2:
             raise ValueError(
-                f"got emission {tuple(emission.shape)}, target {tuple(target.shape)}, lengths {tuple(lengths.shape)}: "
+                f"got emission {tuple(emission.shape)}, target {tuple(target.shape)}, lengths "
+                f"{tuple(lengths.shape)}: "
                 f"they take [*B,T,C], [*B,L] and [*B], the same number of batch dimensions"
             )
         self.blank = blank
@@ -81,7 +84,9 @@ class Alignment(StructuredDistribution):
         return new
 
     def _lattice(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending in it."""
+        """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending
+        in it.
+        """
         count = (self.target >= 0).sum(-1, keepdim=True)
         shape = self.target.shape[:-1]
         symbol = torch.full((*shape, 2 * self.target.shape[-1] + 1), self.blank, device=self.target.device)
@@ -151,16 +156,18 @@ class Alignment(StructuredDistribution):
         state = torch.zeros(shape, dtype=torch.long, device=end.device)
         for t in range(self.event_shape[0] - 1, -1, -1):
             # a move of 0, 1 or 2 states; the last frame chooses any that ends
-            ways = torch.stack([alpha[(*rows, t, (state - d).clamp(min=0))] for d in range(3)], -1)
-            ways[..., 1] += torch.where(state > 0, 0.0, -math.inf)
-            ways[..., 2] += skip[(*rows, state)]
+            sources = [(*rows, torch.full_like(state, t), (state - d).clamp(min=0)) for d in range(3)]
+            ways = torch.stack([alpha[source] for source in sources], -1)
+            ways[..., 1] += _log_indicator(state > 0, ways.dtype)
+            at = (*rows, state)
+            ways[..., 2] += skip[at]
             before = state - choose(ways, torch.rand(shape, dtype=ways.dtype, device=end.device))
             last = (alpha[..., t, :] + end).expand(*shape, -1)
             ending = choose(last, torch.rand(shape, dtype=last.dtype, device=end.device))
-            state = torch.where(
-                t == self.lengths - 1, ending, torch.where(t < self.lengths - 1, before, state)
-            )
-            z[..., t] = torch.where(t < self.lengths, symbol[(*rows, state)], 0)
+            state = torch.where(self.lengths - 1 > t, before, state)
+            state = torch.where(self.lengths - 1 == t, ending, state)
+            at = (*rows, state)
+            z[..., t] = torch.where(t < self.lengths, symbol[at], 0)
         return z
 
 
@@ -169,7 +176,9 @@ def _log_indicator(condition: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
-    """Merge repeats, leave out blanks and what lies beyond the length; padded with -1, as long as the path."""
+    """Merge repeats, leave out blanks and what lies beyond the length; padded with -1, as long as the
+    path.
+    """
     path, within = torch.broadcast_tensors(path, within)
     kept = (path != blank) & within
     kept[..., 1:] &= path[..., 1:] != path[..., :-1]
@@ -254,12 +263,13 @@ class _LogPartition(torch.autograd.Function):
 
 
 class CTC(TorchDistribution):
-    """p(y) = Σ_paths Π_t softmax(logits_t)[path_t] over the paths that give y once repeats are merged and blanks left out.
+    """p(y) = Σ_paths Π_t softmax(logits_t)[path_t] over the paths that give y once repeats are merged and
+    blanks left out.
 
-    ``logits [*B,T,C]`` are normalized inside, -inf allowed; ``lengths [*B]`` are the inputs'; ``blank`` is the index of the
-    blank; rank(*B) = logits.dim() - 2. ``y`` is a LongTensor ``[*B,L]``, padded with -1, possibly all of it.
-    A target that fits no path has a true -inf and a zero gradient. ``sample`` pads to T. ``posterior(y)`` is an
-    ``Alignment``.
+    ``logits [*B,T,C]`` are normalized inside, -inf allowed; ``lengths [*B]`` are the inputs'; ``blank`` is
+    the index of the blank; rank(*B) = logits.dim() - 2. ``y`` is a LongTensor ``[*B,L]``, padded with -1,
+    possibly all of it. A target that fits no path has a true -inf and a zero gradient. ``sample`` pads to
+    T. ``posterior(y)`` is an ``Alignment``.
 
     Cost: O(B·T·(C + L)). Source: Graves et al. (2006), *Connectionist temporal classification*.
     """
@@ -276,7 +286,7 @@ class CTC(TorchDistribution):
             batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
         if len(batch_shape) != logits.dim() - 2 or not 0 <= blank < symbols:
             raise ValueError(
-                f"got logits {tuple(logits.shape)}, lengths of shape {getattr(lengths, 'shape', None)}, blank {blank}: "
+                f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank {blank}: "
                 f"they take [*B,T,C], [*B], and a symbol below C"
             )
         self.lengths, self.blank = lengths, blank

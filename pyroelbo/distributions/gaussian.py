@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,10 +49,11 @@ class LinearGaussianChain(TorchDistribution):
     """p(y) of z_1 ~ initial, z_{t+1} = A_t z_t + transition_noise, y_t = C_t z_t + observation_noise.
 
     ``initial``, ``transition_noise`` and ``observation_noise`` are Gaussians (``MultivariateNormal``, or
-    ``Normal(...).to_event(1)``) of batch shapes ``[*B]``, ``[*B]`` or ``[*B,T-1]``, ``[*B]`` or ``[*B,T]``, with means as
-    they please; ``transition_matrix`` is ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from), ``observation_matrix
-    [*B,O,H]`` or ``[*B,T,O,H]``. Values are ``[*B,T,O]``; ``lengths [*B]`` shortens sequences: what lies beyond is
-    ignored, and zero in samples. Sampling needs a known T: from ``num_steps`` or a parameter that varies in time.
+    ``Normal(...).to_event(1)``) of batch shapes ``[*B]``, ``[*B]`` or ``[*B,T-1]``, ``[*B]`` or ``[*B,T]``,
+    with means as they please; ``transition_matrix`` is ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from),
+    ``observation_matrix [*B,O,H]`` or ``[*B,T,O,H]``. Values are ``[*B,T,O]``; ``lengths [*B]`` shortens
+    sequences: what lies beyond is ignored, and zero in samples. Sampling needs a known T: from
+    ``num_steps`` or a parameter that varies in time.
 
     ``log_prob(y)`` is the evidence, ``posterior(y)`` the ``GaussianChain`` of states given y.
     Cost: O(B·T·H²) and, once for a batch that shares its parameters, O(T·(H + O)³), also for the gradient.
@@ -83,8 +83,8 @@ class LinearGaussianChain(TorchDistribution):
             or transition_noise.event_shape != (hidden,)
         ):
             raise ValueError(
-                f"got initial of event shape {tuple(initial.event_shape)}, transition_matrix {tuple(transition_matrix.shape)}, "
-                f"transition_noise of event shape {tuple(transition_noise.event_shape)}, observation_matrix "
+                f"got initial of event shape {tuple(initial.event_shape)}, transition_matrix "
+                f"{tuple(transition_matrix.shape)}, transition_noise of event shape {tuple(transition_noise.event_shape)}, observation_matrix "
                 f"{tuple(observation_matrix.shape)}, observation_noise of event shape "
                 f"{tuple(observation_noise.event_shape)}: they take [H], [H,H], [H], [O,H] and [O]"
             )
@@ -93,7 +93,9 @@ class LinearGaussianChain(TorchDistribution):
             if x.dim() == rank + own:
                 return x.unsqueeze(rank)
             if x.dim() != rank + own + 1:
-                raise ValueError(f"{name} has {x.dim() - own} dimensions before its own: it takes [*B] or [*B,T]")
+                raise ValueError(
+                    f"{name} has {x.dim() - own} dimensions before its own: it takes [*B] or [*B,T]"
+                )
             known[name] = x.shape[rank] + extra
             return x
 
@@ -165,7 +167,9 @@ class LinearGaussianChain(TorchDistribution):
         z = [p.start + _apply(torch.linalg.cholesky(p.spread), _normal(p.start, shape, p.start.shape[-1:]))]
         for t in range(steps - 1):
             u = min(t, p.move.shape[-3] - 1)
-            shock = _apply(root[..., min(t, root.shape[-3] - 1), :, :], _normal(p.start, shape, z[0].shape[-1:]))
+            shock = _apply(
+                root[..., min(t, root.shape[-3] - 1), :, :], _normal(p.start, shape, z[0].shape[-1:])
+            )
             drift = p.drift[..., min(t, p.drift.shape[-2] - 1), :]
             z.append(_apply(p.move[..., u, :, :], z[-1]) + drift + shock)
         noise = _normal(p.start, shape, (steps, self.event_shape[-1]))
@@ -175,7 +179,9 @@ class LinearGaussianChain(TorchDistribution):
     def _aligned(self, value: Tensor) -> tuple[LinearGaussianChain, Tensor, Tensor]:
         """This distribution, the value and its lengths, all with the same number of batch dimensions."""
         if value.dim() < 2 or value.shape[-1] != self.event_shape[-1] or not value.shape[-2]:
-            raise ValueError(f"y has shape {tuple(value.shape)}: it takes [*B,T,{self.event_shape[-1]}] with T > 0")
+            raise ValueError(
+                f"y has shape {tuple(value.shape)}: it takes [*B,T,{self.event_shape[-1]}] with T > 0"
+            )
         steps = value.shape[-2]
         if self.num_steps is not None and steps != self.num_steps:
             raise ValueError(f"y has {steps} steps in shape {tuple(value.shape)}: it takes {self.num_steps}")
@@ -189,16 +195,18 @@ class LinearGaussianChain(TorchDistribution):
             check_lengths(lengths, steps)
             if not value.isfinite().all():
                 bad = ~value.isfinite()
-                raise ValueError(f"y has {value[bad][0].item()} at index {first_index(bad)}: it takes finite numbers")
+                raise ValueError(
+                    f"y has {value[bad][0].item()} at index {first_index(bad)}: it takes finite numbers"
+                )
         return new, value, lengths
 
 
 class GaussianChain(TorchDistribution):
     """p(z | y) of a linear-Gaussian chain: z_T ~ N, then z_t given z_{t+1} backwards in time.
 
-    Values are ``[*B,T,H]``; what lies beyond ``lengths`` is zero in samples and ignored. ``mean``, ``variance`` and
-    ``covariance`` are the smoother's, ``lagged`` is Cov(z_t, z_{t+1}); ``log_partition`` is ln p(y). All are
-    differentiable in the parameters and in y.
+    Values are ``[*B,T,H]``; what lies beyond ``lengths`` is zero in samples and ignored. ``mean``,
+    ``variance`` and ``covariance`` are the smoother's, ``lagged`` is Cov(z_t, z_{t+1}); ``log_partition``
+    is ln p(y). All are differentiable in the parameters and in y.
 
     Cost: O(B·T·(H + O)³), T steps one after another. Source: Rauch, Tung, Striebel (1965).
     """
@@ -229,7 +237,9 @@ class GaussianChain(TorchDistribution):
 
     @functools.cached_property
     def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """z_t = matrix_t z_{t+1} + shift_t + N(0, covariance_t); the last z_t of a sequence depends on none."""
+        """z_t = matrix_t z_{t+1} + shift_t + N(0, covariance_t); the last z_t of a sequence depends on
+        none.
+        """
         p, past = self.parameters, _filtered(self.parameters, self.y)
         steps, hidden = self.event_shape
         last = torch.arange(steps, device=self.lengths.device) >= self.lengths[..., None] - 1
@@ -252,7 +262,9 @@ class GaussianChain(TorchDistribution):
         z = [shocks[..., -1, :]]
         for t in range(self.event_shape[0] - 2, -1, -1):
             z.append(_apply(gain[..., t, :, :], z[-1]) + shocks[..., t, :])
-        return torch.where(_within(self.lengths, self.event_shape[0])[..., None], torch.stack(z[::-1], -2), 0.0)
+        return torch.where(
+            _within(self.lengths, self.event_shape[0])[..., None], torch.stack(z[::-1], -2), 0.0
+        )
 
     @functools.cached_property
     def mean(self) -> Tensor:  # type: ignore[override]
@@ -295,7 +307,9 @@ class GaussianChain(TorchDistribution):
         gain, shift, covariance = self._backward
         value = torch.where(_within(self.lengths, self.event_shape[0])[..., None], value, 0.0)
         ahead = torch.cat([value[..., 1:, :], torch.zeros_like(value[..., :1, :])], -2)
-        each = MultivariateNormal(_apply(gain, ahead) + shift, covariance, validate_args=False).log_prob(value)
+        each = MultivariateNormal(_apply(gain, ahead) + shift, covariance, validate_args=False).log_prob(
+            value
+        )
         return torch.where(_within(self.lengths, self.event_shape[0]), each, 0.0).sum(-1)
 
     def entropy(self) -> Tensor:
@@ -310,7 +324,9 @@ def _moments(name: str, gaussian: Any) -> tuple[Tensor, Tensor]:
     base = getattr(gaussian, "base_dist", None)
     if isinstance(base, torch.distributions.Normal) and gaussian.event_dim == 1:
         return base.loc, torch.diag_embed(base.scale.square())
-    raise ValueError(f"{name} is {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)")
+    raise ValueError(
+        f"{name} is {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)"
+    )
 
 
 def _padded(p: Parameters, dims: int) -> Parameters:
@@ -333,7 +349,7 @@ def _filtered(p: Parameters, y: Tensor) -> Filtered:
     """Kalman's filter in plain torch; Joseph's form keeps covariances positive where the noise is small."""
     identity = torch.eye(p.start.shape[-1], dtype=p.start.dtype, device=p.start.device)
     mean, covariance = p.start, p.spread
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for t in range(y.shape[-2]):
         u = min(t, p.read.shape[-3] - 1), min(t, p.offset.shape[-2] - 1), min(t, p.error.shape[-3] - 1)
         read, offset, error = p.read[..., u[0], :, :], p.offset[..., u[1], :], p.error[..., u[2], :, :]
@@ -434,7 +450,13 @@ class _LogEvidence(torch.autograd.Function):
 
         value = room(rows)
         means, errors, residuals = room(rows, steps, hidden), *(room(rows, steps, observed) for _ in range(2))
-        sizes = ((hidden, hidden), (hidden, hidden), (hidden, observed), (observed, observed), (hidden, hidden))
+        sizes = (
+            (hidden, hidden),
+            (hidden, hidden),
+            (hidden, observed),
+            (observed, observed),
+            (hidden, hidden),
+        )
         covariances = [room(groups, steps, *size) for size in sizes]
         settled = torch.empty(groups, dtype=torch.long).numpy()
         data = y.detach().double().reshape(-1, steps, observed).contiguous().numpy()
@@ -454,7 +476,9 @@ class _LogEvidence(torch.autograd.Function):
         y, lengths, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
             wanted = [x for x in (y, *parameters) if x.requires_grad]
-            exact = torch.autograd.grad(_scan(y, lengths, Parameters(*parameters)), wanted, grad, create_graph=True)
+            exact = torch.autograd.grad(
+                _scan(y, lengths, Parameters(*parameters)), wanted, grad, create_graph=True
+            )
             found = iter(exact)
             back = [next(found) if x.requires_grad else None for x in (y, *parameters)]
             return back[0], None, *back[1:]

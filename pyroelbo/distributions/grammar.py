@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ __all__ = ["PCFG", "ParseTree", "ParseParts"]
 
 
 class ParseParts(NamedTuple):
-    """The parts of a labelled binary tree: its top, its rules, the labels of its leaves and of its inner nodes."""
+    """The parts of a labelled binary tree: its top, its rules, the labels of its leaves and of its inner
+    nodes.
+    """
 
     root: Tensor
     rules: Tensor
@@ -37,18 +39,20 @@ class ParseParts(NamedTuple):
 
 
 class ParseTree(StructuredDistribution):
-    """p(tree) = exp( root[top] + Σ_rules rules[parent, left, right] + Σ_i leaves_i[label] + Σ_nodes spans_ij[label] ) / Z.
+    """p(tree) = exp( root[top] + Σ_rules rules[parent, left, right] + Σ_i leaves_i[label] + Σ_nodes
+    spans_ij[label] ) / Z.
 
     Over all binary trees on L words whose inner nodes carry one of N labels and whose leaves one of P:
     ``root [*B,N]``, ``rules [*B,N,N+P,N+P]`` (labels N..N+P-1 are the leaves'), ``leaves [*B,L,P]``,
-    ``spans [*B,L,L,N]`` (first and last word of the node; zeros unless given): unnormalized log potentials, -inf
-    allowed, rank(*B) = root.dim() - 1, batch sizes broadcast. ``lengths [*B]`` shortens sentences.
+    ``spans [*B,L,L,N]`` (first and last word of the node; zeros unless given): unnormalized log potentials,
+    -inf allowed, rank(*B) = root.dim() - 1, batch sizes broadcast. ``lengths [*B]`` shortens sentences.
     Values are LongTensor charts ``[*B,L,L]``: at (i, j) the label of the node over words i..j, -1 where none.
-    A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the marginals of
-    ``spans`` are the probabilities of labelled spans.
+    A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the
+    marginals of ``spans`` are the probabilities of labelled spans.
 
     Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L²·N²) memory with gradients.
-    Source: Baker (1979), *Trainable grammars for speech recognition*; Eisner (2016) for outside by differentiation.
+    Source: Baker (1979), *Trainable grammars for speech recognition*; Eisner (2016) for outside by
+    differentiation.
     """
 
     def __init__(
@@ -72,8 +76,8 @@ class ParseTree(StructuredDistribution):
             or spans.shape[rank:] != (words, words, labels)
         ):
             raise ValueError(
-                f"got root {tuple(root.shape)}, rules {tuple(rules.shape)}, leaves {tuple(leaves.shape)}, spans "
-                f"{tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
+                f"got root {tuple(root.shape)}, rules {tuple(rules.shape)}, leaves {tuple(leaves.shape)}, "
+                f"spans {tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
             )
         parts = ParseParts(root, rules, leaves, spans)
         batch_shape = torch.broadcast_shapes(*(x.shape[:rank] for x in parts))
@@ -102,7 +106,7 @@ class ParseTree(StructuredDistribution):
     # ---- trees and parts
 
     def to_parts(self, z: Tensor) -> ParseParts:
-        root, rules, leaves, _ = self.potentials
+        root, rules, _, _ = self.potentials
         dtype, n, every = root.dtype, root.shape[-1], rules.shape[-1]
         words = self.event_shape[0]
         shape = torch.broadcast_shapes(z.shape[:-2], self.batch_shape)
@@ -181,7 +185,9 @@ class ParseTree(StructuredDistribution):
 
 
 def _branches(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every (tree, first, split, last) such that (first, last), (first, split) and (split + 1, last) are nodes."""
+    """Every (tree, first, split, last) such that (first, last), (first, split) and (split + 1, last) are
+    nodes.
+    """
     node = z >= 0
     words = z.shape[-1]
     index = torch.arange(words - 1, device=z.device)
@@ -194,7 +200,9 @@ def _branches(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _charts(parts: tuple[Tensor, ...], semiring: Semiring) -> list[Tensor]:
-    """Values of all spans by width: [..., L, P] for width 1, [..., L-w+1, N] for width w (entry 0 is unused)."""
+    """Values of all spans by width: [..., L, P] for width 1, [..., L-w+1, N] for width w (entry 0 is
+    unused).
+    """
     _, rules, leaves, spans = parts
     n = rules.shape[-3]
     words = leaves.shape[-2]
@@ -245,13 +253,11 @@ class _Lean(Log):
 def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
-    weights = None if plain else spans
     possible = None
     if any((x == -math.inf).any() for x in (rules, leaves, spans)):
-        allowed = [torch.where(x == -math.inf, x, 0.0).float() for x in (root, rules, leaves)]
-        where = None if plain else torch.where(spans == -math.inf, spans, 0.0).float()
-        possible = inside(*allowed, where, lengths, boolean=True, keep=False).left
-    return inside(root, rules, leaves, weights, lengths, possible=possible, keep=keep)
+        top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
+        possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
+    return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
 
 
 def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
@@ -264,7 +270,9 @@ def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
 
 
 class _LogPartition(torch.autograd.Function):
-    """ln Z by scaled charts; a sentence that these cannot hold is computed in float64, and if need be in log space."""
+    """ln Z by scaled charts; a sentence that these cannot hold is computed in float64, and if need be in
+    log space.
+    """
 
     @staticmethod
     def forward(ctx, lengths, *flat):
@@ -314,7 +322,9 @@ def _rescue(index: Tensor, lengths: Tensor, flat: Sequence[Tensor]) -> tuple[Ten
 
 
 def _descend(flat: Sequence[Tensor], charts: list[Tensor], lengths: Tensor, draws: int | None) -> Tensor:
-    """Trees from the top down, all in step: the best one of each sentence, or ``draws`` samples; [draws * B, L, L]."""
+    """Trees from the top down, all in step: the best one of each sentence, or ``draws`` samples; [draws *
+    B, L, L].
+    """
     root, rules, leaves, _ = flat
     batch, words, p = leaves.shape
     n = root.shape[-1]
@@ -383,18 +393,19 @@ def check_padded(name: str, y: Tensor, count: int) -> None:
     bad[..., 1:] |= (y[..., 1:] >= 0) & (y[..., :-1] < 0)
     if bad.any():
         raise ValueError(
-            f"{name} has {y[bad][0].item()} at index {first_index(bad)}: it takes integers from 0 to {count - 1}, "
-            f"then -1 to the end"
+            f"{name} has {y[bad][0].item()} at index {first_index(bad)}: it takes integers from 0 to "
+            f"{count - 1}, then -1 to the end"
         )
 
 
 class PCFG(TorchDistribution):
     """p(y) = Σ_trees p(tree, y) of a probabilistic context-free grammar with binary rules and preterminals.
 
-    N nonterminals, P preterminals, V words: ``root [*B,N]`` (start), ``rules [*B,N,N+P,N+P]`` (parent, left, right;
-    softmax over the last two together) and ``preterminals [*B,P,V]`` are logits, normalized inside; -inf allowed.
-    Symbols N..N+P-1 are the preterminals. ``y`` is a LongTensor ``[*B,L]``, padded with -1. A sentence has at
-    least two words. ``posterior(y)`` is a ``ParseTree``: its marginals are expected rule counts and labelled spans.
+    N nonterminals, P preterminals, V words: ``root [*B,N]`` (start), ``rules [*B,N,N+P,N+P]`` (parent,
+    left, right; softmax over the last two together) and ``preterminals [*B,P,V]`` are logits, normalized
+    inside; -inf allowed. Symbols N..N+P-1 are the preterminals. ``y`` is a LongTensor ``[*B,L]``, padded
+    with -1. A sentence has at least two words. ``posterior(y)`` is a ``ParseTree``: its marginals are
+    expected rule counts and labelled spans.
 
     ``sample`` draws sentences padded to ``max_length`` and refuses to cut one short: a grammar may well be
     supercritical, and then some derivations never end. ``log_prob`` takes any length.
@@ -402,7 +413,7 @@ class PCFG(TorchDistribution):
     Cost: that of ``ParseTree``. Source: Baker (1979); Kim, Dyer, Rush (2019), *Compound PCFGs*.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
 
     def __init__(
@@ -506,11 +517,11 @@ class PCFG(TorchDistribution):
                 height[open_] += 1
                 if (length + height > longest).any():
                     raise ValueError(
-                        f"a sampled sentence outgrows max_length = {longest}: a larger one is needed, or a grammar "
-                        f"whose derivations end"
+                        f"a sampled sentence outgrows max_length = {longest}: a larger one is needed, or "
+                        f"a grammar whose derivations end"
                     )
                 rows = rows[height[rows] > 0]
-        return y.view(shape + (longest,))
+        return y.view(*shape, longest)
 
 
 def _gumbel(logits: Tensor) -> Tensor:

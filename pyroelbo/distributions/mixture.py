@@ -27,8 +27,8 @@ ROOM = 2**18
 class GaussianStatistics:
     """Expected sufficient statistics of M Gaussians: ``count [M]``, ``mean [M,D]``, and ``scatter``.
 
-    ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter / count is the
-    covariance of the M-step. The statistics of two parts of the data add up with ``+``.
+    ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter /
+    count is the covariance of the M-step. The statistics of two parts of the data add up with ``+``.
 
     Source: Dempster, Laird, Rubin (1977); Chan, Golub, LeVeque (1979) for ``+``.
     """
@@ -52,8 +52,9 @@ class GaussianStatistics:
 class Mixture(TorchDistribution):
     """p(y) = Σ_m softmax(logits)_m p_m(y): M components of any one kind of distribution.
 
-    ``logits [*B,M]`` are normalized inside, -inf allowed; ``components`` has batch shape ``[*B,M]`` (broadcast) and any
-    event shape. ``posterior(y)`` is the Categorical over components, the responsibilities.
+    ``logits [*B,M]`` are normalized inside, -inf allowed; ``components`` has batch shape ``[*B,M]``
+    (broadcast) and any event shape. ``posterior(y)`` is the Categorical over components, the
+    responsibilities.
 
     Cost: O(M) evaluations. Source: Pearson (1894); Dempster, Laird, Rubin (1977).
     """
@@ -64,8 +65,8 @@ class Mixture(TorchDistribution):
     def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
         if not components.batch_shape or components.batch_shape[-1] not in (1, logits.shape[-1]):
             raise ValueError(
-                f"components have batch shape {tuple(components.batch_shape)}, logits have shape {tuple(logits.shape)}: "
-                f"both take [*B,M]"
+                f"components have batch shape {tuple(components.batch_shape)}, logits have shape "
+                f"{tuple(logits.shape)}: both take [*B,M]"
             )
         shape = torch.broadcast_shapes(logits.shape, components.batch_shape)
         peak = logits.amax(-1)
@@ -98,7 +99,8 @@ class Mixture(TorchDistribution):
     def posterior(self, y: Tensor) -> Any:
         """p(m | y), a Categorical of batch shape ``[*sample, *B]``.
 
-        A datum that no component can have made has none: it is an error, or, where validation is off, the prior.
+        A datum that no component can have made has none: it is an error, or, where validation is off, the
+        prior.
         """
         joint = self._joint(y)
         impossible = joint.amax(-1, keepdim=True) == -math.inf
@@ -120,10 +122,11 @@ class Mixture(TorchDistribution):
             return every.gather(len(batch), index).squeeze(len(batch))
 
     def expected_statistics(self, y: Tensor) -> tuple[Tensor, GaussianStatistics]:
-        """One E-step over data ``y [N,D]``: ln p(y_n) ``[N]`` and the components' expected statistics, without gradients.
+        """One E-step over data ``y [N,D]``: ln p(y_n) ``[N]`` and the components' expected statistics,
+        without gradients.
 
-        For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``), and a mixture without
-        batch dimensions. Arithmetic is in float64. Cost: O(N·M·D²), diagonal O(N·M·D).
+        For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``),
+        and a mixture without batch dimensions. Arithmetic is in float64. Cost: O(N·M·D²), diagonal O(N·M·D).
         """
         gaussian = _moments(self.components)
         if gaussian is None or self.batch_shape:
@@ -184,7 +187,9 @@ class Mixture(TorchDistribution):
 
 
 class _Features:
-    """Products of coordinates, each needed once, as blocks of a symmetric matrix; then the coordinates themselves."""
+    """Products of coordinates, each needed once, as blocks of a symmetric matrix; then the coordinates
+    themselves.
+    """
 
     def __init__(self, dims: int, diagonal: bool) -> None:
         self.dims, self.diagonal = dims, diagonal
@@ -225,13 +230,15 @@ class _Features:
 
 
 def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Mean, precision (a matrix or its diagonal) and ln det(precision) / 2 in float64; None unless Gaussian."""
+    """Mean, precision (a matrix or its diagonal) and ln det(precision) / 2 in float64; None unless
+    Gaussian.
+    """
     if isinstance(components, torch.distributions.MultivariateNormal):
         scale = components.scale_tril.double()
         log_det = -scale.diagonal(0, -1, -2).log().sum(-1)
         return components.loc.double(), torch.cholesky_inverse(scale), log_det
     base = getattr(components, "base_dist", None)
-    if isinstance(base, torch.distributions.Normal) and components.event_dim == base.event_dim + 1:
+    if isinstance(base, torch.distributions.Normal) and len(components.event_shape) == 1 + len(base.event_shape):
         mean, scale = base.loc.double(), base.scale.double()
         return mean, scale.square().reciprocal(), -scale.log().sum(-1)
     return None

@@ -124,7 +124,9 @@ def test_one_infeasible_target_leaves_others_alone(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_path_behind_by_hundreds_of_nats_overtakes(dtype):
-    """Frames first insist on the blank, at e^-12 a frame for the symbol that must fill them all in the end."""
+    """Frames first insist on the blank, at e^-12 a frame for the symbol that must fill them all in the
+    end.
+    """
     steps = 200
     emission = torch.zeros(1, steps, 3, dtype=dtype)
     emission[0, :100, 1], emission[0, :, 2] = -12.0, -40.0

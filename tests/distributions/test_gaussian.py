@@ -116,9 +116,7 @@ def test_agrees_with_one_large_gaussian(varying, rows, lengths):
                 torch.testing.assert_close(q.lagged[b, t], blocks[t, t + 1], rtol=0, atol=1e-10)
             _, shorter, spread = conditioned(own, y[b, : t + 1])
             torch.testing.assert_close(past.mean[b, t], shorter[-hidden:], rtol=0, atol=1e-10)
-            torch.testing.assert_close(
-                past.covariance[b, t], spread[-hidden:, -hidden:], rtol=0, atol=1e-10
-            )
+            torch.testing.assert_close(past.covariance[b, t], spread[-hidden:, -hidden:], rtol=0, atol=1e-10)
         whole = MVN(mean, covariance)
         states = z[:, b, :length].reshape(4, -1)
         torch.testing.assert_close(q.log_prob(z)[:, b], whole.log_prob(states), rtol=0, atol=1e-8)
@@ -133,7 +131,9 @@ def test_derivatives(varying, rows, lengths, engine):
     if engine == "plain" and lengths is None:
         pytest.skip("autograd's own; one of the two is enough")
     lengths = None if lengths is None else torch.tensor(lengths)
-    parts = [x.requires_grad_() for x in (torch.randn(3, 5, 2), *parameters(rows, observed=2, varying=varying))]
+    parts = [
+        x.requires_grad_() for x in (torch.randn(3, 5, 2), *parameters(rows, observed=2, varying=varying))
+    ]
 
     def evidence(y, *rest):
         rest = [(x + x.mT) / 2 if i in (1, 4, 7) else x for i, x in enumerate(rest)]
@@ -245,11 +245,15 @@ def test_a_long_sequence(dtype):
         total -= 0.5 * ((x - mean) ** 2 / seen + math.log(2 * math.pi * seen))
         mean, variance = mean + variance / seen * (x - mean), variance / seen
         mean, variance = 0.9 * mean, 0.81 * variance + 0.19
-    assert chain(parts).log_prob(y).item() == pytest.approx(total, rel=1e-5 if dtype == torch.float32 else 1e-10)
+    assert chain(parts).log_prob(y).item() == pytest.approx(
+        total, rel=1e-5 if dtype == torch.float32 else 1e-10
+    )
 
 
 def test_samples_follow_the_law():
-    """Means and covariances of draws within 6 standard errors: by chance outside with probability below 1e-6."""
+    """Means and covariances of draws within 6 standard errors: by chance outside with probability below
+    1e-6.
+    """
     parts = parameters(steps=3)
     count = 40_000
     y = chain(parts, num_steps=3).sample((count,)).flatten(1)

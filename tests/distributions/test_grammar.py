@@ -323,7 +323,9 @@ def test_bad_input_is_refused(change, message):
 
 
 def test_a_sentence_that_outgrows_the_limit_is_refused():
-    endless = PCFG(torch.zeros(1), torch.tensor([[[0.0, -9.0], [-9.0, -9.0]]]), torch.zeros(1, 2), max_length=20)
+    endless = PCFG(
+        torch.zeros(1), torch.tensor([[[0.0, -9.0], [-9.0, -9.0]]]), torch.zeros(1, 2), max_length=20
+    )
     with pytest.raises(ValueError, match="max_length = 20"):
         endless.sample()
 

@@ -1,4 +1,6 @@
-"""Right on hard input: the value to 1e-5 relative, -inf where it is -inf, finite right gradients, other rows untouched."""
+"""Right on hard input: the value to 1e-5 relative, -inf where it is -inf, finite right gradients, other
+rows untouched.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ def engine(request, monkeypatch):
 
 
 def build(case, dtype, shared, states=None):
-    """Three sequences, the hard one in the middle; with ``states`` it gets unreachable states beside its own."""
+    """Three sequences, the hard one in the middle; with ``states`` it gets unreachable states beside its
+    own.
+    """
     initial, transition, observation = CHAINS[case]()
     if states is not None:
         more = states - len(initial)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pyro
@@ -12,10 +13,14 @@ from tests.distributions.test_chain import randn
 COMPONENTS = {
     "normal": lambda lead: dist.Normal(randn(1, *lead, 3), randn(2, *lead, 3).exp()),
     "diagonal": lambda lead: dist.Normal(randn(1, *lead, 3, 2), randn(2, *lead, 3, 2).exp()).to_event(1),
-    "full": lambda lead: dist.MultivariateNormal(randn(1, *lead, 3, 2), scale_tril=(torch.eye(2) + 0.5).tril()),
+    "full": lambda lead: dist.MultivariateNormal(
+        randn(1, *lead, 3, 2), scale_tril=(torch.eye(2) + 0.5).tril()
+    ),
     "poisson": lambda lead: dist.Poisson(randn(1, *lead, 3).exp()),
     "pixels": lambda lead: dist.Bernoulli(logits=randn(1, *lead, 3, 2, 2)).to_event(2),
-    "uniform": lambda lead: dist.Uniform(torch.zeros(*lead, 3), torch.tensor([1.0, 2.0, 4.0]), validate_args=False),
+    "uniform": lambda lead: dist.Uniform(
+        torch.zeros(*lead, 3), torch.tensor([1.0, 2.0, 4.0]), validate_args=False
+    ),
 }
 
 
@@ -120,8 +125,12 @@ def test_expected_statistics(kind, dims):
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 @pytest.mark.parametrize("case", ["offset", "narrow", "outlier", "far"])
 def test_expected_statistics_of_hard_data(kind, case, dtype):
-    """Where quadratic forms as inner products would lose digits, they are not used; float32 data, float64 sums."""
-    d = gaussians(kind, offset=1e4 if case == "offset" else 0.0, spread=1e-4 if case == "narrow" else 1.0, dtype=dtype)
+    """Where quadratic forms as inner products would lose digits, they are not used; float32 data, float64
+    sums.
+    """
+    d = gaussians(
+        kind, offset=1e4 if case == "offset" else 0.0, spread=1e-4 if case == "narrow" else 1.0, dtype=dtype
+    )
     y = d.sample((200,))
     if case == "outlier":
         y[7] += 1000.0
@@ -132,7 +141,9 @@ def test_expected_statistics_of_hard_data(kind, case, dtype):
     expected = exact.log_prob(y.double())
     assert evidence.dtype == dtype
     rtol = 1e-5 if dtype == torch.float32 else 1e-9
-    torch.testing.assert_close(evidence.double(), expected, rtol=rtol, atol=1e-2 if case == "narrow" else rtol)
+    torch.testing.assert_close(
+        evidence.double(), expected, rtol=rtol, atol=1e-2 if case == "narrow" else rtol
+    )
     if dtype == torch.float64:
         for found, plain in zip(vars(statistics).values(), plain_statistics(exact, y), strict=True):
             torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-9)
@@ -176,7 +187,7 @@ def test_em_raises_the_evidence():
         evidence, s = d.expected_statistics(y)
         seen.append(evidence.sum().item())
         d = Mixture(s.count.log(), dist.MultivariateNormal(s.mean, s.scatter / s.count[:, None, None]))
-    assert all(after >= before - 1e-9 for before, after in zip(seen, seen[1:], strict=False))
+    assert all(after >= before - 1e-9 for before, after in itertools.pairwise(seen))
     assert seen[-1] > seen[0] + 100
 
 
@@ -206,14 +217,17 @@ def test_training_at_a_site_under_a_plate():
     assert (pyro.param("logits").softmax(0)[0] - 0.6).abs() < 0.1
 
 
+NORMALS = dist.Normal(torch.zeros(2), 1.0)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Mixture(torch.zeros(3), dist.Normal(torch.zeros(2), 1.0)), "components have batch shape"),
         (lambda: Mixture(torch.zeros(2), dist.Normal(0.0, 1.0)), "components have batch shape"),
-        (lambda: Mixture(torch.tensor([0.0, math.nan]), dist.Normal(torch.zeros(2), 1.0)), r"logits has nan at index \(1,\)"),
-        (lambda: Mixture(torch.full((2,), -math.inf), dist.Normal(torch.zeros(2), 1.0)), "allow no component"),
-        (lambda: Mixture(torch.zeros(2), dist.Poisson(torch.ones(2))).expected_statistics(torch.zeros(3, 1)), "Gaussians"),
+        (lambda: Mixture(torch.tensor([0.0, math.nan]), NORMALS), r"logits has nan at index \(1,\)"),
+        (lambda: Mixture(torch.full((2,), -math.inf), NORMALS), "allow no component"),
+        (lambda: Mixture(torch.zeros(2), NORMALS).expected_statistics(torch.zeros(3, 1)), "Gaussians"),
         (lambda: gaussians("full").expected_statistics(torch.zeros(0, 5)), r"y has shape \(0, 5\)"),
     ],
 )  # fmt: skip
