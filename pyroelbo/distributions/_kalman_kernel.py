@@ -12,7 +12,6 @@ import math
 import numpy as np
 from numba import njit
 
-
 NOISE = 4 * 2.0**-52
 SUMS = {"contract", "reassoc"}  # sums in any order, so that they vectorize; infinities and NaN stay right
 

@@ -14,13 +14,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroelbo.distributions.grammar import check_padded, without_padding
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
     check_finite_or_minus_inf,
     check_lengths,
     first_index,
 )
-from pyroelbo.distributions.grammar import check_padded, without_padding
 from pyroelbo.semiring import Log, Semiring, choose
 
 __all__ = ["CTC", "Alignment", "AlignmentParts"]
@@ -286,8 +286,8 @@ class CTC(TorchDistribution):
             batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
         if len(batch_shape) != logits.dim() - 2 or not 0 <= blank < symbols:
             raise ValueError(
-                f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank {blank}: "
-                f"they take [*B,T,C], [*B], and a symbol below C"
+                f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank "
+                f"{blank}: they take [*B,T,C], [*B], and a symbol below C"
             )
         self.lengths, self.blank = lengths, blank
         super().__init__(batch_shape, torch.Size((steps,)), validate_args=validate_args)

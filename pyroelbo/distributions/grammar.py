@@ -24,7 +24,7 @@ from pyroelbo.distributions.structured import (
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import Log, Max, Semiring, choose
 
-__all__ = ["PCFG", "ParseTree", "ParseParts"]
+__all__ = ["PCFG", "ParseParts", "ParseTree"]
 
 
 class ParseParts(NamedTuple):

@@ -238,7 +238,9 @@ def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         log_det = -scale.diagonal(0, -1, -2).log().sum(-1)
         return components.loc.double(), torch.cholesky_inverse(scale), log_det
     base = getattr(components, "base_dist", None)
-    if isinstance(base, torch.distributions.Normal) and len(components.event_shape) == 1 + len(base.event_shape):
+    if isinstance(base, torch.distributions.Normal) and len(components.event_shape) == 1 + len(
+        base.event_shape
+    ):
         mean, scale = base.loc.double(), base.scale.double()
         return mean, scale.square().reciprocal(), -scale.log().sum(-1)
     return None
