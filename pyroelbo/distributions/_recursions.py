@@ -1,0 +1,434 @@
+"""Sums over chains: scaled recursions that know when to distrust themselves, and the exact ones behind them.
+
+A scaled recursion works with exponentials, normalized at each step. It loses a path whose share of the mass
+falls below the smallest number, and says nothing: wrong where that path overtakes later, or is the only one.
+So
+
+1. entries are watched: where none came near the smallest number at any step, nothing was lost (rounding
+apart); 2. otherwise, in float64, the recursion is run again with every entry lifted to at least 1e-290, an
+upper bound that
+   includes all that could have been lost; where both agree, nothing that matters was lost;
+3. the sequences still in doubt are computed in log space.
+
+All shapes here are flat: ``initial [I,S]``, ``transition [A,U,S,S]``, ``observation [B,T,S]``, ``lengths
+[B]``, with I and A in {1, B}, U in {1, T-1}.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyroelbo.numerics import logsumexp
+from pyroelbo.semiring import choose
+
+__all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
+
+# fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
+_GROUP = 1 << 19
+_NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The compiled loops, where numba is installed."""
+    try:
+        from pyroelbo.distributions import _kernels
+    except ImportError:
+        return None
+    return _kernels
+
+
+def kernels(x: Tensor) -> Any:
+    return _compiled() if x.device.type == "cpu" else None
+
+
+class Problem(NamedTuple):
+    """Log potentials of a batch of chains, flat as in the module's text."""
+
+    initial: Tensor
+    transition: Tensor
+    observation: Tensor
+    lengths: Tensor
+
+    def take(self, rows: Tensor) -> Problem:
+        def pick(x: Tensor) -> Tensor:
+            return x if x.shape[0] == 1 else x[rows]
+
+        return Problem(pick(self.initial), pick(self.transition), self.observation[rows], self.lengths[rows])
+
+
+class Expected(NamedTuple):
+    """Gradients of Σ_b grad_b ln Z_b with respect to the three potentials."""
+
+    initial: Tensor
+    transition: Tensor
+    observation: Tensor
+
+
+class Scaled(NamedTuple):
+    """A scaled forward pass; the problem's transition and observation are exponentials: ``alpha [B,T,S]``
+    and ``scale [B,T]`` (empty unless kept), and ln Z."""
+
+    problem: Problem
+    alpha: Tensor
+    scale: Tensor
+    log_z: Tensor
+
+    def take(self, rows: Tensor) -> Scaled:
+        return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
+
+    def expected(self, grad: Tensor, apart: bool) -> Expected:
+        _, transition, weight, lengths = self.problem
+        rows, steps, states = weight.shape
+        turned = _turned(transition)
+        grad = grad.to(weight.dtype)[:, None, None]
+        gamma = torch.empty_like(weight)
+        counts: list[Tensor] = []
+        group = max(4, _GROUP // (steps * states) // 4 * 4)
+        flow = weight.new_empty(min(group, rows), steps, states)
+        for start in range(0, rows, group):
+            part = slice(start, min(start + group, rows))
+            alpha, out = self.alpha[part], flow[: part.stop - start]
+            mine = turned if len(turned) == 1 else turned[part]
+            _backward(mine, weight[part], lengths[part], alpha, self.scale[part], gamma[part], out)
+            out *= grad[part]
+            if transition.shape[1] != 1:
+                count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
+            elif apart:
+                count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
+            else:
+                # flow is zero at each first step, so that rows may follow one another without a seam
+                count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
+                count = count if not counts else count + counts.pop()
+            counts.append(count)
+        gamma *= grad
+        return Expected(gamma[:, 0], torch.cat(counts).mul_(transition), gamma)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        _, transition, _, lengths = self.problem
+        run = kernels(uniform)
+        if run is None:
+            return _draw(self.alpha.log(), transition.log(), lengths, uniform)
+        z = torch.empty(uniform.shape, dtype=torch.long)
+        run.draw(*_arrays(_turned(transition), self.alpha, lengths, uniform, z))
+        return z
+
+
+class Exact(NamedTuple):
+    """A forward pass in log space: ``alpha [B,T,S]`` is the log weight of all prefixes that end in a
+    state."""
+
+    problem: Problem
+    alpha: Tensor
+    log_z: Tensor
+
+    def expected(self, grad: Tensor, apart: bool) -> Expected:
+        _, transition, observation, lengths = self.problem
+        rows, steps, _ = observation.shape
+        possible = (self.log_z > -math.inf)[:, None]
+        log_z = torch.where(possible, self.log_z[:, None], 0.0)
+        grad = grad.to(log_z.dtype)[:, None]
+        gamma = torch.zeros_like(observation)
+        count = observation.new_zeros(rows, *transition.shape[1:])
+        beta = torch.zeros_like(observation[:, 0])
+        for t in range(steps - 1, -1, -1):
+            inside = (lengths > t)[:, None]
+            beta = torch.where((lengths == t + 1)[:, None], 0.0, beta)
+            share = (self.alpha[:, t] + beta - log_z).exp()
+            gamma[:, t] = torch.where(inside & possible, share, 0.0) * grad
+            if t > 0:
+                u = min(t - 1, transition.shape[1] - 1)
+                onward = transition[:, u] + torch.where(inside, observation[:, t] + beta, -math.inf)[:, None]
+                pair = (self.alpha[:, t - 1, :, None] + onward - log_z[..., None]).exp()
+                count[:, u] += torch.where(possible[..., None], pair, 0.0) * grad[..., None]
+                beta = logsumexp(onward, -1)
+        if not apart:
+            count = count.sum(0, keepdim=True)
+        return Expected(gamma[:, 0], count, gamma)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        return _draw(self.alpha, self.problem.transition, self.problem.lengths, uniform)
+
+
+class Solution(NamedTuple):
+    """Forward passes of a batch: which rows, and the pass that they were done by; rows None means all."""
+
+    log_z: Tensor
+    passes: list[tuple[Tensor | None, Scaled | Exact]]
+
+
+def solve(problem: Problem, keep: bool) -> Solution:
+    """ln Z of each sequence; with ``keep`` also what gradients and samples need. O(B·T·S²) time, O(B·T·S)
+    memory.
+    """
+    observation, step = problem.observation, problem.transition
+    if len(step) > 1 and step.stride(0) == 0:
+        problem = problem._replace(transition=step[:1])
+    wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
+    log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
+    passes: list[tuple[Tensor | None, Scaled | Exact]] = []
+    pending: Tensor | None = None
+    for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
+        part = problem if pending is None else problem.take(pending)
+        scaled, least = _forward(part, dtype, 0.0, keep)
+        limit = _LEAST[dtype]
+        if float(least.min()) >= limit:
+            return _finish(log_z, passes, pending, scaled)
+        trusted = least >= limit
+        if dtype == torch.float64:
+            rows = (~trusted).nonzero().squeeze(-1)
+            upper = _forward(part.take(rows), dtype, limit, False)[0].log_z
+            lower = scaled.log_z[rows]
+            trusted[rows] = (lower > -math.inf) & (upper - lower <= 1e-12 * lower.abs().clamp(min=1.0))
+            if bool(trusted.all()):
+                return _finish(log_z, passes, pending, scaled)
+        good = trusted.nonzero().squeeze(-1)
+        if len(good):
+            rows = good if pending is None else pending[good]
+            log_z[rows] = scaled.log_z[good]
+            passes.append((rows, scaled.take(good) if keep else scaled))
+        left = (~trusted).nonzero().squeeze(-1)
+        pending = left if pending is None else pending[left]
+    assert pending is not None
+    return _finish(log_z, passes, pending, _exact(problem.take(pending), keep))
+
+
+def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exact) -> Solution:
+    if rows is None:
+        return Solution(last.log_z, [(None, last)])
+    log_z[rows] = last.log_z
+    return Solution(log_z, [*passes, (rows, last)])
+
+
+def _turned(transition: Tensor) -> Tensor:
+    return transition.transpose(-1, -2).contiguous()
+
+
+def _within(x: Tensor, lengths: Tensor) -> Tensor:
+    """Σ over the first ``lengths`` entries of each row."""
+    inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(inside, x, 0.0).sum(-1)
+
+
+def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
+    peak = x.amax(-1, keepdim=True)
+    peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
+    return (x.to(dtype) - peak.to(dtype)).exp_(), peak.squeeze(-1).double()
+
+
+def _arrays(*tensors: Tensor) -> list:
+    return [x.detach().numpy() for x in tensors]
+
+
+def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
+    """The scaled forward pass in ``dtype`` and the least entry met; see ``_kernels.forward`` for
+    ``floor``.
+    """
+    initial, transition, observation, lengths = problem
+    rows, steps, states = observation.shape
+    run = kernels(observation)
+    if run is not None:
+        arrays = _arrays(initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths)
+        none = _NONE[dtype]
+        if not keep:
+            log_z, least = map(torch.from_numpy, run.evidence(*arrays, floor, *_arrays(none)))
+            return Scaled(problem, none, none, log_z), least
+        powers = torch.empty(transition.shape, dtype=dtype)
+        weight, alpha = (torch.empty((rows, steps, states), dtype=dtype) for _ in "wa")
+        scale = torch.empty((rows, steps), dtype=dtype)
+        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
+        run.forward(*arrays, floor, True, *_arrays(powers, weight, alpha, scale, log_z, least))
+        return Scaled(Problem(initial, powers, weight, lengths), alpha, scale, log_z), least
+    first, top_first = _exponential(initial, dtype)
+    powers, tops = _exponential(transition.flatten(2), dtype)
+    powers = powers.view(transition.shape)
+    weight, top_weight = _exponential(observation, dtype)
+    offset = _within(top_weight, lengths) + top_first
+    offset = offset + (tops[:, 0] * (lengths - 1) if tops.shape[1] == 1 else _within(tops, lengths - 1))
+    alphas, scales, lows = [], [], []
+    alpha = first
+    for t in range(steps):
+        if t > 0:
+            step = powers[:, min(t - 1, powers.shape[1] - 1)]
+            alpha = alpha @ step[0] if step.shape[0] == 1 else (alpha.unsqueeze(-2) @ step).squeeze(-2)
+        alpha = (alpha * weight[:, t]).clamp_(min=floor)
+        lows.append(alpha.amin(-1))
+        scales.append(alpha.sum(-1))
+        alpha = alpha / scales[-1].clamp(min=torch.finfo(alpha.dtype).tiny).unsqueeze(-1)
+        if keep:
+            alphas.append(alpha)
+    inside = torch.arange(steps, device=weight.device) < lengths[:, None]
+    scale = torch.where(inside, torch.stack(scales, 1), 1.0)
+    least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
+    kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
+    log_z = scale.double().log().sum(-1) + offset
+    return Scaled(Problem(initial, powers, weight, lengths), kept, scale, log_z), least
+
+
+def _backward(
+    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor, gamma: Tensor, flow: Tensor
+) -> None:
+    """Fills the posterior of each state and the backward flow, ``[B,T,S]`` each; see
+    ``_kernels.backward``.
+    """
+    run = kernels(weight)
+    if run is not None:
+        run.backward(*_arrays(turned, weight, lengths, alpha, scale, gamma, flow))
+        return
+    flow[:, 0] = 0
+    beta = torch.ones_like(weight[:, 0])
+    for t in range(weight.shape[1] - 1, -1, -1):
+        beta = torch.where((lengths == t + 1).unsqueeze(-1), 1.0, beta)
+        gamma[:, t] = alpha[:, t] * beta
+        if t > 0:
+            out = torch.where((lengths > t).unsqueeze(-1), weight[:, t] * beta / scale[:, t, None], 0.0)
+            flow[:, t] = out
+            step = turned[:, min(t - 1, turned.shape[1] - 1)]
+            beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
+
+
+def _exact(problem: Problem, keep: bool) -> Exact:
+    problem = Problem(problem[0].double(), problem[1].double(), problem[2].double(), problem[3])
+    initial, transition, observation, lengths = problem
+    alpha = initial + observation[:, 0]
+    kept = [alpha]
+    for t in range(1, observation.shape[1]):
+        step = transition[:, min(t - 1, transition.shape[1] - 1)]
+        moved = logsumexp(alpha.unsqueeze(-1) + step, -2) + observation[:, t]
+        alpha = torch.where((lengths > t).unsqueeze(-1), moved, alpha)
+        if keep:
+            kept.append(alpha)
+    return Exact(problem, torch.stack(kept, 1) if keep else alpha, logsumexp(alpha, -1))
+
+
+def _draw(alpha: Tensor, transition: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
+    """Backward sampling from log filters: ``[N,B,T]`` by inversion of uniform numbers of that shape."""
+    steps = alpha.shape[1]
+    rows = torch.arange(alpha.shape[0], device=alpha.device)
+    uniform = uniform.to(alpha.dtype)
+    z = torch.zeros(uniform.shape, dtype=torch.long, device=alpha.device)
+    for t in range(steps - 1, -1, -1):
+        weight = alpha[:, t].expand(len(uniform), -1, -1)
+        if t + 1 < steps:
+            step = transition[:, min(t, transition.shape[1] - 1)]
+            into = step[rows if step.shape[0] > 1 else 0 * rows, :, z[..., t + 1]]
+            weight = torch.where((lengths > t + 1).unsqueeze(-1), weight + into, weight)
+        z[..., t] = torch.where(lengths > t, choose(weight, uniform[..., t]), 0)
+    return z
+
+
+def draw_paths(solution: Solution, uniform: Tensor) -> Tensor:
+    """Exact samples ``[N,B,T]`` of a kept solution, by inversion of ``uniform [N,B,T]``."""
+    z = torch.empty(uniform.shape, dtype=torch.long, device=uniform.device)
+    for rows, done in solution.passes:
+        if rows is None:
+            return done.draw(uniform)
+        z[:, rows] = done.draw(uniform[:, rows].contiguous())
+    return z
+
+
+def best_path(problem: Problem) -> Tensor:
+    """A most probable path ``[B,T]``, the first among equals at each step. O(B·T·S²) time, O(B·T·S)
+    memory.
+    """
+    initial, transition, observation, lengths = problem
+    rows, steps, _ = observation.shape
+    turned = _turned(transition)
+    run = kernels(observation)
+    if run is not None:
+        z = torch.empty(rows, steps, dtype=torch.long)
+        arrays = [x.contiguous() for x in (initial, transition, turned, observation, lengths)]
+        run.viterbi(*_arrays(*arrays, torch.empty(observation.shape, dtype=observation.dtype), z))
+        return z
+    z = torch.zeros(rows, steps, dtype=torch.long, device=observation.device)
+    delta = [initial + observation[:, 0]]
+    for t in range(1, steps):
+        step = turned[:, min(t - 1, turned.shape[1] - 1)]
+        delta.append((delta[-1].unsqueeze(-2) + step).amax(-1) + observation[:, t])
+    each = torch.arange(rows, device=observation.device)
+    for t in range(steps - 1, -1, -1):
+        score = delta[t].expand_as(observation[:, 0])
+        if t + 1 < steps:
+            step = turned[:, min(t, turned.shape[1] - 1)]
+            into = step[each if step.shape[0] > 1 else 0, z[:, t + 1]]
+            score = torch.where((lengths > t + 1).unsqueeze(-1), score + into, score)
+        z[:, t] = torch.where(lengths > t, score.argmax(-1), 0)
+    return z
+
+
+class _LogPartition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, initial, transition, observation, lengths, solution):
+        problem = Problem(initial, transition, observation, lengths)
+        if solution is None:
+            solution = solve(problem, keep=True)
+        ctx.passes = solution.passes
+        ctx.save_for_backward(initial, transition, observation, lengths)
+        return solution.log_z.to(observation.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return *_Expected.apply(*ctx.saved_tensors, grad, ctx.passes), None, None
+
+
+class _Expected(torch.autograd.Function):
+    """The gradient of ln Z in closed form; its own derivative, if anyone asks, by autograd through the exact
+    scan.
+    """
+
+    @staticmethod
+    def forward(ctx, initial, transition, observation, lengths, grad, passes):
+        ctx.save_for_backward(initial, transition, observation, lengths, grad)
+        potentials = (initial, transition, observation)
+        apart = len(transition) == len(grad)
+        total: list[Tensor] = []
+        for rows, done in passes:
+            found = done.expected(grad if rows is None else grad[rows], apart)
+            parts = [
+                (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
+                    potential.dtype
+                )
+                for x, potential in zip(found, potentials, strict=True)
+            ]
+            if rows is None:
+                return tuple(parts)
+            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
+            for out, part in zip(total, parts, strict=True):
+                if len(out) < len(grad):
+                    out += part
+                else:
+                    out[rows] = part
+        return tuple(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *above):
+        initial, transition, observation, lengths, grad = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (initial, transition, observation, grad)]
+            log_z = _exact(Problem(inputs[0], inputs[1], inputs[2], lengths), False).log_z.to(grad.dtype)
+            first = torch.autograd.grad(
+                log_z, inputs[:3], inputs[3], create_graph=True, materialize_grads=True
+            )
+        used = [(x, g) for x, g in zip(first, above, strict=True) if x.requires_grad]
+        outputs, weights = zip(*used, strict=True)
+        second = torch.autograd.grad(outputs, inputs, weights, materialize_grads=True)
+        return *second[:3], None, second[3], None
+
+
+def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:
+    """ln Z ``[B]``, differentiable as often as wanted; ``solution`` may hold the kept forward pass
+    already.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in problem[:3]):
+        return _LogPartition.apply(*problem, solution)
+    return (solution or solve(problem, keep=False)).log_z.to(problem.observation.dtype)

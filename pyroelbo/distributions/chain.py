@@ -1,0 +1,370 @@
+"""Linear chains and hidden Markov models."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroelbo.distributions._recursions import Problem, Solution, best_path, draw_paths, log_partition, solve
+from pyroelbo.distributions.structured import (
+    StructuredDistribution,
+    broadcast,
+    check_finite_or_minus_inf,
+    check_lengths,
+    first_index,
+)
+from pyroelbo.numerics import logsumexp
+from pyroelbo.semiring import Semiring
+
+__all__ = ["HMM", "ChainParts", "LinearChain"]
+
+
+class ChainParts(NamedTuple):
+    """The parts of a chain: first states, steps (from, to), and states at each time."""
+
+    initial: Tensor
+    transition: Tensor
+    observation: Tensor
+
+
+class LinearChain(StructuredDistribution):
+    """p(z) = exp( initial[z_1] + Σ_{t<T} transition_t[z_t, z_{t+1}] + Σ_t observation_t[z_t] ) / Z.
+
+    ``initial [*B,S]``, ``transition [*B,S,S]`` (from, to; the same at every step) or ``[*B,T-1,S,S]``, and
+    ``observation [*B,T,S]``: unnormalized log potentials, -inf allowed; rank(*B) = initial.dim() - 1, and
+    batch sizes broadcast. ``lengths [*B]`` shortens sequences: labels beyond are 0 in samples, ignored in
+    ``log_prob``. Values are LongTensors ``[*B,T]``. Parts are a ``ChainParts`` in the potentials' shapes;
+    with one transition matrix for all steps, its part is the (expected) count of each step.
+
+    Cost: O(B·T·S²) time, O(B·T·S) memory, also for the gradient. Source: Rabiner (1989), Lafferty et al.
+    (2001).
+    """
+
+    def __init__(
+        self,
+        initial: Tensor,
+        transition: Tensor,
+        observation: Tensor,
+        lengths: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        batch_rank = initial.dim() - 1
+        steps, states = observation.shape[-2:]
+        self.homogeneous = transition.dim() == batch_rank + 2
+        step_shape = (states, states) if self.homogeneous else (steps - 1, states, states)
+        if (
+            observation.dim() != batch_rank + 2
+            or initial.shape[-1] != states
+            or transition.shape[batch_rank:] != step_shape
+            or steps < 1
+        ):
+            raise ValueError(
+                f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, observation "
+                f"{tuple(observation.shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and [*B,T,S]"
+            )
+        batch_shape = broadcast(
+            initial.shape[:-1],
+            transition.shape[:batch_rank],
+            observation.shape[:-2],
+            *(() if lengths is None else (lengths.shape,)),
+        )
+        self._solution: Solution | None = None
+        self.lengths = lengths if lengths is None else lengths.expand(batch_shape)
+        super().__init__(
+            ChainParts(initial, transition, observation), batch_shape, (steps,), validate_args=validate_args
+        )
+        if self._validate_args:
+            check_finite_or_minus_inf(initial=initial, transition=transition, observation=observation)
+            if lengths is not None:
+                check_lengths(lengths, steps)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self._states - 1), 1)
+
+    @property
+    def _states(self) -> int:
+        return self.potentials[0].shape[-1]
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LinearChain:
+        new: Any = super().expand(batch_shape)
+        new._solution = None
+        if self.lengths is not None:
+            new.lengths = self.lengths.expand(new.batch_shape)
+        return new
+
+    def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
+        initial, transition, observation = parts
+        alpha = semiring.mul(initial, observation[..., 0, :])
+        for t in range(1, self.event_shape[0]):
+            step = transition if self.homogeneous else transition[..., t - 1, :, :]
+            moved = semiring.mul(semiring.dot(alpha.unsqueeze(-1), step, -2), observation[..., t, :])
+            alpha = (
+                moved if self.lengths is None else torch.where((t < self.lengths)[..., None], moved, alpha)
+            )
+        return semiring.sum(alpha, -1)
+
+    # ---- the fast recursions, in flat shapes
+
+    def _flat(self, parts: tuple[Tensor, ...]) -> Problem:
+        rank, rows = len(self.batch_shape), self.batch_shape.numel()
+
+        def flat(x: Tensor, whole: bool = False) -> Tensor:
+            if rank == 1 and (len(x) == rows or not whole):
+                return x
+            event = x.shape[rank:]
+            if not whole and x.shape[:rank].numel() == 1:
+                return x.reshape(1, *event)
+            return x.expand(*self.batch_shape, *event).reshape(rows, *event)
+
+        initial, transition, observation = parts
+        if self.homogeneous:
+            transition = transition.unsqueeze(-3)
+        if self.lengths is None:
+            lengths = torch.full((rows,), self.event_shape[0], device=observation.device)
+        else:
+            lengths = self.lengths.reshape(rows)
+        return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
+
+    def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
+        solution = self._solution if parts is self.potentials else None
+        return log_partition(self._flat(parts), solution).view(self.batch_shape)
+
+    def _mode(self) -> Tensor:
+        return best_path(self._flat(self.potentials)).reshape(self.batch_shape + self.event_shape)
+
+    def _draw(self, sample_shape: torch.Size) -> Tensor:
+        if self._solution is None:
+            self._solution = solve(self._flat(self.potentials), keep=True)
+        flat = (sample_shape.numel(), self.batch_shape.numel(), *self.event_shape)
+        uniform = torch.rand(flat, dtype=torch.float64, device=self.potentials[0].device)
+        return draw_paths(self._solution, uniform).reshape(self._extended_shape(sample_shape))
+
+    def _inside(self, like: Tensor) -> Tensor:
+        """[*B, T] ones where a step lies within its sequence."""
+        time = torch.arange(self.event_shape[0], device=like.device)
+        if self.lengths is None:
+            return torch.ones_like(time, dtype=like.dtype)
+        return (time < self.lengths.unsqueeze(-1)).to(like.dtype)
+
+    def to_parts(self, z: Tensor) -> ChainParts:
+        dtype, states = self.potentials[0].dtype, self._states
+        at = F.one_hot(z, states).to(dtype) * self._inside(self.potentials[0])[..., None]
+        if self.homogeneous:
+            moves = at[..., :-1, :].transpose(-1, -2) @ at[..., 1:, :]
+        else:
+            moves = at[..., :-1, :, None] * at[..., 1:, None, :]
+        return ChainParts(at[..., 0, :], moves, at)
+
+    def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return parts[2].argmax(-1)
+
+
+class HMM(TorchDistribution):
+    """A hidden Markov model: p(y) = Σ_z p(z_1) Π_t p(z_{t+1} | z_t) Π_t p(y_t | z_t).
+
+    ``initial [*B,S]``, ``transition [*B,S,S]`` (from, to) or ``[*B,T-1,S,S]`` are logits, normalized inside
+    over the last dimension; -inf is allowed, but not a whole row of it. ``emission`` is any Pyro
+    distribution of batch shape ``[*B,S]``, or ``[*B,T,S]`` if it varies in time; several coordinates go into
+    its event by ``.to_event``. Values are ``[*B,T,*event]``. ``lengths [*B]`` shortens sequences: what lies
+    beyond is ignored, and zero in samples. A step with a NaN anywhere in it is missing: it is summed over.
+    Sampling needs a known T: from ``num_steps``, a transition or an emission that varies in time; otherwise
+    T is the value's.
+
+    ``log_prob(y)`` is the evidence; ``posterior(y)`` the chain of states given y, whose log partition it is.
+    Cost: O(B·T·S²) time, O(B·T·S) memory, also for the gradient; a sample draws all S emissions at each step.
+    Source: Rabiner (1989).
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        initial: Tensor,
+        transition: Tensor,
+        emission: Any,
+        num_steps: int | None = None,
+        lengths: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        rank, states = initial.dim() - 1, initial.shape[-1]
+        still = transition.dim() == rank + 2
+        rest = len(emission.batch_shape) - rank
+        if (
+            transition.shape[-2:] != (states, states)
+            or not (still or transition.dim() == rank + 3)
+            or rest not in (1, 2)
+            or emission.batch_shape[-1] != states
+        ):
+            raise ValueError(
+                f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, emission of "
+                f"batch shape {tuple(emission.batch_shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and "
+                "[*B,S] or [*B,T,S]"
+            )
+        extra = 0 if lengths is None else max(0, lengths.dim() - rank)
+        if extra:
+            initial, transition, emission = _lead(extra, initial, transition, emission)
+            rank += extra
+        known = {} if num_steps is None else {"num_steps": num_steps}
+        if not still:
+            known["transition"] = transition.shape[rank] + 1
+        if rest == 2:
+            known["emission"] = emission.batch_shape[rank]
+        if len(set(known.values())) > 1:
+            raise ValueError(f"the number of steps differs: {known}")
+        self.num_steps = next(iter(known.values()), None)
+        self.initial, self.transition, self.emission = initial, transition, emission
+        shapes = [initial.shape[:rank], transition.shape[:rank], emission.batch_shape[:rank]]
+        batch_shape = torch.broadcast_shapes(*shapes, *([] if lengths is None else [lengths.shape]))
+        self.lengths = None if lengths is None else lengths.expand(batch_shape)
+        # a size of one stands for "any" where torch checks a value's shape
+        event_shape = (self.num_steps or 1, *emission.event_shape)
+        super().__init__(batch_shape, torch.Size(event_shape), validate_args=validate_args)
+        if self._validate_args:
+            check_finite_or_minus_inf(initial=initial, transition=transition)
+            for name, logits in (("initial", initial), ("transition", transition)):
+                empty = (logits == -math.inf).all(-1)
+                if empty.any():
+                    raise ValueError(f"{name} is -inf throughout the row at index {first_index(empty)}")
+            if lengths is not None and self.num_steps is not None:
+                check_lengths(lengths, self.num_steps)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(self.emission.support, 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HMM:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        extra = len(new._batch_shape) - len(self.batch_shape)
+        new.initial, new.transition, new.emission = _lead(extra, self.initial, self.transition, self.emission)
+        if self.lengths is not None:
+            new.lengths = self.lengths.expand(new._batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The evidence ln p(y), ``[*sample, *B]``."""
+        return self.posterior(value).log_partition
+
+    def posterior(self, value: Tensor) -> LinearChain:
+        """p(z | y), a ``LinearChain`` whose log partition is ln p(y) and whose values are state sequences."""
+        steps = self._check_value(value)
+        observation = self._observation(value)
+        pad = (1,) * (observation.dim() - 2 - len(self.batch_shape))
+        initial, transition = _normalize(self.initial), _normalize(self.transition)
+        lengths = self.lengths
+        if lengths is not None and self._validate_args:
+            check_lengths(lengths, steps)
+        return LinearChain(
+            initial.reshape(pad + initial.shape),
+            transition.reshape(pad + transition.shape),
+            observation,
+            lengths if lengths is None else lengths.reshape(pad + lengths.shape),
+            validate_args=self._validate_args,
+        ).expand(torch.broadcast_shapes(observation.shape[:-2], self.batch_shape))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws ``[*sample, *B, T, *event]``."""
+        with torch.no_grad():
+            z = self.prior.sample(sample_shape)
+            rank, event = len(self.batch_shape), len(self.emission.event_shape)
+            varying = len(self.emission.batch_shape) - rank == 2
+            lead = self.emission.batch_shape[rank:]
+            emission = self.emission.expand((*self.batch_shape, *lead))
+            if varying:
+                every = emission.sample(torch.Size(sample_shape))
+            else:
+                every = emission.sample(torch.Size((*sample_shape, z.shape[-1])))
+                every = every.movedim(len(sample_shape), len(sample_shape) + rank)
+            index = z.reshape(*z.shape, 1, *(1,) * event)
+            index = index.expand(*z.shape, 1, *every.shape[z.dim() + 1 :])
+            y = every.gather(z.dim(), index).squeeze(z.dim())
+            if self.lengths is not None:
+                inside = torch.arange(z.shape[-1], device=z.device) < self.lengths.unsqueeze(-1)
+                y = torch.where(inside.reshape(inside.shape + (1,) * event), y, torch.zeros_like(y))
+            return y
+
+    @property
+    def prior(self) -> LinearChain:
+        """p(z): the chain of states before anything is observed."""
+        if self.num_steps is None:
+            raise ValueError("num_steps is None: sampling from a homogeneous HMM takes the number of steps")
+        initial = _normalize(self.initial)
+        flat = initial.new_zeros(()).expand(*initial.shape[:-1], self.num_steps, initial.shape[-1])
+        chain = LinearChain(initial, _normalize(self.transition), flat, self.lengths, self._validate_args)
+        return chain.expand(self.batch_shape)
+
+    def _check_value(self, value: Tensor) -> int:
+        axis = -len(self.event_shape)
+        if value.dim() < -axis or value.shape[value.dim() + axis + 1 :] != self.emission.event_shape:
+            raise ValueError(
+                f"y has shape {tuple(value.shape)}: it takes [*B,T] and {tuple(self.event_shape[1:])}"
+            )
+        steps = value.shape[axis]
+        if self.num_steps is not None and steps != self.num_steps:
+            raise ValueError(f"y has {steps} steps in shape {tuple(value.shape)}: it takes {self.num_steps}")
+        if steps == 0:
+            raise ValueError(f"y has no steps in shape {tuple(value.shape)}: it takes at least one")
+        return steps
+
+    def _observation(self, value: Tensor) -> Tensor:
+        """ln p(y_t | state), ``[*sample, *B, T, S]``; zero where a step is missing or beyond its length."""
+        event = len(self.emission.event_shape)
+        skipped: Tensor | None = None
+        if value.is_floating_point():
+            skipped = value.isnan()
+            skipped = skipped.flatten(value.dim() - event).any(-1) if event else skipped
+        if self.lengths is not None:
+            outside = torch.arange(value.shape[-1 - event], device=value.device) >= self.lengths.unsqueeze(-1)
+            skipped = outside if skipped is None else skipped | outside
+        if skipped is not None and not bool(skipped.any()):
+            skipped = None
+        if skipped is not None:
+            shape = torch.broadcast_shapes(skipped.shape, value.shape[: value.dim() - event])
+            skipped = skipped.expand(shape)
+            value = value.expand(shape + value.shape[value.dim() - event :])
+            present = value[~skipped]
+            stand_in = present[0] if len(present) else self.emission.sample().flatten(0, -1 - event)[0]
+            value = torch.where(skipped.reshape(shape + (1,) * event), stand_in.to(value.dtype), value)
+        result = self._emission_log_prob(value)
+        return result if skipped is None else torch.where(skipped.unsqueeze(-1), 0.0, result)
+
+    def _emission_log_prob(self, value: Tensor) -> Tensor:
+        event, rank = len(self.emission.event_shape), len(self.batch_shape)
+        if self._validate_args:
+            good = self.emission.support.check(value)
+            if good.shape == value.shape[: value.dim() - event] and not bool(good.all()):
+                index = first_index(~good)
+                raise ValueError(
+                    f"y has {value[~good][0].tolist()} at index {index}: outside its emission's support"
+                )
+        if rank == 0 or len(self.emission.batch_shape) == rank + 2:
+            return self.emission.log_prob(value.unsqueeze(-1 - event))
+        # time goes to the front, where any distribution takes it as a sample dimension
+        first = value.movedim(value.dim() - event - 1, 0).unsqueeze(-1 - event)
+        return self.emission.log_prob(first).movedim(0, -2)
+
+
+def _lead(extra: int, initial: Tensor, transition: Tensor, emission: Any) -> tuple[Tensor, Tensor, Any]:
+    """All three with ``extra`` leading batch dimensions of size one."""
+    pad = (1,) * extra
+    return (
+        initial.reshape(pad + initial.shape),
+        transition.reshape(pad + transition.shape),
+        emission.expand(pad + emission.batch_shape) if extra else emission,
+    )
+
+
+def _normalize(logits: Tensor) -> Tensor:
+    """Log softmax over the last dimension; a row of -inf stays one."""
+    total = logsumexp(logits, -1, keepdim=True)
+    return logits - torch.where(total == -math.inf, torch.zeros_like(total), total)

@@ -1,0 +1,408 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+
+import pyroelbo.distributions._recursions as recursions
+from pyroelbo.distributions import HMM, LinearChain, SemiMarkov
+from tests.distributions.structured_contract import StructuredContract
+from tests.oracles import Listing, chains, log_sum_exp, segmentations
+
+
+def randn(seed, *shape, sparse=False):
+    generator = torch.Generator().manual_seed(hash((seed, *shape)) % 2**31)
+    x = 1.5 * torch.randn(shape, generator=generator)
+    if sparse:
+        x[torch.rand(shape, generator=generator) < 0.2] = -math.inf
+    return x.requires_grad_()
+
+
+def nested(x):
+    return x.detach().tolist()
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def engine(request, monkeypatch):
+    """Every test of a chain runs with the compiled kernels, and as where numba is missing."""
+    if request.param == "plain":
+        monkeypatch.setattr(recursions, "_compiled", lambda: None)
+    else:
+        pytest.importorskip("numba")
+
+
+# steps, states, one transition matrix for all steps, one for all data, lengths
+CHAINS = {
+    "same": (4, 3, True, False, None),
+    "varying": (4, 3, False, False, None),
+    "shared": (4, 3, True, True, None),
+    "shared varying sparse": (4, 3, False, True, None),
+    "lengths": (4, 3, True, False, [4, 1, 3]),
+    "lengths varying": (4, 3, False, False, [2, 4, 1]),
+    "lengths shared": (5, 3, True, True, [2, 5, 4]),
+    "sparse": (4, 3, True, False, None),
+    "sparse lengths": (4, 3, False, False, [4, 3, 2]),
+    "one step": (1, 4, True, False, None),
+    "one step varying": (1, 4, False, False, None),
+    "two steps": (2, 5, False, True, None),
+    "wide": (2, 19, True, True, None),
+}
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("case", CHAINS)
+class TestLinearChain(StructuredContract):
+    def make(self, case, seed=0):
+        steps, states, same, shared, lengths = CHAINS[case]
+        rows, sparse = 3, "sparse" in case
+        lead = (1 if shared else rows,) + (() if same else (steps - 1,))
+        return LinearChain(
+            randn(seed, 1 if shared else rows, states),
+            randn(seed + 10, *lead, states, states, sparse=sparse),
+            randn(seed + 20, rows, steps, states),
+            None if lengths is None else torch.tensor(lengths),
+        )
+
+    def construct(self, q, potentials):
+        return LinearChain(*potentials, q.lengths)
+
+    def listing(self, q, b):
+        initial, transition, observation = (nested(x.expand(3, *x.shape[1:])[b]) for x in q.potentials)
+        return Listing(
+            chains(initial, transition, observation, None if q.lengths is None else int(q.lengths[b]))
+        )
+
+
+SEGMENTS = {
+    "plain": (4, 2, 3, None),
+    "sparse": (4, 2, 3, None),
+    "long": (3, 2, 5, None),
+    "unit": (3, 3, 1, None),
+    "lengths": (4, 2, 2, [4, 1, 3]),
+}
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+class TestSemiMarkov(StructuredContract):
+    def make(self, case, seed=0):
+        steps, states, longest, lengths = SEGMENTS[case]
+        sparse = "sparse" in case
+        return SemiMarkov(
+            randn(seed, 3, states),
+            randn(seed + 10, 1, states, states, sparse=sparse),
+            randn(seed + 20, 3, states, longest),
+            randn(seed + 30, 3, steps, states),
+            randn(seed + 40, 3, steps, states),
+            None if lengths is None else torch.tensor(lengths),
+        )
+
+    def construct(self, q, potentials):
+        return SemiMarkov(*potentials, lengths=q.lengths)
+
+    def listing(self, q, b):
+        parts = (nested(x.expand(3, *x.shape[1:])[b]) for x in q.potentials)
+        return Listing(segmentations(*parts, None if q.lengths is None else int(q.lengths[b])))
+
+    def test_labels_that_are_no_segmentation(self, case, q):
+        states = q.potentials[0].shape[-1]
+        z = q.mode.clone()
+        z[:, 0] %= states
+        assert (q.log_prob(z) == -math.inf).all()
+
+
+def test_semi_markov_of_unit_segments_is_a_chain():
+    initial, transition, observation = randn(0, 2, 3), randn(1, 2, 3, 3), randn(2, 2, 5, 3)
+    segments = SemiMarkov(initial, transition, torch.zeros(2, 3, 1), observation)
+    chain = LinearChain(initial, transition, observation)
+    torch.testing.assert_close(segments.log_partition, chain.log_partition)
+    assert torch.equal(segments.mode % 3, chain.mode)
+
+
+# ---- hidden Markov models
+
+EMISSIONS = {
+    "categorical": lambda lead: dist.Categorical(logits=randn(5, *lead, 4)),
+    "bernoulli": lambda lead: dist.Bernoulli(logits=randn(5, *lead, 2)).to_event(1),
+    "poisson": lambda lead: dist.Poisson(randn(5, *lead).exp()),
+    "diagonal": lambda lead: dist.Normal(randn(5, *lead, 2), randn(6, *lead, 2).exp()).to_event(1),
+    "full": lambda lead: dist.MultivariateNormal(
+        randn(5, *lead, 2), scale_tril=torch.eye(2) + 0.3 * torch.ones(2, 2).tril()
+    ),
+    "gamma": lambda lead: dist.Gamma(randn(5, *lead).exp(), 1.0),
+}
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kind", EMISSIONS)
+def test_evidence_is_the_sum_over_state_sequences(kind, batch, varying):
+    steps, states = 4, 3
+    lead = (*batch, steps, states) if varying else (*batch, states)
+    emission = EMISSIONS[kind](lead)
+    initial, transition = (
+        randn(0, *batch, states),
+        randn(1, *batch, *((steps - 1,) if varying else ()), states, states),
+    )
+    d = HMM(initial, transition, emission, num_steps=steps)
+    y = d.sample((2,))
+    assert y.shape == (2, *batch, steps, *emission.event_shape) == (2, *d.batch_shape, *d.event_shape)
+    evidence = d.log_prob(y)
+    torch.testing.assert_close(evidence, d.posterior(y).log_partition, rtol=0, atol=0)
+    for n in range(2):
+        for b in range(*batch) if batch else [None]:
+            at = () if b is None else (b,)
+            item = (
+                emission.log_prob(y[n].unsqueeze(len(batch) + 1))
+                if varying
+                else torch.stack(
+                    [
+                        emission.log_prob(y[(n, *([slice(None)] * len(batch)), t)].unsqueeze(len(batch)))
+                        for t in range(steps)
+                    ],
+                    len(batch),
+                )
+            )
+            listing = Listing(
+                chains(
+                    nested(initial[at].log_softmax(-1)),
+                    nested(transition[at].log_softmax(-1)),
+                    nested(item[at]),
+                )
+            )
+            assert evidence[(n, *at)].item() == pytest.approx(listing.log_partition, abs=1e-10)
+
+
+def test_evidence_sums_to_one_over_all_observations():
+    d = HMM(randn(0, 3), randn(1, 3, 3), dist.Categorical(logits=randn(2, 3, 2)))
+    y = torch.cartesian_prod(*[torch.arange(2)] * 5)
+    assert log_sum_exp(d.log_prob(y).tolist()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_evidence_equals_pyros_enumeration():
+    steps, states = 6, 3
+    initial, transition, location = randn(0, states), randn(1, states, states), randn(2, states)
+    y = torch.randn(4, steps)
+
+    @config_enumerate
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z0", dist.Categorical(logits=initial))
+            for t in pyro.markov(range(steps)):
+                if t:
+                    z = pyro.sample(f"z{t}", dist.Categorical(logits=transition[z]))
+                pyro.sample(f"y{t}", dist.Normal(location[z], 0.5), obs=y[:, t])
+
+    ours = HMM(initial, transition, dist.Normal(location, 0.5)).log_prob(y).sum()
+    theirs = -TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, lambda: None)
+    torch.testing.assert_close(ours, theirs)
+    inputs = (initial, transition, location)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))
+
+
+def test_missing_steps_are_summed_over():
+    d = HMM(randn(0, 3), randn(1, 3, 3), dist.Gamma(randn(2, 3, 2).exp(), 1.0).to_event(1), num_steps=4)
+    y = d.sample((3,))
+    y[0, 1, 0] = math.nan
+    y[1] = math.nan
+    chain = d.posterior(y)
+    assert chain.potentials.observation[0, 1].tolist() == [0.0] * 3
+    listing = Listing(
+        chains(*(nested(x[0] if len(x) == 1 or i == 2 else x) for i, x in enumerate(chain.potentials)))
+    )
+    assert d.log_prob(y)[0].item() == pytest.approx(listing.log_partition, abs=1e-10)
+    torch.testing.assert_close(d.log_prob(y)[1], torch.tensor(0.0))
+    torch.testing.assert_close(d.log_prob(y)[2], d.log_prob(y[2]))
+
+
+def test_lengths_cut_sequences():
+    emission = dist.Categorical(logits=randn(2, 3, 4))
+    lengths = torch.tensor([5, 2, 3])
+    d = HMM(randn(0, 3), randn(1, 3, 3), emission, num_steps=5, lengths=lengths)
+    plain = HMM(randn(0, 3), randn(1, 3, 3), emission)
+    y = d.sample()
+    y[1, 2:] = -1  # padding may be anything
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(d.log_prob(y)[b], plain.log_prob(y[b, :n]))
+        assert (d.sample((20,))[:, b, n:] == 0).all()
+    assert (d.posterior(y).sample((20,))[:, 1, 2:] == 0).all()
+
+
+def test_samples_follow_the_evidence():
+    d = HMM(randn(0, 3), randn(1, 3, 3), dist.Bernoulli(logits=randn(2, 3)), num_steps=4)
+    y = torch.cartesian_prod(*[torch.arange(2.0)] * 4)
+    draws = 40_000
+    codes = (d.sample((draws,)) * torch.tensor([8.0, 4, 2, 1])).sum(-1).long()
+    counts = torch.bincount(codes, minlength=16).double()
+    from tests.distributions.structured_contract import FALSE_ALARM, chi_square_p_value
+
+    assert chi_square_p_value(counts, d.log_prob(y).exp() * draws) > FALSE_ALARM
+
+
+def test_second_derivatives_of_the_evidence():
+    initial, transition, logits = randn(0, 3), randn(1, 3, 3), randn(2, 3, 4)
+    y = torch.tensor([[0, 3, 1, 2], [1, 1, 1, 1]])
+
+    def evidence(*x):
+        return HMM(x[0], x[1], dist.Categorical(logits=x[2])).log_prob(y)
+
+    assert torch.autograd.gradcheck(evidence, (initial, transition, logits))
+    assert torch.autograd.gradgradcheck(evidence, (initial, transition, logits))
+
+
+def test_the_gradient_can_be_taken_twice_from_one_graph():
+    q = LinearChain(randn(0, 3), randn(1, 3, 3), randn(2, 5, 3))
+    first = torch.autograd.grad(q.log_partition, q.potentials, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(q.log_partition, q.potentials), first, rtol=0, atol=0)
+
+
+def test_a_value_computed_without_gradient_does_not_stick():
+    q = LinearChain(randn(0, 3), randn(1, 3, 3), randn(2, 5, 3))
+    with torch.no_grad():
+        assert not q.log_partition.requires_grad
+        q.sample()
+    assert q.log_partition.requires_grad
+
+
+def test_memory_of_the_gradient_does_not_grow_with_the_square_of_the_states():
+    states, steps = 64, 200
+    q = LinearChain(randn(0, 2, states), randn(1, 2, states, states), randn(2, 2, steps, states))
+    kept = 0
+
+    def pack(x):
+        nonlocal kept
+        kept += x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = recursions.log_partition(q._flat(q.potentials))
+    held = sum(x.numel() for _, one in value.grad_fn.passes for x in (*one.problem, one.alpha, one.scale))
+    assert kept + held < 4 * 2 * steps * states + 4 * 2 * states * states
+
+
+# ---- at Pyro sites
+
+
+def test_training_through_an_hmm_site_raises_the_evidence():
+    true = HMM(
+        torch.zeros(2),
+        torch.tensor([[2.0, 0.0], [0.0, 2.0]]),
+        dist.Normal(torch.tensor([-2.0, 2.0]), 1.0),
+        10,
+    )
+    y = true.sample((50,))
+
+    def model(y):
+        initial = pyro.param("initial", torch.zeros(2))
+        transition = pyro.param("transition", torch.zeros(2, 2))
+        location = pyro.param("location", torch.tensor([-0.5, 0.5]))
+        with pyro.plate("data", 50, subsample_size=25) as index:
+            pyro.sample("y", HMM(initial, transition, dist.Normal(location, 1.0), num_steps=10), obs=y[index])
+
+    svi = SVI(model, lambda y: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(150):
+        svi.step(y)
+    location = pyro.param("location").detach()
+    learned = HMM(pyro.param("initial"), pyro.param("transition"), dist.Normal(location, 1.0))
+    torch.testing.assert_close(location, torch.tensor([-2.0, 2.0]), rtol=0, atol=0.3)
+    assert learned.log_prob(y).mean() > true.log_prob(y).mean() - 0.1
+
+
+def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
+    steps, states = 5, 3
+    initial, transition, location = (
+        randn(0, states).detach(),
+        randn(1, states, states).detach(),
+        randn(2, states).detach(),
+    )
+    y = torch.randn(4, steps)
+    prior = HMM(initial, transition, dist.Normal(location, 1.0), num_steps=steps)
+
+    def model():
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", prior.prior)
+            pyro.sample("y", dist.Normal(location[z], 1.0).to_event(1), obs=y)
+
+    def guide():
+        with pyro.plate("data", 4):
+            pyro.sample("z", prior.posterior(y))
+
+    for _ in range(3):
+        assert -Trace_ELBO().loss(model, guide) == pytest.approx(prior.log_prob(y).sum().item(), abs=1e-10)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LinearChain(torch.zeros(3), torch.zeros(2, 2), torch.zeros(4, 3)), "got initial"),
+        (lambda: LinearChain(torch.zeros(3), torch.zeros(5, 3, 3), torch.zeros(4, 3)), "got initial"),
+        (lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(0, 3)), "got initial"),
+        (
+            lambda: LinearChain(
+                torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 4, 3), torch.tensor([4, 5])
+            ),
+            r"lengths has 5 at index \(1,\): it takes integers from 1 to 4",
+        ),
+        (
+            lambda: LinearChain(
+                torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 4, 3), torch.tensor([0, 4])
+            ),
+            r"lengths has 0 at index \(0,\)",
+        ),
+        (
+            lambda: HMM(
+                torch.zeros(2), torch.tensor([[0.0, 0.0], [-math.inf] * 2]), dist.Normal(torch.zeros(2), 1.0)
+            ),
+            r"transition is -inf throughout the row at index \(1,\)",
+        ),
+        (
+            lambda: HMM(torch.tensor([0.0, math.nan]), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0)),
+            r"initial has nan at index \(1,\)",
+        ),
+        (lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(3), 1.0)), "emission of"),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0)).sample(),
+            "num_steps is None",
+        ),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(3, 2, 2), dist.Normal(torch.zeros(2), 1.0), num_steps=7),
+            "number of steps differs",
+        ),
+        (
+            lambda: HMM(
+                torch.zeros(2), torch.zeros(2, 2), dist.Categorical(logits=torch.zeros(2, 3))
+            ).log_prob(torch.tensor([[0, 1], [2, 3]])),
+            r"y has 3 at index \(1, 1\)",
+        ),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(3, 2, 2), dist.Normal(torch.zeros(2), 1.0)).log_prob(
+                torch.zeros(5)
+            ),
+            "y has 5 steps",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4, 3)).log_prob(
+                torch.tensor([0, 1, 3, 0])
+            ),
+            "support",
+        ),
+        (
+            lambda: SemiMarkov(torch.zeros(3), torch.zeros(3, 3), torch.zeros(2, 4), torch.zeros(4, 3)),
+            "got initial",
+        ),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_checks_are_off_when_validation_is():
+    with pyro.validation_enabled(False):
+        q = LinearChain(torch.tensor([0.0, math.nan]), torch.zeros(2, 2), torch.zeros(3, 2))
+        assert q.log_partition.isnan()

@@ -1,0 +1,115 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceGraph_ELBO
+
+from pyroelbo.distributions import LinearChain, TreeCRF
+from tests.distributions.structured_contract import StructuredContract
+from tests.distributions.test_chain import nested, randn
+from tests.oracles import Listing, labelled_trees
+
+# parents, states, one edge matrix for all edges
+TREES = {
+    "binary": ([-1, 0, 0, 1, 1], 2, True),
+    "star": ([2, 2, -1, 2, 2], 2, False),
+    "path": ([1, 2, 3, -1], 3, False),
+    "forest": ([-1, 0, -1, 2, 2], 2, True),
+    "sparse": ([-1, 0, 0, 1], 3, False),
+    "single": ([-1], 4, True),
+    "uneven": ([3, 0, 0, -1, 1, 3], 2, False),
+}
+
+
+@pytest.mark.parametrize("case", TREES)
+class TestTreeCRF(StructuredContract):
+    def make(self, case, seed=0):
+        parents, states, same = TREES[case]
+        nodes = len(parents)
+        edge = (
+            randn(seed + 1, 1, states, states)
+            if same
+            else randn(seed + 1, 3, nodes, states, states, sparse="sparse" in case)
+        )
+        return TreeCRF(torch.tensor(parents), randn(seed, 3, nodes, states), edge)
+
+    def construct(self, q, potentials):
+        return TreeCRF(q.parents, *potentials)
+
+    def listing(self, q, b):
+        node, edge = (nested(x.expand(3, *x.shape[1:])[b]) for x in q.potentials)
+        return Listing(labelled_trees(q.parents.tolist(), node, edge))
+
+
+def test_a_path_is_a_chain():
+    node, step = randn(0, 2, 6, 3), randn(1, 2, 3, 3)
+    chain = LinearChain(torch.zeros(2, 3), step, node)
+    tree = TreeCRF(torch.arange(6) - 1, node, step)
+    torch.testing.assert_close(tree.log_partition, chain.log_partition)
+    torch.testing.assert_close(tree.marginals.edge, chain.marginals.transition)
+    torch.testing.assert_close(tree.entropy(), chain.entropy())
+    assert torch.equal(tree.mode, chain.mode)
+
+
+def test_training_through_a_tree_guide_site():
+    """A guide on a tree finds the posterior of a model on that tree."""
+    parents = torch.tensor([-1, 0, 0])
+    coupling = torch.tensor([[1.5, -1.5], [-1.5, 1.5]])
+    y = torch.tensor([[1.0, -0.5, 0.3], [-2.0, 0.1, 0.4]])
+    prior = TreeCRF(parents, torch.zeros(2, 3, 2), coupling.expand(2, 2, 2))
+
+    def log_likelihood():
+        return dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).log_prob(y.unsqueeze(-1))
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Normal(2.0 * z - 1.0, 1.0).to_event(1), obs=y)
+
+    def guide():
+        node = pyro.param("node", torch.zeros(2, 3, 2))
+        edge = pyro.param("edge", torch.zeros(2, 2, 2))
+        with pyro.plate("data", 2):
+            pyro.sample("z", TreeCRF(parents, node, edge))
+
+    elbo = TraceGraph_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
+    for rate, steps in ((0.1, 80), (0.01, 80)):
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
+        for _ in range(steps):
+            svi.step()
+    guided = TreeCRF(parents, pyro.param("node"), pyro.param("edge"))
+    untrained = TreeCRF(parents, torch.zeros(2, 3, 2), torch.zeros(2, 2, 2))
+    posterior = TreeCRF(parents, log_likelihood(), coupling.expand(2, 2, 2))
+    assert untrained.kl_divergence(posterior).min() > 0.5
+    assert guided.kl_divergence(posterior).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([1, 0], "cycle"),
+        ([0], "cycle"),
+        ([-1, 5], r"parents has 5 at index 1"),
+        ([-1, -2], r"parents has -2 at index 1"),
+        ([-1], "got parents"),
+    ],
+)
+def test_bad_trees_are_refused(parents, message):
+    nodes = 1 if parents == [0] else 2
+    with pytest.raises(ValueError, match=message):
+        TreeCRF(torch.tensor(parents), torch.zeros(nodes, 3), torch.zeros(3, 3))
+
+
+def test_deep_and_wide_trees():
+    nodes = 300
+    node = torch.randn(nodes, 3)
+    deep = TreeCRF(torch.arange(nodes) - 1, node, torch.randn(3, 3))
+    wide = TreeCRF(
+        torch.cat([torch.tensor([-1]), torch.zeros(nodes - 1, dtype=torch.long)]), node, torch.randn(3, 3)
+    )
+    for q in (deep, wide):
+        assert q.log_partition.isfinite()
+        torch.testing.assert_close(q.marginals.node.sum(-1), torch.ones(nodes))
+        assert math.isfinite(q.log_prob(q.sample()))
