@@ -2,5 +2,6 @@
 
 from pyroelbo.compiled.elbo import CompiledELBO, CompileWarning, Counters
 from pyroelbo.compiled.optim import FusedOptim
+from pyroelbo.compiled.step import CompiledStep
 
-__all__ = ["CompileWarning", "CompiledELBO", "Counters", "FusedOptim"]
+__all__ = ["CompileWarning", "CompiledELBO", "CompiledStep", "Counters", "FusedOptim"]

@@ -75,8 +75,6 @@ class _Interception(TorchFunctionMode):
             if func is Tensor.item and (module.startswith("pyro.infer.") or module == "pyroelbo.objectives"):
                 value = args[0].detach()
                 return value.double() if value.is_floating_point() and value.device.type != "mps" else value
-            if func is Tensor.__bool__ and module == "pyro.util":
-                return False  # warn_if_nan: the value of the graph is looked at instead
             if func is Tensor.__bool__ and module == "pyro.infer.util":
                 return True  # Dice: the masked product below covers the other branch
         return func(*args, **kwargs)
@@ -115,15 +113,17 @@ def _masked_dot(x: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def _static_pyro() -> Iterator[None]:
-    import pyro.infer.util as util
+    import pyro.infer.util
+    import pyro.util
 
-    original = util._fulldot
-    util._fulldot = _masked_dot
+    dot, isnan = pyro.infer.util._fulldot, pyro.util.torch_isnan
+    pyro.infer.util._fulldot = _masked_dot
+    pyro.util.torch_isnan = lambda x: False  # warnings need values; the graph's result is looked at instead
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
-        util._fulldot = original
+        pyro.infer.util._fulldot, pyro.util.torch_isnan = dot, isnan
 
 
 def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Any:
@@ -140,10 +140,23 @@ def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: 
     return loss.loss_and_grads(model, guide, *args, **kwargs)
 
 
+def materialize(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
+    """Run once so that lazily made parameters exist; draws, buffers and gradients are put back."""
+    seen = [t for t in Environment([model, guide, loss])._kept if isinstance(t, Tensor)]
+    gradients = [(t, t.grad) for t in seen if t.is_leaf]
+    with restored([t for t in seen if not t.requires_grad], keep_store=True), _quiet():
+        evaluate(loss, kind, model, guide, args, kwargs)
+    for t, g in gradients:
+        t.grad = g
+
+
 @contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+def restored(tensors: Sequence[Tensor], keep_store: bool = False) -> Iterator[None]:
     """Put back, afterwards, the values of ``tensors``, the param store's entries, and the random state."""
     store = pyro.get_param_store()
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would be a constant of the graph
+    torch.clear_autocast_cache()
     entries, names = dict(store._params), dict(store._param_to_name)
     saved = [t.detach().clone() for t in tensors]
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
@@ -151,10 +164,12 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        store._params.clear()
-        store._params.update(entries)
-        store._param_to_name.clear()
-        store._param_to_name.update(names)
+        torch.set_autocast_cache_enabled(caching)
+        if not keep_store:
+            store._params.clear()
+            store._params.update(entries)
+            store._param_to_name.clear()
+            store._param_to_name.update(names)
         with torch.no_grad():
             for t, value in zip(tensors, saved, strict=True):
                 if not torch.equal(t, value):

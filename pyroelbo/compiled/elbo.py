@@ -67,18 +67,19 @@ class Graph:
         self.plan = plan
         self.runner = runner
         self.constrained = constrained
+        self.checked = runner
         self.calls = 0
         self.copies: tuple[int, ...] | None = None
 
-    def __call__(self, data: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             if _autocasting():
-                with torch.autocast(data[0].device.type if data else "cpu", enabled=False):
-                    outputs = list(self.runner(*data, *state))
+                with torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False):
+                    outputs = list(self.runner(*inputs))
             else:
-                outputs = list(self.runner(*data, *state))
+                outputs = list(self.runner(*inputs))
             if self.copies is None:
-                self.copies = _shared(outputs, [*data, *state])
+                self.copies = _shared(outputs, inputs)
             for i in self.copies:
                 outputs[i] = outputs[i].clone()
         self.calls += 1
@@ -204,6 +205,8 @@ class GraphCache:
         if any(t.requires_grad for t in data):
             raise _capture.Untraceable("an argument requires a gradient; only parameters are differentiated")
         start = time.perf_counter()
+        if not self.patient:
+            _capture.materialize(self.loss, kind, model, guide, args, kwargs)
         plan = _capture.capture(self.loss, kind, model, guide, args, kwargs)
         self.counters.captures += 1
         eager = self._eager(plan, kind, model, guide, args, kwargs)
@@ -214,29 +217,56 @@ class GraphCache:
                 raise _capture.Untraceable(f"running the model changes the Python value {changed!r}")
         self.counters.checks += 1
         self.counters.capture_time += time.perf_counter() - start
-        runner: Callable[..., list] = plan.graph
-        if self.backend == "inductor":
-            runner = self.build(plan, data, eager)
+        runner = self.build(plan, data, eager)
         store = pyro.get_param_store()
         real = torch.distributions.constraints.real
         sites = [name for name in plan.sites if name in store]
         plan.sites = sites
         graph = Graph(plan, runner, frozenset(n for n in sites if store._constraints[n] is not real))
+        graph.checked = self.checked(plan, runner)
         self._time(graph, data, eager)
         return graph
 
+    def inputs(self, plan: _capture.Plan, data: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+        """What the built graph takes."""
+        return [*data, *state]
+
+    def checked(self, plan: _capture.Plan, runner: Callable[..., list]) -> Callable[..., list]:
+        """What later comparisons with eager run: the loss and its gradients."""
+        return runner
+
+    def inside_handlers(self) -> bool:
+        """True, after a warning, where an outer Pyro handler would change what the model does."""
+        for handler in _PYRO_STACK:
+            if not (isinstance(handler, TraceMessenger) and handler.param_only):
+                self.warn(
+                    f"falling back to eager: the loss is called inside the handler {type(handler).__name__},"
+                    " which a graph would not see"
+                )
+                return True
+        return False
+
     def build(self, plan: _capture.Plan, data: list[Tensor], eager: Any) -> Callable[..., list]:
         """The Inductor build of a plan, or its captured graph where Inductor cannot build it."""
+        inputs = self.inputs(plan, data, plan.state() or [])
+        return self.attempt(plan.graph, inputs, lambda runner: _capture.verify(plan, runner, data, eager))
+
+    def attempt(
+        self, graph: torch.fx.GraphModule, inputs: list[Tensor], check: Callable[[Callable[..., list]], None]
+    ) -> Callable[..., list]:
+        """Inductor's build of ``graph`` if it builds and passes ``check``, else ``graph`` with one warning."""
+        if self.backend == "eager":
+            return graph
         start = time.perf_counter()
         try:
-            runner = _capture.inductor(plan.graph, [*data, *(plan.state() or [])], self.options)
-            _capture.verify(plan, runner, data, eager)
+            runner = _capture.inductor(graph, inputs, self.options)
+            check(runner)
         except _capture.Mismatch as error:
             self.warn(f"Inductor's build is not used, the captured graph is: {error}")
-            return plan.graph
+            return graph
         except Exception as error:
             self.warn(_build_failure(error))
-            return plan.graph
+            return graph
         finally:
             self.counters.compile_time += time.perf_counter() - start
         self.counters.compiles += 1
@@ -253,17 +283,17 @@ class GraphCache:
         start = time.perf_counter()
         eager(20)
         self.counters.eager_time = time.perf_counter() - start
-        state = graph.plan.state() or []
-        with _capture.restored(graph.plan.mutable()):
+        inputs = self.inputs(graph.plan, data, graph.plan.state() or [])
+        with _capture.restored(inputs[len(data) :]):
             start = time.perf_counter()
-            graph(data, state)[0].sum().item()
+            graph(inputs)[0].sum().item()
             self.counters.compiled_time = time.perf_counter() - start
 
     def _recheck(self, graph: Graph, key: Any, data: list[Tensor], args: tuple, kwargs: dict) -> bool:
         kind, model, guide, structure = key
         graph.calls += 1
         try:
-            _capture.verify(graph.plan, graph.runner, data, self._eager(graph.plan, kind, model, guide, args, kwargs))
+            _capture.verify(graph.plan, graph.checked, data, self._eager(graph.plan, kind, model, guide, args, kwargs))
         except _capture.Mismatch as error:
             self.graphs.pop(key, None)
             self.give_up(key, f"after {graph.calls - 1} calls the model no longer does what it did at capture: {error}")
@@ -351,20 +381,15 @@ class CompiledELBO(ELBO):
 
     def _evaluate(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]] | None:
         cache = self._cache
-        for handler in _PYRO_STACK:
-            if not (isinstance(handler, TraceMessenger) and handler.param_only):
-                cache.warn(
-                    f"falling back to eager: the loss is called inside the handler {type(handler).__name__},"
-                    " which a graph would not see"
-                )
-                cache.counters.eager_calls += 1
-                return None
+        if _PYRO_STACK and cache.inside_handlers():
+            cache.counters.eager_calls += 1
+            return None
         found = cache.lookup(kind, model, guide, args, kwargs)
         if found is None:
             cache.counters.eager_calls += 1
             return None
         graph, data, state = found
-        outputs = graph(data, state)
+        outputs = graph([*data, *state])
         cache.counters.compiled_calls += 1
         if _PYRO_STACK:
             _announce(graph)
