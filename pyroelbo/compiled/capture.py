@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 import torch.fx as fx
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -266,6 +267,11 @@ def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: d
     places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
     data = [flat[i].detach().contiguous() for i in places]
     store = pyro.get_param_store()
+    for name, t in list(store._params.items()):
+        if isinstance(t, ProvenanceTensor):  # TraceGraph_ELBO leaves its baselines' averages so
+            del store._param_to_name[t]
+            store._params[name] = plain = detach_provenance(t).detach().requires_grad_()
+            store._param_to_name[plain] = name
     sites: dict[str, bool] = {}
     last = _LastSite()
 
@@ -323,7 +329,7 @@ def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: d
                 outputs.append(g)
             with torch.no_grad():
                 for name, old in written.items():
-                    old.copy_(store._params[name])
+                    old.copy_(detach_provenance(store._params[name]))
             store._params.clear()
             store._params.update(entries)
             return outputs
@@ -465,12 +471,13 @@ def reference(
             torch.manual_seed(seed)
             value = evaluate(loss, kind, model, guide, args, kwargs)
             params = pyro.get_param_store()._params
-            after = [(params[n] if n in params else t).detach().clone() for t, n in zip(others, stored, strict=True)]
+            found = (params[n] if n in params else t for t, n in zip(others, stored, strict=True))
+            after = [detach_provenance(t).detach().clone() for t in found]
         extra = [t for t in trained if t.grad is not None and not any(t is leaf for leaf in leaves)]
         if extra and kind != "loss":
             raise Mismatch("eager finds a gradient that the graph lacks")
-        found = [None if t.grad is None else t.grad.clone() for t in leaves]
-        return [torch.as_tensor(value, dtype=torch.float64).detach(), *found, *after]
+        gradients = [None if t.grad is None else t.grad.clone() for t in leaves]
+        return [torch.as_tensor(value, dtype=torch.float64).detach(), *gradients, *after]
     finally:
         for t, g in zip(trained, saved, strict=True):
             t.grad = g
