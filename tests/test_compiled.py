@@ -83,7 +83,9 @@ def agree(make_loss, make, batches, *, backend="eager", compiled=None, tolerance
     assert loss.counters.compiled_calls == (len(batches) - 1 if compiled is None else compiled), loss.counters
     assert fast.keys() == eager.keys()
     for name, value in eager.items():
-        torch.testing.assert_close(fast[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            fast[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
     return loss
 
 
@@ -109,7 +111,9 @@ def generated(seed):
     depth = rng.randint(1, 4)
     sites = []
     for k in range(depth):
-        kind = rng.choice(["normal", "gamma", "beta", "lognormal", "dirichlet", "bernoulli", "categorical", "poisson"])
+        kind = rng.choice(
+            ["normal", "gamma", "beta", "lognormal", "dirichlet", "bernoulli", "categorical", "poisson"]
+        )
         sites.append((f"z{k}", kind, rng.random() < 0.3, rng.choice([1.0, 1.0, 0.5, 2.0])))
     likelihood = rng.choice(["normal", "poisson", "bernoulli"])
     keep = torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) < 0.7
@@ -143,7 +147,9 @@ def generated(seed):
         if kind == "bernoulli":
             return dist.Bernoulli(logits=p("logit", 0.2))
         if kind == "categorical":
-            return dist.Categorical(logits=torch.stack([p(s, v) for s, v in (("a", 0.1), ("b", -0.3), ("c", 0.2))], -1))
+            return dist.Categorical(
+                logits=torch.stack([p(s, v) for s, v in (("a", 0.1), ("b", -0.3), ("c", 0.2))], -1)
+            )
         return dist.Poisson(p("rate", 1.3, constraints.positive))
 
     def plates():
@@ -181,13 +187,17 @@ def generated(seed):
 
         walk(observe, False)
 
-    y = (torch.rand(sizes, generator=torch.Generator().manual_seed(seed + 1)) < 0.5).to(torch.get_default_dtype())
+    y = (torch.rand(sizes, generator=torch.Generator().manual_seed(seed + 1)) < 0.5).to(
+        torch.get_default_dtype()
+    )
     return model, guide, y, [kind for _, kind, _, _ in sites]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_generated_pairs(seed):
-    make_loss = [Trace_ELBO, TraceGraph_ELBO, lambda: Trace_ELBO(num_particles=2, vectorize_particles=True)][seed % 3]
+    make_loss = [Trace_ELBO, TraceGraph_ELBO, lambda: Trace_ELBO(num_particles=2, vectorize_particles=True)][
+        seed % 3
+    ]
     if make_loss is not TraceGraph_ELBO and seed % 2:
         make_loss = lambda: Trace_ELBO(num_particles=2)  # noqa: E731
 
@@ -201,10 +211,21 @@ def test_generated_pairs(seed):
 
 def test_generated_pairs_cover_the_distributions():
     kinds = {kind for seed in range(20) for kind in generated(seed)[3]}
-    assert kinds == {"normal", "gamma", "beta", "lognormal", "dirichlet", "bernoulli", "categorical", "poisson"}
+    assert kinds == {
+        "normal",
+        "gamma",
+        "beta",
+        "lognormal",
+        "dirichlet",
+        "bernoulli",
+        "categorical",
+        "poisson",
+    }
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(7, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_generated_pairs_float32_inductor(seed):
     torch.set_default_dtype(torch.float32)
 
@@ -247,7 +268,11 @@ def test_train_and_eval_are_two_graphs():
         module.train(i % 4 < 2)
 
     loss = agree(
-        Trace_ELBO, vae(norm=True, dropout=0.4), [(data(8, 6, seed=i),) for i in range(10)], before=before, compiled=8
+        Trace_ELBO,
+        vae(norm=True, dropout=0.4),
+        [(data(8, 6, seed=i),) for i in range(10)],
+        before=before,
+        compiled=8,
     )
     assert loss.counters.captures == 2
 
@@ -392,7 +417,11 @@ def test_enumeration(where):
             pyro.sample("k", dist.Categorical(logits=logits), infer={"enumerate": "sequential"})
     else:
         model = mixture
-    agree(lambda: TraceEnum_ELBO(max_plate_nesting=1), lambda: (model, guide, None), [(data(10, seed=i),) for i in range(5)])
+    agree(
+        lambda: TraceEnum_ELBO(max_plate_nesting=1),
+        lambda: (model, guide, None),
+        [(data(10, seed=i),) for i in range(5)],
+    )
 
 
 @pytest.mark.parametrize("family", [AutoNormal, AutoLowRankMultivariateNormal])
@@ -429,7 +458,9 @@ def test_the_number_of_graphs_is_bounded():
 
 def test_dtypes_have_their_own_graphs():
     def model(y):
-        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0).expand(y.shape).to_event(1), obs=y)
+        pyro.sample(
+            "y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0).expand(y.shape).to_event(1), obs=y
+        )
 
     loss = CompiledELBO(Trace_ELBO(), backend="eager")
     for y in [data(4), data(4), data(4).float(), data(4).float()] * 2:
@@ -452,7 +483,9 @@ def von_mises(y):
 
 def von_mises_guide(y):
     loc = pyro.param("loc", torch.tensor(0.1))
-    pyro.sample("angle", dist.VonMises(loc, pyro.param("k", torch.tensor(1.0), constraint=constraints.positive)))
+    pyro.sample(
+        "angle", dist.VonMises(loc, pyro.param("k", torch.tensor(1.0), constraint=constraints.positive))
+    )
 
 
 def branching(y):
@@ -570,7 +603,9 @@ def test_the_same_tensor_for_two_arguments_is_no_promise():
     for _ in range(3):
         loss.loss_and_grads(model, guide, x, x)
     other = torch.tensor(2.0)
-    assert loss.loss_and_grads(model, guide, x, other) == pytest.approx(Trace_ELBO().loss(model, guide, x, other))
+    assert loss.loss_and_grads(model, guide, x, other) == pytest.approx(
+        Trace_ELBO().loss(model, guide, x, other)
+    )
     assert loss.counters.compiled_calls == 3
 
 
@@ -658,19 +693,13 @@ def test_autocast_is_part_of_the_graph():
     assert (plain.counters.captures, plain.counters.compiled_calls) == (2, 3)
 
 
-def test_no_compiler(monkeypatch):
+def test_no_compiler():
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
-    monkeypatch.setattr(config, "fx_graph_cache", False)
-    from torch._inductor import cpp_builder
-
-    for function in (cpp_builder.get_cpp_compiler,):
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
     module, y = VAE(dims=7), data(8, 7)
     loss = CompiledELBO(Trace_ELBO())
-    with pytest.warns(CompileWarning, match="C\\+\\+ compiler"):
+    patch = config.patch({"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False})
+    with patch, pytest.warns(CompileWarning, match="C\\+\\+ compiler"):
         for _ in range(3):
             loss.loss_and_grads(module.model, module.guide, y)
     assert (loss.counters.compiled_calls, loss.counters.compiles) == (2, 0)
@@ -706,7 +735,10 @@ def test_arguments_are_refused_by_name():
 
 def test_the_package_does_not_import_inductor():
     code = "import sys, pyroelbo.compiled; print('torch._inductor.compile_fx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 def test_environment_names_what_changed():
@@ -883,7 +915,12 @@ def test_step_is_torch_optim_inductor(options, make_optimizer):
 def test_step_takes_schedules_without_retracing():
     module, y = VAE(), data(8, 6)
     step = CompiledStep(
-        Trace_ELBO(), module.model, module.guide, dict(module.named_parameters()), kl_weight=0.0, backend="eager"
+        Trace_ELBO(),
+        module.model,
+        module.guide,
+        dict(module.named_parameters()),
+        kl_weight=0.0,
+        backend="eager",
     )
     losses = []
     for i in range(4):

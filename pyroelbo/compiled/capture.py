@@ -71,6 +71,8 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._backward(args[0], *args[1:], **kwargs)
+        if func is Tensor.__getitem__ and _scalar_index(args[1]):
+            return args[0][args[1].reshape(1)].squeeze(0)  # torch would ask for the number behind the index
         if func is Tensor.item or func is Tensor.__bool__:
             module = sys._getframe(1).f_globals.get("__name__", "")
             if func is Tensor.item and (module.startswith("pyro.infer.") or module == "pyroelbo.objectives"):
@@ -96,6 +98,10 @@ class _Interception(TorchFunctionMode):
         for leaf, g in zip(leaves, found, strict=True):
             if g is not None:
                 self.gradients[leaf] = self.gradients[leaf] + g if leaf in self.gradients else g
+
+
+def _scalar_index(index: Any) -> bool:
+    return isinstance(index, Tensor) and not index.dim() and index.dtype in (torch.int64, torch.int32)
 
 
 class _LastSite(Messenger):
@@ -322,8 +328,10 @@ def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: d
             for leaf, g in gradients.items():
                 g = g.detach()
                 if g.stride() != leaf.stride() or g.untyped_storage()._cdata in taken:
-                    g = torch.empty_like(leaf).copy_(g) if not leaf.is_contiguous() else g.clone(
-                        memory_format=torch.contiguous_format
+                    g = (
+                        torch.empty_like(leaf).copy_(g)
+                        if not leaf.is_contiguous()
+                        else g.clone(memory_format=torch.contiguous_format)
                     )
                 taken.add(g.untyped_storage()._cdata)
                 outputs.append(g)
@@ -484,7 +492,10 @@ def reference(
 
 
 def verify(
-    plan: Plan, runner: Callable[..., list], data: Sequence[Tensor], eager: Callable[[int], list[Tensor | None]]
+    plan: Plan,
+    runner: Callable[..., list],
+    data: Sequence[Tensor],
+    eager: Callable[[int], list[Tensor | None]],
 ) -> None:
     """Compare ``runner`` with eager under equal seeds: loss, every gradient, every buffer.
 
@@ -524,6 +535,8 @@ def difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]
         scale = float(x.norm()) + (0.01 * whole if 0 < i < gradients else 0.0)
         gap = float((x - y).norm())
         if gap > tolerance * scale + 1e-12:
-            what = "the loss" if i == 0 else f"gradient {i - 1}" if i < gradients else f"buffer {i - gradients}"
+            what = (
+                "the loss" if i == 0 else f"gradient {i - 1}" if i < gradients else f"buffer {i - gradients}"
+            )
             return f"{what} differs by {gap / max(scale, 1e-300):.1e} of its size"
     return ""

@@ -98,7 +98,9 @@ def _shared(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[int, ...]:
 
 
 def _autocasting() -> bool:
-    return torch.is_autocast_enabled("cpu") or (torch.cuda.is_available() and torch.is_autocast_enabled("cuda"))
+    return torch.is_autocast_enabled("cpu") or (
+        torch.cuda.is_available() and torch.is_autocast_enabled("cuda")
+    )
 
 
 def signature(args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
@@ -126,9 +128,13 @@ def signature(args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
 class GraphCache:
     """Graphs by structure, at most ``max_graphs`` of them; shared by the loss and the whole step."""
 
-    def __init__(self, loss: Any, backend: str, max_graphs: int, options: dict[str, Any] | None, patient: bool):
+    def __init__(
+        self, loss: Any, backend: str, max_graphs: int, options: dict[str, Any] | None, patient: bool
+    ):
         if backend not in ("inductor", "eager"):
-            raise ValueError(f"backend: got {backend!r}, takes 'inductor' or 'eager' (the captured graph, op by op)")
+            raise ValueError(
+                f"backend: got {backend!r}, takes 'inductor' or 'eager' (the captured graph, op by op)"
+            )
         if not isinstance(max_graphs, int) or max_graphs < 1:
             raise ValueError(f"max_graphs: got {max_graphs!r}, takes a positive integer")
         self.loss = loss
@@ -150,7 +156,9 @@ class GraphCache:
             key = (kind, model, guide, structure)
             graphs = self.graphs.get(key, ())
         except TypeError as error:
-            self.warn(f"an argument cannot be part of a graph's key ({error}); pass tensors or hashable values")
+            self.warn(
+                f"an argument cannot be part of a graph's key ({error}); pass tensors or hashable values"
+            )
             return None
         for graph in graphs:
             if graph.plan.environment.holds():
@@ -170,13 +178,18 @@ class GraphCache:
         if self.patient and (pending is None or not pending.holds()):
             self._misses[key] = self._misses.get(key, 0) + 1
             if self._misses[key] > 20 and pending is not None:
-                self.give_up(key, f"the Python value {pending.changed()!r} changes from call to call; keep it in a tensor")
+                self.give_up(
+                    key,
+                    f"the Python value {pending.changed()!r} changes from call to call; keep it in a tensor",
+                )
             elif len(self._misses) > 64 * self.max_graphs:
                 self.give_up(key, "every call has another structure")
                 self._misses.clear()
             return None
         if total >= self.max_graphs:
-            self.give_up(key, f"more than max_graphs={self.max_graphs} structures (shapes, dtypes, modes) were seen")
+            self.give_up(
+                key, f"more than max_graphs={self.max_graphs} structures (shapes, dtypes, modes) were seen"
+            )
             return None
         self._pending.pop(key, None)
         try:
@@ -293,10 +306,14 @@ class GraphCache:
         kind, model, guide, structure = key
         graph.calls += 1
         try:
-            _capture.verify(graph.plan, graph.checked, data, self._eager(graph.plan, kind, model, guide, args, kwargs))
+            _capture.verify(
+                graph.plan, graph.checked, data, self._eager(graph.plan, kind, model, guide, args, kwargs)
+            )
         except _capture.Mismatch as error:
             self.graphs.pop(key, None)
-            self.give_up(key, f"after {graph.calls - 1} calls the model no longer does what it did at capture: {error}")
+            self.give_up(
+                key, f"after {graph.calls - 1} calls the model no longer does what it did at capture: {error}"
+            )
             return False
         self.counters.checks += 1
         graph.plan.environment.forgive()
@@ -379,7 +396,9 @@ class CompiledELBO(ELBO):
     def _get_trace(self, model, guide, args, kwargs):
         return self.wrapped._get_trace(model, guide, args, kwargs)
 
-    def _evaluate(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]] | None:
+    def _evaluate(
+        self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict
+    ) -> tuple[Any, list[Tensor]] | None:
         cache = self._cache
         if _PYRO_STACK and cache.inside_handlers():
             cache.counters.eager_calls += 1
@@ -459,7 +478,9 @@ def _announce(graph: Graph) -> None:
             else:
                 value.unconstrained = ref(value)
             if name not in nodes.nodes:
-                nodes.add_node(name, name=name, type="param", value=value, fn=None, args=(), kwargs={}, infer={})
+                nodes.add_node(
+                    name, name=name, type="param", value=value, fn=None, args=(), kwargs={}, infer={}
+                )
 
 
 class _Attached(torch.autograd.Function):

@@ -49,7 +49,9 @@ class Environment:
         self.tensor_names: dict[int, str] = {}
         self._kept: list[Any] = []
         self._seen: set[int] = set()
-        self._todo: list[tuple[Any, str]] = [(root, getattr(root, "__name__", type(root).__name__)) for root in roots]
+        self._todo: list[tuple[Any, str]] = [
+            (root, getattr(root, "__name__", type(root).__name__)) for root in roots
+        ]
         while self._todo and len(self._edges) < _MAX_EDGES:
             self._visit(*self._todo.pop())
         del self._todo, self._seen

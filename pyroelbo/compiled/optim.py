@@ -32,9 +32,13 @@ class FusedOptim(PyroOptim):
         clip_args: dict[str, Any] | Callable[..., dict[str, Any]] | None = None,
     ):
         if not (inspect.isclass(optim_constructor) and issubclass(optim_constructor, torch.optim.Optimizer)):
-            raise TypeError(f"optim_constructor: got {optim_constructor!r}, takes a class such as torch.optim.Adam")
+            raise TypeError(
+                f"optim_constructor: got {optim_constructor!r}, takes a class such as torch.optim.Adam"
+            )
         if not (callable(optim_args) or isinstance(optim_args, dict)):
-            raise TypeError(f"optim_args: got {type(optim_args).__name__}, takes a dict or a function of a name")
+            raise TypeError(
+                f"optim_args: got {type(optim_args).__name__}, takes a dict or a function of a name"
+            )
         super().__init__(optim_constructor, optim_args, clip_args)
         self._can_fuse = "fused" in inspect.signature(optim_constructor).parameters
         self.optimizer: torch.optim.Optimizer | None = None
@@ -111,7 +115,13 @@ class FusedOptim(PyroOptim):
             }
         for group in self.optimizer.param_groups:
             if any(q is p for q in group["params"]):
-                group.update({k: v for k, v in saved["param_groups"][0].items() if k not in ("params", "fused", "foreach")})
+                group.update(
+                    {
+                        k: v
+                        for k, v in saved["param_groups"][0].items()
+                        if k not in ("params", "fused", "foreach")
+                    }
+                )
 
     def get_state(self) -> dict[str, Any]:
         """Optimizer state by parameter name: {name: {"state": {0: ...}, "param_groups": [...]}}."""

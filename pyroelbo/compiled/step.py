@@ -107,7 +107,8 @@ class CompiledStep:
         slots = _SLOTS[optimizer] if optimizer != "sgd" or momentum else ()
         self._clock, self._lr = scalar(0.0), scalar(lr)
         self._slots = {
-            slot: {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()} for slot in slots
+            slot: {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()}
+            for slot in slots
         }
         self.averages = {n: p.detach().clone() for n, p in self.parameters.items()} if ema is not None else {}
         self._kl_weight = None
@@ -225,7 +226,9 @@ class CompiledStep:
             raise ValueError(f"tensors: {odd!r} is missing or unknown; takes the keys of state_dict()")
         for name, t in own.items():
             if t.shape != tensors[name].shape:
-                raise ValueError(f"tensors[{name!r}]: got shape {tuple(tensors[name].shape)}, takes {tuple(t.shape)}")
+                raise ValueError(
+                    f"tensors[{name!r}]: got shape {tuple(tensors[name].shape)}, takes {tuple(t.shape)}"
+                )
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(tensors[name])
@@ -264,19 +267,27 @@ class _StepCache(GraphCache):
         def whole(*inputs: Tensor) -> list[Tensor]:
             outputs = plan.graph(*inputs[:last])
             step._update(
-                [inputs[first + i] for _, i, _ in trained], [outputs[k] for k, _, _ in trained], list(inputs[last:])
+                [inputs[first + i] for _, i, _ in trained],
+                [outputs[k] for k, _, _ in trained],
+                list(inputs[last:]),
             )
             return [outputs[0]]
 
         inputs = [*data, *state, *extra]
-        with torch.no_grad(), _capture.restored(inputs[first:]), torch.autocast(inputs[0].device.type, enabled=False):
+        with (
+            torch.no_grad(),
+            _capture.restored(inputs[first:]),
+            torch.autocast(inputs[0].device.type, enabled=False),
+        ):
             graph = make_fx(whole)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return self.attempt(graph, inputs, lambda runner: _same_step(graph, runner, inputs, first))
 
 
-def _same_step(graph: Callable[..., list], runner: Callable[..., list], inputs: list[Tensor], first: int) -> None:
+def _same_step(
+    graph: Callable[..., list], runner: Callable[..., list], inputs: list[Tensor], first: int
+) -> None:
     results = []
     for run in (graph, runner):
         with torch.no_grad(), _capture.restored(inputs[first:]):
@@ -291,5 +302,3 @@ def _same_step(graph: Callable[..., list], runner: Callable[..., list], inputs: 
 def _positive(name: str, value: Any, zero: bool = False) -> None:
     if not isinstance(value, (int, float)) or not (value > 0 or (zero and value == 0)) or value != value:
         raise ValueError(f"{name}: got {value!r}, takes a {'non-negative' if zero else 'positive'} number")
-
-
