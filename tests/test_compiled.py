@@ -900,8 +900,9 @@ def check_step(options, make_optimizer, backend, clip=None, ema=None, tolerance=
 
 
 @pytest.mark.parametrize("options, make_optimizer", RULES)
-@pytest.mark.parametrize("clip, ema", [(None, None), (0.5, 0.9)])
-def test_step_is_torch_optim(options, make_optimizer, clip, ema):
+@pytest.mark.parametrize("clip, ema, most", [(None, None, 24), (0.5, 0.9, 24), (0.5, 0.9, 2)])
+def test_step_is_torch_optim(options, make_optimizer, clip, ema, most, monkeypatch):
+    monkeypatch.setattr("pyroelbo.compiled.step._MOST_INSIDE", most)
     check_step(options, make_optimizer, "eager", clip, ema)
 
 

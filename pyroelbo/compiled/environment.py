@@ -239,8 +239,10 @@ def _code_names(code: types.CodeType) -> set[str]:
 
 
 def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, float) and isinstance(new, float) and math.isnan(old):
+        return math.isnan(new)
     if isinstance(old, _SCALARS) and type(old) is type(new):
-        return old == new or (isinstance(old, float) and math.isnan(old) and math.isnan(new))
+        return old == new
     return isinstance(old, (types.MethodType, types.BuiltinMethodType)) and old == new
 
 

@@ -15,6 +15,9 @@ from pyroelbo.compiled.elbo import Counters, GraphCache
 
 __all__ = ["CompiledStep"]
 
+# Above so many parameters the update runs right after the graph, in torch's fused kernels: the time to build
+# one loop a parameter grows faster than what it saves.
+_MOST_INSIDE = 24
 _SLOTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
 
 
@@ -31,7 +34,8 @@ class _KLWeight(Messenger):
 
 
 class CompiledStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph.
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph (the update in
+    torch's fused kernels after it where there are more than 24 parameters).
 
     ::
 
@@ -39,7 +43,7 @@ class CompiledStep:
         for y in loader:
             step.lr = schedule(i)              # written into a tensor: nothing is retraced
             loss = step(y)                     # a tensor; only reading it (loss.item()) waits for the device
-        torch.save-free checkpoint: tensors = step.state_dict(); later step.load_state_dict(tensors)
+        tensors = step.state_dict()            # flat, for safetensors; step.load_state_dict(tensors) resumes
 
     The parameters must exist already (call a lazy guide once). A new structure of input (shape, dtype, device,
     train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept; beyond
@@ -105,7 +109,7 @@ class CompiledStep:
             return torch.tensor(value, dtype=exact, device=first.device)
 
         slots = _SLOTS[optimizer] if optimizer != "sgd" or momentum else ()
-        self._clock, self._lr = scalar(0.0), scalar(lr)
+        self._clock, self._lr = scalar(0.0).float(), scalar(lr)
         self._slots = {
             slot: {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()}
             for slot in slots
@@ -185,19 +189,26 @@ class CompiledStep:
             extra += [slot[name] for name in names]
         return extra
 
+    def _clip(self, gradients: list[Tensor]) -> list[Tensor]:
+        clip = self._rule[6]
+        if clip is None or not gradients:
+            return gradients
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+        return [g * factor for g in gradients]
+
+    def _split(self, extra: list[Tensor], size: int) -> list[list[Tensor]]:
+        return [extra[2 + i * size : 2 + (i + 1) * size] for i in range((len(extra) - 2) // max(size, 1))]
+
     def _update(self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor]) -> None:
-        kind, (beta1, beta2), eps, decay, momentum, nesterov, clip, ema = self._rule
-        clock, lr, *rest = extra
-        size = len(params)
-        slots = [rest[i * size : (i + 1) * size] for i in range(len(rest) // size)] if size else []
+        kind, (beta1, beta2), eps, decay, momentum, nesterov, _, ema = self._rule
+        clock, lr = extra[:2]
+        slots = self._split(extra, len(params))
         clock.add_(1)
-        if clip is not None and gradients:
-            norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-            gradients = [g * factor for g in gradients]
-        short = 1 - beta1**clock
-        long = (1 - beta2**clock).sqrt()
-        for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
+        time = clock.to(lr.dtype)
+        short = 1 - beta1**time
+        long = (1 - beta2**time).sqrt()
+        for i, (p, g) in enumerate(zip(params, self._clip(gradients), strict=True)):
             if kind == "adamw":
                 p.mul_(1 - lr * decay)
             elif decay:
@@ -213,6 +224,46 @@ class CompiledStep:
                 p.sub_((lr / short) * mean / (square.sqrt() / long + eps))
             if ema is not None:
                 slots[-1][i].lerp_(p, 1 - ema)
+
+    def _fused_update(self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor]) -> None:
+        """``_update`` after clipping, by torch's kernels for many tensors at once."""
+        kind, (beta1, beta2), eps, decay, momentum, nesterov, _, ema = self._rule
+        clock, lr = extra[:2]
+        slots = self._split(extra, len(params))
+        clock.add_(1)
+        rate: Any = lr if lr.is_cuda else lr.item()
+        if kind == "sgd":
+            torch._fused_sgd_(
+                params,
+                gradients,
+                slots[0] if momentum else [],
+                weight_decay=decay,
+                momentum=momentum,
+                lr=rate,
+                dampening=0.0,
+                nesterov=nesterov,
+                maximize=False,
+                is_first_step=False,
+            )
+        else:
+            fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
+            fused(
+                params,
+                gradients,
+                slots[0],
+                slots[1],
+                [],
+                [clock] * len(params),
+                lr=rate,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+            )
+        if ema is not None:
+            torch._foreach_lerp_(slots[-1], params, 1 - ema)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's state as one flat dict of tensors (copies): "step", "lr", "exp_avg.NAME", "ema.NAME", ..."""
@@ -263,26 +314,33 @@ class _StepCache(GraphCache):
             raise _capture.Untraceable("no parameter of the step receives a gradient")
         extra = self._extras[id(plan)] = step._extra([name for _, _, name in trained])
         first, last = len(data), len(data) + len(state)
+        params = [first + i for _, i, _ in trained]
+        inside = len(trained) <= _MOST_INSIDE
 
         def whole(*inputs: Tensor) -> list[Tensor]:
             outputs = plan.graph(*inputs[:last])
-            step._update(
-                [inputs[first + i] for _, i, _ in trained],
-                [outputs[k] for k, _, _ in trained],
-                list(inputs[last:]),
-            )
+            gradients = [outputs[k] for k, _, _ in trained]
+            if not inside:
+                return [outputs[0], *step._clip(gradients)]
+            step._update([inputs[i] for i in params], gradients, list(inputs[last:]))
             return [outputs[0]]
 
         inputs = [*data, *state, *extra]
-        with (
-            torch.no_grad(),
-            _capture.restored(inputs[first:]),
-            torch.autocast(inputs[0].device.type, enabled=False),
-        ):
+        off = torch.autocast(inputs[0].device.type, enabled=False)
+        with torch.no_grad(), _capture.restored(inputs[first:]), off:
             graph = make_fx(whole)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return self.attempt(graph, inputs, lambda runner: _same_step(graph, runner, inputs, first))
+        runner = self.attempt(graph, inputs, lambda runner: _same_step(graph, runner, inputs, first))
+        if inside:
+            return runner
+
+        def both(*inputs: Tensor) -> list[Tensor]:
+            outputs = runner(*inputs)
+            step._fused_update([inputs[i] for i in params], list(outputs[1:]), list(inputs[last:]))
+            return [outputs[0]]
+
+        return both
 
 
 def _same_step(
@@ -294,7 +352,7 @@ def _same_step(
             torch.manual_seed(20)
             outputs = list(run(*inputs))
             results.append([t.detach().clone() for t in (*outputs, *inputs[first:])])
-    found = _capture.difference(*results, 1)
+    found = _capture.difference(results[0], results[1], 1)
     if found:
         raise _capture.Mismatch(found)
 
