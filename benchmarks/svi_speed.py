@@ -1,8 +1,8 @@
 """How fast is a training step?
 
-Each cell is the median, over interleaved rounds, of the mean time of one training step (loss, gradients, Adam update)
-in milliseconds; below it the seconds spent compiling before the first fast step. Every row of a column trains the
-same model with the same shapes in float32. Rows:
+Each cell is the median, over interleaved rounds, of the mean time of one training step (loss, gradients,
+Adam update) in milliseconds, with the seconds spent compiling before the first fast step. Every row of a
+column trains the same model with the same shapes in float32, on as many cores as threads. Rows:
 
     pyro SVI             pyro.infer.SVI with Pyro's loss and optimizer, as shipped (validation on)
     SVI, FusedOptim      the same with our optimizer alone
@@ -19,17 +19,21 @@ same model with the same shapes in float32. Rows:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; the median is shown")
     parser.add_argument("--seconds", type=float, default=0.2, help="time for one cell in one round")
@@ -51,7 +55,7 @@ RATE = 1e-3
 
 
 class Case:
-    """One model, three times: for Pyro, by hand in torch, and for NumPyro. ``make_*`` return fresh parameters."""
+    """One model, three times: for Pyro, by hand in torch, and for NumPyro."""
 
     def __init__(self, tag):
         self.tag = tag
@@ -68,6 +72,7 @@ class Chain(Case):
 
     def networks(self, row):
         if row not in self.modules:
+
             def link(inside, outside):
                 return nn.Sequential(nn.Linear(inside, self.width), nn.Tanh(), nn.Linear(self.width, outside))
 
@@ -84,7 +89,9 @@ class Chain(Case):
         def model(y):
             pyro.module(prefix + " down", down)
             with pyro.plate("data", len(y)):
-                z = pyro.sample(f"z{self.depth}", dist.Normal(y.new_zeros(len(y), self.latent), 1.0).to_event(1))
+                z = pyro.sample(
+                    f"z{self.depth}", dist.Normal(y.new_zeros(len(y), self.latent), 1.0).to_event(1)
+                )
                 for i in range(self.depth - 1, 0, -1):
                     loc, log_scale = down[i](z).chunk(2, -1)
                     z = pyro.sample(f"z{i}", dist.Normal(loc, log_scale.exp()).to_event(1))
@@ -127,7 +134,9 @@ class Chain(Case):
         def link(name, x, inside, outside):
             def weight(part, shape):
                 bound = 1 / math.sqrt(shape[0])
-                value = jax.random.uniform(jax.random.PRNGKey(hash(name + part) % 997), shape, minval=-bound, maxval=bound)
+                value = jax.random.uniform(
+                    jax.random.PRNGKey(sum(map(ord, name + part))), shape, minval=-bound, maxval=bound
+                )
                 return numpyro.param(f"{name} {part}", value)
 
             hidden = jnp.tanh(x @ weight("w1", (inside, h)) + weight("b1", (h,)))
@@ -250,7 +259,12 @@ class Regression(Case):
         return model, numpyro.infer.autoguide.AutoNormal(model)
 
 
-KINDS = {"chain": Chain, "vae": lambda tag, **size: Chain(tag, 1, **size), "mixture": MixtureCase, "regression": Regression}
+KINDS = {
+    "chain": Chain,
+    "vae": lambda tag, **size: Chain(tag, 1, **size),
+    "mixture": MixtureCase,
+    "regression": Regression,
+}
 
 
 def svi_row(case, row, optimizer, wrap):
@@ -311,7 +325,9 @@ def rows(case, wanted):
     plain = {"lr": RATE}
     made = {
         "pyro SVI": lambda: svi_row(case, "pyro", pyro.optim.Adam(plain), lambda loss: loss),
-        "SVI, FusedOptim": lambda: svi_row(case, "fused", FusedOptim(torch.optim.Adam, plain), lambda loss: loss),
+        "SVI, FusedOptim": lambda: svi_row(
+            case, "fused", FusedOptim(torch.optim.Adam, plain), lambda loss: loss
+        ),
         "torch eager": lambda: torch_row(case, "eager", False),
         "torch.compile": lambda: torch_row(case, "compile", True),
         "SVI, two drop-ins": lambda: svi_row(case, "drop", FusedOptim(torch.optim.Adam, plain), CompiledELBO),
@@ -375,21 +391,28 @@ def main():
         table[column], compiling[column] = measure(KINDS[kind](column, **size), options)
         print(column, {k: round(v, 3) for k, v in table[column].items()}, flush=True)
     names = list(dict.fromkeys(name for cells in table.values() for name in cells))
-    print(f"\nmilliseconds a step, and seconds of compiling ({options.threads} threads, median of {options.rounds} rounds)")
+    protocol = f"{options.threads} threads, median of {options.rounds} rounds"
+    print(f"\nmilliseconds a step (and seconds of compiling), {protocol}")
     print("| row | " + " | ".join(table) + " |\n|" + "---|" * (1 + len(table)))
     for name in names:
-        cells = [f"{table[c][name]:.3g} ({compiling[c][name]:.1f} s)" if name in table[c] else "–" for c in table]
+        cells = [
+            f"{table[c][name]:.3g} ({compiling[c][name]:.1f} s)" if name in table[c] else "–" for c in table
+        ]
         print(f"| {name} | " + " | ".join(cells) + " |")
     versions = {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version()}
-    print(json.dumps({"benchmark": "svi_speed", "unit": "ms", "threads": options.threads, "versions": versions,
-                      "milliseconds": table, "compile_seconds": compiling}))  # fmt: skip
+    record = {"benchmark": "svi_speed", "threads": options.threads, "versions": versions}
+    print(json.dumps({**record, "milliseconds": table, "compile_seconds": compiling}))
 
 
 if __name__ == "__main__":
     # Thread counts are read when the libraries load.
-    count = str(next((n for f, n in zip(os.sys.argv, os.sys.argv[1:], strict=False) if f == "--threads"), 1))
+    count = str(next((n for f, n in itertools.pairwise(sys.argv) if f == "--threads"), 1))
     os.environ.setdefault("OMP_NUM_THREADS", count)
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=" + count)
+    if hasattr(os, "sched_setaffinity"):  # XLA's pool does not always keep to its flags
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(count)])
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=" + count
+    )
     warnings.simplefilter("ignore")
 
 import pyro  # noqa: E402

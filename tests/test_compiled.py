@@ -1,6 +1,7 @@
 """Compiled losses and steps give eager's numbers, or say that they do not run."""
 
 import copy
+import itertools
 import random
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def data(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- generated pairs -------------------------------------------------------------------------------------------------
+# --- generated pairs -------------------------------------------------------------------------------------
 
 
 def generated(seed):
@@ -240,7 +241,7 @@ def test_generated_pairs_float32_inductor(seed):
     assert "builds" in str(loss.counters)
 
 
-# --- the cases of the contract ---------------------------------------------------------------------------------------
+# --- the cases of the contract ---------------------------------------------------------------------------
 
 
 def test_batchnorm_statistics_and_dropout():
@@ -754,7 +755,7 @@ def test_environment_names_what_changed():
     assert "encoder" in environment.changed()
 
 
-# --- FusedOptim ------------------------------------------------------------------------------------------------------
+# --- FusedOptim ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("constructor", [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
@@ -834,7 +835,7 @@ def test_fused_optim_follows_replaced_parameters():
     assert all(not torch.equal(v, before[n]) for n, v in module.state_dict().items())
 
 
-# --- the whole step --------------------------------------------------------------------------------------------------
+# --- the whole step --------------------------------------------------------------------------------------
 
 
 def reference_steps(module, batches, make_optimizer, clip=None, ema=None):
@@ -928,7 +929,7 @@ def test_step_takes_schedules_without_retracing():
         step.lr, step.kl_weight = 0.0, float(i)
         pyro.set_rng_seed(1)
         losses.append(step(y).item())
-    steps = [b - a for a, b in zip(losses, losses[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(losses)]
     assert steps == pytest.approx([steps[0]] * 3)
     module.beta = 2.0
     pyro.set_rng_seed(1)

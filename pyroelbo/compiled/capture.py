@@ -61,7 +61,7 @@ class _Census(TorchDispatchMode):
 
 
 class _Interception(TorchFunctionMode):
-    """Keeps the numbers of Pyro's loss code in the graph, and gathers gradients without touching ``.grad``."""
+    """Keeps the numbers of Pyro's loss code in the graph, and gathers gradients beside ``.grad``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,8 @@ def _static_pyro() -> Iterator[None]:
 
 
 def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Any:
-    """Run the loss as Pyro would: ``kind`` is "loss" (value), "grads" (SVI's) or "differentiable" (a torch loop's)."""
+    """Run the loss as Pyro would: ``kind`` is "loss" (the value alone), "grads" (as SVI does) or
+    "differentiable" (as a torch loop does)."""
     if kind == "loss":
         with torch.no_grad():
             return loss.loss(model, guide, *args, **kwargs)
@@ -262,7 +263,7 @@ def _layout(t: Tensor) -> tuple:
 
 
 def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Plan:
-    """Trace the loss and its gradients once through Pyro's handlers; nothing that the run changes stays changed.
+    """Trace the loss and its gradients once through Pyro's handlers; what the run changes is put back.
 
     Raises ``Untraceable`` where the run depends on values of tensors or changes Python numbers that it reads.
     Cost: three eager runs and about a millisecond per operation.
@@ -479,7 +480,7 @@ def reference(
             torch.manual_seed(seed)
             value = evaluate(loss, kind, model, guide, args, kwargs)
             params = pyro.get_param_store()._params
-            found = (params[n] if n in params else t for t, n in zip(others, stored, strict=True))
+            found = (params.get(n, t) for t, n in zip(others, stored, strict=True))
             after = [detach_provenance(t).detach().clone() for t in found]
         extra = [t for t in trained if t.grad is not None and not any(t is leaf for leaf in leaves)]
         if extra and kind != "loss":
@@ -518,7 +519,7 @@ def verify(
 
 
 def difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], gradients: int) -> str:
-    """Empty where all agree, else a sentence; norms are compared, gradients against the whole gradient's size."""
+    """Empty where all agree, else a sentence; norms are compared, gradients beside the whole gradient's."""
     whole = sum(float(g.detach().double().norm()) ** 2 for g in expected[1:gradients] if g is not None) ** 0.5
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if a is None or b is None:

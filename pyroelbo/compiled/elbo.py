@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -172,7 +173,7 @@ class GraphCache:
         return self._miss(key, data, args, kwargs)
 
     def _miss(self, key: Any, data: list[Tensor], args: tuple, kwargs: dict):
-        kind, model, guide, structure = key
+        kind, model, guide, _ = key
         total = sum(map(len, self.graphs.values()))
         pending = self._pending.get(key)
         if self.patient and (pending is None or not pending.holds()):
@@ -267,7 +268,7 @@ class GraphCache:
     def attempt(
         self, graph: torch.fx.GraphModule, inputs: list[Tensor], check: Callable[[Callable[..., list]], None]
     ) -> Callable[..., list]:
-        """Inductor's build of ``graph`` if it builds and passes ``check``, else ``graph`` with one warning."""
+        """Inductor's build of ``graph`` if it builds and passes ``check``, else ``graph`` and a warning."""
         if self.backend == "eager":
             return graph
         start = time.perf_counter()
@@ -303,7 +304,7 @@ class GraphCache:
             self.counters.compiled_time = time.perf_counter() - start
 
     def _recheck(self, graph: Graph, key: Any, data: list[Tensor], args: tuple, kwargs: dict) -> bool:
-        kind, model, guide, structure = key
+        kind, model, guide, _ = key
         graph.calls += 1
         try:
             _capture.verify(
@@ -354,25 +355,25 @@ class CompiledELBO(ELBO):
 
         svi = SVI(model, guide, FusedOptim(torch.optim.Adam, {"lr": 1e-3}), CompiledELBO(Trace_ELBO()))
 
-    ``loss`` is any Pyro ELBO with ``loss_and_grads`` or ``differentiable_loss``. The first call of each structure
-    (shapes, dtypes, devices, train/eval modes, Python values that the model reads) runs in eager mode, the second
-    captures the loss through Pyro's handlers, compares it with eager under equal seeds, builds it with Inductor and
-    compares again. Draws come from torch's generators in eager's order, so a seed gives eager's draws. Parameters,
-    buffers and tensors that the model closes over are inputs of the graph. The comparison is repeated after
-    10, 100, 1000, ... calls.
+    ``loss`` is any Pyro ELBO with ``loss_and_grads`` or ``differentiable_loss``. The first call of each
+    structure (shapes, dtypes, devices, train/eval modes, Python values that the model reads) runs in eager
+    mode. The second captures the loss through Pyro's handlers, compares it with eager under equal seeds,
+    builds it with Inductor and compares again; further comparisons follow after 10, 100, 1000, ... calls.
+    Draws come from torch's generators in eager's order, so a seed gives eager's draws. Parameters, buffers and
+    tensors that the model closes over are inputs of the graph.
 
     What cannot be one static graph (samplers and control flow that look at values, models that change Python
     numbers as they run, more than ``max_graphs`` structures) runs in eager mode, after one ``CompileWarning``
-    that names the site or value. Pyro's argument validation happens only in the eager runs.
+    that names the site or value. Pyro's validation of arguments happens only in the eager runs.
 
-    :param backend: "inductor", or "eager": the captured graph run operation by operation, no compiler needed.
+    :param backend: "inductor", or "eager": the captured graph run operation by operation, without a compiler.
     :param max_graphs: bound on the graphs kept; each further structure stays eager.
     :param options: Inductor options for the build, for instance ``{"triton.cudagraphs": True}``.
 
     Losses are in nats, summed over the batch as Pyro does. ``counters`` tells calls, captures, builds and
-    fallbacks, and ``print(elbo.counters)`` after how many calls the compile time is paid back. Inductor keeps its
-    builds on disk, so that a second process builds faster. Cost of a call beyond the graph: some 20 microseconds,
-    and about one per parameter.
+    fallbacks; printed, also after how many calls the time to compile is paid back. Inductor keeps its builds
+    on disk, so that a second process builds faster. Cost beside the graph: O(parameters + Python values that
+    the model can see), tens of microseconds for a small model.
     """
 
     def __init__(
@@ -398,7 +399,7 @@ class CompiledELBO(ELBO):
 
     def _evaluate(
         self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict
-    ) -> tuple[Any, list[Tensor]] | None:
+    ) -> tuple[Any, list[tuple[Tensor, Tensor]]] | None:
         cache = self._cache
         if _PYRO_STACK and cache.inside_handlers():
             cache.counters.eager_calls += 1
@@ -441,7 +442,7 @@ class CompiledELBO(ELBO):
         return value
 
     def differentiable_loss(self, model, guide, *args, **kwargs):
-        """The loss as a tensor whose ``backward`` hands out the gradients that the graph has already computed."""
+        """The loss as a tensor whose ``backward`` hands out the gradients that the graph has computed."""
         if torch.is_grad_enabled():
             found = self._evaluate("differentiable", model, guide, args, kwargs)
             if found is not None:
@@ -456,10 +457,8 @@ class CompiledELBO(ELBO):
         return value
 
     def _remember(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
-        try:
+        with suppress(TypeError):
             self._cache.remember(kind, model, guide, args, kwargs)
-        except TypeError:
-            pass
 
 
 def _gradients(graph: Graph, outputs: list[Tensor], state: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -128,7 +128,7 @@ class Environment:
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__:
-            if _library(base.__module__) or id(base) in self._seen and base is not cls:
+            if _library(base.__module__) or (id(base) in self._seen and base is not cls):
                 continue
             self._seen.add(id(base))
             space = vars(base)
@@ -162,7 +162,7 @@ class Environment:
         names = _code_names(function.__code__)
         for key in names:
             value = space.get(key)
-            if key not in space or isinstance(value, type) and _library(value.__module__):
+            if key not in space or (isinstance(value, type) and _library(value.__module__)):
                 continue
             if isinstance(value, types.ModuleType):
                 if not _library(value.__name__):
@@ -174,7 +174,7 @@ class Environment:
                 self._edge(space, key, value, key)
 
     def holds(self) -> bool:
-        """True while every value is the same object, or an equal scalar, and no container has grown or shrunk."""
+        """True while every value is the same object or an equal scalar, and no container grew or shrank."""
         return self.changed() is None
 
     def changed(self) -> str | None:

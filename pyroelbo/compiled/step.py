@@ -34,33 +34,35 @@ class _KLWeight(Messenger):
 
 
 class CompiledStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph (the update in
-    torch's fused kernels after it where there are more than 24 parameters).
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph.
 
     ::
 
-        step = CompiledStep(Trace_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-3, clip_norm=10.0)
+        parameters = dict(pair.named_parameters())
+        step = CompiledStep(Trace_ELBO(), pair.model, pair.guide, parameters, lr=1e-3, clip_norm=10.0)
         for y in loader:
             step.lr = schedule(i)              # written into a tensor: nothing is retraced
             loss = step(y)                     # a tensor; only reading it (loss.item()) waits for the device
         tensors = step.state_dict()            # flat, for safetensors; step.load_state_dict(tensors) resumes
 
-    The parameters must exist already (call a lazy guide once). A new structure of input (shape, dtype, device,
-    train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept; beyond
-    ``max_graphs``, and for models that cannot be a graph, the same update runs on Pyro's eager gradients after one
-    ``CompileWarning``. For bf16, call the step inside ``torch.autocast``.
+    The parameters must exist already (call a lazy guide once). A new structure of input (shape, dtype,
+    device, train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept;
+    beyond ``max_graphs``, and for models that cannot be a graph, the same update runs on Pyro's eager
+    gradients after one ``CompileWarning``. For bf16, call the step inside ``torch.autocast``. With more than
+    24 parameters the update runs right after the graph, in torch's fused kernels.
 
-    :param objective: a Pyro ELBO; ``model`` and ``guide`` its callables.
+    :param objective: a Pyro ELBO; ``model`` and ``guide`` are its callables.
     :param parameters: the leaf tensors to train, by name; others that the loss reaches stay as they are.
-    :param optimizer: "adam", "adamw" or "sgd", with torch.optim's update rules: ``betas``, ``eps``,
-        ``weight_decay`` (L2 for adam and sgd, decoupled for adamw), ``momentum``, ``nesterov``.
+    :param optimizer: "adam", "adamw" or "sgd", with torch.optim's rules for ``betas``, ``eps``,
+        ``weight_decay`` (L2 for adam and sgd, decoupled for adamw), ``momentum`` and ``nesterov``.
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
     :param ema: decay d of the averaged parameters in ``averages``, or None.
-    :param kl_weight: weight of the KL term, or None for models without one; set ``step.kl_weight`` to anneal it.
+    :param kl_weight: weight of the KL term, or None for an unweighted loss; set ``step.kl_weight`` to anneal.
+    :param backend: "inductor", or "eager": the captured graph run operation by operation.
 
-    The loss is in nats, as the objective's; where ``kl_weight`` is given, it is the weighted loss. State of a resumed run
-    equals an unbroken one's bit for bit on the CPU when random state, parameters and ``state_dict`` are restored.
-    Memory: two extra tensors a parameter for adam, one for sgd with momentum, one more with ``ema``.
+    The loss is in nats, as the objective's; with ``kl_weight`` it is the weighted one. A resumed run
+    equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict`` are restored.
+    Memory: two tensors a parameter for adam, one for sgd with momentum, one more with ``ema``.
     Sources: Kingma and Ba (2015), algorithm 1; Loshchilov and Hutter (2019), algorithm 2.
     """
 
@@ -266,7 +268,7 @@ class CompiledStep:
             torch._foreach_lerp_(slots[-1], params, 1 - ema)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's state as one flat dict of tensors (copies): "step", "lr", "exp_avg.NAME", "ema.NAME", ..."""
+        """The optimizer's state as one flat dict of copied tensors: "step", "lr", "exp_avg.NAME", ..."""
         return {name: t.detach().clone() for name, t in self._named_state()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
