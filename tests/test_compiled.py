@@ -348,6 +348,26 @@ def test_subsampled_plates_draw_new_indices():
     agree(Trace_ELBO, lambda: (model, lambda y: None, None), [(y,)] * 6)
 
 
+def sequential(y, order):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("data", 4, subsample=order):
+        pyro.sample(f"y{i}", dist.Normal(z, 1.0 + i), obs=y[i])
+
+
+def sequential_guide(y, order):
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+
+def test_sequential_plates():
+    agree(
+        Trace_ELBO, lambda: (sequential, sequential_guide, None), [(data(4, seed=i), None) for i in range(4)]
+    )
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(CompileWarning, match="'data'"):  # indices that are given may change from call to call
+        for _ in range(3):
+            loss.loss_and_grads(sequential, sequential_guide, data(4), torch.tensor([2, 0, 3, 1]))
+
+
 def test_mean_field_and_vectorized_particles():
     batches = [(data(8, 6, seed=i),) for i in range(4)]
     agree(TraceMeanField_ELBO, vae(), batches)
@@ -936,6 +956,23 @@ def test_step_takes_schedules_without_retracing():
     assert losses[2] == pytest.approx(Trace_ELBO().loss(module.model, module.guide, y))
     assert step.counters.captures == 1
     assert (step.lr, step.kl_weight) == (0.0, 3.0)
+
+
+def test_step_names_a_python_number_that_always_changes():
+    module, y = VAE(), data(8, 6)
+    step = CompiledStep(
+        Trace_ELBO(),
+        module.model,
+        module.guide,
+        dict(module.named_parameters()),
+        backend="eager",
+        max_graphs=2,
+    )
+    with pytest.warns(CompileWarning, match="beta.*tensor"):
+        for i in range(4):
+            module.beta = 1.0 / (1 + i)
+            step(y)
+    assert (step.counters.captures, step.counters.compiled_calls, step.counters.eager_calls) == (2, 2, 2)
 
 
 def test_step_resumes_bit_for_bit():

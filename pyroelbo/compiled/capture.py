@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyroelbo.compiled.environment import Environment
@@ -63,8 +63,9 @@ class _Census(TorchDispatchMode):
 class _Interception(TorchFunctionMode):
     """Keeps the numbers of Pyro's loss code in the graph, and gathers gradients beside ``.grad``."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole_plates: set[str]) -> None:
         super().__init__()
+        self._whole = whole_plates
         self.gradients: dict[Tensor, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -74,7 +75,13 @@ class _Interception(TorchFunctionMode):
         if func is Tensor.__getitem__ and _scalar_index(args[1]):
             return args[0][args[1].reshape(1)].squeeze(0)  # torch would ask for the number behind the index
         if func is Tensor.item or func is Tensor.__bool__:
-            module = sys._getframe(1).f_globals.get("__name__", "")
+            frame = sys._getframe(1)
+            module = frame.f_globals.get("__name__", "")
+            if module == "pyro.poutine.indep_messenger":
+                plate = frame.f_locals["self"]
+                if plate.name in self._whole and plate.size == plate.subsample_size:
+                    with _disable_current_modes():  # a sequential plate without subsampling: 0, 1, 2, ...
+                        return args[0].item()
             if func is Tensor.item and (module.startswith("pyro.infer.") or module == "pyroelbo.objectives"):
                 value = args[0].detach()
                 return value.double() if value.is_floating_point() and value.device.type != "mps" else value
@@ -108,9 +115,12 @@ class _LastSite(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.name: str | None = None
+        self.plates: set[str] = set()
 
     def _pyro_sample(self, msg) -> None:
         self.name = msg["name"]
+        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is None:
+            self.plates.add(msg["name"])
 
 
 def _masked_dot(x: Tensor, y: Tensor) -> Tensor:
@@ -167,9 +177,9 @@ def restored(tensors: Sequence[Tensor], keep_store: bool = False) -> Iterator[No
     torch.clear_autocast_cache()
     entries, names = dict(store._params), dict(store._param_to_name)
     saved = [t.detach().clone() for t in tensors]
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
@@ -240,7 +250,7 @@ class Plan:
         now += self._fixed
         try:
             pointers = [t.data_ptr() for t in now]
-        except AttributeError:
+        except (AttributeError, RuntimeError):  # not a tensor any more, or one without storage
             return None
         if pointers != self._pointers:
             if [_layout(t) for t in now] != self._shapes:
@@ -288,7 +298,7 @@ def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: d
             values[i] = t
         a, k = pytree.tree_unflatten(values, spec)
         before = dict(store._params)
-        seen = _Interception()
+        seen = _Interception(last.plates)
         with _static_pyro(), last, pyro.poutine.trace(param_only=True) as params, seen:
             value = evaluate(loss, kind, model, guide, a, k)
         for name in params.trace.nodes:
@@ -454,9 +464,12 @@ def _prune(graph: fx.GraphModule, num_data: int, num_state: int) -> list[int]:
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., list]:
     """Compile a captured graph. Random numbers come from torch's own generators, in eager's order."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False, **options}
+    patches: dict[str, Any] = {"fallback_random": True}
+    patches |= {name: False for name in ("size_asserts", "alignment_asserts") if hasattr(config, name)}
+    patches |= options
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     with torch.no_grad(), _quiet():
         return compile_fx(own, list(inputs), config_patches=patches)  # type: ignore[return-value]

@@ -187,6 +187,11 @@ class GraphCache:
                 self.give_up(key, "every call has another structure")
                 self._misses.clear()
             return None
+        known = self.graphs.get(key)
+        changed = known[-1].plan.environment.changed() if known else None
+        if total >= self.max_graphs and changed is not None:
+            self.give_up(key, f"the Python value {changed!r} keeps changing; keep it in a tensor")
+            return None
         if total >= self.max_graphs:
             self.give_up(
                 key, f"more than max_graphs={self.max_graphs} structures (shapes, dtypes, modes) were seen"
@@ -359,8 +364,8 @@ class CompiledELBO(ELBO):
     structure (shapes, dtypes, devices, train/eval modes, Python values that the model reads) runs in eager
     mode. The second captures the loss through Pyro's handlers, compares it with eager under equal seeds,
     builds it with Inductor and compares again; further comparisons follow after 10, 100, 1000, ... calls.
-    Draws come from torch's generators in eager's order, so a seed gives eager's draws. Parameters, buffers and
-    tensors that the model closes over are inputs of the graph.
+    Draws come from torch's generators in eager's order, so a seed gives eager's draws. Parameters, buffers
+    and tensors that the model closes over are inputs of the graph.
 
     What cannot be one static graph (samplers and control flow that look at values, models that change Python
     numbers as they run, more than ``max_graphs`` structures) runs in eager mode, after one ``CompileWarning``

@@ -20,8 +20,8 @@ class FusedOptim(PyroOptim):
     ``FusedOptim(torch.optim.Adam, {"lr": 1e-3})``. ``optim_args`` may be a function of the parameter's name
     that returns such a dict, and ``clip_args`` is PyroOptim's (its norms are per parameter). Torch's fused
     kernels are used where the optimizer has them. Parameters without a gradient are left alone; gradients are
-    released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so that
-    either can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
+    released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so
+    that either can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
     optimizer (None before the first step), for schedulers or for setting ``param_groups[i]["lr"]``.
     """
 
