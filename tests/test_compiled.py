@@ -224,9 +224,7 @@ def test_generated_pairs_cover_the_distributions():
     }
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(7, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))])
 def test_generated_pairs_float32_inductor(seed):
     torch.set_default_dtype(torch.float32)
 
@@ -1020,6 +1018,42 @@ def test_step_falls_back_with_the_same_update():
     assert (step.counters.compiled_calls, step.counters.eager_calls) == (0, 5)
     assert step.state_dict()["step"] == 5
     assert parameters["loc"] != 0.1
+
+
+def test_step_with_baselines():
+    model, guide, _ = baseline_pair("average")
+
+    def run(make_step):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        TraceGraph_ELBO().loss_and_grads(model, guide, data(4))
+        parameters = {name: pyro.get_param_store()._params[name] for name in ("w", "logit")}
+        for p in parameters.values():
+            p.grad = None
+        step = make_step(parameters)
+        pyro.set_rng_seed(2)
+        return torch.stack([torch.as_tensor(step(data(4, seed=i))) for i in range(5)]), dict(
+            pyro.get_param_store()
+        )
+
+    def by_hand(parameters):
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+
+        def step(y):
+            optimizer.zero_grad()
+            value = TraceGraph_ELBO().loss_and_grads(model, guide, y)
+            optimizer.step()
+            return value
+
+        return step
+
+    expected, end = run(by_hand)
+    found, other = run(
+        lambda p: CompiledStep(TraceGraph_ELBO(), model, guide, p, optimizer="sgd", lr=0.1, backend="eager")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, check_dtype=False)
+    for name, value in end.items():
+        assert float((other[name] - value).detach().norm()) < 1e-10, name
 
 
 def test_step_trains_only_what_it_was_given():

@@ -158,18 +158,35 @@ def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: 
     return loss.loss_and_grads(model, guide, *args, **kwargs)
 
 
+class _FirstValues(Messenger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg) -> None:
+        self.entries.setdefault(msg["name"], msg["value"].unconstrained())
+
+
 def materialize(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
-    """Run once so that lazily made parameters exist; draws, buffers and gradients are put back."""
+    """Run once so that lazily made parameters exist; draws, buffers, gradients and values are put back."""
     seen = [t for t in Environment([model, guide, loss])._kept if isinstance(t, Tensor)]
-    gradients = [(t, t.grad) for t in seen if t.is_leaf]
-    with restored([t for t in seen if not t.requires_grad], keep_store=True), _quiet():
+    store = pyro.get_param_store()
+    gradients = [(t, t.grad) for t in (*seen, *store._params.values()) if t.is_leaf]
+    before = set(store._params)
+    with restored([t for t in seen if not t.requires_grad]), _quiet(), _FirstValues() as first:
         evaluate(loss, kind, model, guide, args, kwargs)
+        made = [name for name in store._params if name not in before]
+    for name in made:
+        if name in first.entries:
+            store._params[name] = first.entries[name]
+            store._param_to_name[first.entries[name]] = name
+            first.entries[name].grad = None
     for t, g in gradients:
         t.grad = g
 
 
 @contextmanager
-def restored(tensors: Sequence[Tensor], keep_store: bool = False) -> Iterator[None]:
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put back, afterwards, the values of ``tensors``, the param store's entries, and the random state."""
     store = pyro.get_param_store()
     caching = torch.is_autocast_cache_enabled()
@@ -183,11 +200,10 @@ def restored(tensors: Sequence[Tensor], keep_store: bool = False) -> Iterator[No
             yield
     finally:
         torch.set_autocast_cache_enabled(caching)
-        if not keep_store:
-            store._params.clear()
-            store._params.update(entries)
-            store._param_to_name.clear()
-            store._param_to_name.update(names)
+        store._params.clear()
+        store._params.update(entries)
+        store._param_to_name.clear()
+        store._param_to_name.update(names)
         with torch.no_grad():
             for t, value in zip(tensors, saved, strict=True):
                 if not torch.equal(t, value):
