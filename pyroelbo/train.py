@@ -21,16 +21,18 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo import evidence
+from pyroelbo.compiled import CompiledStep
 from pyroelbo.data import Batch, Minibatches
 from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
 from pyroelbo.terms import check_observation
 
 __all__ = ["fit"]
@@ -39,11 +41,6 @@ OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "elbo": Trace_ELBO,
     "mean_field": TraceMeanField_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
-}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
 }
 _VALIDATION_SEED = 7
 
@@ -71,6 +68,7 @@ def fit(
     resume: bool = False,
     checkpoint_seconds: float = 10.0,
     config: Mapping[str, Any] | None = None,
+    compile: bool = False,
     progress: bool = True,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> Run:
@@ -124,6 +122,7 @@ def fit(
         "particles": particles,
         "clip_norm": clip_norm,
         "ema": ema,
+        "compile": compile,
         "freeze": list(freeze),
         "seed": seed,
         "objective": objective if isinstance(objective, str) else type(objective).__name__,
@@ -134,17 +133,26 @@ def fit(
     plan = _Plan(
         epochs,
         particles,
-        per_datum,
         factor,
         kl_weight if callable(kl_weight) else None,
-        clip_norm,
         held_out,
         patience,
         checkpoint_seconds,
         progress,
         callbacks,
     )
-    job = _Job(pair, loss_fn, leaves, trained, optimizer, learning_rate, ema, run)
+    make = CompiledStep if compile else EagerStep
+    stepper = make(
+        PerDatum(loss_fn, per_datum),
+        pair.model,
+        pair.guide,
+        trained,
+        optimizer=optimizer,
+        lr=learning_rate,
+        clip_norm=clip_norm,
+        ema=ema,
+    )
+    job = _Job(pair, loss_fn, leaves, stepper, run)
     if resume:
         job.load()
     began = time.perf_counter()
@@ -162,10 +170,8 @@ def fit(
 class _Plan:
     epochs: int
     particles: int
-    per_datum: Callable[[int], float]
     factor: Callable[[float], float]
     kl_weight: Callable[[float], float] | None
-    clip_norm: float | None
     valid: Batch | None
     patience: int | None
     checkpoint_seconds: float
@@ -181,19 +187,12 @@ class _Job:
         pair: Pair,
         loss_fn: ELBO,
         leaves: dict[str, Tensor],
-        trained: dict[str, Tensor],
-        optimizer: str,
-        learning_rate: float,
-        ema: float | None,
+        stepper: EagerStep | CompiledStep,
         run: RunDirectory | None,
     ) -> None:
         self.pair, self.loss_fn, self.run = pair, loss_fn, run
         self.state = {**leaves, **dict(pair.named_buffers())}
-        self.trained = list(trained.values())
-        self.optimizer = OPTIMIZERS[optimizer](self.trained, lr=learning_rate, fused=True)
-        self.learning_rate = learning_rate
-        self.decay = ema
-        self.average = None if ema is None else [p.detach().clone() for p in self.trained]
+        self.stepper, self.learning_rate = stepper, stepper.lr
         self.best: dict[str, Tensor] | None = None
         self.best_value, self.best_epoch = -math.inf, 0
         self.epoch = self.step = self.position = 0
@@ -260,14 +259,14 @@ class _Job:
         shown = time.monotonic()
         for batch in self._epoch_batches(loader):
             when = self.epoch + self.position / loader.steps if loader.steps else float(self.epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * plan.factor(when)
+            self.stepper.lr = self.learning_rate * plan.factor(when)
             if plan.kl_weight is not None:
                 self.loss_fn.weight = plan.kl_weight(when)  # type: ignore[attr-defined]
             count = batches.size(batch)
             batch = batches.to(batch, place)
             batch = batch if plan.particles == 1 else batches.repeat(batch, plan.particles)
-            self._step(batch, plan.per_datum(count * plan.particles), count, plan.clip_norm)
+            self.loss_sum += batches.call(self.stepper, batch) * count
+            self.loss_count += count
             self.position += 1
             self.step += 1
             bar.update()
@@ -297,23 +296,6 @@ class _Job:
             yield first
             yield from left
 
-    def _step(self, batch: Batch, normalizer: float, count: int, clip_norm: float | None) -> None:
-        loss = batches.call(
-            lambda *a, **k: self.loss_fn.differentiable_loss(self.pair.model, self.pair.guide, *a, **k), batch
-        )
-        loss = loss / normalizer
-        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        for parameter, gradient in zip(self.trained, gradients, strict=True):
-            parameter.grad = gradient
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, clip_norm, foreach=True)
-        self.optimizer.step()
-        if self.average is not None and self.decay is not None:
-            decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
-        self.loss_sum += loss.detach() * count
-        self.loss_count += count
-
     def _finite(self) -> None:
         if not math.isfinite(float(self.loss_sum)):
             raise FloatingPointError(
@@ -330,7 +312,7 @@ class _Job:
             "step": self.step,
             "loss": float(self.loss_sum) / self.loss_count,
         }
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row["learning_rate"] = self.stepper.lr
         if isinstance(self.loss_fn, Weighted_ELBO):
             row["kl_weight"] = self.loss_fn.weight
         self.position, self.loss_count = 0, 0
@@ -346,15 +328,14 @@ class _Job:
         return row
 
     def _validate(self, valid: Batch) -> float:
-        own = [p.detach().clone() for p in self.trained] if self.average is not None else None
-        if self.average is not None:
-            _assign(self.trained, self.average)
+        averages, trained = self.stepper.averages, self.stepper.parameters
+        own = {k: trained[k].detach().clone() for k in averages}
+        _assign(trained, averages)
         cuda = [self.loss_sum.device] if self.loss_sum.is_cuda else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(_VALIDATION_SEED)
             value = evidence.elbo(self.pair, valid, particles=8).mean
-        if own is not None:
-            _assign(self.trained, own)
+        _assign(trained, own)
         return value
 
     def _postfix(self, row: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -370,19 +351,11 @@ class _Job:
 
     def kept(self) -> dict[str, Tensor]:
         """The weights a run ends with: the best validated ones, else the moving average, else the last."""
-        state = dict(self.state)
-        if self.average is not None:
-            identity = {id(p): a for p, a in zip(self.trained, self.average, strict=True)}
-            state = {k: identity.get(id(v), v) for k, v in state.items()}
-        return state
+        return {**self.state, **self.stepper.averages}
 
     def _keep(self) -> None:
         source = self.best if self.best is not None else self.kept()
-        with torch.no_grad():
-            for name, tensor in self.state.items():
-                tensor.copy_(source[name])
-        if self.average is not None:
-            _assign(self.average, self.trained)
+        _assign(self.state, source)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -390,10 +363,7 @@ class _Job:
         if self.run is None:
             return
         tensors = {f"state/{k}": v for k, v in self.state.items()}
-        for i, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{k}": v for k, v in values.items() if isinstance(v, Tensor)}
-        if self.average is not None:
-            tensors |= {f"average/{i}": v for i, v in enumerate(self.average)}
+        tensors |= {f"step/{k}": v for k, v in self.stepper.state_dict().items()}
         if self.best is not None:
             tensors |= {f"best/{k}": v for k, v in self.best.items()}
         tensors["rng/torch"] = torch.get_rng_state()
@@ -434,14 +404,7 @@ class _Job:
 
         where = str(self.run.path / "checkpoint.safetensors")
         copy_into(self.state, group("state/"), where)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in group("optimizer/").items():
-            index, name = key.split("/")
-            moments.setdefault(int(index), {})[name] = value
-        fresh = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": moments, "param_groups": fresh["param_groups"]})
-        if self.average is not None:
-            copy_into({str(i): a for i, a in enumerate(self.average)}, group("average/"), where)
+        self.stepper.load_state_dict(group("step/"))
         best = group("best/")
         self.best = {k: v.to(self.state[k].device) for k, v in best.items()} or None
         self.best_value, self.best_epoch = float(meta["best_value"]), meta["best_epoch"]
@@ -612,6 +575,7 @@ def _trained(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> di
     return trained
 
 
-def _assign(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        torch._foreach_copy_(list(target), list(source))
+@torch.no_grad()
+def _assign(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

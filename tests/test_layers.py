@@ -13,7 +13,7 @@ LAYERS = [
     ["_version", "numerics", "records"],
     ["semiring", "nn", "data", "runs", "coder"],
     ["distributions", "pair", "terms"],
-    ["priors", "objectives", "compiled", "em"],
+    ["priors", "objectives", "stepping", "compiled", "em"],
     ["models", "evidence"],
     ["train"],
     ["report"],
@@ -21,7 +21,7 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = [
-    ({"objectives", "em", "evidence", "train", "compiled"}, {"models"}),
+    ({"objectives", "stepping", "em", "evidence", "train", "compiled"}, {"models"}),
     ({"models"}, {"objectives", "evidence", "train"}),
     ({"report"}, {n for names in LAYERS for n in names} - {"numerics", "records", "_version", "report"}),
 ]
