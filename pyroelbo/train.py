@@ -84,7 +84,9 @@ def fit(
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
     ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
     is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
-    fixed-encoder training.
+    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
+    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
+    seconds for each shape of batch.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
@@ -235,7 +237,7 @@ class _Job:
                 if interrupt.is_set():
                     self.stopped = "interrupted"
                     break
-                row = self._end_epoch(plan.valid)
+                row = self._end_epoch(plan)
                 bar.set_postfix(self._postfix(row), refresh=False)
                 for callback in plan.callbacks:
                     callback(row)
@@ -304,7 +306,7 @@ class _Job:
                 "clip_norm, or look for a scale that runs to zero"
             )
 
-    def _end_epoch(self, valid: Batch | None) -> dict[str, Any]:
+    def _end_epoch(self, plan: _Plan) -> dict[str, Any]:
         self._finite()
         self.epoch += 1
         row: dict[str, Any] = {
@@ -317,11 +319,12 @@ class _Job:
             row["kl_weight"] = self.loss_fn.weight
         self.position, self.loss_count = 0, 0
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        if valid is not None:
-            row["valid_elbo"] = self._validate(valid)
+        if plan.valid is not None:
+            row["valid_elbo"] = self._validate(plan.valid)
             if row["valid_elbo"] > self.best_value:
                 self.best_value, self.best_epoch = row["valid_elbo"], self.epoch
-                self.best = {k: v.detach().clone() for k, v in self.kept().items()}
+                if plan.patience is not None:
+                    self.best = {k: v.detach().clone() for k, v in self.kept().items()}
         self.metrics.append(row)
         if self.run is not None:
             self.run.append_metrics(row)

@@ -273,6 +273,30 @@ def dying_after(checkpoints):
     return save
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extras", [{}, {"ema": 0.9, "clip_norm": 1.0, "kl_weight": lambda epoch: min(1.0, epoch)}]
+)
+def test_compiled_training_is_eager_training_and_resumes(extras, tmp_path):
+    y = torch.randn(8, 4)
+
+    def run(compile, **more):
+        pair = fresh()
+        return quiet(
+            pair, y, epochs=4, learning_rate=0.02, checkpoint_seconds=0.0, compile=compile, **extras, **more
+        ), pair
+
+    (eager, _), (whole, pair) = run(False), run(True, out=tmp_path / "whole")
+    torch.testing.assert_close(torch.tensor(eager.losses), torch.tensor(whole.losses), rtol=1e-9, atol=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "save_checkpoint", dying_after(3))
+        with pytest.raises(OSError, match="power"):
+            run(True, out=tmp_path / "stopped")
+    again, resumed = run(True, out=tmp_path / "stopped", resume=True)
+    assert again.metrics == whole.metrics
+    assert all(torch.equal(v, weights(resumed)[k]) for k, v in weights(pair).items())
+
+
 def test_a_killed_process_resumes_to_the_same_run(tmp_path):
     """kill -9 of the real command, then --resume."""
 
