@@ -1,0 +1,344 @@
+"""Connectionist temporal classification: a target summed over all its alignments with the input."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroelbo.distributions.grammar import check_padded, without_padding
+from pyroelbo.distributions.structured import (
+    StructuredDistribution,
+    check_finite_or_minus_inf,
+    check_lengths,
+    first_index,
+)
+from pyroelbo.semiring import Log, Semiring, choose
+
+__all__ = ["CTC", "Alignment", "AlignmentParts"]
+
+
+class AlignmentParts(NamedTuple):
+    """The parts of an alignment: the symbol at each frame."""
+
+    emission: Tensor
+
+
+class Alignment(StructuredDistribution):
+    """p(z) = exp( Σ_t emission_t[z_t] ) / Z over paths z that give ``target`` once repeats are merged and
+    blanks left out.
+
+    ``emission [*B,T,C]``: log potentials, -inf allowed; ``target [*B,L]``, padded with -1; ``lengths [*B]``
+    of the inputs; rank(*B) = emission.dim() - 2, batch sizes broadcast. Values are LongTensors ``[*B,T]``,
+    the symbol of each frame (0 and ignored beyond ``lengths``). The marginals are each frame's distribution
+    over symbols.
+
+    Cost: O(B·T·L) time and memory. Source: Graves et al. (2006), *Connectionist temporal classification*.
+    """
+
+    def __init__(
+        self,
+        emission: Tensor,
+        target: Tensor,
+        lengths: Tensor | None = None,
+        blank: int = 0,
+        validate_args: bool | None = None,
+    ) -> None:
+        steps = emission.shape[-2]
+        batch_shape = torch.broadcast_shapes(emission.shape[:-2], target.shape[:-1])
+        if lengths is None:
+            lengths = torch.full(batch_shape, steps, device=emission.device)
+        batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
+        if len(batch_shape) != emission.dim() - 2:
+            raise ValueError(
+                f"got emission {tuple(emission.shape)}, target {tuple(target.shape)}, lengths "
+                f"{tuple(lengths.shape)}: "
+                f"they take [*B,T,C], [*B,L] and [*B], the same number of batch dimensions"
+            )
+        self.blank = blank
+        target = target if target.shape[-1] else F.pad(target, (0, 1), value=-1)
+        self.target = target.expand(*batch_shape, target.shape[-1])
+        self.lengths = lengths.expand(batch_shape)
+        super().__init__(AlignmentParts(emission), batch_shape, (steps,), validate_args=validate_args)
+        if self._validate_args:
+            check_finite_or_minus_inf(emission=emission)
+            check_lengths(lengths, steps)
+
+    @property
+    def support(self) -> Any:
+        symbols = self.potentials[0].shape[-1]
+        return constraints.independent(constraints.integer_interval(0, symbols - 1), 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Alignment:
+        new: Any = super().expand(batch_shape)
+        new.target = self.target.expand(*new.batch_shape, self.target.shape[-1])
+        new.lengths = self.lengths.expand(new.batch_shape)
+        return new
+
+    def _lattice(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending
+        in it.
+        """
+        count = (self.target >= 0).sum(-1, keepdim=True)
+        shape = self.target.shape[:-1]
+        symbol = torch.full((*shape, 2 * self.target.shape[-1] + 1), self.blank, device=self.target.device)
+        symbol[..., 1::2] = torch.where(self.target >= 0, self.target, self.blank)
+        state = torch.arange(symbol.shape[-1], device=symbol.device)
+        skip = F.pad(symbol[..., 2:] != symbol[..., :-2], (2, 0)) & (state % 2 == 1)
+        end = (state == 2 * count) | (state == 2 * count - 1)
+        return symbol, _log_indicator(skip, dtype), _log_indicator(end, dtype)
+
+    def _at_states(self, emission: Tensor, symbol: Tensor) -> Tensor:
+        symbol = symbol.unsqueeze(-2)
+        shape = torch.broadcast_shapes(emission.shape[:-1], (*symbol.shape[:-2], self.event_shape[0]))
+        return emission.expand(*shape, -1).gather(-1, symbol.expand(*shape, symbol.shape[-1]))
+
+    def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
+        symbol, skip, end = self._lattice(parts[0].dtype)
+        states = torch.arange(end.shape[-1], device=end.device)
+        move, start = (
+            semiring.lift(_log_indicator(x, end.dtype).expand_as(end)) for x in (states > 0, states < 2)
+        )
+        skip, end = semiring.lift(skip), semiring.lift(end)
+        emission = self._at_states(parts[0], symbol)
+        alpha = semiring.mul(start, emission[..., 0, :])
+        for t in range(1, self.event_shape[0]):
+            ways = [alpha, semiring.mul(alpha.roll(1, -1), move), semiring.mul(alpha.roll(2, -1), skip)]
+            moved = semiring.mul(semiring.sum(torch.stack(ways, -1), -1), emission[..., t, :])
+            alpha = torch.where((t < self.lengths)[..., None], moved, alpha)
+        return semiring.sum(semiring.mul(alpha, end), -1)
+
+    def to_parts(self, z: Tensor) -> AlignmentParts:
+        emission = self.potentials[0]
+        symbols = emission.shape[-1]
+        used = F.one_hot(z.clamp(0, symbols - 1), symbols).to(emission.dtype)
+        return AlignmentParts(used * self._within[..., None])
+
+    def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return parts[0].argmax(-1)
+
+    def score(self, value: Tensor) -> Tensor:
+        """The unnormalized log weight of a path; -inf where it gives another target."""
+        given, wanted = _collapse(value, self._within, self.blank), self.target
+        width = max(given.shape[-1], wanted.shape[-1])
+        given, wanted = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (given, wanted))
+        return torch.where((given == wanted).all(-1), super().score(value), -math.inf)
+
+    @property
+    def _within(self) -> Tensor:
+        return torch.arange(self.event_shape[0], device=self.lengths.device) < self.lengths[..., None]
+
+    # ---- fast answers
+
+    def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
+        (emission,) = parts
+        emission = emission.expand(*self.batch_shape, *emission.shape[-2:])
+        return _LogPartition.apply(emission, self, lambda x: self._answer((x,), Log()))
+
+    def _draw(self, sample_shape: torch.Size) -> Tensor:
+        """Paths backwards in time, each step in proportion to what led there."""
+        symbol, skip, end = self._lattice(torch.float64)
+        alpha = _alpha(self._at_states(self.potentials[0].detach().double(), symbol), skip)
+        shape = sample_shape + self.batch_shape
+        rows = [
+            torch.arange(n, device=end.device).view(-1, *(1,) * (len(shape) - 1 - d))
+            for d, n in enumerate(shape)
+        ][len(sample_shape) :]
+        z = torch.zeros(*shape, self.event_shape[0], dtype=torch.long, device=end.device)
+        state = torch.zeros(shape, dtype=torch.long, device=end.device)
+        for t in range(self.event_shape[0] - 1, -1, -1):
+            # a move of 0, 1 or 2 states; the last frame chooses any that ends
+            sources = [(*rows, torch.full_like(state, t), (state - d).clamp(min=0)) for d in range(3)]
+            ways = torch.stack([alpha[source] for source in sources], -1)
+            ways[..., 1] += _log_indicator(state > 0, ways.dtype)
+            at = (*rows, state)
+            ways[..., 2] += skip[at]
+            before = state - choose(ways, torch.rand(shape, dtype=ways.dtype, device=end.device))
+            last = (alpha[..., t, :] + end).expand(*shape, -1)
+            ending = choose(last, torch.rand(shape, dtype=last.dtype, device=end.device))
+            state = torch.where(self.lengths - 1 > t, before, state)
+            state = torch.where(self.lengths - 1 == t, ending, state)
+            at = (*rows, state)
+            z[..., t] = torch.where(t < self.lengths, symbol[at], 0)
+        return z
+
+
+def _log_indicator(condition: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(condition, 0.0, -math.inf).to(dtype)
+
+
+def _collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
+    """Merge repeats, leave out blanks and what lies beyond the length; padded with -1, as long as the
+    path.
+    """
+    path, within = torch.broadcast_tensors(path, within)
+    kept = (path != blank) & within
+    kept[..., 1:] &= path[..., 1:] != path[..., :-1]
+    place = torch.where(kept, kept.cumsum(-1) - 1, path.shape[-1])
+    return path.new_full((*path.shape[:-1], path.shape[-1] + 1), -1).scatter(-1, place, path)[..., :-1]
+
+
+@functools.cache
+def _compiled() -> Callable | None:
+    try:
+        from pyroelbo.distributions._alignment_kernel import alpha_beta
+    except ImportError:
+        return None
+    return alpha_beta
+
+
+def _alpha(emission: Tensor, skip: Tensor) -> Tensor:
+    """ln Σ over ways to each state at each frame, its own emission included: [*B, T, S]."""
+    alpha = torch.full_like(emission, -math.inf)
+    alpha[..., 0, :2] = emission[..., 0, :2]
+    for t in range(1, emission.shape[-2]):
+        before, now = alpha[..., t - 1, :], alpha[..., t, :]
+        now.copy_(before)
+        now[..., 1:] = torch.logaddexp(before[..., 1:], before[..., :-1])
+        now[..., 2:] = torch.logaddexp(now[..., 2:], before[..., :-2] + skip[..., 2:])
+        now += emission[..., t, :]
+    return alpha
+
+
+def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
+    """ln Z and its gradient by ``emission`` in plain torch, in float64."""
+    symbol, skip, end = q._lattice(torch.float64)
+    scores = q._at_states(emission.double(), symbol)
+    alpha = _alpha(scores, skip)
+    final = (q.lengths - 1)[..., None, None].expand(*q.batch_shape, 1, scores.shape[-1])
+    value = (alpha.gather(-2, final).squeeze(-2) + end).logsumexp(-1)
+    occupied = torch.full_like(scores, -math.inf)
+    after = end
+    for t in range(scores.shape[-2] - 1, -1, -1):
+        beta = after.clone()
+        beta[..., :-1] = torch.logaddexp(beta[..., :-1], after[..., 1:])
+        beta[..., :-2] = torch.logaddexp(beta[..., :-2], after[..., 2:] + skip[..., 2:])
+        beta = torch.where((t < q.lengths - 1)[..., None], beta, end)
+        occupied[..., t, :] = alpha[..., t, :] + beta
+        after = beta + scores[..., t, :]
+    possible = (value > -math.inf)[..., None, None]
+    share = torch.where(
+        possible, occupied - torch.where(possible, value[..., None, None], 0.0), -math.inf
+    ).exp()
+    share = share * q._within[..., None]
+    index = symbol.unsqueeze(-2).expand(share.shape)
+    return value, torch.zeros_like(emission, dtype=share.dtype).scatter_add_(-1, index, share)
+
+
+class _LogPartition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, emission, q, exact):
+        kernel = _compiled() if emission.device.type == "cpu" else None
+        if kernel is None:
+            value, occupancy = _alpha_beta(q, emission)
+        else:
+            flat = emission.reshape(-1, *emission.shape[-2:]).contiguous()
+            target = q.target.reshape(-1, q.target.shape[-1]).contiguous()
+            lengths = q.lengths.reshape(-1).contiguous()
+            value = flat.new_empty(len(flat), dtype=torch.float64)
+            needed = emission.requires_grad
+            occupancy = torch.zeros_like(flat) if needed else flat[:, :0]
+            arrays = (x.numpy() for x in (flat, target, lengths, (target >= 0).sum(-1)))
+            kernel(*arrays, q.blank, value.numpy(), occupancy.numpy(), needed)
+            value = value.view(q.batch_shape)
+            occupancy = occupancy.view_as(emission) if needed else occupancy
+        ctx.exact = exact
+        ctx.save_for_backward(emission, occupancy.to(emission.dtype))
+        return value.to(emission.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        emission, occupancy = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *torch.autograd.grad(ctx.exact(emission), emission, grad, create_graph=True), None, None
+        return grad[..., None, None] * occupancy, None, None
+
+
+class CTC(TorchDistribution):
+    """p(y) = Σ_paths Π_t softmax(logits_t)[path_t] over the paths that give y once repeats are merged and
+    blanks left out.
+
+    ``logits [*B,T,C]`` are normalized inside, -inf allowed; ``lengths [*B]`` are the inputs'; ``blank`` is
+    the index of the blank; rank(*B) = logits.dim() - 2. ``y`` is a LongTensor ``[*B,L]``, padded with -1,
+    possibly all of it. A target that fits no path has a true -inf and a zero gradient. ``sample`` pads to
+    T. ``posterior(y)`` is an ``Alignment``.
+
+    Cost: O(B·T·(C + L)). Source: Graves et al. (2006), *Connectionist temporal classification*.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(
+        self, logits: Tensor, lengths: Tensor | None = None, blank: int = 0, validate_args: bool | None = None
+    ) -> None:
+        steps, symbols = logits.shape[-2:]
+        batch_shape = logits.shape[:-2]
+        if lengths is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
+        if len(batch_shape) != logits.dim() - 2 or not 0 <= blank < symbols:
+            raise ValueError(
+                f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank "
+                f"{blank}: they take [*B,T,C], [*B], and a symbol below C"
+            )
+        self.lengths, self.blank = lengths, blank
+        super().__init__(batch_shape, torch.Size((steps,)), validate_args=validate_args)
+        peak = logits.amax(-1)
+        if self._validate_args:
+            check_finite_or_minus_inf(logits=logits)
+            if (peak == -math.inf).any():
+                raise ValueError(f"logits allow no symbol at index {first_index(peak == -math.inf)}")
+            if lengths is not None:
+                check_lengths(lengths, steps)
+        self.log_probs = torch.where((peak == -math.inf)[..., None], -math.inf, logits.log_softmax(-1))
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(-1, self.log_probs.shape[-1] - 1), 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> CTC:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        new.log_probs = self.log_probs.expand(*new._batch_shape, *self.log_probs.shape[-2:])
+        if self.lengths is not None:
+            new.lengths = self.lengths.expand(new._batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(y), ``[*sample, *B]``; -inf where no path gives y."""
+        return self.posterior(without_padding(value)).log_partition
+
+    def posterior(self, y: Tensor) -> Alignment:
+        """p(path | y); its ``log_partition`` is ln p(y)."""
+        steps, symbols = self.log_probs.shape[-2:]
+        shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
+        lengths = torch.full((), steps, device=y.device) if self.lengths is None else self.lengths
+        if self._validate_args:
+            check_padded("y", y, symbols)
+            if (y == self.blank).any():
+                raise ValueError(f"y has the blank {self.blank} at index {first_index(y == self.blank)}")
+            long = (y >= 0).sum(-1) > lengths
+            if long.any():
+                raise ValueError(f"y at index {first_index(long)} is longer than its input")
+        emission = self.log_probs.expand(*shape, steps, symbols)
+        target = y.expand(*shape, y.shape[-1])
+        return Alignment(emission, target, lengths.expand(shape), self.blank, validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Targets ``[*sample, *B, T]``, padded with -1: independent symbols a frame, then collapsed."""
+        steps, symbols = self.log_probs.shape[-2:]
+        shape = self._extended_shape(torch.Size(sample_shape))
+        with torch.no_grad():
+            log_probs = self.log_probs.expand(*shape, symbols)
+            path = choose(log_probs, torch.rand(shape, dtype=log_probs.dtype, device=log_probs.device))
+            within = torch.arange(steps, device=path.device)
+            lengths = steps if self.lengths is None else self.lengths[..., None]
+            return _collapse(path, (within < lengths).expand(shape), self.blank)

@@ -1,0 +1,246 @@
+"""Mixtures of any distribution, and the E-step of Gaussian ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyroelbo.distributions.structured import check_finite_or_minus_inf, first_index
+from pyroelbo.numerics import logsumexp
+from pyroelbo.semiring import choose
+
+__all__ = ["GaussianStatistics", "Mixture"]
+
+BLOCK = 16  # coordinates; and numbers held at a time, so that they stay in the cache
+ROOM = 2**18
+
+
+@dataclass(frozen=True)
+class GaussianStatistics:
+    """Expected sufficient statistics of M Gaussians: ``count [M]``, ``mean [M,D]``, and ``scatter``.
+
+    ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter /
+    count is the covariance of the M-step. The statistics of two parts of the data add up with ``+``.
+
+    Source: Dempster, Laird, Rubin (1977); Chan, Golub, LeVeque (1979) for ``+``.
+    """
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
+        count = self.count + other.count
+        share = torch.where(count > 0, other.count / count, 0.0)
+        apart = other.mean - self.mean
+        spread = apart if self.scatter.dim() == 2 else apart[:, None, :]
+        product = spread * (apart if self.scatter.dim() == 2 else apart[:, :, None])
+        weight = (self.count * share).view(-1, *(1,) * (self.scatter.dim() - 1))
+        return GaussianStatistics(
+            count, self.mean + share[:, None] * apart, self.scatter + other.scatter + weight * product
+        )
+
+
+class Mixture(TorchDistribution):
+    """p(y) = Σ_m softmax(logits)_m p_m(y): M components of any one kind of distribution.
+
+    ``logits [*B,M]`` are normalized inside, -inf allowed; ``components`` has batch shape ``[*B,M]``
+    (broadcast) and any event shape. ``posterior(y)`` is the Categorical over components, the
+    responsibilities.
+
+    Cost: O(M) evaluations. Source: Pearson (1894); Dempster, Laird, Rubin (1977).
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
+        if not components.batch_shape or components.batch_shape[-1] not in (1, logits.shape[-1]):
+            raise ValueError(
+                f"components have batch shape {tuple(components.batch_shape)}, logits have shape "
+                f"{tuple(logits.shape)}: both take [*B,M]"
+            )
+        shape = torch.broadcast_shapes(logits.shape, components.batch_shape)
+        peak = logits.amax(-1)
+        self.components = components if components.batch_shape == shape else components.expand(shape)
+        super().__init__(shape[:-1], components.event_shape, validate_args=validate_args)
+        if self._validate_args:
+            check_finite_or_minus_inf(logits=logits)
+            if (peak == -math.inf).any():
+                raise ValueError(f"logits allow no component at batch index {first_index(peak == -math.inf)}")
+        self.logits = logits.log_softmax(-1).expand(shape)
+
+    @property
+    def support(self) -> Any:
+        return self.components.support
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        shape = (*batch_shape, self.logits.shape[-1])
+        new.logits, new.components = self.logits.expand(shape), self.components.expand(shape)
+        return new
+
+    def _joint(self, y: Tensor) -> Tensor:
+        return self.logits + self.components.log_prob(y.unsqueeze(-1 - self.event_dim))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(y), ``[*sample, *B]``."""
+        return logsumexp(self._joint(value))
+
+    def posterior(self, y: Tensor) -> Any:
+        """p(m | y), a Categorical of batch shape ``[*sample, *B]``.
+
+        A datum that no component can have made has none: it is an error, or, where validation is off, the
+        prior.
+        """
+        joint = self._joint(y)
+        impossible = joint.amax(-1, keepdim=True) == -math.inf
+        if self._validate_args and impossible.any():
+            raise ValueError(
+                f"y at index {first_index(impossible[..., 0])} is impossible under every component"
+            )
+        return dist.Categorical(logits=torch.where(impossible, self.logits, joint), validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws ``[*sample, *B, *event]``."""
+        with torch.no_grad():
+            every = self.components.sample(torch.Size(sample_shape))
+            shape = self._extended_shape(torch.Size(sample_shape))
+            batch = shape[: len(shape) - self.event_dim]
+            logits = self.logits.expand(*batch, -1)
+            which = choose(logits, torch.rand(batch, dtype=logits.dtype, device=logits.device))
+            index = which.view(*batch, 1, *(1,) * self.event_dim).expand(*batch, 1, *self.event_shape)
+            return every.gather(len(batch), index).squeeze(len(batch))
+
+    def expected_statistics(self, y: Tensor) -> tuple[Tensor, GaussianStatistics]:
+        """One E-step over data ``y [N,D]``: ln p(y_n) ``[N]`` and the components' expected statistics,
+        without gradients.
+
+        For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``),
+        and a mixture without batch dimensions. Arithmetic is in float64. Cost: O(N·M·D²), diagonal O(N·M·D).
+        """
+        gaussian = _moments(self.components)
+        if gaussian is None or self.batch_shape:
+            raise ValueError(
+                f"expected_statistics takes a mixture of Gaussians without batch dimensions, not of "
+                f"{type(self.components).__name__} with batch shape {tuple(self.batch_shape)}"
+            )
+        if y.dim() != 2 or not len(y):
+            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [N,D] with N > 0")
+        with torch.no_grad():
+            evidence, statistics, error = self._by_features(y, *gaussian)
+            if not error < 1e-9:
+                evidence, statistics = self._by_component(y, diagonal=gaussian[1].dim() == 2)
+            return evidence.to(y.dtype), statistics
+
+    def _by_features(self, y, mean, precision, log_det):
+        """Quadratic forms as inner products with y y', and a bound on what is lost so."""
+        center = y[: ROOM // y.shape[-1]].mean(0, dtype=torch.float64)
+        mean = mean - center
+        count, dims = mean.shape
+        features = _Features(dims, diagonal=precision.dim() == 2)
+        linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
+        weights = torch.cat([features.fold(precision), linear], -1)
+        constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + self.logits
+        rows = max(64, ROOM // weights.shape[-1])
+        room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
+        sums, total = torch.zeros_like(weights), weights.new_zeros(count)
+        evidence, reach = y.new_empty(len(y), dtype=torch.float64), total.new_zeros(())
+        for part, out in zip(y.split(rows), evidence.split(rows), strict=True):
+            phi = features.fill(room[: len(part)], part, center)
+            reach = torch.maximum(reach, torch.linalg.vector_norm(phi[:, -dims:], math.inf))
+            share = torch.addmm(constant[:, None].double(), weights, phi.t())
+            peak = share.amax(0, keepdim=True)
+            norm = share.sub_(peak).exp_().sum(0, keepdim=True)
+            torch.add(norm.log()[0], peak[0], out=out)
+            share /= norm
+            total += share.sum(-1)
+            sums.addmm_(share, phi)
+        average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]
+        square = features.unfold(sums)
+        outer = average.square() if features.diagonal else average[:, :, None] * average[:, None, :]
+        scatter = square - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
+        error = torch.finfo(torch.float64).eps * dims**2 * reach**2 * precision.abs().amax()
+        return evidence, GaussianStatistics(total, average + center, scatter), error
+
+    def _by_component(self, y, diagonal):
+        joint = self._joint(y).double()
+        evidence = logsumexp(joint)
+        share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
+        found = []
+        for r in share.t():
+            count = r.sum()
+            mean = (r @ y.double()) / torch.where(count > 0, count, 1.0)
+            apart = y.double() - mean
+            weighted = r[:, None] * apart
+            found.append((count, mean, (weighted * apart).sum(0) if diagonal else weighted.t() @ apart))
+        return evidence, GaussianStatistics(*(torch.stack(x) for x in zip(*found, strict=True)))
+
+
+class _Features:
+    """Products of coordinates, each needed once, as blocks of a symmetric matrix; then the coordinates
+    themselves.
+    """
+
+    def __init__(self, dims: int, diagonal: bool) -> None:
+        self.dims, self.diagonal = dims, diagonal
+        cuts = [slice(i, min(i + BLOCK, dims)) for i in range(0, dims, BLOCK)]
+        self.blocks = [(a, b) for i, a in enumerate(cuts) for b in cuts[i:]]
+
+    def fold(self, precision: Tensor) -> Tensor:
+        """Weights of the products in -½ y' precision y."""
+        if self.diagonal:
+            return -0.5 * precision
+        parts = [(-0.5 if a == b else -1.0) * precision[:, a, b].flatten(1) for a, b in self.blocks]
+        return torch.cat(parts, -1)
+
+    def fill(self, room: Tensor, y: Tensor, center: Tensor) -> Tensor:
+        x = torch.sub(y, center, out=room[:, -self.dims :])
+        if self.diagonal:
+            torch.mul(x, x, out=room[:, : self.dims])
+            return room
+        at = 0
+        for a, b in self.blocks:
+            left, right = x[:, a, None], x[:, None, b]
+            size = left.shape[1] * right.shape[2]
+            torch.mul(left, right, out=room[:, at : at + size].view(len(y), left.shape[1], right.shape[2]))
+            at += size
+        return room
+
+    def unfold(self, sums: Tensor) -> Tensor:
+        if self.diagonal:
+            return sums[:, : self.dims]
+        square = sums.new_empty(len(sums), self.dims, self.dims)
+        at = 0
+        for a, b in self.blocks:
+            size = (a.stop - a.start) * (b.stop - b.start)
+            block = sums[:, at : at + size].view(len(sums), a.stop - a.start, -1)
+            square[:, a, b], square[:, b, a] = block, block.mT
+            at += size
+        return square
+
+
+def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Mean, precision (a matrix or its diagonal) and ln det(precision) / 2 in float64; None unless
+    Gaussian.
+    """
+    if isinstance(components, torch.distributions.MultivariateNormal):
+        scale = components.scale_tril.double()
+        log_det = -scale.diagonal(0, -1, -2).log().sum(-1)
+        return components.loc.double(), torch.cholesky_inverse(scale), log_det
+    base = getattr(components, "base_dist", None)
+    if isinstance(base, torch.distributions.Normal) and len(components.event_shape) == 1 + len(
+        base.event_shape
+    ):
+        mean, scale = base.loc.double(), base.scale.double()
+        return mean, scale.square().reciprocal(), -scale.log().sum(-1)
+    return None
