@@ -187,7 +187,8 @@ def to_arviz(audit: Audit) -> Any:
     ``bounds`` has for every row its ``value`` and ``error`` per datum, [estimator, datum], with kind, draws
     and cost as coordinates. An ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
     """
-    import arviz
+    from importlib.metadata import version
+
     import xarray
 
     rows = [b for b in audit.bounds if b.scope == "datum"]
@@ -215,6 +216,8 @@ def to_arviz(audit: Audit) -> Any:
         attrs={"method": best, "kind": audit[best].kind},
     )
     groups = {"log_likelihood": likelihood, "bounds": table}
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(**groups)
+    if int(version("arviz").split(".")[0]) < 1:
+        from arviz import InferenceData
+
+        return InferenceData(**groups)
     return xarray.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})

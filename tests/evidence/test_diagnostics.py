@@ -1,4 +1,4 @@
-import inspect
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -8,21 +8,20 @@ from pyroelbo.evidence import pareto_k_hat
 
 
 def arviz_k(log_w):
-    """The same quantity from arviz, whose 1.x line wants the draws last and takes the log weights' sign
-    reversed."""
-    try:
+    """The same quantity from arviz; its 1.x line takes log ratios of the opposite sign."""
+    if int(version("arviz").split(".")[0]) < 1:
         from arviz import psislw
-    except ImportError:
-        from arviz_stats.base import array_stats
 
-        parameters = inspect.signature(array_stats.psislw).parameters
-        return np.asarray(array_stats.psislw(-log_w if "ary" in parameters else log_w, axis=-1)[1])
-    return np.asarray(psislw(log_w)[1])
+        return np.asarray(psislw(log_w)[1])
+    from arviz_stats.base import array_stats
+
+    return np.asarray(array_stats.psislw(-log_w, axis=-1)[1])
 
 
 @pytest.mark.parametrize("tail", [1.2, 2.0, 4.0])
 def test_agrees_with_arviz(tail):
-    log_w = np.random.default_rng(0).exponential(size=(6, 2000)) / tail
+    # 3√2500 is a whole number: the two lines of arviz round the tail's length differently.
+    log_w = np.random.default_rng(0).exponential(size=(6, 2500)) / tail
     ours = pareto_k_hat(torch.from_numpy(log_w.T))
     np.testing.assert_allclose(ours, arviz_k(log_w), atol=2e-3)
     assert abs(float(ours.mean()) - 1 / tail) < 0.15
