@@ -265,7 +265,7 @@ def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
     if not chart.reliable.all():
         return _charts(tuple(flat), Log())
     words = flat[2].shape[1]
-    value = chart.left.log() + chart.left_scale[..., None]
+    value = (chart.left.log() + chart.left_scale[..., None]).transpose(0, 1)
     return [flat[2], flat[2]] + [value[:, : words - w + 1, w] for w in range(2, words + 1)]
 
 
