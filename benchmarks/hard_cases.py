@@ -2,8 +2,9 @@
 
     python -m benchmarks.hard_cases
 
-For each case and precision, every library's evidence and gradient against a plain-Python log-space recursion: "right"
-within 1e-5 relative (-inf where it is -inf; gradients within 1e-4 of expected counts), otherwise what it said.
+For each case and precision, every library's evidence and gradient against a plain-Python log-space recursion:
+"right" within 1e-5 relative (-inf where it is -inf; gradients within 1e-4), otherwise what it said.
+Those of "large offsets" and "dead end" are no probabilities, which some libraries require.
 Add cases to ``TABLES``: functions that yield ``(case, dtype, {library: verdict})``. The last line is JSON.
 """
 

@@ -1,7 +1,7 @@
 """Other libraries behind one small interface; each loads only what is installed.
 
-A peer takes float arrays ``initial [S]``, ``transition [S,S]`` (log probabilities) and ``observation [B,T,S]``
-(log likelihoods), and returns a dict of functions without arguments, one for each task that it can do.
+A peer takes arrays ``initial [S]``, ``transition [S,S]`` (log probabilities), ``observation [B,T,S]`` (log
+likelihoods), and returns a dict of functions without arguments, one for each task that it can do.
 """
 
 import functools

@@ -1,5 +1,4 @@
-"""Exact answers by listing everything, in plain Python: no tensor algebra, no semiring, nothing of the
-library.
+"""Exact answers by listing everything, in plain Python: no semiring, nothing of the library.
 
 An enumerator of structures yields ``(labels, log weight, use)`` for one datum, ``use`` counting the parts
 that the structure uses as ``{part name: {index: count}}``. ``Listing`` answers every question from such a
@@ -118,9 +117,7 @@ def labelled_trees(parents, node, edge):
 
 
 def forward_backward(initial, transition, observation):
-    """ln Z, state marginals [T][S], expected steps [S][S] and the best score of a chain, by loops in log
-    space.
-    """
+    """ln Z, marginals [T][S], expected steps [S][S] and best score of a chain, by loops in log space."""
     states, steps = range(len(initial)), len(observation)
     alpha = [[initial[s] + observation[0][s] for s in states]]
     best = alpha[0]

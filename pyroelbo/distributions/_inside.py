@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Scaled inside weights: left[i, b, w] of the span that starts at i, right[j, b, L - w] of that ending at j.
+    """Scaled inside weights: left[i, b, w] of spans that start at i, right[j, b, L - w] of those that end at j.
 
     Positions come first, so that all spans of one width are views that need no copy.
     """

@@ -1,6 +1,6 @@
 """Compiled loops of the chain recursions; imported only where numba is installed.
 
-Log potentials come as in ``_recursions``; ``weight [B,T,S]`` and ``powers [A,U,S,S]`` (from, to) are their
+Log potentials come as in ``_recursions``; weights and ``powers [A,U,S,S]`` (from, to) are their
 exponentials, divided by the largest of each time or matrix. Where sequences share their transitions, four go
 together, so that a matrix is read once for four of them; this beats BLAS on such thin products.
 """
@@ -99,21 +99,25 @@ def _powers(x, out, spare):
     return float(top)
 
 
+# views cost more than a short row: the helpers take whole arrays and places in them
 @_compile
-def _step1(x, matrix, y):
-    size = x.shape[0]
+def _step1(x, matrices, a, u, y):
+    """First row of y = first row of x times a matrix."""
+    size = x.shape[1]
     for j in range(size):
-        y[j] = 0
+        y[0, j] = 0
     i = 0
     while i + 3 < size:
-        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        p, q, r, s = x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3]
         for j in range(size):
-            y[j] += (a * matrix[i, j] + b * matrix[i + 1, j]) + (c * matrix[i + 2, j] + d * matrix[i + 3, j])
+            y[0, j] += (p * matrices[a, u, i, j] + q * matrices[a, u, i + 1, j]) + (
+                r * matrices[a, u, i + 2, j] + s * matrices[a, u, i + 3, j]
+            )
         i += 4
     while i < size:
-        a = x[i]
+        p = x[0, i]
         for j in range(size):
-            y[j] += a * matrix[i, j]
+            y[0, j] += p * matrices[a, u, i, j]
         i += 1
 
 
@@ -149,21 +153,19 @@ def _step4(x, matrix, y):
 
 
 @_compile
-def _absorb(moved, weight, floor, out):
-    """out = normalized max(moved · weight, floor); returns its sum and its least entry before
-    normalization.
-    """
-    total = moved[0] * 0
-    least = moved[0] * weight[0]
-    for j in range(moved.shape[0]):
-        value = max(moved[j] * weight[j], floor)
-        moved[j] = value
+def _absorb(moved, r, weight, at, floor, out):
+    """Row r of out = normalized max(moved · weight, floor); returns its sum and least entry before that."""
+    total = moved[r, 0] * 0
+    least = moved[r, 0] * weight[at]
+    for j in range(moved.shape[1]):
+        value = max(moved[r, j] * weight[at + j], floor)
+        moved[r, j] = value
         total += value
         least = min(least, value)
     if total > 0:
         inverse = 1 / total
-        for j in range(moved.shape[0]):
-            out[j] = moved[j] * inverse
+        for j in range(moved.shape[1]):
+            out[r, j] = moved[r, j] * inverse
     return total, least
 
 
@@ -193,16 +195,14 @@ def _weights(observation, out, spare):
 
 
 @_compile
-def forward(
-    initial, transition, observation, lengths, floor, keep, powers, weight, alpha, scale, total, least
-):
+def forward(initial, transition, observation, lengths, floor, keep, powers, alpha, scale, total, least):
     """Scaled forward pass: fills ``powers``, ``total [B]`` (ln Z), ``least [B]``; with ``keep`` all arrays.
 
     ``alpha [B,T,S]`` sums to one at each time, ``scale [B,T]`` holds the sums divided out, ``least`` the
     least entry met. ``floor`` lifts every entry from below at each step, which makes the result an upper
     bound.
     """
-    rows, steps, size = observation.shape
+    rows, _, size = observation.shape
     shared = transition.shape[0] == 1
     still = transition.shape[1] == 1
     width = 4 if shared and size >= 16 else 1
@@ -218,7 +218,7 @@ def forward(
     for b in range(initial.shape[0]):
         first_tops[b] = _powers(initial[b], first[b], spare)
     chunk = max(1, _PIECE // size)
-    flat = weight.reshape(-1) if keep else np.empty(width * chunk * size, powers.dtype)
+    weight = np.empty(width * chunk * size, powers.dtype)
     previous = np.zeros((4, size), powers.dtype)
     moved = np.zeros((4, size), powers.dtype)
     product = np.ones(4)
@@ -238,33 +238,34 @@ def forward(
             end = min(begin + chunk, longest)
             for b in range(start, stop):
                 if begin < lengths[b]:
-                    at = (b * steps + begin) * size if keep else (b - start) * chunk * size
+                    at = (b - start) * chunk * size
                     last = min(end, lengths[b])
                     total[b] += _weights(
-                        observation[b, begin:last], flat[at : at + (last - begin) * size], spare
+                        observation[b, begin:last], weight[at : at + (last - begin) * size], spare
                     )
             for t in range(begin, end):
                 if t == 0:
                     for b in range(start, stop):
                         moved[b - start] = first[b if initial.shape[0] > 1 else 0]
                 else:
-                    matrix = powers[0 if shared else start, 0 if still else t - 1]
+                    a, u = 0 if shared else start, 0 if still else t - 1
                     if stop - start > 1:
-                        _step4(previous, matrix, moved)
+                        _step4(previous, powers[a, u], moved)
                     else:
-                        _step1(previous[0], matrix, moved[0])
+                        _step1(previous, powers, a, u, moved)
                 for b in range(start, stop):
                     if t >= lengths[b]:
                         continue
                     r = b - start
-                    at = (b * steps + t) * size if keep else (r * chunk + t - begin) * size
-                    s, low = _absorb(moved[r], flat[at : at + size], lowest, previous[r])
+                    at = (r * chunk + t - begin) * size
+                    s, low = _absorb(moved, r, weight, at, lowest, previous)
                     least[b] = min(least[b], low)
                     if s == 0:
                         previous[r] = 0
                     if keep:
                         scale[b, t] = s
-                        alpha[b, t] = previous[r]
+                        for j in range(size):
+                            alpha[b, t, j] = previous[r, j]
                     product[r] *= s
                     if not (1e-200 < product[r] < 1e200):
                         total[b] += math.log(product[r]) if product[r] > 0 else -math.inf
@@ -273,72 +274,69 @@ def forward(
             total[b] += math.log(product[b - start])
             if keep:
                 alpha[b, lengths[b] :] = 0
-                weight[b, lengths[b] :] = 0
                 scale[b, lengths[b] :] = 1
 
 
 @_compile
 def evidence(initial, transition, observation, lengths, floor, like):
     """ln Z of each row and the least entry met, in the precision of ``like``; nothing is kept."""
-    rows = observation.shape[0]
-    total, least = np.empty(rows), np.empty(rows)
+    total, least = np.empty(observation.shape[0]), np.empty(observation.shape[0])
     powers = np.empty(transition.shape, like.dtype)
-    none3, none2 = np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype)
-    forward(
-        initial,
-        transition,
-        observation,
-        lengths,
-        floor,
-        False,
-        powers,
-        none3,
-        none3,
-        none2,
-        total,
-        least,
-    )
+    alpha, scale = np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype)
+    forward(initial, transition, observation, lengths, floor, False, powers, alpha, scale, total, least)
     return total, least
 
 
 @_compile
-def backward(turned, weight, lengths, alpha, scale, gamma, flow):
-    """Scaled backward pass: ``gamma [B,T,S]`` posterior of each state, ``flow [B,T,S]`` = weight · beta /
-    scale.
+def backward(turned, observation, lengths, alpha, scale, gamma, flow):
+    """Scaled backward pass: fills the posterior ``gamma`` of each state, ``flow`` = weight · beta / scale.
 
-    ``turned`` is the transition transposed (to, from). The posterior of a step into time t is
-    alpha[t-1] · transition · flow[t]; flow[0] is zero, and both are zero beyond the sequences.
+    ``turned`` is ``powers`` transposed (to, from). The posterior of a step into time t is
+    alpha[t-1] · powers · flow[t]; flow[0] is zero, and both are zero beyond the sequences. The weights
+    are computed once more, which costs less than memory to keep them.
     """
-    rows, steps, size = weight.shape
+    rows, steps, size = observation.shape
     shared = turned.shape[0] == 1
     still = turned.shape[1] == 1
     width = 4 if shared and size >= 16 else 1
-    beta = np.zeros((4, size), weight.dtype)
-    out = np.zeros((4, size), weight.dtype)
+    chunk = max(1, _PIECE // size)
+    weight = np.empty(width * chunk * size, turned.dtype)
+    spare = np.empty(_PIECE, turned.dtype)
+    beta = np.zeros((4, size), turned.dtype)
+    out = np.zeros((4, size), turned.dtype)
     for start in range(0, rows, width):
         stop = min(start + width, rows)
-        for t in range(steps - 1, -1, -1):
+        for begin in range((steps - 1) // chunk * chunk, -1, -chunk):
             for b in range(start, stop):
-                r = b - start
-                if t >= lengths[b]:
-                    gamma[b, t] = 0
-                    flow[b, t] = 0
-                    out[r] = 0
-                    continue
-                if t == lengths[b] - 1:
-                    beta[r] = 1
-                inverse = 1 / scale[b, t] if t > 0 and scale[b, t] > 0 else scale[b, t] * 0
-                for j in range(size):
-                    gamma[b, t, j] = alpha[b, t, j] * beta[r, j]
-                    value = weight[b, t, j] * beta[r, j] * inverse
-                    out[r, j] = value
-                    flow[b, t, j] = value
-            if t > 0:
-                matrix = turned[0 if shared else start, 0 if still else t - 1]
-                if stop - start > 1:
-                    _step4(out, matrix, beta)
-                else:
-                    _step1(out[0], matrix, beta[0])
+                if begin < lengths[b]:
+                    last = min(begin + chunk, lengths[b])
+                    at = (b - start) * chunk * size
+                    _weights(observation[b, begin:last], weight[at : at + (last - begin) * size], spare)
+            for t in range(min(begin + chunk, steps) - 1, begin - 1, -1):
+                for b in range(start, stop):
+                    r = b - start
+                    if t >= lengths[b]:
+                        for j in range(size):
+                            gamma[b, t, j] = 0
+                            flow[b, t, j] = 0
+                            out[r, j] = 0
+                        continue
+                    if t == lengths[b] - 1:
+                        for j in range(size):
+                            beta[r, j] = 1
+                    at = (r * chunk + t - begin) * size
+                    inverse = 1 / scale[b, t] if t > 0 and scale[b, t] > 0 else scale[b, t] * 0
+                    for j in range(size):
+                        value = weight[at + j] * beta[r, j] * inverse
+                        gamma[b, t, j] = alpha[b, t, j] * beta[r, j]
+                        out[r, j] = value
+                        flow[b, t, j] = value
+                if t > 0:
+                    a, u = 0 if shared else start, 0 if still else t - 1
+                    if stop - start > 1:
+                        _step4(out, turned[a, u], beta)
+                    else:
+                        _step1(out, turned, a, u, beta)
 
 
 @_compile

@@ -28,10 +28,10 @@ from torch.autograd.function import once_differentiable
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
-__all__ = ["Solution", "best_path", "draw_paths", "log_partition", "solve"]
+__all__ = ["Problem", "Solution", "best_path", "draw_paths", "expectations", "log_partition", "solve"]
 
 # fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
-_GROUP = 1 << 19
+_GROUP = 1 << 17
 _NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
@@ -74,8 +74,10 @@ class Expected(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A scaled forward pass; the problem's transition and observation are exponentials: ``alpha [B,T,S]``
-    and ``scale [B,T]`` (empty unless kept), and ln Z."""
+    """A scaled forward pass; the problem's transition is ``powers``, its exponential.
+
+    ``alpha [B,T,S]`` and ``scale [B,T]`` are empty unless kept.
+    """
 
     problem: Problem
     alpha: Tensor
@@ -86,21 +88,23 @@ class Scaled(NamedTuple):
         return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
 
     def expected(self, grad: Tensor, apart: bool) -> Expected:
-        _, transition, weight, lengths = self.problem
-        rows, steps, states = weight.shape
-        turned = _turned(transition)
-        grad = grad.to(weight.dtype)[:, None, None]
-        gamma = torch.empty_like(weight)
+        _, powers, observation, lengths = self.problem
+        rows, steps, states = observation.shape
+        turned = _turned(powers)
+        plain = bool((grad == 1).all())
+        grad = grad.to(powers.dtype)[:, None, None]
+        gamma = torch.empty_like(self.alpha)
         counts: list[Tensor] = []
         group = max(4, _GROUP // (steps * states) // 4 * 4)
-        flow = weight.new_empty(min(group, rows), steps, states)
+        flow = powers.new_empty(min(group, rows), steps, states)
         for start in range(0, rows, group):
             part = slice(start, min(start + group, rows))
             alpha, out = self.alpha[part], flow[: part.stop - start]
             mine = turned if len(turned) == 1 else turned[part]
-            _backward(mine, weight[part], lengths[part], alpha, self.scale[part], gamma[part], out)
-            out *= grad[part]
-            if transition.shape[1] != 1:
+            _backward(mine, observation[part], lengths[part], alpha, self.scale[part], gamma[part], out)
+            if not plain:
+                out *= grad[part]
+            if powers.shape[1] != 1:
                 count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
             elif apart:
                 count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
@@ -109,8 +113,10 @@ class Scaled(NamedTuple):
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
                 count = count if not counts else count + counts.pop()
             counts.append(count)
-        gamma *= grad
-        return Expected(gamma[:, 0], torch.cat(counts).mul_(transition), gamma)
+        if not plain:
+            gamma *= grad
+        count = counts[0] if len(counts) == 1 else torch.cat(counts)
+        return Expected(gamma[:, 0], count.mul_(powers), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
@@ -158,11 +164,15 @@ class Exact(NamedTuple):
         return _draw(self.alpha, self.problem.transition, self.problem.lengths, uniform)
 
 
+# which rows were done by which pass; None means all
+Passes = list[tuple[Tensor | None, Scaled | Exact]]
+
+
 class Solution(NamedTuple):
-    """Forward passes of a batch: which rows, and the pass that they were done by; rows None means all."""
+    """ln Z of each sequence, and the forward passes behind it."""
 
     log_z: Tensor
-    passes: list[tuple[Tensor | None, Scaled | Exact]]
+    passes: Passes
 
 
 def solve(problem: Problem, keep: bool) -> Solution:
@@ -174,7 +184,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
         problem = problem._replace(transition=step[:1])
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
     log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
-    passes: list[tuple[Tensor | None, Scaled | Exact]] = []
+    passes: Passes = []
     pending: Tensor | None = None
     for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
         part = problem if pending is None else problem.take(pending)
@@ -243,11 +253,11 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
             log_z, least = map(torch.from_numpy, run.evidence(*arrays, floor, *_arrays(none)))
             return Scaled(problem, none, none, log_z), least
         powers = torch.empty(transition.shape, dtype=dtype)
-        weight, alpha = (torch.empty((rows, steps, states), dtype=dtype) for _ in "wa")
+        alpha = torch.empty((rows, steps, states), dtype=dtype)
         scale = torch.empty((rows, steps), dtype=dtype)
         log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
-        run.forward(*arrays, floor, True, *_arrays(powers, weight, alpha, scale, log_z, least))
-        return Scaled(Problem(initial, powers, weight, lengths), alpha, scale, log_z), least
+        run.forward(*arrays, floor, True, *_arrays(powers, alpha, scale, log_z, least))
+        return Scaled(Problem(initial, powers, observation, lengths), alpha, scale, log_z), least
     first, top_first = _exponential(initial, dtype)
     powers, tops = _exponential(transition.flatten(2), dtype)
     powers = powers.view(transition.shape)
@@ -271,19 +281,26 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
     least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
     kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
     log_z = scale.double().log().sum(-1) + offset
-    return Scaled(Problem(initial, powers, weight, lengths), kept, scale, log_z), least
+    return Scaled(Problem(initial, powers, observation, lengths), kept, scale, log_z), least
 
 
 def _backward(
-    turned: Tensor, weight: Tensor, lengths: Tensor, alpha: Tensor, scale: Tensor, gamma: Tensor, flow: Tensor
+    turned: Tensor,
+    observation: Tensor,
+    lengths: Tensor,
+    alpha: Tensor,
+    scale: Tensor,
+    gamma: Tensor,
+    flow: Tensor,
 ) -> None:
     """Fills the posterior of each state and the backward flow, ``[B,T,S]`` each; see
     ``_kernels.backward``.
     """
-    run = kernels(weight)
+    run = kernels(observation)
     if run is not None:
-        run.backward(*_arrays(turned, weight, lengths, alpha, scale, gamma, flow))
+        run.backward(*_arrays(turned, observation.contiguous(), lengths, alpha, scale, gamma, flow))
         return
+    weight = _exponential(observation, turned.dtype)[0]
     flow[:, 0] = 0
     beta = torch.ones_like(weight[:, 0])
     for t in range(weight.shape[1] - 1, -1, -1):
@@ -365,6 +382,28 @@ def best_path(problem: Problem) -> Tensor:
     return z
 
 
+def expectations(problem: Problem, passes: Passes, grad: Tensor) -> Expected:
+    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials."""
+    potentials = problem[:3]
+    apart = len(problem.transition) == len(grad)
+    total: list[Tensor] = []
+    for rows, done in passes:
+        found = done.expected(grad if rows is None else grad[rows], apart)
+        parts = [
+            (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(potential.dtype)
+            for x, potential in zip(found, potentials, strict=True)
+        ]
+        if rows is None:
+            return Expected(*parts)
+        total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
+        for out, part in zip(total, parts, strict=True):
+            if len(out) < len(grad):
+                out += part
+            else:
+                out[rows] = part
+    return Expected(*total)
+
+
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, solution):
@@ -388,26 +427,7 @@ class _Expected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, grad, passes):
         ctx.save_for_backward(initial, transition, observation, lengths, grad)
-        potentials = (initial, transition, observation)
-        apart = len(transition) == len(grad)
-        total: list[Tensor] = []
-        for rows, done in passes:
-            found = done.expected(grad if rows is None else grad[rows], apart)
-            parts = [
-                (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(
-                    potential.dtype
-                )
-                for x, potential in zip(found, potentials, strict=True)
-            ]
-            if rows is None:
-                return tuple(parts)
-            total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
-            for out, part in zip(total, parts, strict=True):
-                if len(out) < len(grad):
-                    out += part
-                else:
-                    out[rows] = part
-        return tuple(total)
+        return expectations(Problem(initial, transition, observation, lengths), passes, grad)
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions._recursions import Problem, Solution, best_path, draw_paths, log_partition, solve
+from pyroelbo.distributions._recursions import (
+    Problem,
+    Solution,
+    best_path,
+    draw_paths,
+    expectations,
+    log_partition,
+    solve,
+)
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
     broadcast,
@@ -138,15 +146,23 @@ class LinearChain(StructuredDistribution):
         solution = self._solution if parts is self.potentials else None
         return log_partition(self._flat(parts), solution).view(self.batch_shape)
 
+    def _kept(self) -> Solution:
+        if self._solution is None:
+            self._solution = solve(self._flat(self.potentials), keep=True)
+        return self._solution
+
+    def _marginals(self) -> ChainParts:
+        full = self._flat(self._full(self.potentials))
+        found = expectations(full, self._kept().passes, full.observation.new_ones(len(full.observation)))
+        return ChainParts(*(x.view(y.shape) for x, y in zip(found, self._full(self.potentials), strict=True)))
+
     def _mode(self) -> Tensor:
         return best_path(self._flat(self.potentials)).reshape(self.batch_shape + self.event_shape)
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
-        if self._solution is None:
-            self._solution = solve(self._flat(self.potentials), keep=True)
         flat = (sample_shape.numel(), self.batch_shape.numel(), *self.event_shape)
         uniform = torch.rand(flat, dtype=torch.float64, device=self.potentials[0].device)
-        return draw_paths(self._solution, uniform).reshape(self._extended_shape(sample_shape))
+        return draw_paths(self._kept(), uniform).reshape(self._extended_shape(sample_shape))
 
     def _inside(self, like: Tensor) -> Tensor:
         """[*B, T] ones where a step lies within its sequence."""

@@ -66,7 +66,8 @@ class StructuredDistribution(TorchDistribution):
 
     All else follows, batched and differentiable, in nats. A structure of weight zero has a true -inf, and
     gradients are finite; where no structure has weight, ``log_partition`` is -inf and the marginals are zero.
-    A speed-critical subclass may override ``_log_partition``, ``_mode`` and ``_draw``; results stay the same.
+    A speed-critical subclass may override ``_log_partition``, ``_marginals``, ``_mode``, ``_draw``; results
+    stay the same.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -112,12 +113,13 @@ class StructuredDistribution(TorchDistribution):
     @property
     def marginals(self) -> tuple[Tensor, ...]:
         """The expected use of each part, in the potentials' shapes with full batch: the gradient of ln Z."""
-        attached = torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials)
-        with torch.enable_grad():
-            parts = self._leaves() if not attached else self._full(self.potentials)
-            if attached:  # a potential that needs no gradient still has marginals
-                parts = self._like(x if x.requires_grad else x.detach().requires_grad_() for x in parts)
-            return self._gradient(self._log_partition(parts), parts, create_graph=attached)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials)):
+            return self._marginals()
+        # a potential that needs no gradient still has marginals
+        parts = self._like(
+            x if x.requires_grad else x.detach().requires_grad_() for x in self._full(self.potentials)
+        )
+        return self._gradient(self._log_partition(parts), parts, create_graph=True)
 
     @property
     def mode(self) -> Tensor:
@@ -192,6 +194,11 @@ class StructuredDistribution(TorchDistribution):
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         return self._answer(self._lift(parts, Log()), Log())
+
+    def _marginals(self) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            parts = self._leaves()
+            return self._gradient(self._log_partition(parts), parts)
 
     def _mode(self) -> Tensor:
         return self._by_gradient(self._leaves(), Max())

@@ -13,8 +13,8 @@ import torch
 
 from pyroelbo.distributions import StructuredDistribution
 
-# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws an error
-# of 0.02 in the probability of any one structure adds 64 or more to its statistic
+# a right sampler fails the goodness-of-fit test with this probability, at each case; with DRAWS draws an
+# error of 0.02 in the probability of any one structure adds 64 or more to its statistic
 FALSE_ALARM = 1e-6
 DRAWS = 40_000
 
