@@ -1,15 +1,7 @@
-<<<<<<< HEAD
-"""Chains that break scaled recursions, clamps and finite stand-ins for -inf: log potentials of one sequence
-each.
-
-Each function returns ``initial [S]``, ``transition [S,S]`` (from, to) and ``observation [T,S]`` in float64;
-what is right follows from ``oracles.forward_backward``.
-=======
 """Chains that break scaled recursions, clamps, and finite stand-ins for -inf.
 
 Each function returns the log potentials of one sequence, ``initial [S]``, ``transition [S,S]`` (from, to) and
 ``observation [T,S]``, in float64; what is right follows from ``oracles.forward_backward``.
->>>>>>> structured
 """
 
 import math
@@ -111,13 +103,7 @@ def outlier_of_1000_sigma():
 
 
 def contradicting_outliers():
-<<<<<<< HEAD
-    """Each of two steps is possible in practice from one state only, and going from one to the other is
-    rare.
-    """
-=======
     """Two steps in a row each have but one state to be in, and to go between them is rare."""
->>>>>>> structured
     initial, transition, observation = _ordinary(12, 3)
     transition[0, 1] = transition[0, 2] = -400.0
     observation[4] = torch.tensor([0.0, -5000.0, -5000.0])
@@ -140,13 +126,7 @@ def dead_end():
 
 
 def cycle_in_the_wrong_phase():
-<<<<<<< HEAD
-    """A deterministic cycle that starts out of phase with the data: the only path is the worst at every
-    step.
-    """
-=======
     """A deterministic cycle out of phase with the data: the only path is the worst at every step."""
->>>>>>> structured
     states, steps = 5, 400
     transition = torch.full((states, states), -INF, dtype=torch.float64)
     transition[torch.arange(states), (torch.arange(states) + 1) % states] = 0.0

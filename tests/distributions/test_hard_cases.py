@@ -1,10 +1,4 @@
-<<<<<<< HEAD
-"""Right on hard input: the value to 1e-5 relative, -inf where it is -inf, finite right gradients, other
-rows untouched.
-"""
-=======
 """On hard input the value is right to 1e-5, the gradient right and finite, and other rows are untouched."""
->>>>>>> structured
 
 import math
 
@@ -29,13 +23,7 @@ def engine(request, monkeypatch):
 
 
 def build(case, dtype, shared, states=None):
-<<<<<<< HEAD
-    """Three sequences, the hard one in the middle; with ``states`` it gets unreachable states beside its
-    own.
-    """
-=======
     """Three sequences, the hard one in the middle; ``states`` adds unreachable ones beside its own."""
->>>>>>> structured
     initial, transition, observation = CHAINS[case]()
     if states is not None:
         more = states - len(initial)
