@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Scaled inside weights: left[i, b, w] of spans that start at i, right[j, b, L - w] of those that end at j.
+    """Scaled inside weights: left[i, b, w] of spans starting at i, right[j, b, L - w] of those ending at j.
 
     Positions come first, so that all spans of one width are views that need no copy.
     """
