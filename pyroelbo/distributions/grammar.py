@@ -254,7 +254,7 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
     possible = None
-    if any(x.numel() and x.amin() == -math.inf for x in (rules, leaves, spans)):
+    if any(x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))):
         top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
         possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
     return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
