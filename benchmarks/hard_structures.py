@@ -16,7 +16,7 @@ DTYPES = ("float32", "float64")
 
 
 def judge(value, inputs, log_z, expected=None):
-    """Whether values of a batch and their gradient by ``inputs`` are right, or if not told, the latter finite."""
+    """Whether values of a batch and their gradient by ``inputs`` are right; finite will do if not told."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     try:
         found = value(*leaves)
