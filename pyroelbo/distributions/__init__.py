@@ -1,10 +1,11 @@
-"""Friendly distributions: each can be sampled and evaluated exactly."""
+"""Friendly distributions, latent structures whose sums are exact, and observation models for pixels."""
 
 from pyroelbo.distributions.alignment import CTC, Alignment, AlignmentParts
 from pyroelbo.distributions.chain import HMM, ChainParts, LinearChain
 from pyroelbo.distributions.gaussian import Filtered, GaussianChain, LinearGaussianChain
 from pyroelbo.distributions.grammar import PCFG, ParseParts, ParseTree
 from pyroelbo.distributions.mixture import GaussianStatistics, Mixture
+from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
 from pyroelbo.distributions.segment import SegmentParts, SemiMarkov
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.distributions.tree import TreeCRF, TreeParts
@@ -16,6 +17,7 @@ __all__ = [
     "Alignment",
     "AlignmentParts",
     "ChainParts",
+    "DiscretizedLogistic",
     "Filtered",
     "GaussianChain",
     "GaussianStatistics",
@@ -29,4 +31,6 @@ __all__ = [
     "StructuredDistribution",
     "TreeCRF",
     "TreeParts",
+    "l1_density",
+    "l2_density",
 ]

@@ -124,33 +124,31 @@ class SemiMarkov(StructuredDistribution):
         assert total is not None
         return semiring.sum(total, -1)
 
-    def to_parts(self, z: Tensor) -> SegmentParts:
-        like, longest = self.potentials[0], self.potentials[2].shape[-1]
+    def _ages(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which steps lie inside, which begin a segment, and how long ago the running one began."""
         time = torch.arange(self.event_shape[0], device=z.device)
         inside = time < (self.event_shape[0] if self.lengths is None else self.lengths.unsqueeze(-1))
         begins = (z >= self._states) & inside
+        return inside, begins, time - torch.where(begins, time, -1).cummax(-1).values
+
+    def to_parts(self, z: Tensor) -> SegmentParts:
+        like, longest = self.potentials[0], self.potentials[2].shape[-1]
+        inside, begins, age = self._ages(z)
         state = F.one_hot(z % self._states, self._states).to(like.dtype) * inside.unsqueeze(-1)
         starts = state * begins.unsqueeze(-1)
-        follows = starts.clone()
-        follows[..., 0, :] = 0
-        moves = state[..., :-1, :].transpose(-1, -2) @ follows[..., 1:, :]
-        last_start = torch.where(begins, time, -1).cummax(-1).values
+        moves = state[..., :-1, :].transpose(-1, -2) @ starts[..., 1:, :]
         beyond = F.pad(begins | ~inside, (0, 1), value=True)[..., 1:]
         ends = (beyond & inside).to(like.dtype)
-        age = time - last_start
         spans = F.one_hot(age.clamp(0, longest - 1), longest).to(like.dtype) * ends.unsqueeze(-1)
         return SegmentParts(starts[..., 0, :], moves, state.transpose(-1, -2) @ spans, state, starts)
 
     def score(self, value: Tensor) -> Tensor:
         """As in the base; -inf also where labels are no segmentation of at most D steps each."""
-        longest = self.potentials[2].shape[-1]
-        time = torch.arange(self.event_shape[0], device=value.device)
-        inside = time < (self.event_shape[0] if self.lengths is None else self.lengths.unsqueeze(-1))
-        begins = value >= self._states
+        inside, begins, age = self._ages(value)
         state = value % self._states
-        age = time - torch.where(begins, time, -1).cummax(-1).values
         broken = (state[..., 1:] != state[..., :-1]) & ~begins[..., 1:] & inside[..., 1:]
-        broken = broken.any(-1) | ((age >= longest) & inside).any(-1) | ~begins[..., 0]
+        late = (age >= self.potentials[2].shape[-1]) & inside
+        broken = broken.any(-1) | late.any(-1) | ~begins[..., 0]
         return torch.where(broken, -math.inf, super().score(value))
 
     def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:

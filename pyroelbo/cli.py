@@ -1,0 +1,324 @@
+"""The command line: ``pyroelbo models | train | audit | sample``."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+from pyroelbo import data, models, report
+from pyroelbo._version import __version__
+from pyroelbo.evidence import audit
+from pyroelbo.runs import RunDirectory
+from pyroelbo.train import OBJECTIVES, OPTIMIZERS, fit
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error that is told in one line, 130 when
+    interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has gone; what was to be written to files has been.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        print(f"pyroelbo: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pyroelbo",
+        description="Train latent-variable models as Pyro pairs, and see how tight their bounds are (nats).",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("models", help="list the models and their settings")
+    listing.set_defaults(run=_models)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model into a run directory",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("model", help=f"one of: {', '.join(models.REGISTRY)}")
+    train.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="the run directory, new or, with --resume, the one to go on with",
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the model, such as latent=8 (see `pyroelbo models`)",
+    )
+    _data_options(train)
+    train.add_argument("--objective", default="elbo", choices=tuple(OBJECTIVES))
+    train.add_argument("--optimizer", default="adam", choices=tuple(OPTIMIZERS))
+    train.add_argument(
+        "-n", "--num-epochs", type=int, default=None, help="epochs; the model's own default if left out"
+    )
+    train.add_argument("-b", "--batch-size", type=int, default=128)
+    train.add_argument(
+        "-lr",
+        "--learning-rate",
+        type=float,
+        default=None,
+        help="step size; the model's own default if left out",
+    )
+    train.add_argument("--schedule", default="constant", choices=("constant", "cosine"))
+    train.add_argument("--particles", type=int, default=1, help="draws of the latents per datum and step")
+    train.add_argument(
+        "--kl-warmup",
+        type=float,
+        default=0.0,
+        metavar="EPOCHS",
+        help="let the KL's weight grow from 0 to 1 over so many epochs",
+    )
+    train.add_argument("--clip-norm", type=float, default=None, help="bound on the gradient's norm")
+    train.add_argument(
+        "--ema",
+        type=float,
+        default=None,
+        help="decay of a moving average of the weights, kept in their place",
+    )
+    train.add_argument(
+        "--patience",
+        type=int,
+        default=None,
+        help="stop after so many epochs without a better validation bound",
+    )
+    train.add_argument(
+        "--freeze",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="leave a part as it is: generator, encoder, ...",
+    )
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--cuda", action="store_true", help="insist on a GPU (one is used anyway where there is one)"
+    )
+    train.add_argument("--checkpoint-seconds", type=float, default=10.0)
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(run=_train)
+
+    judge = commands.add_parser(
+        "audit",
+        help="how tight is the bound of a trained run?",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    judge.add_argument("path", type=Path, metavar="RUN")
+    judge.add_argument("--particles", type=int, default=64)
+    judge.add_argument(
+        "--num-data",
+        type=int,
+        default=200,
+        help="data of the split, drawn at random with the seed; 0 for all",
+    )
+    judge.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    judge.add_argument(
+        "--reference",
+        action="append",
+        default=None,
+        help="exact or quadrature; the best available if left out",
+    )
+    judge.add_argument(
+        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+    )
+    judge.add_argument("--seed", type=int, default=0)
+    judge.set_defaults(run=_audit)
+
+    sample = commands.add_parser(
+        "sample", help="draw data from a trained run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    sample.add_argument("path", type=Path, metavar="RUN")
+    sample.add_argument("-n", "--num-samples", type=int, default=64)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default="digits",
+        choices=data.NAMES,
+        help="data set; digits ship with scikit-learn, the others are files",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+    )
+
+
+def _models(options: argparse.Namespace) -> int:
+    for name, entry in models.REGISTRY.items():
+        print(f"{name:<10} {entry.about}")
+        owner = getattr(entry.make, "__self__", entry.make)
+        settings = [
+            f"{p.name}={p.default}"
+            for p in inspect.signature(owner).parameters.values()
+            if p.name not in ("shape", "dims", "levels")
+        ]
+        settings = [s.replace("=(", "=").replace(")", "").replace(", ", ",") for s in settings]
+        print(f"{'':<10} settings: {', '.join(settings)}\n")
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for text in pairs:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+        parts = [_value(v) for v in value.split(",") if v]
+        settings[name] = parts if "," in value else parts[0] if parts else ""
+    return settings
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _splits(dataset: str, form: str, root: Path | None) -> dict[str, torch.Tensor]:
+    if dataset == "binarized_mnist" and form != "binary":
+        raise ValueError("binarized_mnist holds zeros and ones: take a Bernoulli likelihood, or --data mnist")
+    return data.load(dataset, form=form, root=root)
+
+
+def _train(options: argparse.Namespace) -> int:
+    entry = models.entry(options.model)
+    settings = _settings(options.set)
+    splits = _splits(options.data, entry.form(settings), options.data_dir)
+    pyro.set_rng_seed(options.seed)
+    pair = models.build(options.model, options.data, settings, splits["train"])
+    warmup = options.kl_warmup
+    run = fit(
+        pair,
+        splits["train"],
+        valid=splits["valid"],
+        objective=options.objective,
+        optimizer=options.optimizer,
+        epochs=options.num_epochs or entry.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate or entry.learning_rate,
+        schedule=options.schedule,
+        particles=options.particles,
+        kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
+        clip_norm=options.clip_norm,
+        ema=options.ema,
+        patience=options.patience,
+        freeze=tuple(options.freeze),
+        seed=options.seed,
+        device="cuda" if options.cuda else None,
+        out=options.out,
+        resume=options.resume,
+        checkpoint_seconds=options.checkpoint_seconds,
+        config={
+            "model": options.model,
+            "data": options.data,
+            "settings": settings,
+            "kl_warmup": warmup,
+            "schedule": options.schedule,
+        },
+        progress=not options.quiet,
+    )
+    report.plot_curve(run, options.out / "curve.png")
+    last = run.metrics[-1] if run.metrics else {}
+    bound = f", validation ELBO {last['valid_elbo']:.3f}" if "valid_elbo" in last else ""
+    if last:
+        print(
+            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"
+        )
+    if run.stopped == "interrupted":
+        print(
+            f"interrupted; go on with: pyroelbo train {options.model} --out {options.out} --resume (and the same options)",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"next: pyroelbo audit {options.out}")
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    pair, config = models.load(options.path)
+    form = models.entry(config["model"]).form(config["settings"])
+    y = _splits(config["data"], form, options.data_dir)[options.split]
+    pyro.set_rng_seed(options.seed)
+    if 0 < options.num_data < len(y):
+        y = y[
+            torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))[: options.num_data]
+        ]
+    result = audit(pair, y, particles=options.particles, references=options.reference)
+    print(f"{config['model']} of {options.path}, {config['data']} {options.split} split, seed {options.seed}")
+    print(result)
+    if form != "grey":
+        print("\n" + report.bits_table(result, y.shape[-1]))
+    run = RunDirectory(options.path)
+    run.write_text("audit.json", result.to_json() + "\n")
+    figure = report.plot(result, options.path / "audit.png")
+    _pictures(pair, config, y, options.path)
+    print(f"\nwritten: {options.path / 'audit.json'}, {figure}")
+    return 0
+
+
+def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) -> None:
+    """Reconstructions and the latent plane, for pairs that can draw a mean image."""
+    if not hasattr(pair, "mean_image"):
+        return
+    shape, n = data.shape(config["data"]), min(16, len(y))
+    with torch.no_grad():
+        q = pair.encode(y)
+        original = y[:n] / (pair.levels - 1) if pair.form == "bytes" else y[:n]
+        report.images(
+            [original, pair.mean_image(q.mean[:n])], shape, path / "reconstructions.png", ["data", "decoded"]
+        )
+        if q.mean.shape[-1] == 2:
+            plane = _plane(15, 2.5).to(y.dtype)
+            report.plot_latents(q.mean, None, pair.mean_image(plane), shape, 2.5, path / "latents.png")
+
+
+def _plane(n: int, extent: float) -> torch.Tensor:
+    ticks = torch.linspace(-extent, extent, n)
+    return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    pair, config = models.load(options.path)
+    pyro.set_rng_seed(options.seed)
+    _, y = pair.simulate(options.num_samples)
+    from safetensors.torch import save_file
+
+    save_file({"y": y.contiguous()}, options.path / "samples.safetensors")
+    top = data.levels(config["data"]) - 1 if getattr(pair, "form", "grey") == "bytes" else 1
+    pictures = (y / top).clamp(0, 1)
+    columns = min(16, options.num_samples)
+    figure = report.images(
+        list(pictures.split(columns)), data.shape(config["data"]), options.path / "samples.png"
+    )
+    print(f"written: {options.path / 'samples.safetensors'} (y, {tuple(y.shape)}), {figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

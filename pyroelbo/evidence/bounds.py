@@ -1,0 +1,85 @@
+"""Lower bounds from draws of the guide: the ELBO and the importance-weighted bound."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from pyroelbo.evidence.diagnostics import pareto_k_hat
+from pyroelbo.numerics import effective_sample_size, log_mean_exp
+from pyroelbo.pair import Pair
+from pyroelbo.records import Bound
+from pyroelbo.terms import Evaluator
+
+__all__ = ["elbo", "iwae"]
+
+
+@torch.no_grad()
+def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
+    """The evidence lower bound of each datum, E_q[ln p(y, z) - ln q(z | y)] ≤ ln p(y), in nats, [B].
+
+    The mean of ``particles`` draws, with its standard error (NaN for one draw). Scales within a datum
+    (subsampled inner plates, ``within_datum``) are kept: they are part of that datum's estimate. ``y`` is a
+    batch: a tensor, a tuple or a dict. Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost:
+    ``particles`` evaluations a datum.
+    """
+    evaluator = Evaluator(pair, y)
+    log_w = evaluator.draws(_count(particles)).log_weight.double()
+    if particles > 1:
+        stderr = log_w.std(0) / math.sqrt(particles)
+    else:
+        stderr = torch.full_like(log_w[0], math.nan)
+    return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=particles * evaluator.size)
+
+
+@torch.no_grad()
+def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
+    """The importance-weighted bound of each datum, E ln (1/K) Σ_k p(y, z_k)/q(z_k | y) ≤ ln p(y), in nats,
+    [B].
+
+    Weights are formed per datum, unscaled. One set of K = ``particles`` draws; the standard error is the
+    delta method's, ``ess`` Kish's effective number of draws, ``k_hat`` the Pareto tail index: above 0.7 the
+    standard error is not to be trusted and a note says for how many data. Monotone in K; (1/K) Σ w itself is
+    unbiased for p(y). Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says, and for pairs with a
+    scale within the datum, whose weights would be wrong.
+
+    Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
+    """
+    evaluator = Evaluator(pair, y)
+    refuse_scales(evaluator, "iwae")
+    log_w = evaluator.draws(_count(particles)).log_weight.double()
+    value, stderr = log_mean_exp(log_w)
+    k_hat = pareto_k_hat(log_w)
+    bad = int((k_hat > 0.7).sum())
+    notes = (
+        (f"k-hat above 0.7 for {bad} of {evaluator.size} data: their errors are not to be trusted",)
+        if bad
+        else ()
+    )
+    return Bound(
+        f"iwae-{particles}",
+        value,
+        stderr,
+        "lower",
+        draws=particles,
+        cost=particles * evaluator.size,
+        ess=effective_sample_size(log_w),
+        k_hat=k_hat,
+        notes=notes,
+    )
+
+
+def refuse_scales(evaluator: Evaluator, method: str) -> None:
+    if evaluator.scaled_site is not None:
+        raise ValueError(
+            f"site {evaluator.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
+            f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
+        )
+
+
+def _count(particles: int) -> int:
+    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
+        raise ValueError(f"particles takes a positive number of draws, got {particles!r}")
+    return particles

@@ -1,0 +1,242 @@
+"""The evidence by numerical integration over one or two continuous latents, by two rules that must agree."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroelbo.evidence.bounds import refuse_scales
+from pyroelbo.evidence.exact import Unavailable
+from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.numerics import logsumexp
+from pyroelbo.pair import Pair
+from pyroelbo.records import Bound
+from pyroelbo.terms import Evaluator
+
+__all__ = ["quadrature"]
+
+_FLOOR = 20.0  # a cell this many nats below the largest one is left out of the next, finer grid
+_DRAWS = 128
+
+
+@torch.no_grad()
+def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
+    """ln ∫ p(y, z) dz of each datum over one or two continuous latent dimensions, an ``estimate`` in nats,
+    [B].
+
+    Two rules that share no nodes. An *adaptive grid*: a box around prior and guide draws, narrowed around
+    where the integrand is, then doubled until two grids agree to ``tolerance`` (a datum that has agreed is
+    not refined). *Gauss–Hermite*: nodes centred on the guide's draws for the datum, recentred on the
+    integrand's own mean and covariance, then doubled in the same way. The value is the grid's; ``resolution``
+    is the two rules' absolute difference plus the grid's last change. Latents with a bounded support are
+    mapped to the whole line first. Raises :class:`Unavailable` for discrete latents or more than two
+    dimensions, ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: some 30,000 to 80,000 evaluations
+    a datum in two dimensions, 5,000 in one.
+
+    Source: Naylor and Smith (1982) for the recentred Gauss–Hermite rule.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"tolerance takes a positive number of nats, got {tolerance!r}")
+    evaluator = Evaluator(pair, y)
+    refuse_scales(evaluator, "quadrature")
+    space = Unconstrained(evaluator)
+    if space.dims not in (1, 2):
+        raise Unavailable(
+            f"the latents of one datum have {space.dims} dimensions, quadrature takes one or two"
+        )
+    work = _Integrand(space)
+    guide = space.unconstrain(evaluator.draws(_DRAWS).latents)
+    prior = space.unconstrain(Evaluator(pair, y, with_guide=False).draws(_DRAWS).latents)
+    grid, change = _adaptive_grid(work, torch.cat([prior, guide]), guide, tolerance)
+    hermite = _gauss_hermite(work, guide, prior, tolerance)
+    resolution = (grid - hermite).abs() + change
+    bad = int((~(resolution <= 1e-3)).sum())
+    notes = (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",) if bad else ()
+    return Bound(
+        "quadrature",
+        grid,
+        torch.zeros_like(grid),
+        "estimate",
+        cost=work.count + 2 * _DRAWS * evaluator.size,
+        resolution=resolution,
+        notes=notes,
+    )
+
+
+class _Integrand:
+    """The log integrand at nodes that differ from datum to datum, chunked by memory and counted."""
+
+    def __init__(self, space: Unconstrained) -> None:
+        self.space = space
+        self.count = 0
+
+    def __call__(self, nodes: Tensor, index: Tensor) -> Tensor:
+        """nodes [M, b, D] of the data ``index`` [b] to [M, b], float64."""
+        self.count += nodes.shape[0] * nodes.shape[1]
+        cells = self.space.evaluator.cells
+        step, width = min(len(nodes), cells), max(1, cells // len(nodes))
+        if not self.space.evaluator.sliceable:
+            step, width = max(1, cells // len(index)), len(index)
+        columns = []
+        for first in range(0, len(index), width):
+            rows = index[first : first + width]
+            block = nodes[:, first : first + width]
+            out = [
+                self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows)
+                for m in range(0, len(nodes), step)
+            ]
+            columns.append(torch.cat(out).double())
+        return torch.cat(columns, 1).nan_to_num(nan=-math.inf)
+
+
+def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """ln of the midpoint rule's sum and its last change, [B] each; ``seen`` [M, B, D] are points the first
+    box must hold."""
+    seen, guide = seen.double(), guide.double()
+    data, dims = seen.shape[1], seen.shape[2]
+    low, high = seen.amin(0), seen.amax(0)
+    margin = 0.5 * (high - low) + 1e-6
+    low, high = low - margin, high + margin
+    everyone = torch.arange(data, device=seen.device)
+    # Narrow the box: a coarse grid, with the guide's draws beside it so that a spike between its nodes is not lost.
+    at_guide = work(guide.to(torch.get_default_dtype()), everyone)
+    points = 257 if dims == 1 else 33
+    for _ in range(12):
+        nodes, step = _midpoints(low, high, points)
+        f = work(nodes, everyone)
+        peak = torch.maximum(f.amax(0), at_guide.amax(0))
+        keep, keep_guide = f > peak - _FLOOR, at_guide > peak - _FLOOR
+        new_low = torch.minimum(_hull(nodes - step, keep, -1), _hull(guide - step, keep_guide, -1))
+        new_high = torch.maximum(_hull(nodes + step, keep, 1), _hull(guide + step, keep_guide, 1))
+        # Where the integrand has not died away at an edge, the box grows instead.
+        width = high - low
+        grown_low, grown_high = new_low < low, new_high > high
+        new_low, new_high = new_low - 0.5 * width * grown_low, new_high + 0.5 * width * grown_high
+        settled = ((new_high - new_low) / width > 0.6) & ~grown_low & ~grown_high
+        low, high = new_low, new_high
+        if bool(settled.all()):
+            break
+    value = _midpoint_sum(work, low, high, everyone, points)
+    change = torch.full_like(value, math.inf)
+    open_rows = everyone
+    for _ in range(4 if dims == 2 else 8):
+        points = 2 * points - 1
+        finer = _midpoint_sum(work, low[open_rows], high[open_rows], open_rows, points)
+        change[open_rows] = (finer - value[open_rows]).abs().nan_to_num(nan=0.0)
+        value[open_rows] = finer
+        open_rows = everyone[change > tolerance]
+        if not len(open_rows):
+            break
+    return value, change
+
+
+def _midpoints(low: Tensor, high: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Cell centres [points^D, b, D] of a grid over each datum's box, and the cell widths [b, D]."""
+    step = (high - low) / points
+    ticks = torch.arange(points, dtype=low.dtype, device=low.device) + 0.5
+    unit = torch.stack(torch.meshgrid(*[ticks] * low.shape[-1], indexing="ij"), -1).reshape(
+        -1, 1, low.shape[-1]
+    )
+    return low + unit * step, step
+
+
+def _hull(nodes: Tensor, keep: Tensor, side: int) -> Tensor:
+    """The lowest (side -1) or highest (+1) corner of the kept nodes, [b, D]; infinite where none is kept."""
+    filled = nodes.where(keep.unsqueeze(-1), torch.full_like(nodes, -side * math.inf))
+    return filled.amin(0) if side < 0 else filled.amax(0)
+
+
+def _midpoint_sum(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, points: int) -> Tensor:
+    nodes, step = _midpoints(low, high, points)
+    return logsumexp(work(nodes, index), 0) + step.log().sum(-1)
+
+
+def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: float) -> Tensor:
+    """ln of the Gauss–Hermite sum, [B]: around the guide's mean and as wide as the prior first, then
+    recentred on the integrand's moments and refined until two sums in a row agree. A tenth of the first
+    covariance stays in, so that a small mode far away is not lost."""
+    guide, prior = guide.double(), prior.double()
+    everyone = torch.arange(guide.shape[1], device=guide.device)
+    mean = guide.mean(0)
+    spread = torch.cat([guide, prior]) - mean
+    wide = torch.einsum("mbi,mbj->bij", spread, spread) / len(spread)
+    covariance = wide.clone()
+    value = torch.full_like(mean[:, 0], -math.inf)
+    open_rows = everyone
+    for points in (
+        (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384)
+    ):
+        nodes, terms = _hermite_terms(work, mean, covariance, open_rows, points)
+        finer = logsumexp(terms, 0)
+        share = (terms - finer).exp().nan_to_num(nan=0.0)
+        mean[open_rows] = center = torch.einsum("mb,mbi->bi", share, nodes)
+        spread = nodes - center
+        covariance[open_rows] = torch.einsum("mb,mbi,mbj->bij", share, spread, spread) + 0.1 * wide[open_rows]
+        moved = (finer - value[open_rows]).abs() > tolerance
+        value[open_rows] = finer
+        open_rows = open_rows[moved]
+        if not len(open_rows):
+            break
+    return value
+
+
+def _hermite_terms(
+    work: _Integrand, mean: Tensor, covariance: Tensor, index: Tensor, points: int
+) -> tuple[Tensor, Tensor]:
+    root = _cholesky(covariance[index])
+    x, log_weight = _hermite_nodes(points, mean.shape[-1], mean)
+    nodes = mean[index] + math.sqrt(2.0) * torch.einsum("bij,mj->mbi", root, x)
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * mean.shape[-1] * math.log(2.0)
+    return nodes, work(nodes, index) + log_weight[:, None] + log_det
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
+    return torch.linalg.cholesky(covariance + 1e-9 * size * eye)
+
+
+@functools.cache
+def _hermite_rule(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss–Hermite nodes and ln(weight) + x² within eleven standard deviations, |x| < 8.
+
+    The nodes are the zeros of the Hermite function ψ_n: first where its WKB phase says, then by Newton's
+    method; and weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) for each node, so that thousands of points are
+    no matter.
+    """
+    turning = math.sqrt(2 * points + 1)
+    grid = np.linspace(0, min(8.2, turning * (1 - 1e-9)), 20_000)
+    phase = 0.5 * (grid * np.sqrt(turning**2 - grid**2) + turning**2 * np.arcsin(grid / turning))
+    offset = 0.5 if points % 2 == 0 else 1.0
+    count = int(phase[-1] / math.pi - offset) + 1
+    x = np.interp((np.arange(count) + offset) * math.pi, phase, grid)
+    for _ in range(4):
+        before, last, _ = _hermite_functions(points, x)
+        x = x - last / (math.sqrt(2 * points) * before - x * last)
+    x = np.concatenate([-x[::-1], [0.0] if points % 2 else [], x])
+    x = x[np.abs(x) < 8]
+    return x, -np.log(_hermite_functions(points, x)[2])
+
+
+def _hermite_functions(n: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ψ_{n-1}(x), ψ_n(x) and Σ_{j<n} ψ_j(x)² of the orthonormal Hermite functions, by their recursion."""
+    previous, current = np.zeros_like(x), np.pi**-0.25 * np.exp(-(x**2) / 2)
+    total = np.zeros_like(x)
+    for j in range(n):
+        total += current**2
+        previous, current = current, math.sqrt(2 / (j + 1)) * x * current - math.sqrt(j / (j + 1)) * previous
+    return previous, current, total
+
+
+def _hermite_nodes(points: int, dims: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes x [M, D] and ln(weight) + |x|², for integrals against dx."""
+    x, log_w = _hermite_rule(points)
+    grid = np.array(list(itertools.product(x, repeat=dims)))
+    weight = np.array([sum(c) for c in itertools.product(log_w, repeat=dims)])
+    return like.new_tensor(grid), like.new_tensor(weight)

@@ -1,0 +1,80 @@
+"""The continuous latents of a datum as one vector of the whole space, with the Jacobian of the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyroelbo.evidence.exact import Unavailable
+from pyroelbo.terms import Evaluator
+
+__all__ = ["Unconstrained"]
+
+
+class Unconstrained:
+    """Maps latents {site: [K, *plates, B, *event]} to u [K, B, D] and back; ``density(u)`` is ln p(y, z(u)) +
+    ln |dz/du|.
+
+    Raises :class:`Unavailable` for discrete latents and for supports that differ from datum to datum.
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self._transforms: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self.dims = 0
+        for name, site in evaluator.latents.items():
+            if site.has_enumerate_support or site.support is None or site.support.is_discrete:
+                raise Unavailable(f"latent site {name!r} is discrete")
+            transform = biject_to(_common_support(site.support, name))
+            self._transforms[name] = transform
+            self._shapes[name] = torch.Size((*site.plate_shape, *transform.inverse_shape(site.event_shape)))
+            self.dims += self._shapes[name].numel()
+
+    def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """u [K, B, D] to latents and ln |dz/du|, [K, B]."""
+        latents, log_det, start = {}, u.new_zeros(u.shape[:-1]), 0
+        for name, shape in self._shapes.items():
+            site = self.evaluator.latents[name]
+            piece = u[..., start : start + shape.numel()].reshape(*u.shape[:-1], *shape)
+            start += shape.numel()
+            value = self._transforms[name](piece)
+            jacobian = self._transforms[name].log_abs_det_jacobian(piece, value)
+            log_det = log_det + jacobian.reshape(*u.shape[:-1], -1).sum(-1)
+            latents[name] = value.movedim(1, 1 + len(site.plate_shape))
+        return latents, log_det
+
+    def unconstrain(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents to u [K, B, D]."""
+        pieces = []
+        for name in self._shapes:
+            value = latents[name].movedim(1 + len(self.evaluator.latents[name].plate_shape), 1)
+            pieces.append(self._transforms[name].inv(value).reshape(*value.shape[:2], -1))
+        return torch.cat(pieces, -1)
+
+    def density(self, u: Tensor, rows: Any = None) -> Tensor:
+        """ln p(y, z) + ln |dz/du| of u [K, B, D] for the given rows of the batch, [K, B]."""
+        latents, log_det = self.constrain(u)
+        return self.evaluator.score(latents, rows) + log_det
+
+
+def _common_support(support: Any, name: str) -> Any:
+    """The support with bounds that are one number each, for all data."""
+    if isinstance(support, constraints.independent):
+        return constraints.independent(
+            _common_support(support.base_constraint, name), support.reinterpreted_batch_ndims
+        )
+    bounds = {k: v for k, v in vars(support).items() if isinstance(v, Tensor)}
+    if not bounds:
+        return support
+    for value in bounds.values():
+        if not bool((value == value.reshape(-1)[0]).all()):
+            raise Unavailable(f"the support of latent site {name!r} differs between data or dimensions")
+    numbers = {k: float(bounds[k].reshape(-1)[0]) if k in bounds else v for k, v in vars(support).items()}
+    fresh = object.__new__(type(support))
+    fresh.__dict__.update(numbers)
+    return fresh

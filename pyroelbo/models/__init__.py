@@ -1,0 +1,83 @@
+"""The registry of models that the command line trains; one row a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroelbo import data
+from pyroelbo.models.mixture import GaussianMixture
+from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.vae import VAE
+from pyroelbo.pair import Pair
+from pyroelbo.runs import RunDirectory, copy_into
+
+__all__ = ["PPCA", "REGISTRY", "VAE", "Entry", "GaussianMixture", "build", "load"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``make(train or None, shape, levels, **settings)`` builds the pair; ``form(settings)`` is the form of
+    data it takes."""
+
+    about: str
+    make: Callable[..., Pair]
+    form: Callable[[dict[str, Any]], str]
+    epochs: int
+    learning_rate: float
+
+
+REGISTRY: dict[str, Entry] = {
+    "vae": Entry(
+        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv",
+        VAE.for_data,
+        VAE.form_of,
+        50,
+        1e-3,
+    ),
+    "ppca": Entry(
+        "probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2
+    ),
+    "mixture": Entry(
+        "Gaussian mixture, exact; guide=exact|encoder",
+        GaussianMixture.for_data,
+        lambda settings: "grey",
+        50,
+        1e-2,
+    ),
+}
+
+
+def entry(name: str) -> Entry:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown model {name!r}: there are {', '.join(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
+    """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data
+    where that helps."""
+    try:
+        return entry(name).make(train, data.shape(dataset), data.levels(dataset), **settings)
+    except TypeError as error:
+        raise ValueError(f"model {name!r} does not take these settings: {error}") from error
+
+
+def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
+    """The pair of a run directory with its weights, and the run's configuration.
+
+    Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another
+    pair.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    if "model" not in config:
+        raise ValueError(
+            f"{path} does not say which model it trained: it was not started by `pyroelbo train`"
+        )
+    pair = build(config["model"], config["data"], config["settings"])
+    tensors, _ = run.load_weights()
+    copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+    return pair.eval(), config

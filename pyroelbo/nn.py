@@ -1,0 +1,74 @@
+"""Networks for pairs. All accept any number of leading dimensions, so that particles vectorize."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers ``sizes[0] → … → sizes[-1]`` with an activation between them."""
+
+    def __init__(self, sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> None:
+        if len(sizes) < 2 or any(s < 1 for s in sizes):
+            raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
+        super().__init__(*layers)
+
+
+class ConvEncoder(nn.Module):
+    """Flat images [*, H·W] to features [*, out]: two strided convolutions, then an MLP layer."""
+
+    def __init__(self, shape: tuple[int, int], out: int, channels: int = 32, hidden: int = 128) -> None:
+        super().__init__()
+        self.shape = shape
+        height, width = (math.ceil(s / 4) for s in shape)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, channels, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(2 * channels * height * width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, out),
+        )
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.layers(y.reshape(-1, 1, *self.shape)).reshape(*y.shape[:-1], -1)
+
+
+class ConvDecoder(nn.Module):
+    """Codes [*, latent] to ``out`` numbers a pixel, [*, H·W·out]: an MLP layer, then two transposed
+    convolutions."""
+
+    def __init__(
+        self, shape: tuple[int, int], latent: int, out: int = 1, channels: int = 32, hidden: int = 128
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        height, width = (math.ceil(s / 4) for s in shape)
+        self.layers = nn.Sequential(
+            nn.Linear(latent, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * channels * height * width),
+            nn.SiLU(),
+            nn.Unflatten(-1, (2 * channels, height, width)),
+            nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        image = self.layers(z.reshape(-1, z.shape[-1]))
+        # Sizes that four does not divide are decoded larger and cut.
+        image = image[..., : self.shape[0], : self.shape[1]]
+        return torch.movedim(image, 1, -1).reshape(*z.shape[:-1], -1)

@@ -1,0 +1,324 @@
+"""The protocol of the library: a generator (Pyro `model`) and an encoder (Pyro `guide`) over the same latent
+sites."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+
+from pyroelbo import data as batches
+from pyroelbo.data import Batch
+
+__all__ = ["PLATE", "ExactPair", "Pair", "within_datum"]
+
+PLATE = "data"
+_counts: Counter[str] = Counter()
+_quiet = False
+
+
+@contextmanager
+def unregistered() -> Iterator[None]:
+    """Within this, pairs run without a ``pyro.param`` statement per parameter, which a trainer that holds
+    them does not need."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+class within_datum(Messenger):
+    """Declare a scale that belongs to the datum's own ELBO estimate: ``with within_datum(T):
+    pyro.sample(...)``.
+
+    A term drawn at random among T (one time step per datum, one token of a text) stands for all T of them.
+    This handler multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale``
+    would, and marks it, so that ``evidence.elbo`` keeps it while importance weights, which would be wrong,
+    refuse it. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
+    """
+
+    def __init__(self, scale: float | Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = msg["scale"] * self.scale
+        # Not in msg["infer"]: replay replaces the model's by the guide's.
+        msg["within_datum"] = msg.get("within_datum", 1.0) * self.scale
+
+
+class Program(nn.Module):
+    """A model or guide bound to its pair: a callable that is a module too, so that ``elbo(model, guide)``
+    finds the parameters."""
+
+    def __init__(self, pair: Pair, function: Callable) -> None:
+        super().__init__()
+        self.pair = pair
+        self._function = function
+        self.__name__ = function.__name__
+
+    def forward(self, *batch: Any, **named: Any) -> Any:
+        if _quiet and self.pair._without_pyro_samples():
+            return self._function(self.pair, *batch, **named)
+        with self.pair._pyro_context:
+            return self._function(self.pair, *batch, **named)
+
+    def train(self, mode: bool = True) -> Program:
+        # Programs share their pair's mode; following it here would loop through the pair's children.
+        self.training = mode
+        self.pair.train(mode)
+        return self
+
+
+class _ProgramAttribute:
+    """Turns a method ``model`` or ``guide`` of a Pair subclass into its :class:`Program`."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __get__(self, pair: Pair | None, owner: type) -> Any:
+        if pair is None:
+            return self
+        programs = pair.__dict__.setdefault("_programs", {})
+        if self.function not in programs:
+            programs[self.function] = Program(pair, self.function)
+        return programs[self.function]
+
+
+class Pair(PyroModule):
+    """A generator and an encoder over the same latent sites, with their parameters.
+
+    Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites
+    stand inside ``pyro.plate("data", len(y))`` at dim -1, the last sites observing the data. Conditional
+    pairs take ``(x, y)``, padded sequences ``(y, lengths)``; a dict batch is passed by name. ``pair.model``
+    and ``pair.guide`` work with plain ``pyro.infer.SVI`` (every pair has a name of its own in Pyro's store)
+    and, being modules, with ``Trace_ELBO()(pair.model, pair.guide)``.
+
+    Parts that :func:`fit` can freeze by name are attributes, ``prior``, ``generator`` and ``encoder`` by
+    convention.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("model", "guide"):
+            if callable(cls.__dict__.get(name)):
+                setattr(cls, name, _ProgramAttribute(cls.__dict__[name]))
+
+    def __init__(self) -> None:
+        for name in ("model", "guide"):
+            if not hasattr(type(self), name):
+                raise TypeError(f"{type(self).__name__} must define {name}(self, *batch), a Pyro program")
+        super().__init__(self._fresh_name())
+
+    @classmethod
+    def _fresh_name(cls) -> str:
+        _counts[cls.__name__] += 1
+        number = _counts[cls.__name__]
+        return cls.__name__ if number == 1 else f"{cls.__name__}_{number}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_programs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy under its original's name would find the original's parameters in Pyro's store and train nothing.
+        super().__setstate__(state)
+        self._pyro_context.used = False
+        self._pyro_set_supermodule(self._fresh_name(), self._pyro_context)
+
+    @staticmethod
+    def of(model: Callable, guide: Callable, *, placeholder: Callable | None = None) -> Pair:
+        """Any two Pyro callables as a pair: functions that use ``pyro.param`` or ``pyro.module``,
+        PyroModules, AutoGuides.
+
+        Modules become the parts ``generator`` and ``encoder``. ``placeholder(n)`` returns a batch of n data
+        of the right shape, which :meth:`simulate` needs.
+        """
+        return _CallablePair(model, guide, placeholder)
+
+    @property
+    def name(self) -> str:
+        """What tables call this pair."""
+        return type(self).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU for a pair that has none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _without_pyro_samples(self) -> bool:
+        if "_plain" not in self.__dict__:
+            plain = not any(m._pyro_samples for m in self.modules() if isinstance(m, PyroModule))
+            self.__dict__["_plain"] = plain
+        return self.__dict__["_plain"]
+
+    def part(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of a part by name: an attribute path to a module or a parameter, such as
+        ``encoder``."""
+        found = {k: p for k, p in self.named_parameters() if k == name or k.startswith(f"{name}.")}
+        found |= {k: p for k, p in self.named_parameters() if k == f"{name}_unconstrained"}
+        if not found:
+            parts = sorted({k.split(".")[0] for k, _ in self.named_parameters()})
+            raise ValueError(f"{type(self).__name__} has no part {name!r} with parameters: it has {parts}")
+        return found
+
+    def placeholder(self, n: int, *given: Tensor) -> Batch:
+        """A batch of n data of the right shape whose observed values do not matter (abstract: pairs that
+        simulate define it)."""
+        raise TypeError(
+            f"{type(self).__name__} does not say what a datum looks like: define placeholder(self, n, *given), for example "
+            "`return torch.zeros(n, 784)`, or call simulate(n, like=batch)"
+        )
+
+    @torch.no_grad()
+    def simulate(self, n: int, *given: Tensor, like: Batch | None = None) -> tuple[dict[str, Tensor], Batch]:
+        """Draw n data from the generator: ``(latents, batch)``, the latents by site and a batch like those
+        trained on.
+
+        ``given`` are the leading parts of a conditional batch (n rows each); ``like`` is a batch whose
+        shapes, and conditioning parts, are used in place of :meth:`placeholder`. Sites that observe a part of
+        the batch (or a reshaped view of it) are drawn instead. A model that feeds its observations forward
+        (an autoregressive one) would be simulated wrongly this way: it is refused with a ValueError and must
+        override this method.
+        """
+        if n < 1:
+            raise ValueError(f"n takes a positive number of draws, got {n}")
+        if like is None:
+            template = batches.as_batch(self.placeholder(n, *given), "placeholder")
+        else:
+            like = batches.as_batch(like, "like")
+            template = batches.rows(like, torch.arange(n) % batches.size(like))
+        if batches.size(template) != n:
+            raise ValueError(f"{type(self).__name__}.placeholder({n}) has {batches.size(template)} rows")
+        with evaluation_mode(self):
+            observed = self._observed_parts(template)
+            seed = int(torch.randint(2**31, ()))
+            latents, batch = self._draw(template, observed, seed)
+            _, again = self._draw(batch, observed, seed)
+        for (name, first), second in zip(
+            batches.parts(batch).items(), batches.parts(again).values(), strict=True
+        ):
+            if not torch.equal(first, second):
+                raise ValueError(
+                    f"{type(self).__name__}.model feeds its observations forward ({name} changes what is drawn); "
+                    "plain simulation would be wrong: override simulate(self, n, *given)"
+                )
+        return latents, batch
+
+    def _observed_parts(self, batch: Batch) -> dict[str, int]:
+        """Which part of the batch each observed site looks at, by shared memory."""
+        trace = prune_subsample_sites(batches.call(poutine.trace(self.model).get_trace, batch))
+        tensors = list(batches.parts(batch).values())
+        found = {}
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or not site["is_observed"] or type(site["fn"]).__name__ == "Unit":
+                continue
+            for i, part in enumerate(tensors):
+                if site["value"].data_ptr() == part.data_ptr() and site["value"].numel() == part.numel():
+                    found[name] = i
+            if name not in found:
+                raise ValueError(
+                    f"observed site {name!r} looks at no part of the batch as it is (it was computed from one): "
+                    f"{type(self).__name__} must override simulate(self, n, *given)"
+                )
+        return found
+
+    def _draw(self, template: Batch, observed: dict[str, int], seed: int) -> tuple[dict[str, Tensor], Batch]:
+        cuda = [t.device for t in self.parameters() if t.is_cuda][:1]
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            trace = batches.call(poutine.trace(poutine.uncondition(self.model)).get_trace, template)
+        trace = prune_subsample_sites(trace)
+        tensors = list(batches.parts(template).values())
+        for name, i in observed.items():
+            tensors[i] = trace.nodes[name]["value"].reshape(tensors[i].shape).to(tensors[i].dtype)
+        latents = {
+            k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
+        }
+        if isinstance(template, dict):
+            return latents, dict(zip(template, tensors, strict=True))
+        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0]
+
+
+class ExactPair(Pair):
+    """A pair whose evidence and posterior are exact: subclasses add ``log_evidence(*batch)`` and
+    ``posterior(*batch)``.
+
+    Unless a subclass writes another guide, the guide draws the site named by ``latent`` from the exact
+    posterior, and then the ELBO of every datum equals its evidence whatever was drawn.
+    """
+
+    latent = "z"
+
+    def log_evidence(self, *batch: Tensor) -> Tensor:
+        """ln p(y) of each datum, [B], in nats (abstract)."""
+        raise TypeError(f"{type(self).__name__} must define log_evidence(self, *batch)")
+
+    def posterior(self, *batch: Tensor) -> Any:
+        """The exact p(z | y), a Pyro distribution of batch shape [B] (abstract)."""
+        raise TypeError(f"{type(self).__name__} must define posterior(self, *batch)")
+
+    def guide(self, *batch: Any, **named: Any) -> None:
+        posterior = self.posterior(*batch, **named)
+        with pyro.plate(PLATE, posterior.batch_shape[-1]):
+            pyro.sample(self.latent, posterior)
+
+    @property
+    def exact_guide(self) -> bool:
+        """Whether the guide draws from the exact posterior."""
+        return type(self).guide is ExactPair.guide
+
+
+class _CallablePair(Pair):
+    def __init__(self, model: Callable, guide: Callable, placeholder: Callable | None) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"{name} takes a Pyro callable, got a {type(program).__name__}")
+        super().__init__()
+        self.__dict__.update(_callables=(model, guide), _placeholder=placeholder)
+        # A PyroModule keeps its own names in the store, which registering it as a submodule would change.
+        for part, program in (("generator", model), ("encoder", guide)):
+            owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+            if isinstance(owner, nn.Module):
+                nn.Module.add_module(self, part, owner)
+
+    @property
+    def name(self) -> str:
+        model = self.__dict__["_callables"][0]
+        return getattr(model, "__name__", type(model).__name__)
+
+    def model(self, *batch: Any, **named: Any) -> Any:
+        return self.__dict__["_callables"][0](*batch, **named)
+
+    def guide(self, *batch: Any, **named: Any) -> Any:
+        return self.__dict__["_callables"][1](*batch, **named)
+
+    def placeholder(self, n: int, *given: Tensor) -> Batch:
+        make = self.__dict__["_placeholder"]
+        return super().placeholder(n, *given) if make is None else make(n, *given)
+
+
+@contextmanager
+def evaluation_mode(pair: Pair) -> Iterator[None]:
+    """Dropout and batch normalization in their evaluation mode, the modes before restored after."""
+    modules = list(itertools.chain(pair.modules()))
+    modes = [m.training for m in modules]
+    pair.eval()
+    try:
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode

@@ -1,0 +1,289 @@
+"""Results: frozen records that `report` and the command line read. All log quantities are in nats."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Audit", "Bound", "Gap", "Run", "Terms"]
+
+KINDS = ("lower", "upper", "exact", "estimate")
+SCOPES = ("datum", "joint")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Log probabilities by site for K particles of each of B data, unscaled and masked: tensors [K, B].
+
+    ``log_model`` holds every sample site of the generator, observed ones (named in ``observed``) included;
+    ``log_guide`` every site of the encoder; ``latents`` the draws, [K, ..., B, *event].
+    """
+
+    log_model: dict[str, Tensor]
+    log_guide: dict[str, Tensor]
+    observed: frozenset[str]
+    latents: dict[str, Tensor]
+
+    @property
+    def log_joint(self) -> Tensor:
+        """ln p(y, z), [K, B]."""
+        return _total(self.log_model)
+
+    @property
+    def log_proposal(self) -> Tensor:
+        """ln q(z | y), [K, B]."""
+        return _total(self.log_guide)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """ln p(y, z) - ln q(z | y), [K, B]; its mean over K is the ELBO of each datum."""
+        return self.log_joint - self.log_proposal
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one estimator says about ln p(y) in nats: one value per datum, or one for the whole batch.
+
+    ``kind``: ``lower`` and ``upper`` hold in expectation, ``exact`` is a closed form, a dynamic program or an
+    enumeration, ``estimate`` errs either way. ``stderr`` is the Monte Carlo standard error of each value
+    (zero for exact ones, NaN where one draw cannot tell). ``resolution`` is what a quadrature states instead:
+    the absolute disagreement of its two rules. ``cost`` counts model evaluations (one particle of one datum).
+    ``ess`` is the effective number of draws and ``k_hat`` the Pareto tail index of the weights, where there
+    are weights.
+    """
+
+    method: str
+    value: Tensor
+    stderr: Tensor
+    kind: str
+    scope: str = "datum"
+    draws: int = 0
+    cost: int = 0
+    ess: Tensor | None = None
+    k_hat: Tensor | None = None
+    resolution: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Bound.kind takes one of {KINDS}, got {self.kind!r}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"Bound.scope takes one of {SCOPES}, got {self.scope!r}")
+        if self.value.shape != self.stderr.shape:
+            raise ValueError(
+                f"Bound.stderr has shape {tuple(self.stderr.shape)}, its value {tuple(self.value.shape)}"
+            )
+
+    @property
+    def error(self) -> Tensor:
+        """The stated error of each value: the resolution error where there is one, else the standard
+        error."""
+        return self.stderr if self.resolution is None else self.resolution
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data."""
+        return float(self.value.double().mean())
+
+    @property
+    def mean_error(self) -> float:
+        """Stated error of the mean: Monte Carlo errors add in quadrature, resolution errors linearly."""
+        if self.resolution is not None:
+            return float(self.resolution.double().mean())
+        return float(self.stderr.double().square().sum().sqrt() / max(self.stderr.numel(), 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "method": self.method,
+            "kind": self.kind,
+            "scope": self.scope,
+            "draws": self.draws,
+            "cost": self.cost,
+            "mean": self.mean,
+            "mean_error": self.mean_error,
+            "notes": list(self.notes),
+        }
+        for name in ("value", "stderr", "ess", "k_hat", "resolution"):
+            part = getattr(self, name)
+            row[name] = None if part is None else part.double().reshape(-1).tolist()
+        return row
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Bound:
+        parts = {
+            name: None
+            if row[name] is None
+            else torch.tensor([float(x) for x in row[name]], dtype=torch.float64)
+            for name in ("value", "stderr", "ess", "k_hat", "resolution")
+        }
+        if row["scope"] == "joint":
+            parts = {name: None if part is None else part.reshape(()) for name, part in parts.items()}
+        plain = {name: row[name] for name in ("method", "kind", "scope", "draws", "cost")}
+        return cls(**plain, **parts, notes=tuple(row["notes"]))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Reference minus bound, per datum, in nats. The errors of the two are independent and are combined."""
+
+    method: str
+    reference: str
+    value: Tensor
+    error: Tensor
+    mean: float
+    mean_error: float
+
+    @classmethod
+    def between(cls, reference: Bound, bound: Bound) -> Gap:
+        return cls(
+            method=bound.method,
+            reference=reference.method,
+            value=reference.value.double() - bound.value.double(),
+            error=torch.hypot(reference.error.double(), bound.error.double()),
+            mean=reference.mean - bound.mean,
+            mean_error=math.hypot(reference.mean_error, bound.mean_error),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "reference": self.reference,
+            "mean": self.mean,
+            "mean_error": self.mean_error,
+            "value": self.value.tolist(),
+            "error": self.error.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
+
+    ``print(audit)`` is a table; ``reference`` is the method the gaps are taken from, ``None`` where nothing
+    but lower bounds could be had. ``notes`` say what was not possible and why.
+    """
+
+    name: str
+    bounds: tuple[Bound, ...]
+    reference: str | None = None
+    notes: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        gaps: tuple[Gap, ...] = ()
+        if self.reference is not None:
+            anchor = self[self.reference]
+            gaps = tuple(Gap.between(anchor, b) for b in self.bounds if b.method != self.reference)
+        object.__setattr__(self, "gaps", gaps)
+
+    def __getitem__(self, method: str) -> Bound:
+        for bound in self.bounds:
+            if bound.method == method:
+                return bound
+        raise KeyError(f"no row {method!r} in this audit, which has {[b.method for b in self.bounds]}")
+
+    @property
+    def num_data(self) -> int:
+        return max(b.value.numel() for b in self.bounds)
+
+    def __str__(self) -> str:
+        gaps = {g.method: g for g in self.gaps}
+        head = ["method", "kind", "ln p(y)", "error", "gap", "error", "ESS", "k-hat", "evaluations"]
+        rows = [head]
+        for b in sorted(self.bounds, key=lambda b: -b.mean):
+            gap = gaps.get(b.method)
+            rows.append(
+                [
+                    b.method,
+                    b.kind if b.scope == "datum" else f"{b.kind}, joint",
+                    f"{b.mean:.4f}",
+                    _short(b.mean_error),
+                    "" if gap is None else f"{gap.mean:.4f}",
+                    "" if gap is None else _short(gap.mean_error),
+                    "" if b.ess is None else f"{float(b.ess.double().mean()):.1f}/{b.draws}",
+                    "" if b.k_hat is None else f"{float(b.k_hat.double().nanmedian()):.2f}",
+                    f"{b.cost:,}",
+                ]
+            )
+        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))
+            ).rstrip()
+            for r in rows
+        ]
+        rule = "-" * max(map(len, lines))
+        title = f"{self.name}: {self.num_data} data, nats per datum (means over the data)"
+        tail = [f"note: {n}" for n in self.notes]
+        tail += [f"note: {b.method}: {n}" for b in self.bounds for n in b.notes]
+        if self.reference is not None:
+            tail.insert(0, f"gap = {self.reference} - row; ESS is the mean, k-hat the median over the data")
+        return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *tail])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "reference": self.reference,
+            "unit": "nats",
+            "notes": list(self.notes),
+            "bounds": [b.to_dict() for b in self.bounds],
+            "gaps": [g.to_dict() for g in self.gaps],
+        }
+
+    def to_json(self) -> str:
+        """The whole audit as JSON; NaN and infinities are written as the strings "nan", "inf" and "-inf"."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Audit:
+        bounds = tuple(Bound.from_dict(b) for b in row["bounds"])
+        return cls(row["name"], bounds, row["reference"], tuple(row["notes"]))
+
+
+def _short(error: float) -> str:
+    return (
+        "?"
+        if math.isnan(error)
+        else "0"
+        if error == 0
+        else f"{error:.4f}"
+        if error >= 5e-5
+        else f"{error:.0e}"
+    )
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _finite(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_finite(v) for v in node]
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left behind: one row of metrics per epoch, and where its files are, if anywhere.
+
+    ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` says why
+    it ended (``"epochs"``, ``"early"`` for the validation bound, ``"interrupted"``); ``seconds`` counts this
+    process only.
+    """
+
+    metrics: tuple[dict[str, Any], ...]
+    stopped: str
+    seconds: float
+    path: Path | None = None
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.metrics]

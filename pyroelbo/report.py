@@ -1,0 +1,220 @@
+"""Figures and exports from records and plain arrays; this module sees no models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroelbo.numerics import bits_per_dim
+from pyroelbo.records import Audit, Run
+
+__all__ = ["bits_table", "images", "plot", "plot_curve", "plot_latents", "to_arviz"]
+
+_COLOURS = {"exact": "black", "estimate": "black", "lower": "tab:blue", "upper": "tab:red"}
+_SHADES = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def plot(audit: Audit, path: str | Path) -> Path:
+    """Bounds against the reference: each datum's gap with its error at left, the means at right. Returns the
+    path.
+
+    Without a reference the left panel shows the values themselves, sorted by the first row.
+    """
+    figure, (left, right) = _figure(10.5, 4.2, 2)
+    anchor = None if audit.reference is None else audit[audit.reference]
+    base = (anchor or audit.bounds[0]).value.double()
+    order = base.argsort()
+    x = np.arange(len(order))
+    shade = 0
+    for bound in audit.bounds:
+        if bound.value.dim() == 0:
+            continue
+        if anchor is not None and bound.method == anchor.method:
+            left.axhline(0.0, color="black", lw=1, label=f"{bound.method} ({bound.kind})")
+            continue
+        value = bound.value.double() if anchor is None else bound.value.double() - base
+        colour = _SHADES[shade % len(_SHADES)]
+        shade += 1
+        left.errorbar(
+            x,
+            value[order].cpu(),
+            yerr=_bars(bound.error)[order].cpu(),
+            fmt=".",
+            ms=4,
+            lw=0.6,
+            alpha=0.7,
+            color=colour,
+            label=f"{bound.method} ({bound.kind})",
+        )
+    left.set_xlabel("datum, from least to most likely")
+    left.set_ylabel("nats" if anchor is None else f"value - {anchor.method}, nats")
+    left.legend(fontsize=8)
+    left.set_title("each datum")
+    rows = sorted(audit.bounds, key=lambda b: b.mean)
+    shade = 0
+    for i, bound in enumerate(rows):
+        error = bound.mean_error
+        right.errorbar(
+            bound.mean,
+            i,
+            xerr=0 if math.isnan(error) else 2 * error,
+            fmt="o",
+            capsize=3,
+            color=_COLOURS[bound.kind],
+        )
+        right.annotate(
+            f"{bound.mean:.2f}",
+            (bound.mean, i),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            fontsize=8,
+        )
+    right.set_yticks(range(len(rows)), [b.method for b in rows])
+    right.set_ylim(-0.6, len(rows) - 0.4)
+    right.margins(x=0.15)
+    right.set_xlabel("mean ln p(y), nats (bars: two standard errors)")
+    right.set_title(f"{audit.name}, {audit.num_data} data")
+    return _save(figure, path)
+
+
+def _bars(error: Tensor) -> Tensor:
+    return error.double().nan_to_num(nan=0.0)
+
+
+def plot_curve(run: Run, path: str | Path) -> Path:
+    """Loss per epoch, and the validation bound's where there was one, in nats per datum."""
+    figure, axis = _figure(5.5, 3.6)
+    epochs = [row["epoch"] for row in run.metrics]
+    axis.plot(epochs, run.losses, label="training loss")
+    if any("valid_elbo" in row for row in run.metrics):
+        axis.plot(
+            epochs, [-row.get("valid_elbo", math.nan) for row in run.metrics], label="validation, -ELBO"
+        )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("nats per datum")
+    if len(epochs) > 5:
+        # The first epochs would hide the rest.
+        tail = [v for v in run.losses[len(epochs) // 10 :] if math.isfinite(v)]
+        low, high = min(run.losses), max(tail)
+        axis.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.2 * (high - low) + 1e-9)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def images(
+    rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None
+) -> Path:
+    """Rows of pictures, one tensor [n, H·W] in [0, 1] a row, with a title each."""
+    columns = max(len(r) for r in rows)
+    figure, axes = _figure(0.62 * columns + 1.2, 0.72 * len(rows))
+    height, width = shape
+    canvas = np.ones(((height + 1) * len(rows) - 1, (width + 1) * columns - 1))
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row.detach().cpu().double().reshape(-1, height, width).numpy()):
+            canvas[
+                i * (height + 1) : i * (height + 1) + height, j * (width + 1) : j * (width + 1) + width
+            ] = 1 - picture
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(rows))], titles or [""] * len(rows))
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return _save(figure, path)
+
+
+def plot_latents(
+    mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path
+) -> Path:
+    """The two-dimensional latent plane: posterior means [N, 2] coloured by label, and decoded pictures [n²,
+    H·W] over it."""
+    figure, (left, right) = _figure(10, 4.8, 2)
+    points = mean.detach().cpu()
+    if labels is None:
+        left.scatter(points[:, 0], points[:, 1], s=8)
+    else:
+        drawn = left.scatter(points[:, 0], points[:, 1], c=labels.cpu(), cmap="tab10", s=8)
+        figure.colorbar(drawn, ax=left, ticks=range(int(labels.max()) + 1))
+    left.set_title("posterior means")
+    left.set_aspect("equal")
+    n, (height, width) = math.isqrt(len(plane)), shape
+    tiles = plane.detach().cpu().double().reshape(n, n, height, width).numpy()
+    framed = np.zeros((n, n, height + 1, width + 1))
+    framed[:, :, :height, :width] = tiles
+    canvas = np.block([[framed[i, j] for j in range(n)] for i in reversed(range(n))])
+    right.imshow(1 - canvas, cmap="gray", vmin=0, vmax=1, extent=(-extent, extent, -extent, extent))
+    right.set_title("decoded from the plane")
+    for axis in (left, right):
+        axis.set_xlabel("z[0]")
+        axis.set_ylabel("z[1]")
+    return _save(figure, path)
+
+
+def bits_table(audit: Audit, dims: int) -> str:
+    """The audit's means as bits per dimension of data with ``dims`` dimensions; only meaningful for
+    probabilities, not densities."""
+    lines = [f"{'method':<12}  {'kind':<8}  bits/dim"]
+    for bound in sorted(audit.bounds, key=lambda b: -b.mean):
+        lines.append(f"{bound.method:<12}  {bound.kind:<8}  {bits_per_dim(bound.mean, dims):8.4f}")
+    return "\n".join(lines)
+
+
+def to_arviz(audit: Audit) -> Any:
+    """The audit as arviz data: group ``log_likelihood`` (the reference's values, or the best lower bound's)
+    and ``bounds``.
+
+    ``bounds`` has for every row its ``value`` and ``error`` per datum, [estimator, datum], with kind, draws
+    and cost as coordinates. An ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
+    """
+    import arviz
+    import xarray
+
+    rows = [b for b in audit.bounds if b.scope == "datum"]
+    if not rows:
+        raise ValueError("this audit has joint bounds only: there are no per-datum values to export")
+    names = [b.method for b in rows]
+    table = xarray.Dataset(
+        {
+            "value": (("estimator", "datum"), torch.stack([b.value.double() for b in rows]).cpu().numpy()),
+            "error": (("estimator", "datum"), torch.stack([b.error.double() for b in rows]).cpu().numpy()),
+        },
+        coords={
+            "estimator": names,
+            "datum": np.arange(audit.num_data),
+            "kind": ("estimator", [b.kind for b in rows]),
+            "draws": ("estimator", [b.draws for b in rows]),
+            "cost": ("estimator", [b.cost for b in rows]),
+        },
+        attrs={"unit": "nats", "reference": audit.reference or "none", "name": audit.name},
+    )
+    best = audit.reference or max(rows, key=lambda b: b.mean).method
+    likelihood = xarray.Dataset(
+        {"y": (("chain", "draw", "datum"), audit[best].value.double().cpu().numpy()[None, None])},
+        coords={"chain": [0], "draw": [0], "datum": np.arange(audit.num_data)},
+        attrs={"method": best, "kind": audit[best].kind},
+    )
+    groups = {"log_likelihood": likelihood, "bounds": table}
+    if hasattr(arviz, "InferenceData"):
+        return arviz.InferenceData(**groups)
+    return xarray.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})

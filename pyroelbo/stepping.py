@@ -1,0 +1,113 @@
+"""One training step in eager torch, with the face of :class:`~pyroelbo.compiled.CompiledStep`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+__all__ = ["OPTIMIZERS", "EagerStep", "PerDatum"]
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+class PerDatum(ELBO):
+    """Another ELBO divided by ``count(rows)``, so that its loss is nats per datum whatever the batch's size."""
+
+    def __init__(self, inner: ELBO, count: Callable[[int], float]) -> None:
+        super().__init__(
+            num_particles=inner.num_particles,
+            max_plate_nesting=inner.max_plate_nesting,
+            vectorize_particles=inner.vectorize_particles,
+        )
+        self.inner, self.count = inner, count
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.inner._get_trace(model, guide, args, kwargs)
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        rows = len(next(iter((*args, *kwargs.values()))))
+        return self.inner.differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
+
+
+class EagerStep:
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 - d)·θ.
+
+    ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
+    others that the loss reaches stay as they are, and no backward pass is spent on them.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        parameters: Mapping[str, Tensor],
+        *,
+        optimizer: str = "adam",
+        lr: float = 1e-3,
+        clip_norm: float | None = None,
+        ema: float | None = None,
+    ) -> None:
+        self.objective, self._model, self._guide = objective, model, guide
+        self.parameters = dict(parameters)
+        self._leaves = list(self.parameters.values())
+        self._optimizer = OPTIMIZERS[optimizer](self._leaves, lr=lr, fused=True)
+        self._clip_norm, self._ema = clip_norm, ema
+        self.averages = {} if ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @property
+    def lr(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
+        gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        for leaf, gradient in zip(self._leaves, gradients, strict=True):
+            leaf.grad = gradient
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._leaves, self._clip_norm, foreach=True)
+        self._optimizer.step()
+        for leaf in self._leaves:
+            leaf.grad = None
+        if self._ema is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averages.values()), self._leaves, 1 - self._ema)
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Optimizer and averages as one flat dict of tensors."""
+        state = self._optimizer.state_dict()["state"]
+        flat = {
+            f"{k}.{i}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)
+        }
+        return flat | {f"ema.{n}": v for n, v in self.averages.items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`; ValueError for averages of other parameters."""
+        averages = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        if averages.keys() != self.averages.keys():
+            odd = sorted(averages.keys() ^ self.averages.keys())[0]
+            raise ValueError(f"tensors: the average of {odd!r} is missing or unknown")
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if not key.startswith("ema."):
+                name, index = key.rsplit(".", 1)
+                state.setdefault(int(index), {})[name] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                average.copy_(averages[name])

@@ -1,0 +1,460 @@
+"""Per-datum log probabilities of a pair: many particles in one pass, unscaled but masked, every site by
+name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyroelbo import data as batches
+from pyroelbo.data import Batch
+from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
+from pyroelbo.records import Terms
+
+__all__ = ["Evaluator"]
+
+# Bytes that the largest intermediate tensor of one pass may take; a pass holds a few of that size.
+_BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A latent site as the model declares it: event shape, plate shape left of the data plate, and
+    support."""
+
+    name: str
+    event_shape: torch.Size
+    plate_shape: tuple[int, ...]
+    support: Any
+    has_enumerate_support: bool
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.event_shape)
+
+    @property
+    def dims(self) -> int:
+        """Numbers in one datum's value."""
+        return math.prod(self.event_shape) * math.prod(self.plate_shape)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+class Evaluator:
+    """Evaluates a pair on one batch, per datum: ``draw(K)``, ``score(latents)``, and their chunks by memory.
+
+    Particles come as a vectorized plate where the pair's networks allow it; where they refuse the extra
+    dimension (``Conv2d`` does), or give other numbers with it, the data are repeated along the batch; the
+    last resort is a loop. Which one is right is *checked* on a few rows against one particle at a time, not
+    assumed. Everything runs in evaluation mode.
+
+    Raises ValueError, naming the site, for: sites outside the data plate, scales other than the data plate's
+    own subsampling and those marked :class:`~pyroelbo.pair.within_datum`, latent sites of one program that
+    the other lacks, a data plate whose size is not the batch's, batch dimensions that no plate declares,
+    relaxed guides of discrete latents.
+    """
+
+    def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True) -> None:
+        self.pair = pair
+        self.batch: Batch = batches.to(batches.as_batch(batch, "y"), pair.device)
+        self.size = batches.size(self.batch)
+        self.with_guide = with_guide
+        self.scaled_site: str | None = None
+        with torch.no_grad(), self._quiet():
+            try:
+                self._learn(batches.rows(self.batch, slice(0, 3)))
+                self.sliceable = True
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                # A pair that is tied to its whole batch (a mask or a plate of its own size) is looked at whole.
+                self._learn(self.batch)
+                self.sliceable = False
+
+    # ------------------------------------------------------------------------------------------ public
+
+    def draw(self, particles: int, rows: slice | None = None) -> Terms:
+        """Terms of ``particles`` draws from the guide for each datum (of ``rows``), in one pass."""
+        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        with self._quiet():
+            return self._draw(batch, particles, self.strategy)
+
+    def score(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
+        """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them."""
+        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        particles = len(next(iter(latents.values())))
+        if self.strategy == "loop" and particles > 1:
+            return torch.cat(
+                [self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)]
+            )
+        with self._quiet():
+            _, model = self._traces(batch, particles, self.strategy, dict(latents))
+            terms = self._terms(model, batch, particles, self.strategy, "model")
+        return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
+
+    @property
+    def cells(self) -> int:
+        """How many (particle, datum) pairs one pass may hold."""
+        budget = _BUDGET.get(self._device().type, _BUDGET["cpu"]) // torch.get_default_dtype().itemsize
+        return max(1, int(budget / self._elements))
+
+    def chunks(self, particles: int) -> Iterator[tuple[slice, int]]:
+        """Cut [particles, B] into passes ``(rows, particles)`` that fit in memory; rows are the outer
+        loop."""
+        cells = self.cells
+        rows = max(1, min(self.size, cells // max(1, min(particles, cells)))) if self.sliceable else self.size
+        step = max(1, min(particles, cells // rows))
+        for start in range(0, self.size, rows):
+            for done in range(0, particles, step):
+                yield slice(start, min(start + rows, self.size)), min(step, particles - done)
+
+    def draws(self, particles: int) -> Terms:
+        """Like :meth:`draw`, chunked by memory; the result is whole."""
+        by_rows: dict[int, list[Terms]] = {}
+        for rows, count in self.chunks(particles):
+            by_rows.setdefault(rows.start, []).append(self.draw(count, rows))
+        blocks = [_concatenate(block, 0, self) for block in by_rows.values()]
+        return _concatenate(blocks, 1, self)
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _device(self) -> torch.device:
+        return next(iter(batches.parts(self.batch).values())).device
+
+    def _quiet(self):
+        return _Stack(evaluation_mode(self.pair), unregistered(), pyro.validation_enabled(False))
+
+    def _learn(self, few: Batch) -> None:
+        """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
+        guide, model = self._plain_traces(few)
+        _check_sites(guide, model, self.with_guide)
+        self.latents: dict[str, LatentSite] = {}
+        depth, frames = 1, []
+        for program, trace in (("guide", guide), ("model", model)):
+            for name, site in _sites(trace):
+                frame = _data_frame(site, program)
+                if frame.size != batches.size(few):
+                    raise ValueError(
+                        f"the plate {PLATE!r} holds {frame.size} data at {program} site "
+                        f"{name!r}, the batch {batches.size(few)} rows: "
+                        f"write pyro.plate({PLATE!r}, len(y)), or give subsample_size=len(y) where it is subsampled"
+                    )
+                frames.append(frame.dim)
+                depth = max([depth, *(-f.dim for f in site["cond_indep_stack"] if f.dim is not None)])
+                scaled = _check_scale(site, program)
+                self.scaled_site = self.scaled_site or (name if scaled else None)
+        self.observed = frozenset(k for k, s in _sites(model) if s["is_observed"])
+        if set(frames) != {-1}:
+            raise ValueError(f"the plate {PLATE!r} must stand at dim=-1, got dim {sorted(set(frames))}")
+        self.depth = depth
+        self._guide_sites = frozenset(k for k, _ in _sites(guide))
+        for name, site in _sites(model):
+            if name not in self.observed:
+                fn = site["fn"]
+                plates = tuple(fn.batch_shape[:-1])
+                while plates and plates[0] == 1:
+                    plates = plates[1:]
+                enumerable = bool(getattr(fn, "has_enumerate_support", False))
+                support = None if enumerable else fn.support
+                self.latents[name] = LatentSite(name, torch.Size(fn.event_shape), plates, support, enumerable)
+        self.strategy, self._elements = self._choose(few)
+
+    def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
+        if self.with_guide:
+            guide = batches.call(poutine.trace(self.pair.guide).get_trace, batch)
+            model = batches.call(poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace, batch)
+        else:
+            guide = poutine.Trace()
+            model = batches.call(poutine.trace(self.pair.model).get_trace, batch)
+        return prune_subsample_sites(guide), prune_subsample_sites(model)
+
+    def _choose(self, probe: Batch) -> tuple[str, float]:
+        """The first strategy that gives, on a few rows, what one particle at a time gives; and elements per
+        particle and datum."""
+        n = batches.size(probe)
+        for strategy in ("plate", "repeat"):
+            try:
+                with _LargestTensor() as counter:
+                    terms = self._draw(probe, 2, strategy)
+                alone = [
+                    self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()})
+                    for i in range(2)
+                ]
+            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+                continue
+            if all(
+                torch.allclose(
+                    getattr(terms, part),
+                    torch.cat([getattr(a, part) for a in alone]),
+                    rtol=1e-3,
+                    atol=1e-3,
+                    equal_nan=True,
+                )
+                for part in ("log_joint", "log_proposal")
+            ):
+                return strategy, counter.numel / (2 * n)
+        with _LargestTensor() as counter:
+            self._draw(probe, 1, "loop")
+        return "loop", counter.numel / n
+
+    def _draw(
+        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None
+    ) -> Terms:
+        if strategy == "loop" and particles > 1:
+            return _concatenate([self._draw(batch, 1, "loop") for _ in range(particles)], 0, self)
+        guide, model = self._traces(batch, particles, strategy, latents)
+        log_model = self._terms(model, batch, particles, strategy, "model")
+        log_guide = self._terms(guide, batch, particles, strategy, "guide") if self._guide_sites else {}
+        if not log_guide:
+            log_guide = {"(none)": torch.zeros_like(next(iter(log_model.values())))}
+        values = {
+            k: self._fold(model.nodes[k]["value"], site, batch, particles, strategy)
+            for k, site in self.latents.items()
+        }
+        return Terms(log_model, log_guide, self.observed, values)
+
+    def _traces(
+        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None
+    ) -> tuple[Any, Any]:
+        """Guide and model traces; given latents are scored, else the guide draws them."""
+        model, guide = self.pair.model, self.pair.guide
+        batch_in = batches.repeat(batch, particles) if strategy == "repeat" else batch
+        if strategy == "plate":
+            plate = pyro.plate("_particles", particles, dim=-1 - self.depth)
+            model, guide = plate(model), plate(guide)
+        if latents is not None:
+            given = {k: self._unfold(v, self.latents[k], particles, strategy) for k, v in latents.items()}
+            model, guide = poutine.condition(model, data=given), poutine.condition(guide, data=given)
+        guide_trace = poutine.Trace()
+        if self.with_guide:
+            guide_trace = batches.call(poutine.trace(guide).get_trace, batch_in)
+            model = poutine.replay(model, trace=guide_trace)
+        model_trace = batches.call(poutine.trace(model).get_trace, batch_in)
+        return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+
+    def _terms(
+        self, trace: Any, batch: Batch, particles: int, strategy: str, program: str
+    ) -> dict[str, Tensor]:
+        """Log probability of each site, unscaled but masked, summed to [K, B]."""
+        n = batches.size(batch)
+        terms = {}
+        for name, site in _sites(trace):
+            frame = _data_frame(site, program)
+            expected = n * particles if strategy == "repeat" else n
+            if frame.size != expected:
+                raise ValueError(
+                    f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
+                )
+            if site["is_observed"] and name in self.observed:
+                check_observation(site)
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            scale = site.get("within_datum", 1.0) * _inner_plates(site)
+            log_prob = _mask(log_prob * scale if not _is_one(scale) else log_prob, site["mask"])
+            shape = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
+            full = [shape.get(d, 1) for d in range(min([*shape, -log_prob.dim(), -1]), 0)]
+            for axis, (have, declared) in enumerate(zip(log_prob.shape[::-1], full[::-1], strict=False)):
+                if have not in (1, declared):
+                    raise ValueError(
+                        f"{program} site {name!r} has a batch dimension of size {have} at dim "
+                        f"{-1 - axis}, where its plates declare "
+                        f"{declared}: declare the dimension as an event with .to_event(), or add a plate"
+                    )
+            log_prob = log_prob.expand(full)
+            if strategy == "plate":
+                lead = log_prob.dim() - 1 - self.depth
+                log_prob = log_prob.reshape(particles if lead >= 0 else 1, -1, n).sum(1)
+                terms[name] = log_prob.expand(particles, n)
+            else:
+                terms[name] = log_prob.reshape(-1, expected).sum(0).reshape(-1, n)
+        return terms
+
+    def _fold(self, value: Tensor, site: LatentSite, batch: Batch, particles: int, strategy: str) -> Tensor:
+        """A traced value as [K, *plates, B, *event]."""
+        n = batches.size(batch)
+        shape = (*site.plate_shape, n, *site.event_shape)
+        if strategy == "plate":
+            return value.reshape(-1, *shape).expand(particles, *shape) if value.numel() else value
+        if strategy == "loop":
+            return value.reshape(1, *shape)
+        value = value.reshape(*site.plate_shape, particles, n, *site.event_shape)
+        return value.movedim(len(site.plate_shape), 0)
+
+    def _unfold(self, value: Tensor, site: LatentSite, particles: int, strategy: str) -> Tensor:
+        """[K, *plates, B, *event] as the programs want it; the inverse of :meth:`_fold`."""
+        if strategy == "plate":
+            gap = self.depth - 1 - len(site.plate_shape)
+            return value.reshape(particles, *[1] * gap, *value.shape[1:])
+        if strategy == "loop":
+            return value[0]
+        k = len(site.plate_shape)
+        value = value.movedim(0, k)
+        return value.reshape(*value.shape[:k], -1, *site.event_shape)
+
+
+class _Stack:
+    """Several context managers as one, entered anew each time."""
+
+    def __init__(self, *managers: Any) -> None:
+        self.managers = managers
+
+    def __enter__(self) -> None:
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)
+
+
+def _sites(trace: Any) -> Iterator[tuple[str, Any]]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            yield name, site
+
+
+def _is_one(scale: Any) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def _mask(log_prob: Tensor, mask: Any) -> Tensor:
+    if mask is None or mask is True:
+        return log_prob
+    if mask is False:
+        return torch.zeros_like(log_prob)
+    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def _data_frame(site: Any, program: str) -> Any:
+    for frame in site["cond_indep_stack"]:
+        if frame.name == PLATE and frame.dim is not None:
+            return frame
+    kind = "observes" if site["is_observed"] else "draws a latent"
+    raise ValueError(
+        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound "
+        "over the whole batch is "
+        f'possible for it, and this one is per datum. Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+    )
+
+
+def check_observation(site: Any) -> None:
+    """Refuse an observation of the wrong shape or outside its distribution's support, naming the site."""
+    fn, value, name = site["fn"], site["value"], site["name"]
+    event = tuple(fn.event_shape)
+    if event and tuple(value.shape[value.dim() - len(event) :]) != event:
+        raise ValueError(
+            f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}"
+        )
+    support = getattr(fn, "support", None)
+    if support is None or not isinstance(value, Tensor):
+        return
+    ok = support.check(value)
+    if bool(ok.all()):
+        return
+    base = support.base_constraint if isinstance(support, constraints.independent) else support
+    wrong = value[~base.check(value)].reshape(-1)
+    bad = float(wrong[0]) if len(wrong) else float("nan")
+    advice = ""
+    if base is constraints.boolean and bool(((value >= 0) & (value <= 1)).all()):
+        advice = (
+            ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or "
+            "pyroelbo.data.binarize(y), or take a likelihood for grey"
+        )
+    raise ValueError(
+        f"observed site {name!r} ({type(_base(fn)).__name__}) takes values in {base}, got {bad:.6g}{advice}"
+    )
+
+
+def _inner_plates(site: Any) -> float:
+    """Scale by which plates within a datum (a subsampled time, a subsampled token) stand for all of
+    theirs."""
+    scale = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.name != PLATE and frame.full_size is not None and frame.full_size != frame.size:
+            scale *= frame.full_size / frame.size
+    return scale
+
+
+def _check_scale(site: Any, program: str) -> bool:
+    """Whether the site carries a scale within the datum; an error for any other but the data plate's own."""
+    frame = _data_frame(site, program)
+    within = site.get("within_datum", 1.0) * _inner_plates(site)
+    outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
+    scale, expected = torch.as_tensor(site["scale"]), torch.as_tensor(within * outer)
+    if not torch.allclose(scale.double(), expected.double(), rtol=1e-5):
+        raise ValueError(
+            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} "
+            "(poutine.scale or an outer plate), so what "
+            "would be computed is no bound. Put KL annealing into the objective (fit(..., "
+            "kl_weight=...)), and mark a "
+            "scale that belongs to one datum's estimate with pyroelbo.within_datum"
+        )
+    return not _is_one(within)
+
+
+def _check_sites(guide: Any, model: Any, with_guide: bool) -> None:
+    latent = {k for k, s in _sites(model) if not s["is_observed"]}
+    drawn = {k: s for k, s in _sites(guide) if not s["is_observed"]}
+    if not any(s["is_observed"] for _, s in _sites(model)):
+        raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
+    if not with_guide:
+        return
+    extra = sorted(k for k, s in drawn.items() if k not in latent and not s["infer"].get("is_auxiliary"))
+    if extra:
+        where = "observed in" if extra[0] in {k for k, _ in _sites(model)} else "missing in"
+        raise ValueError(
+            f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}"
+        )
+    missing = sorted(latent - set(drawn))
+    if missing:
+        raise ValueError(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    for name in sorted(latent):
+        kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
+        if (
+            ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
+        ) or "StraightThrough" in kind:
+            raise ValueError(
+                f"guide site {name!r} is a {kind}, the model's a {own}: a relaxed draw's density "
+                "is not the discrete latent's "
+                "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
+            )
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _concatenate(terms: list[Terms], dim: int, evaluator: Evaluator) -> Terms:
+    if len(terms) == 1:
+        return terms[0]
+
+    def joined(field: str) -> dict[str, Tensor]:
+        return {k: torch.cat([getattr(t, field)[k] for t in terms], dim) for k in getattr(terms[0], field)}
+
+    latents = {
+        k: torch.cat([t.latents[k] for t in terms], 0 if dim == 0 else 1 + len(site.plate_shape))
+        for k, site in evaluator.latents.items()
+    }
+    return Terms(joined("log_model"), joined("log_guide"), terms[0].observed, latents)

@@ -1,0 +1,584 @@
+"""`fit`: train a pair with any of Pyro's losses, checkpointed so that a kill loses nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from tqdm import tqdm
+
+from pyroelbo import data as batches
+from pyroelbo import evidence
+from pyroelbo.compiled import CompiledStep
+from pyroelbo.data import Batch, Minibatches
+from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
+from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
+from pyroelbo.records import Run
+from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
+from pyroelbo.terms import check_observation
+
+__all__ = ["fit"]
+
+OBJECTIVES: dict[str, Callable[[], ELBO]] = {
+    "elbo": Trace_ELBO,
+    "mean_field": TraceMeanField_ELBO,
+    "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+}
+_VALIDATION_SEED = 7
+
+
+def fit(
+    pair: Pair,
+    data: Any,
+    *,
+    valid: Any = None,
+    objective: str | ELBO = "elbo",
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    schedule: str | Callable[[float], float] = "constant",
+    optimizer: str = "adam",
+    particles: int = 1,
+    kl_weight: float | Callable[[float], float] = 1.0,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    patience: int | None = None,
+    freeze: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 10.0,
+    config: Mapping[str, Any] | None = None,
+    compile: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+) -> Run:
+    """Train ``pair`` in place on ``data`` by stochastic gradients of an ELBO; losses are nats per datum.
+
+    ``data`` is a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader,
+    which brings its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience``
+    training stops after so many epochs without a better one, and the best weights are kept.
+
+    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``,
+    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
+    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
+    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
+    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
+    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
+    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
+    seconds for each shape of batch.
+
+    ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
+    ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
+    on from its checkpoint and, on the CPU, gives what an unbroken run gives, bit for bit (callables must be
+    the same ones again). ``config`` is stored with it. ``callbacks`` are called with each epoch's row of
+    metrics.
+
+    Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or
+    outside the likelihood's support, sites that do not match, a model without the plate ``"data"``, an
+    unknown part, a foreign checkpoint; RuntimeError for CUDA asked for and absent; FileExistsError and
+    PermissionError for the run directory. A loss that is not finite raises FloatingPointError and names the
+    epoch; the last checkpoint stands.
+    """
+    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
+    if resume and out is None:
+        raise ValueError("resume takes the run directory to go on with: give out=")
+    factor = _schedule(schedule, epochs)
+    place = _device(device)
+    loader = Minibatches(data, batch_size, seed)
+    held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
+    pyro.set_rng_seed(seed)
+    pair.to(place)
+    loss_fn = _objective(objective, pair, kl_weight)
+    first = batches.to(loader.first(), place)
+    leaves, per_datum = _probe(pair, first, loader.whole)
+    trained = _trained(pair, leaves, freeze)
+    settings = {
+        **(config or {}),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "particles": particles,
+        "clip_norm": clip_norm,
+        "ema": ema,
+        "compile": compile,
+        "freeze": list(freeze),
+        "seed": seed,
+        "objective": objective if isinstance(objective, str) else type(objective).__name__,
+        "data_size": loader.size,
+    }
+    run = None if out is None else RunDirectory.create(out, settings, resume)
+    pyro.set_rng_seed(seed)
+    plan = _Plan(
+        epochs,
+        particles,
+        factor,
+        kl_weight if callable(kl_weight) else None,
+        held_out,
+        patience,
+        checkpoint_seconds,
+        progress,
+        callbacks,
+    )
+    make = CompiledStep if compile else EagerStep
+    stepper = make(
+        PerDatum(loss_fn, per_datum),
+        pair.model,
+        pair.guide,
+        trained,
+        optimizer=optimizer,
+        lr=learning_rate,
+        clip_norm=clip_norm,
+        ema=ema,
+    )
+    job = _Job(pair, loss_fn, leaves, stepper, run)
+    if resume:
+        job.load()
+    began = time.perf_counter()
+    stopped = job.train(loader, place, plan)
+    seconds = time.perf_counter() - began
+    if run is not None:
+        run.finish(
+            job.state,
+            {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)},
+        )
+    return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    epochs: int
+    particles: int
+    factor: Callable[[float], float]
+    kl_weight: Callable[[float], float] | None
+    valid: Batch | None
+    patience: int | None
+    checkpoint_seconds: float
+    progress: bool
+    callbacks: Sequence[Callable[[dict[str, Any]], None]]
+
+
+class _Job:
+    """The state of a training run, and what saves and restores all of it."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        loss_fn: ELBO,
+        leaves: dict[str, Tensor],
+        stepper: EagerStep | CompiledStep,
+        run: RunDirectory | None,
+    ) -> None:
+        self.pair, self.loss_fn, self.run = pair, loss_fn, run
+        self.state = {**leaves, **dict(pair.named_buffers())}
+        self.stepper, self.learning_rate = stepper, stepper.lr
+        self.best: dict[str, Tensor] | None = None
+        self.best_value, self.best_epoch = -math.inf, 0
+        self.epoch = self.step = self.position = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.loss_count = 0
+        self.epoch_rng: Tensor | None = None
+        self.metrics: list[dict[str, Any]] = []
+        self.stopped: str | None = None
+        self.saved = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ one run
+
+    def train(self, loader: Minibatches, place: torch.device, plan: _Plan) -> str:
+        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the
+        pair."""
+        self.loss_sum = self.loss_sum.to(place)
+        self.pair.train()
+        total = plan.epochs * loader.steps if loader.steps else None
+        every = 0.3 if sys.stderr.isatty() else 30.0
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            disable=not plan.progress,
+            unit="step",
+            mininterval=every,
+            dynamic_ncols=True,
+        )
+        with (
+            bar,
+            _interruptible() as interrupt,
+            unregistered(),
+            pyro.validation_enabled(False),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings(
+                "ignore", "Encountered NaN"
+            )  # told by an error of our own, with the epoch
+            while self.stopped is None and self.epoch < plan.epochs:
+                self._run_epoch(loader, place, plan, bar, every, interrupt)
+                if interrupt.is_set():
+                    self.stopped = "interrupted"
+                    break
+                row = self._end_epoch(plan)
+                bar.set_postfix(self._postfix(row), refresh=False)
+                for callback in plan.callbacks:
+                    callback(row)
+                if plan.patience is not None and self.epoch - self.best_epoch >= plan.patience:
+                    self.stopped = "early"
+        self.stopped = self.stopped or "epochs"
+        self.save()
+        self._keep()
+        self.pair.eval()
+        return self.stopped
+
+    def _run_epoch(
+        self,
+        loader: Minibatches,
+        place: torch.device,
+        plan: _Plan,
+        bar: Any,
+        every: float,
+        interrupt: threading.Event,
+    ) -> None:
+        shown = time.monotonic()
+        for batch in self._epoch_batches(loader):
+            when = self.epoch + self.position / loader.steps if loader.steps else float(self.epoch)
+            self.stepper.lr = self.learning_rate * plan.factor(when)
+            if plan.kl_weight is not None:
+                self.loss_fn.weight = plan.kl_weight(when)  # type: ignore[attr-defined]
+            count = batches.size(batch)
+            batch = batches.to(batch, place)
+            batch = batch if plan.particles == 1 else batches.repeat(batch, plan.particles)
+            self.loss_sum += batches.call(self.stepper, batch) * count
+            self.loss_count += count
+            self.position += 1
+            self.step += 1
+            bar.update()
+            now = time.monotonic()
+            if plan.progress and now - shown > every:
+                shown = now
+                bar.set_postfix(self._postfix(), refresh=False)
+            if self.run is not None and now - self.saved > plan.checkpoint_seconds:
+                self._finite()
+                self.save()
+            if interrupt.is_set():
+                return
+
+    def _epoch_batches(self, loader: Minibatches) -> Iterator[Batch]:
+        if self.position == 0:
+            self.epoch_rng = torch.get_rng_state()
+            yield from loader.epoch(self.epoch)
+            return
+        # A user's DataLoader draws its order from the global generator when the epoch begins.
+        after = torch.get_rng_state()
+        assert self.epoch_rng is not None
+        torch.set_rng_state(self.epoch_rng)
+        left = loader.epoch(self.epoch, skip=self.position)
+        first = next(left, None)
+        torch.set_rng_state(after)
+        if first is not None:
+            yield first
+            yield from left
+
+    def _finite(self) -> None:
+        if not math.isfinite(float(self.loss_sum)):
+            raise FloatingPointError(
+                f"the loss became {float(self.loss_sum)} in epoch {self.epoch + 1}, by step "
+                f"{self.step}: lower learning_rate, set "
+                "clip_norm, or look for a scale that runs to zero"
+            )
+
+    def _end_epoch(self, plan: _Plan) -> dict[str, Any]:
+        self._finite()
+        self.epoch += 1
+        row: dict[str, Any] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": float(self.loss_sum) / self.loss_count,
+        }
+        row["learning_rate"] = self.stepper.lr
+        if isinstance(self.loss_fn, Weighted_ELBO):
+            row["kl_weight"] = self.loss_fn.weight
+        self.position, self.loss_count = 0, 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if plan.valid is not None:
+            row["valid_elbo"] = self._validate(plan.valid)
+            if row["valid_elbo"] > self.best_value:
+                self.best_value, self.best_epoch = row["valid_elbo"], self.epoch
+                if plan.patience is not None:
+                    self.best = {k: v.detach().clone() for k, v in self.kept().items()}
+        self.metrics.append(row)
+        if self.run is not None:
+            self.run.append_metrics(row)
+        return row
+
+    def _validate(self, valid: Batch) -> float:
+        averages, trained = self.stepper.averages, self.stepper.parameters
+        own = {k: trained[k].detach().clone() for k in averages}
+        _assign(trained, averages)
+        cuda = [self.loss_sum.device] if self.loss_sum.is_cuda else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(_VALIDATION_SEED)
+            value = evidence.elbo(self.pair, valid, particles=8).mean
+        _assign(trained, own)
+        return value
+
+    def _postfix(self, row: Mapping[str, Any] | None = None) -> dict[str, str]:
+        shown = {"epoch": f"{self.epoch + (row is None)}"}
+        if self.loss_count:
+            shown["loss"] = f"{float(self.loss_sum) / self.loss_count:.3f}"
+        last = row or (self.metrics[-1] if self.metrics else {})
+        if "loss" not in shown and last:
+            shown["loss"] = f"{last['loss']:.3f}"
+        if "valid_elbo" in last:
+            shown["valid"] = f"{last['valid_elbo']:.3f}"
+        return shown
+
+    def kept(self) -> dict[str, Tensor]:
+        """The weights a run ends with: the best validated ones, else the moving average, else the last."""
+        return {**self.state, **self.stepper.averages}
+
+    def _keep(self) -> None:
+        source = self.best if self.best is not None else self.kept()
+        _assign(self.state, source)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        if self.run is None:
+            return
+        tensors = {f"state/{k}": v for k, v in self.state.items()}
+        tensors |= {f"step/{k}": v for k, v in self.stepper.state_dict().items()}
+        if self.best is not None:
+            tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        tensors["rng/torch"] = torch.get_rng_state()
+        tensors["loss_sum"] = self.loss_sum
+        if self.epoch_rng is not None:
+            tensors["rng/epoch"] = self.epoch_rng
+        if torch.cuda.is_available():
+            tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        tensors["rng/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        version, internal, cached = random.getstate()
+        meta = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "position": self.position,
+            "loss_count": self.loss_count,
+            "best_value": repr(self.best_value),
+            "best_epoch": self.best_epoch,
+            "rows": len(self.metrics),
+            "stopped": self.stopped,
+            "numpy": [kind, int(position), int(has_gauss), float(gauss)],
+            "python": [version, list(internal), cached],
+        }
+        self.run.save_checkpoint(tensors, meta)
+        self.saved = time.monotonic()
+
+    def load(self) -> None:
+        """Everything back as it was; a run without a checkpoint yet begins anew."""
+        assert self.run is not None
+        loaded = self.run.load_checkpoint()
+        if loaded is None:
+            self.run.keep_metrics(0)
+            return
+        tensors, meta = loaded
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        where = str(self.run.path / "checkpoint.safetensors")
+        copy_into(self.state, group("state/"), where)
+        self.stepper.load_state_dict(group("step/"))
+        best = group("best/")
+        self.best = {k: v.to(self.state[k].device) for k, v in best.items()} or None
+        self.best_value, self.best_epoch = float(meta["best_value"]), meta["best_epoch"]
+        self.epoch, self.step, self.position = meta["epoch"], meta["step"], meta["position"]
+        self.loss_sum, self.loss_count = tensors["loss_sum"], meta["loss_count"]
+        self.epoch_rng = tensors.get("rng/epoch")
+        self.metrics = self.run.keep_metrics(meta["rows"])
+        torch.set_rng_state(tensors["rng/torch"])
+        if torch.cuda.is_available() and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        kind, position, has_gauss, gauss = meta["numpy"]
+        np.random.set_state(
+            (kind, tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, gauss)
+        )
+        version, internal, cached = meta["python"]
+        random.setstate((version, tuple(internal), cached))
+        self.stopped = "early" if meta["stopped"] == "early" else None
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, so that a step is never cut in half; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} takes a positive number, got {value!r}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema takes a decay between 0 and 1, got {ema!r}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience takes a positive number of epochs, got {patience!r}")
+    if patience is not None and valid is None:
+        raise ValueError("patience looks at the validation bound: give valid=")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
+            "torch was built without CUDA)"
+        )
+    return place
+
+
+def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective takes one of {tuple(OBJECTIVES)} or a pyro.infer.ELBO, got {objective!r}"
+            )
+        exact = objective == "elbo" and isinstance(pair, ExactPair) and pair.exact_guide
+        loss: ELBO = Exact_ELBO() if exact else OBJECTIVES[objective]()
+    elif isinstance(objective, ELBO):
+        loss = objective
+    else:
+        raise TypeError(f"objective takes a name or a pyro.infer.ELBO, got a {type(objective).__name__}")
+    if not hasattr(loss, "differentiable_loss"):
+        raise TypeError(
+            f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
+        )
+    if callable(kl_weight):
+        return Weighted_ELBO(loss, kl_weight(0.0))
+    if not kl_weight >= 0:
+        raise ValueError(
+            f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}"
+        )
+    return loss if kl_weight == 1.0 else Weighted_ELBO(loss, kl_weight)
+
+
+def _schedule(schedule: str | Callable[[float], float], epochs: int) -> Callable[[float], float]:
+    if callable(schedule):
+        return schedule
+    if schedule == "constant":
+        return lambda epoch: 1.0
+    if schedule == "cosine":
+        return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+    raise ValueError(f"schedule takes 'constant', 'cosine' or a function of the epoch, got {schedule!r}")
+
+
+def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Callable[[int], float]]:
+    """Run the pair once, checked: its trainable leaves by name, and by what a batch's loss is divided to be
+    per datum."""
+    shapes = {k: tuple(v.shape) for k, v in batches.parts(batch, "batch").items()}
+    with torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
+        try:
+            guide = batches.call(poutine.trace(pair.guide).get_trace, batch)
+            with pyro.validation_enabled(False):
+                model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{pair.name} could not be run on a batch of shapes {shapes}: {str(error).splitlines()[0]}"
+            ) from error
+    guide, model = prune_subsample_sites(guide), prune_subsample_sites(model)
+    sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
+    drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
+    latent = {k: s for k, s in sites.items() if not s["is_observed"]}
+    for name, site in drawn.items():
+        if name not in latent and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"guide site {name!r} is missing in the model, whose latent sites are {sorted(latent)}"
+            )
+    for name, site in latent.items():
+        if name not in drawn and not site["infer"].get("enumerate"):
+            raise ValueError(f"model site {name!r} is missing in the guide, which draws {sorted(drawn)}")
+    observed = [s for s in sites.values() if s["is_observed"]]
+    if not observed:
+        raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
+    for site in observed:
+        check_observation(site)
+    frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.name == PLATE]
+    if not frames:
+        raise ValueError(
+            f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+        )
+    frame = frames[0]
+    full = frame.size if frame.full_size is None else frame.full_size
+    subsampled = full != frame.size
+    outside = [k for k, s in sites.items() if not any(f.name == PLATE for f in s["cond_indep_stack"])]
+    if outside and not subsampled and not whole:
+        raise ValueError(
+            f"site {outside[0]!r} stands outside the plate {PLATE!r} and would be counted once a "
+            "minibatch: declare the whole size, "
+            f'pyro.plate("{PLATE}", N, subsample_size=len(y)), or train on one batch of all data (batch_size)'
+        )
+    leaves: dict[str, Tensor] = dict(pair.named_parameters())
+    known = {id(p) for p in leaves.values()}
+    for name, site in captured.trace.nodes.items():
+        leaf = site["value"].unconstrained() if hasattr(site["value"], "unconstrained") else site["value"]
+        if id(leaf) not in known and leaf.is_leaf and leaf.requires_grad:
+            leaves[name] = leaf
+            known.add(id(leaf))
+    if not leaves:
+        raise ValueError(f"{pair.name} has no parameters to train")
+    return leaves, (lambda rows: full) if subsampled else (lambda rows: float(rows))
+
+
+def _trained(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> dict[str, Tensor]:
+    if isinstance(freeze, str):
+        raise TypeError(
+            f"freeze takes a sequence of part names, got the string {freeze!r}: write freeze=({freeze!r},)"
+        )
+    frozen = {id(p) for name in freeze for p in pair.part(name).values()}
+    trained = {k: p for k, p in leaves.items() if id(p) not in frozen and p.requires_grad}
+    if not trained:
+        raise ValueError(f"freeze={tuple(freeze)} leaves no parameter to train")
+    return trained
+
+
+@torch.no_grad()
+def _assign(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

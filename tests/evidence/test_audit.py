@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from pyroelbo import audit, evidence
+from tests.pairs import EXACT, TABLE, Nonlinear
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_pairs_are_audited_against_their_evidence(name):
+    make, draw = TABLE[name]
+    result = audit(make(), draw(5), particles=200)
+    assert result.reference == "exact"
+    assert [b.method for b in result.bounds] == ["exact", "elbo", "iwae-200"]
+    for gap in result.gaps:
+        assert (gap.value > -6 * gap.error - 1e-6).all()
+
+
+def test_the_reference_is_named_and_why_others_are_not():
+    result = audit(Nonlinear(latent=2), torch.randn(3, 4))
+    assert result.reference == "quadrature" and "no exact value" in result.notes[0]
+    result = audit(Nonlinear(latent=3), torch.randn(3, 4))
+    assert result.reference is None and result.gaps == ()
+    assert len(result.notes) == 3 and "no reference, so no gap" in str(result)
+
+
+def test_a_reference_asked_for_is_not_replaced():
+    with pytest.raises(evidence.Unavailable):
+        audit(Nonlinear(), torch.randn(3, 4), references=("exact",))
+    with pytest.raises(ValueError, match="references takes"):
+        audit(Nonlinear(), torch.randn(3, 4), references=("truth",))
+    make, draw = TABLE["ppca"]
+    both = audit(make(), draw(2), references=("quadrature", "exact"))
+    assert both.reference == "quadrature" and abs(both["exact"].mean - both["quadrature"].mean) < 1e-6
+
+
+def test_dict_and_tuple_batches():
+    def model(x, y):
+        import pyro
+        import pyro.distributions as dist
+
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(x, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(x, y):
+        import pyro
+        import pyro.distributions as dist
+
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal((x + y) / 2, 0.5**0.5))
+
+    from pyroelbo import Pair
+
+    x, y = torch.randn(2, 6)
+    for batch in ((x, y), {"y": y, "x": x}):
+        result = audit(Pair.of(model, guide), batch)
+        exact = torch.distributions.Normal(x, 2**0.5).log_prob(y)
+        assert (result["elbo"].value - exact).abs().max() < 1e-9

@@ -1,0 +1,151 @@
+"""ELBO and IWAE against exact evidence; the tests of unbiasedness look at Z, not at ln Z."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyroelbo import Pair, evidence, terms
+from tests.pairs import EXACT, TABLE
+
+Z_LIMIT = 4.9  # two-sided normal tail of 1e-6: the declared false-alarm rate of one z-test
+
+
+def z_of_mean(samples, target):
+    return float((samples.mean() - target) / (samples.std() / math.sqrt(len(samples))))
+
+
+@pytest.mark.parametrize("name", ["ppca", "mixture"])
+def test_with_the_exact_guide_the_elbo_is_the_evidence(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(20)
+    exact = evidence.exact(pair, y)
+    for bound in (evidence.elbo(pair, y, particles=3), evidence.iwae(pair, y, particles=3)):
+        assert (bound.value - exact.value).abs().max() < 1e-9
+        assert bound.stderr.max() < 1e-9
+    assert exact.kind == "exact" and not exact.stderr.any()
+
+
+@pytest.mark.parametrize("name", ["ppca-mean-field", "mixture-encoder"])
+def test_with_another_guide_the_weights_are_unbiased_and_the_bounds_ordered(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(4)
+    exact = evidence.exact(pair, y).value
+    log_w = terms.Evaluator(pair, y).draws(20000).log_weight.detach()
+    for i in range(len(y)):
+        assert abs(z_of_mean((log_w[:, i] - exact[i]).exp(), 1.0)) < Z_LIMIT
+    blocks = log_w.reshape(-1, 20, 4)
+    elbo, iwae = log_w.mean(0), (blocks.logsumexp(1) - math.log(20)).mean(0)
+    error = log_w.std(0) / math.sqrt(20000)
+    assert (iwae < exact + Z_LIMIT * (blocks.logsumexp(1).std(0) / math.sqrt(1000))).all()
+    assert (elbo < iwae).all() and (elbo + Z_LIMIT * error < exact).all()
+
+
+def test_the_plates_size_does_not_enter_the_weights():
+    """Sixty thousand data, a hundred of them in the batch: Pyro's RenyiELBO lies above the evidence there."""
+
+    def plate(y):
+        return pyro.plate("data", 60_000, subsample_size=len(y))
+
+    def model(y):
+        with plate(y):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with plate(y):
+            pyro.sample("z", dist.Normal(0.4 * y, 0.9))
+
+    y = math.sqrt(2) * torch.randn(100)
+    pair = Pair.of(model, guide)
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(y)
+    bound = evidence.iwae(pair, y, particles=20000)
+    assert abs(bound.mean - float(exact.mean())) < 0.01
+    elbo = evidence.elbo(pair, y, particles=20000)
+    gap = dist.kl.kl_divergence(dist.Normal(0.4 * y, 0.9), dist.Normal(0.5 * y, math.sqrt(0.5)))
+    assert ((elbo.value - (exact - gap)).abs() < 5.5 * elbo.stderr).all()
+
+
+def check_against_exact(pair, y, exact):
+    bound = evidence.iwae(pair, y, particles=4000)
+    assert ((bound.value - exact).abs() < 6 * bound.stderr + 1e-3).all()
+
+
+def check_problem():
+    def model(y):
+        with pyro.plate("data", 1000, subsample_size=len(y)), poutine.mask(mask=torch.arange(5) < 4):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", 1000, subsample_size=len(y)), poutine.mask(mask=torch.arange(5) < 4):
+            pyro.sample("z", dist.Normal(0.4 * y, 0.9))
+
+    y = torch.randn(5)
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(y) * (torch.arange(5) < 4)
+    return Pair.of(model, guide), y, exact
+
+
+def test_masked_and_subsampled_agrees_with_exact():
+    check_against_exact(*check_problem())
+
+
+@pytest.mark.parametrize("bug", ["a leaked scale", "a forgotten mask", "a flipped sign"])
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    """The test above must fail if the library makes one of these mistakes."""
+    if bug == "a leaked scale":
+        honest = terms._inner_plates
+        monkeypatch.setattr(terms, "_inner_plates", lambda site: honest(site) * 1000 / 5)
+        monkeypatch.setattr(terms, "_check_scale", lambda site, program: False)
+    elif bug == "a forgotten mask":
+        monkeypatch.setattr(terms, "_mask", lambda log_prob, mask: log_prob)
+    else:
+        monkeypatch.setattr(terms.Terms, "log_weight", property(lambda t: t.log_joint + t.log_proposal))
+    with pytest.raises(AssertionError):
+        check_against_exact(*check_problem())
+
+
+def test_one_draw_has_no_standard_error():
+    make, draw = TABLE["own"]
+    pair, y = make(), draw(3)
+    assert evidence.elbo(pair, y, particles=1).stderr.isnan().all()
+    assert evidence.iwae(pair, y, particles=1).stderr.isnan().all()
+    with pytest.raises(ValueError, match="particles takes a positive number"):
+        evidence.elbo(pair, y, particles=0)
+
+
+def test_costs_and_draws_are_counted():
+    make, draw = TABLE["own"]
+    bound = evidence.iwae(make(), draw(3), particles=7)
+    assert (bound.method, bound.draws, bound.cost, bound.scope) == ("iwae-7", 7, 21, "datum")
+
+
+def test_a_guide_outside_the_models_support_gives_minus_infinity():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.full((len(y),), 0.5), 1.0))
+
+    pair, y = Pair.of(model, guide), torch.rand(3)
+    assert (evidence.elbo(pair, y, particles=200).value == -math.inf).all()
+    bound = evidence.iwae(pair, y, particles=20000)
+    normal = dist.Normal(torch.zeros(3), 1.0)
+    exact = (normal.cdf(y) - normal.cdf(y - 1)).log()
+    assert ((bound.value - exact).abs() < 6 * bound.stderr).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", EXACT)
+def test_on_a_gpu(name):
+    make, draw = TABLE[name]
+    pair, y = make().to("cuda"), draw(8)
+    exact = evidence.exact(pair, y)
+    assert exact.value.is_cuda
+    assert (evidence.iwae(pair, y, particles=4000).value - exact.value).abs().max() < 0.5

@@ -1,0 +1,78 @@
+"""Small pairs that the tests share, and the table that every contract test runs over."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from pyroelbo import Pair, models
+
+
+class Nonlinear(Pair):
+    """A VAE of the plainest kind, with a data plate that may stand for many more data than the batch."""
+
+    def __init__(self, latent=2, dims=4, full_size=None):
+        super().__init__()
+        self.latent, self.full_size = latent, full_size
+        self.generator = nn.Sequential(nn.Linear(latent, 8), nn.Tanh(), nn.Linear(8, dims))
+        self.encoder = nn.Linear(dims, 2 * latent)
+        self.dims = dims
+
+    def plate(self, y):
+        size = len(y) if self.full_size is None else self.full_size
+        return pyro.plate("data", size, subsample=torch.arange(len(y)))
+
+    def model(self, y):
+        with self.plate(y):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(self.generator(z), 0.5).to_event(1), obs=y)
+
+    def guide(self, y):
+        loc, log_scale = self.encoder(y).chunk(2, -1)
+        with self.plate(y):
+            pyro.sample("z", dist.Normal(loc, (0.3 * log_scale).exp()).to_event(1))
+
+    def placeholder(self, n):
+        return torch.zeros(n, self.dims)
+
+
+class Convolutional(Nonlinear):
+    """A decoder that refuses a particle dimension."""
+
+    def __init__(self, latent=2):
+        super().__init__(latent, 16)
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def model(self, y):
+        with self.plate(y):
+            z = pyro.sample("z", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))
+            image = self.conv(self.generator(z).unflatten(-1, (1, 4, 4)))
+            pyro.sample("y", dist.Normal(image.flatten(1), 0.5).to_event(1), obs=y)
+
+
+def binary(n, dims):
+    return torch.bernoulli(torch.full((n, dims), 0.4))
+
+
+# name: (a fresh pair, n data for it)
+TABLE = {
+    "vae-bernoulli": (lambda: models.VAE(6, 2, (8,)), lambda n: binary(n, 6)),
+    "vae-logistic": (
+        lambda: models.VAE(6, 2, (8,), likelihood="discretized_logistic", levels=5),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "vae-categorical": (
+        lambda: models.VAE(6, 2, (8,), likelihood="categorical", levels=5),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "vae-l2": (lambda: models.VAE(6, 2, (8,), likelihood="l2"), lambda n: torch.rand(n, 6)),
+    "vae-l1": (lambda: models.VAE(6, 2, (8,), likelihood="l1"), lambda n: torch.rand(n, 6)),
+    "vae-conv": (lambda: models.VAE((5, 6), 2, (8,), network="conv", channels=2), lambda n: binary(n, 30)),
+    "ppca": (lambda: models.PPCA(5, 2), lambda n: torch.randn(n, 5)),
+    "ppca-mean-field": (lambda: models.PPCA(5, 2, guide="mean_field"), lambda n: torch.randn(n, 5)),
+    "mixture": (lambda: models.GaussianMixture(3, 4), lambda n: torch.randn(n, 3)),
+    "mixture-encoder": (lambda: models.GaussianMixture(3, 4, guide="encoder"), lambda n: torch.randn(n, 3)),
+    "own": (Nonlinear, lambda n: torch.randn(n, 4)),
+    "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
+}
+EXACT = ("ppca", "ppca-mean-field", "mixture", "mixture-encoder")

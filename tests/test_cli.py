@@ -1,0 +1,116 @@
+import json
+
+import pytest
+import torch
+
+from pyroelbo import models
+from pyroelbo.cli import main
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    out = tmp_path / "run"
+    assert (
+        main(
+            [
+                "train",
+                "vae",
+                "--out",
+                str(out),
+                "-n",
+                "1",
+                "--set",
+                "hidden=8",
+                "--set",
+                "hidden=8,8",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    return out
+
+
+def test_models_are_listed(capsys):
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in models.REGISTRY) and "latent=2" in printed
+
+
+@pytest.mark.parametrize("name", models.REGISTRY)
+def test_train_audit_and_sample(name, tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    out = str(tmp_path / "run")
+    assert main(["train", name, "--out", out, "-n", "1", "--quiet"]) == 0
+    assert main(["audit", out, "--num-data", "3", "--particles", "4"]) == 0
+    assert main(["sample", out, "-n", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "nats per datum" in printed and "(5, 64)" in printed
+    for file in (
+        "config.json",
+        "metrics.jsonl",
+        "weights.safetensors",
+        "audit.json",
+        "audit.png",
+        "samples.png",
+        "curve.png",
+    ):
+        assert (tmp_path / "run" / file).stat().st_size > 0
+    assert json.loads((tmp_path / "run" / "audit.json").read_text())["unit"] == "nats"
+
+
+def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
+    cases = [
+        (["train", "gan", "--out", str(tmp_path / "x")], "unknown model 'gan'"),
+        (["train", "vae", "--out", str(run)], "not empty"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "does not take these settings"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "NAME=VALUE"),
+        (
+            [
+                "train",
+                "vae",
+                "--out",
+                str(tmp_path / "x"),
+                "--data",
+                "binarized_mnist",
+                "--set",
+                "likelihood=l2",
+            ],
+            "zeros and ones",
+        ),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
+            "there is no",
+        ),
+        (["audit", str(tmp_path / "none")], "holds no run"),
+        (["sample", str(tmp_path / "none")], "holds no run"),
+        (["audit", str(run), "--reference", "exact"], "no finite set"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["train", "vae", "--out", str(tmp_path / "x"), "--cuda"], "no CUDA device"))
+    for arguments, message in cases:
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert message in printed.err and printed.err.count("\n") == 1 and "Traceback" not in printed.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_damaged_runs_are_refused(run, capsys):
+    (run / "weights.safetensors").write_bytes(b"not weights")
+    assert main(["audit", str(run)]) == 1
+    assert "damaged" in capsys.readouterr().err
+    (run / "config.json").write_text("{}")
+    assert main(["audit", str(run)]) == 1
+    assert "not written by pyroelbo" in capsys.readouterr().err
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert all(
+        flag in printed
+        for flag in ("--num-epochs", "--batch-size", "--learning-rate", "--seed", "--cuda", "--resume")
+    )

@@ -1,0 +1,50 @@
+"""Every example runs small, as a user would run it; one that the table lacks fails the suite."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyroelbo.records import Audit
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {
+    "vae": lambda tmp: (["--smoke", "--out", str(tmp / "vae")],),
+    "ppca": lambda tmp: (["--smoke"],),
+    "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "your_own_pair": lambda tmp: (3,),
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_example_is_missing():
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_example(name, tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    result = load(name).main(*ARGUMENTS[name](tmp_path))
+    audits = result.values() if isinstance(result, dict) else [result]
+    assert all(isinstance(a, Audit) for a in audits)
+    assert "nats per datum" in capsys.readouterr().out
+
+
+def test_your_own_pair_is_short():
+    assert len((EXAMPLES / "your_own_pair.py").read_text().splitlines()) < 40
+
+
+@pytest.mark.slow
+def test_the_demos_bounds_are_ordered(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    result = load("vae").main(["--out", str(tmp_path / "vae")])
+    elbo, iwae, quadrature = (result[m] for m in ("elbo", "iwae-64", "quadrature"))
+    assert quadrature.mean >= iwae.mean - 4 * iwae.mean_error and iwae.mean >= elbo.mean
+    assert quadrature.resolution.max() < 1e-3
