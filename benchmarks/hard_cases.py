@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from benchmarks import peers
+from benchmarks import hard_structures, peers
 from pyroelbo.distributions import LinearChain
 from tests.hard_cases import CHAINS
 from tests.oracles import forward_backward
@@ -71,7 +71,7 @@ def chain_cases():
             yield f"{case} (true {log_z:.6g})", dtype, told, notes
 
 
-TABLES = {"chains": chain_cases}
+TABLES = {"chains": chain_cases, **hard_structures.TABLES}
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
                 print("|" + "---|" * (2 + len(head)))
             print(f"| {case} | {dtype} | {' | '.join(told.values())} |", flush=True)
             results.append({"case": case, "dtype": dtype, "verdicts": told})
-    for name in results[0]["verdicts"]:
+    for name in dict.fromkeys(name for row in results for name in row["verdicts"]):
         passed = sum(row["verdicts"].get(name, "").startswith("right") for row in results)
         print(f"{name}: right in {passed} of {sum(name in row['verdicts'] for row in results)}")
     print(json.dumps(results))

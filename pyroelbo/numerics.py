@@ -28,8 +28,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """ln (1/K) Σ_k w_k over ``dim`` and its standard error, both in nats.
 
     The standard error is the delta method's, sd(w) / (√K · mean(w)); it is NaN for K = 1, where one draw
-    cannot tell, and where all weights are zero. Weights of any size are fine: they are scaled by their
-    maximum first.
+    cannot tell, and where all weights are zero. Weights of any size are fine: they are scaled by their maximum first.
 
     Source: Owen (2013), *Monte Carlo theory, methods and examples*, section 2.8.
     """

@@ -139,3 +139,43 @@ def forward_backward(initial, transition, observation):
                     expected[i][j] += math.exp(alpha[t - 1][i] + ahead[i][j] - log_z)
             beta = [log_sum_exp(ahead[i]) for i in states]
     return log_z, marginals[::-1], expected, max(best)
+
+
+def parse_trees(root, rules, leaves, spans, length=None):
+    """Labelled binary trees over the words; labels are a chart, row after row, -1 where no node."""
+    words, n = len(leaves), len(root)
+    length = words if length is None else length
+
+    def grow(first, last):
+        if first == last:
+            for p, weight in enumerate(leaves[first]):
+                yield n + p, weight, [(first, last, n + p)], []
+            return
+        for split in range(first, last):
+            both = itertools.product(list(grow(first, split)), list(grow(split + 1, last)), range(n))
+            for (left, u, nodes, used), (right, v, others, also), a in both:
+                weight = u + v + rules[a][left][right] + spans[first][last][a]
+                yield a, weight, [(first, last, a), *nodes, *others], [(a, left, right), *used, *also]
+
+    for label, weight, nodes, used in grow(0, length - 1) if length > 1 else ():
+        chart = [-1] * (words * words)
+        for first, last, symbol in nodes:
+            chart[first * words + last] = symbol
+        use = {
+            "root": Counter([(label,)]),
+            "rules": Counter(used),
+            "leaves": Counter((i, symbol - n) for i, j, symbol in nodes if i == j),
+            "spans": Counter(node for node in nodes if node[0] < node[1]),
+        }
+        yield tuple(chart), root[label] + weight, use
+
+
+def alignments(emission, target, blank=0, length=None):
+    """Symbol sequences that give the target once repeats are merged and blanks left out; padded with 0."""
+    steps = len(emission)
+    length = steps if length is None else length
+    for path in itertools.product(range(len(emission[0])), repeat=length):
+        merged = [symbol for symbol, _ in itertools.groupby(path)]
+        if [symbol for symbol in merged if symbol != blank] == target:
+            weight = sum(emission[t][symbol] for t, symbol in enumerate(path))
+            yield path + (0,) * (steps - length), weight, {"emission": Counter(enumerate(path))}

@@ -254,7 +254,7 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
     possible = None
-    if any((x == -math.inf).any() for x in (rules, leaves, spans)):
+    if any(x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))):
         top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
         possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
     return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
@@ -265,7 +265,7 @@ def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
     if not chart.reliable.all():
         return _charts(tuple(flat), Log())
     words = flat[2].shape[1]
-    value = chart.left.log() + chart.left_scale[..., None]
+    value = (chart.left.log() + chart.left_scale[..., None]).transpose(0, 1)
     return [flat[2], flat[2]] + [value[:, : words - w + 1, w] for w in range(2, words + 1)]
 
 
@@ -322,9 +322,7 @@ def _rescue(index: Tensor, lengths: Tensor, flat: Sequence[Tensor]) -> tuple[Ten
 
 
 def _descend(flat: Sequence[Tensor], charts: list[Tensor], lengths: Tensor, draws: int | None) -> Tensor:
-    """Trees from the top down, all in step: the best one of each sentence, or ``draws`` samples; [draws *
-    B, L, L].
-    """
+    """Trees from the top down, all in step: the best ones, or ``draws`` samples; [draws * B, L, L]."""
     root, rules, leaves, _ = flat
     batch, words, p = leaves.shape
     n = root.shape[-1]
@@ -343,7 +341,9 @@ def _descend(flat: Sequence[Tensor], charts: list[Tensor], lengths: Tensor, draw
     z = tree.new_full((len(tree), words, words), -1)
     z[tree, first, last] = label
     while len(tree):
-        split, left, right = _choose_rule(chart, rules, tree % batch, first, last, label, pick)
+        split, left, right = _choose_rule(
+            chart, rules, tree % batch, first, last, label, pick, draws is not None
+        )
         tree = torch.cat([tree, tree])
         first, last = torch.cat([first, split + 1]), torch.cat([split, last])
         label = torch.cat([left, right])
@@ -353,13 +353,12 @@ def _descend(flat: Sequence[Tensor], charts: list[Tensor], lengths: Tensor, draw
     return z
 
 
-def _choose_rule(chart, rules, sentence, first, last, label, pick):
-    """Split and children's labels for nodes: the split and right label first, given them the left label."""
-    every = chart.shape[-1]
-    splits = int((last - first).max())
+def _choose_rule(chart, rules, sentence, first, last, label, pick, sums):
+    """Split and children's labels of nodes."""
+    every, splits = chart.shape[-1], int((last - first).max())
     offset = torch.arange(splits, device=first.device)
-    room = max(1, 2**24 // (splits * every * every))
     found = []
+    room = max(1, 2**24 // (every * (every + 4 * splits)))
     for s, i, j, a in zip(*(x.split(room) for x in (sentence, first, last, label)), strict=True):
         at = i[:, None] + offset
         ends = (at < j[:, None])[..., None]
@@ -367,11 +366,31 @@ def _choose_rule(chart, rules, sentence, first, last, label, pick):
         left = chart[s[:, None], i[:, None], at]
         right = torch.where(ends, chart[s[:, None], at + 1, j[:, None]], -math.inf)
         rule = rules[s if len(rules) > 1 else torch.zeros_like(s), a]
-        score = left.unsqueeze(-1) + rule.unsqueeze(1) + right.unsqueeze(-2)
-        choice = pick(score.flatten(1))
+        choice, safe = torch.zeros_like(s), torch.zeros_like(s, dtype=torch.bool)
+        if sums:
+            choice, safe = _choose_by_products(left, right, rule, pick)
+        for rows in (~safe).nonzero()[:, 0].split(max(1, 2**24 // (splits * every * every))):
+            score = left[rows].unsqueeze(-1) + rule[rows].unsqueeze(1) + right[rows].unsqueeze(-2)
+            choice[rows] = pick(score.flatten(1))
         split = torch.minimum(i + choice // (every * every), j - 1)
         found.append((split, choice // every % every, choice % every))
     return (torch.cat(x) for x in zip(*found, strict=True))
+
+
+def _choose_by_products(left: Tensor, right: Tensor, rule: Tensor, pick) -> tuple[Tensor, Tensor]:
+    """Draw split and right label by sums over left labels, then the left one; and where no term was lost."""
+    every = rule.shape[-1]
+    top, peak = left.amax(-1, keepdim=True), rule.amax((-1, -2), keepdim=True)
+    top, peak = torch.where(top == -math.inf, 0.0, top), torch.where(peak == -math.inf, 0.0, peak)
+    summed = (left - top).exp() @ (rule - peak).exp()
+    reach = (top + right).flatten(1)
+    score = summed.log().flatten(1) + reach
+    lost = reach.amax(-1) + math.log(every * torch.finfo(left.dtype).tiny)
+    choice = pick(score)
+    split, label = choice // every, choice % every
+    rows = torch.arange(len(choice), device=choice.device)
+    other = pick(left[rows, split] + rule[rows, :, label])
+    return (split * every + other) * every + label, logsumexp(score) > lost + 50
 
 
 def _log_softmax(logits: Tensor, rank: int) -> Tensor:

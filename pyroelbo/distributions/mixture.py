@@ -154,10 +154,10 @@ class Mixture(TorchDistribution):
         rows = max(64, ROOM // weights.shape[-1])
         room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
         sums, total = torch.zeros_like(weights), weights.new_zeros(count)
-        evidence, reach = y.new_empty(len(y), dtype=torch.float64), total.new_zeros(())
+        evidence, low, high = y.new_empty(len(y), dtype=torch.float64), y[0], y[0]
         for part, out in zip(y.split(rows), evidence.split(rows), strict=True):
             phi = features.fill(room[: len(part)], part, center)
-            reach = torch.maximum(reach, torch.linalg.vector_norm(phi[:, -dims:], math.inf))
+            low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
             share = torch.addmm(constant[:, None].double(), weights, phi.t())
             peak = share.amax(0, keepdim=True)
             norm = share.sub_(peak).exp_().sum(0, keepdim=True)
@@ -169,7 +169,8 @@ class Mixture(TorchDistribution):
         square = features.unfold(sums)
         outer = average.square() if features.diagonal else average[:, :, None] * average[:, None, :]
         scatter = square - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
-        error = torch.finfo(torch.float64).eps * dims**2 * reach**2 * precision.abs().amax()
+        reach = torch.maximum(high - center, center - low).square().sum()
+        error = torch.finfo(torch.float64).eps * dims * reach * precision.abs().amax()
         return evidence, GaussianStatistics(total, average + center, scatter), error
 
     def _by_component(self, y, diagonal):

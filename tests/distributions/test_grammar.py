@@ -245,6 +245,28 @@ def test_large_grammars_sample_and_decode():
     torch.testing.assert_close(q.log_prob(q.mode), q.topk(1)[1][0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("depth", [-100.0, -900.0])
+def test_draws_by_way_of_rare_labels(depth):
+    """Only labels of e^depth fit together; the share of one kind of tree within 5 standard deviations."""
+    root, rules, leaves = (x.detach() for x in potentials(torch.float64, batch=1, words=3, inner=2, leaf=4))
+    rules[:] = -math.inf
+    rules[:, 0, 2, 2] = 0.0  # two common leaves fit together,
+    rules[:, 0, 3, 3], rules[:, 1, 0, 3], rules[:, 1, 3, 0] = (
+        0.0,
+        0.0,
+        1.0,
+    )  # but the top takes only rare ones
+    leaves[..., 1] += depth
+    root[:, 0] = -math.inf
+    q = ParseTree(root, rules, leaves)
+    z = q.sample((4000,))
+    assert q.log_prob(z).isfinite().all()
+    trees = Listing(parse_trees(*(x[0].tolist() for x in q.potentials[:3]), torch.zeros(3, 3, 2).tolist()))
+    p = trees.marginals()["spans"][(0, 1, 0)]
+    assert 0.05 < p < 0.95
+    assert abs((z[:, 0, 0, 1] == 0).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+
+
 def test_span_marginals_and_counts():
     q = pcfg((3,)).posterior(torch.tensor([[0, 1, 2, 0, 1]] * 3))
     m = q.marginals
