@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/vae.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 
+# Tests run side by side; threads that wait for one another would only get in the way.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return
