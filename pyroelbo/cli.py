@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -169,12 +168,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _models(options: argparse.Namespace) -> int:
     for name, entry in models.REGISTRY.items():
         print(f"{name:<10} {entry.about}")
-        owner = getattr(entry.make, "__self__", entry.make)
-        settings = [
-            f"{p.name}={p.default}"
-            for p in inspect.signature(owner).parameters.values()
-            if p.name not in ("shape", "dims", "levels")
-        ]
+        settings = [f"{k}={p.default}" for k, p in models.settings_of(name).items()]
         settings = [s.replace("=(", "=").replace(")", "").replace(", ", ",") for s in settings]
         print(f"{'':<10} settings: {', '.join(settings)}\n")
     return 0
@@ -213,15 +207,17 @@ def _train(options: argparse.Namespace) -> int:
     pyro.set_rng_seed(options.seed)
     pair = models.build(options.model, options.data, settings, splits["train"])
     warmup = options.kl_warmup
+    if warmup < 0:
+        raise ValueError(f"--kl-warmup takes a number of epochs, got {warmup}")
     run = fit(
         pair,
         splits["train"],
         valid=splits["valid"],
         objective=options.objective,
         optimizer=options.optimizer,
-        epochs=options.num_epochs or entry.epochs,
+        epochs=entry.epochs if options.num_epochs is None else options.num_epochs,
         batch_size=options.batch_size,
-        learning_rate=options.learning_rate or entry.learning_rate,
+        learning_rate=entry.learning_rate if options.learning_rate is None else options.learning_rate,
         schedule=options.schedule,
         particles=options.particles,
         kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
@@ -261,6 +257,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
+    if options.num_data < 0:
+        raise ValueError(f"--num-data takes a number of data, or 0 for all, got {options.num_data}")
     pair, config = models.load(options.path)
     form = models.entry(config["model"]).form(config["settings"])
     y = _splits(config["data"], form, options.data_dir)[options.split]

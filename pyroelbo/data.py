@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -102,6 +103,14 @@ def rows(batch: Batch, index: Any) -> Batch:
     return _map(lambda t: t[index], batch)
 
 
+def fingerprint(batch: Batch) -> str:
+    """A checksum of all numbers of a batch, to tell other data of the same size."""
+    total = 0
+    for part in parts(batch).values():
+        total = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), total)
+    return f"{total:08x}"
+
+
 def repeat(batch: Batch, times: int) -> Batch:
     """The whole batch ``times`` times, one after the other."""
     return _map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)), batch)
@@ -154,6 +163,10 @@ class Minibatches:
     def whole(self) -> bool:
         """Whether one batch holds all data."""
         return self.steps == 1
+
+    def fingerprint(self) -> str | int | None:
+        """A checksum of data in memory, the number of rows of a Dataset, None for a DataLoader."""
+        return self.size if self.tensors is None else fingerprint(self.tensors)
 
     def first(self) -> Batch:
         """A batch to look at; the stream of an epoch is not touched."""

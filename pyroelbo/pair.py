@@ -130,7 +130,14 @@ class Pair(PyroModule):
         number = _counts[cls.__name__]
         return cls.__name__ if number == 1 else f"{cls.__name__}_{number}"
 
+    def _pyro_get_fullname(self, name: str) -> str:
+        # A latent keeps its attribute's name in every instance, as guides refer to it; parameters are told apart.
+        return name if name in self._pyro_samples else super()._pyro_get_fullname(name)
+
     def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():
+            # Pyro's store leaves a weak reference on each, sets it anew when asked, and nothing pickles it.
+            parameter.__dict__.pop("unconstrained", None)
         return {k: v for k, v in self.__dict__.items() if k != "_programs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

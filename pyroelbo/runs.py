@@ -100,11 +100,15 @@ class RunDirectory:
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self.path / f".{name}.partial"
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / name)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, f"cannot write {self.path / name}: {error.strerror}") from error
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with open(self.path / METRICS, "a") as file:

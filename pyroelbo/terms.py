@@ -21,10 +21,14 @@ from pyroelbo.data import Batch
 from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Terms
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "Unavailable"]
 
 # Bytes that the largest intermediate tensor of one pass may take; a pass holds a few of that size.
 _BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+class Unavailable(ValueError):
+    """This pair has no such value; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,11 @@ class Evaluator:
             return self._draw(batch, particles, self.strategy)
 
     def score(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
-        """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them."""
+        """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them.
+
+        Latents that ``poutine.mask`` leaves out keep their prior here: it integrates to one, so that the
+        integral over all latents is p(y); the terms of :meth:`draw` leave them out of model and guide alike.
+        """
         batch = self.batch if rows is None else batches.rows(self.batch, rows)
         particles = len(next(iter(latents.values())))
         if self.strategy == "loop" and particles > 1:
@@ -109,8 +117,8 @@ class Evaluator:
                 [self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)]
             )
         with self._quiet():
-            _, model = self._traces(batch, particles, self.strategy, dict(latents))
-            terms = self._terms(model, batch, particles, self.strategy, "model")
+            _, model = self._traces(batch, particles, self.strategy, dict(latents), with_guide=False)
+            terms = self._terms(model, batch, particles, self.strategy, "model", mask_latents=False)
         return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
 
     @property
@@ -223,7 +231,7 @@ class Evaluator:
     ) -> Terms:
         if strategy == "loop" and particles > 1:
             return _concatenate([self._draw(batch, 1, "loop") for _ in range(particles)], 0, self)
-        guide, model = self._traces(batch, particles, strategy, latents)
+        guide, model = self._traces(batch, particles, strategy, latents, self.with_guide)
         log_model = self._terms(model, batch, particles, strategy, "model")
         log_guide = self._terms(guide, batch, particles, strategy, "guide") if self._guide_sites else {}
         if not log_guide:
@@ -235,7 +243,7 @@ class Evaluator:
         return Terms(log_model, log_guide, self.observed, values)
 
     def _traces(
-        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None
+        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None, with_guide: bool
     ) -> tuple[Any, Any]:
         """Guide and model traces; given latents are scored, else the guide draws them."""
         model, guide = self.pair.model, self.pair.guide
@@ -247,14 +255,14 @@ class Evaluator:
             given = {k: self._unfold(v, self.latents[k], particles, strategy) for k, v in latents.items()}
             model, guide = poutine.condition(model, data=given), poutine.condition(guide, data=given)
         guide_trace = poutine.Trace()
-        if self.with_guide:
+        if with_guide:
             guide_trace = batches.call(poutine.trace(guide).get_trace, batch_in)
             model = poutine.replay(model, trace=guide_trace)
         model_trace = batches.call(poutine.trace(model).get_trace, batch_in)
         return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
 
     def _terms(
-        self, trace: Any, batch: Batch, particles: int, strategy: str, program: str
+        self, trace: Any, batch: Batch, particles: int, strategy: str, program: str, mask_latents: bool = True
     ) -> dict[str, Tensor]:
         """Log probability of each site, unscaled but masked, summed to [K, B]."""
         n = batches.size(batch)
@@ -267,10 +275,14 @@ class Evaluator:
                     f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
                 )
             if site["is_observed"] and name in self.observed:
-                check_observation(site)
+                check_observation(site, batch)
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            if program == "model" and name in self.latents:
+                log_prob = _zero_outside(site, log_prob)
             scale = site.get("within_datum", 1.0) * _inner_plates(site)
-            log_prob = _mask(log_prob * scale if not _is_one(scale) else log_prob, site["mask"])
+            log_prob = log_prob if _is_one(scale) else log_prob * scale
+            if mask_latents or name not in self.latents:
+                log_prob = _mask(log_prob, site["mask"])
             shape = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
             full = [shape.get(d, 1) for d in range(min([*shape, -log_prob.dim(), -1]), 0)]
             for axis, (have, declared) in enumerate(zip(log_prob.shape[::-1], full[::-1], strict=False)):
@@ -337,6 +349,14 @@ def _is_one(scale: Any) -> bool:
     return not isinstance(scale, Tensor) and scale == 1.0
 
 
+def _zero_outside(site: Any, log_prob: Tensor) -> Tensor:
+    """-inf, not NaN, where the guide draws what the model's latent cannot be."""
+    if not bool(log_prob.isnan().any()):
+        return log_prob
+    inside = site["fn"].support.check(site["value"])
+    return torch.where(inside, log_prob, log_prob.new_tensor(-math.inf))
+
+
 def _mask(log_prob: Tensor, mask: Any) -> Tensor:
     if mask is None or mask is True:
         return log_prob
@@ -357,19 +377,41 @@ def _data_frame(site: Any, program: str) -> Any:
     )
 
 
-def check_observation(site: Any) -> None:
+def observed_part(site: Any, batch: Batch) -> str | None:
+    """The name of the part of the batch that an observed site looks at, by shared memory; None if it is none
+    as it is."""
+    value = site["value"]
+    for name, part in batches.parts(batch).items():
+        if (
+            isinstance(value, Tensor)
+            and value.data_ptr() == part.data_ptr()
+            and value.numel() == part.numel()
+        ):
+            return name
+    return None
+
+
+def check_observation(site: Any, batch: Batch) -> None:
     """Refuse an observation of the wrong shape or outside its distribution's support, naming the site."""
     fn, value, name = site["fn"], site["value"], site["name"]
     event = tuple(fn.event_shape)
+    if event and value.dim() <= len(event) and observed_part(site, batch) is not None:
+        raise ValueError(
+            f"observed site {name!r} takes events of shape {event} for each datum, and the data, of shape "
+            f"{tuple(value.shape)}, have no dimension left to run over data: pass a batch, y[None] for a single datum"
+        )
     if event and tuple(value.shape[value.dim() - len(event) :]) != event:
         raise ValueError(
             f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}"
         )
     support = getattr(fn, "support", None)
-    if support is None or not isinstance(value, Tensor):
-        return
-    ok = support.check(value)
-    if bool(ok.all()):
+    if support is not None and isinstance(value, Tensor):
+        check_support(name, type(_base(fn)).__name__, support, value)
+
+
+def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
+    """ValueError, naming the site and what is wrong, for a value outside the support."""
+    if bool(support.check(value).all()):
         return
     base = support.base_constraint if isinstance(support, constraints.independent) else support
     wrong = value[~base.check(value)].reshape(-1)
@@ -380,9 +422,7 @@ def check_observation(site: Any) -> None:
             ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or "
             "pyroelbo.data.binarize(y), or take a likelihood for grey"
         )
-    raise ValueError(
-        f"observed site {name!r} ({type(_base(fn)).__name__}) takes values in {base}, got {bad:.6g}{advice}"
-    )
+    raise ValueError(f"observed site {name!r} ({kind}) takes values in {base}, got {bad:.6g}{advice}")
 
 
 def _inner_plates(site: Any) -> float:
@@ -427,7 +467,9 @@ def _check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         )
     missing = sorted(latent - set(drawn))
     if missing:
-        raise ValueError(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+        # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
+        refusal: type[ValueError] = ValueError if drawn else Unavailable
+        raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
     for name in sorted(latent):
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
         if (

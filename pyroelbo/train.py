@@ -33,7 +33,7 @@ from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, copy_into
 from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
-from pyroelbo.terms import check_observation
+from pyroelbo.terms import check_observation, check_support, observed_part
 
 __all__ = ["fit"]
 
@@ -95,12 +95,12 @@ def fit(
     metrics.
 
     Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or
-    outside the likelihood's support, sites that do not match, a model without the plate ``"data"``, an
-    unknown part, a foreign checkpoint; RuntimeError for CUDA asked for and absent; FileExistsError and
-    PermissionError for the run directory. A loss that is not finite raises FloatingPointError and names the
-    epoch; the last checkpoint stands.
+    outside the likelihood's support (of all data in memory; of a Dataset or DataLoader its first batch),
+    sites that do not match, a model without the plate ``"data"``, an unknown part, a foreign checkpoint;
+    RuntimeError for CUDA asked for and absent; FileExistsError and PermissionError for the run directory. A
+    loss that is not finite raises FloatingPointError and names the epoch; the last checkpoint stands.
     """
-    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid)
+    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
     if resume and out is None:
@@ -113,7 +113,7 @@ def fit(
     pair.to(place)
     loss_fn = _objective(objective, pair, kl_weight)
     first = batches.to(loader.first(), place)
-    leaves, per_datum = _probe(pair, first, loader.whole)
+    leaves, per_datum = _probe(pair, first, loader)
     trained = _trained(pair, leaves, freeze)
     settings = {
         **(config or {}),
@@ -128,7 +128,13 @@ def fit(
         "freeze": list(freeze),
         "seed": seed,
         "objective": objective if isinstance(objective, str) else type(objective).__name__,
-        "data_size": loader.size,
+        "kl_weight": "a function" if callable(kl_weight) else kl_weight,
+        "schedule": "a function" if callable(schedule) else schedule,
+        # The cosine depends on the last epoch, so such a run cannot be lengthened.
+        "schedule_epochs": epochs if schedule == "cosine" else None,
+        "patience": patience,
+        "fingerprint": loader.fingerprint(),
+        "valid": None if held_out is None else batches.fingerprint(held_out),
     }
     run = None if out is None else RunDirectory.create(out, settings, resume)
     pyro.set_rng_seed(seed)
@@ -203,7 +209,7 @@ class _Job:
         self.epoch_rng: Tensor | None = None
         self.metrics: list[dict[str, Any]] = []
         self.stopped: str | None = None
-        self.saved = time.monotonic()
+        self.saved = -math.inf  # the first checkpoint comes after the first step
 
     # ------------------------------------------------------------------------------------------ one run
 
@@ -239,8 +245,12 @@ class _Job:
                     break
                 row = self._end_epoch(plan)
                 bar.set_postfix(self._postfix(row), refresh=False)
-                for callback in plan.callbacks:
-                    callback(row)
+                try:
+                    for callback in plan.callbacks:
+                        callback(row)
+                except Exception:
+                    self.save()
+                    raise
                 if plan.patience is not None and self.epoch - self.best_epoch >= plan.patience:
                     self.stopped = "early"
         self.stopped = self.stopped or "epochs"
@@ -447,10 +457,14 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid) -> None:
+def _check_settings(
+    epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed
+) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed takes a whole number, got {seed!r}")
     for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} takes a positive number, got {value!r}")
@@ -465,7 +479,10 @@ def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device takes 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
@@ -509,10 +526,10 @@ def _schedule(schedule: str | Callable[[float], float], epochs: int) -> Callable
     raise ValueError(f"schedule takes 'constant', 'cosine' or a function of the epoch, got {schedule!r}")
 
 
-def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Callable[[int], float]]:
+def _probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tensor], Callable[[int], float]]:
     """Run the pair once, checked: its trainable leaves by name, and by what a batch's loss is divided to be
     per datum."""
-    shapes = {k: tuple(v.shape) for k, v in batches.parts(batch, "batch").items()}
+    shapes = {k: (tuple(v.shape), str(v.dtype)) for k, v in batches.parts(batch, "batch").items()}
     with torch.no_grad(), pyro.validation_enabled(True), poutine.trace(param_only=True) as captured:
         try:
             guide = batches.call(poutine.trace(pair.guide).get_trace, batch)
@@ -520,7 +537,7 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
                 model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
         except RuntimeError as error:
             raise ValueError(
-                f"{pair.name} could not be run on a batch of shapes {shapes}: {str(error).splitlines()[0]}"
+                f"{pair.name} could not be run on a batch of shapes and types {shapes}: {str(error).splitlines()[0]}"
             ) from error
     guide, model = prune_subsample_sites(guide), prune_subsample_sites(model)
     sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
@@ -538,7 +555,8 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
     if not observed:
         raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
     for site in observed:
-        check_observation(site)
+        check_observation(site, batch)
+        _check_all(site, batch, loader)
     frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.name == PLATE]
     if not frames:
         raise ValueError(
@@ -548,7 +566,7 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
     full = frame.size if frame.full_size is None else frame.full_size
     subsampled = full != frame.size
     outside = [k for k, s in sites.items() if not any(f.name == PLATE for f in s["cond_indep_stack"])]
-    if outside and not subsampled and not whole:
+    if outside and not subsampled and not loader.whole:
         raise ValueError(
             f"site {outside[0]!r} stands outside the plate {PLATE!r} and would be counted once a "
             "minibatch: declare the whole size, "
@@ -564,6 +582,20 @@ def _probe(pair: Pair, batch: Batch, whole: bool) -> tuple[dict[str, Tensor], Ca
     if not leaves:
         raise ValueError(f"{pair.name} has no parameters to train")
     return leaves, (lambda rows: full) if subsampled else (lambda rows: float(rows))
+
+
+def _check_all(site: Any, batch: Batch, loader: Minibatches) -> None:
+    """The support of a site that observes a part of the data, over all of that part where it is in memory."""
+    name = observed_part(site, batch)
+    if name is None or loader.tensors is None:
+        return
+    whole = batches.parts(loader.tensors)[name].reshape(-1, *site["value"].shape[1:])
+    support = site["fn"].support
+    try:
+        support.check(whole[:1])
+    except RuntimeError:
+        return  # a support with bounds of its own for each datum
+    check_support(site["name"], type(site["fn"]).__name__, support, whole)
 
 
 def _trained(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> dict[str, Tensor]:

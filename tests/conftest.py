@@ -8,7 +8,6 @@ import pyro
 import pytest
 import torch
 
-
 # Tests run side by side; threads that wait for one another would only get in the way.
 torch.set_num_threads(1)
 

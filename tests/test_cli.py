@@ -65,7 +65,7 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
     cases = [
         (["train", "gan", "--out", str(tmp_path / "x")], "unknown model 'gan'"),
         (["train", "vae", "--out", str(run)], "not empty"),
-        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "does not take these settings"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "no setting 'depth'"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "NAME=VALUE"),
         (
             [
@@ -84,6 +84,17 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
             "there is no",
         ),
+        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs takes a positive"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup takes"),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],
+            "likelihood takes one of",
+        ),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent=abc"],
+            "'latent' of model 'vae' takes",
+        ),
+        (["audit", str(run), "--num-data", "-1"], "--num-data takes"),
         (["audit", str(tmp_path / "none")], "holds no run"),
         (["sample", str(tmp_path / "none")], "holds no run"),
         (["audit", str(run), "--reference", "exact"], "no finite set"),

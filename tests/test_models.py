@@ -94,7 +94,7 @@ def test_initial_values_come_from_the_data():
         (lambda: GaussianMixture(4, 2, guide="x"), "guide takes"),
         (lambda: GaussianMixture.for_data(torch.zeros(3, 4), (4,), 0, components=5), "at least as many data"),
         (lambda: models.build("gan", "digits", {}), "unknown model"),
-        (lambda: models.build("vae", "digits", {"depth": 2}), "does not take these settings"),
+        (lambda: models.build("vae", "digits", {"depth": 2}), "has no setting 'depth'"),
         (lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
         (lambda: PPCA(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
     ],

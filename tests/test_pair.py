@@ -1,6 +1,7 @@
 """What every pair promises, and what `Pair` refuses."""
 
 import copy
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +10,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyroelbo import Pair, fit
+from pyroelbo import Pair, evidence, fit
 from pyroelbo.models import REGISTRY
 from pyroelbo.pair import ExactPair
 from tests.pairs import TABLE, Nonlinear
@@ -138,3 +139,35 @@ def test_what_a_pair_must_define():
         Pair.of(lambda y: None, 3)
     with pytest.raises(ValueError, match="no part 'decoder'"):
         Nonlinear().part("decoder")
+
+
+def test_a_trained_pair_can_be_pickled():
+    pair, y = Nonlinear(), torch.randn(5, 4)
+    SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(y)
+    fit(pair, y, epochs=1, progress=False)
+    again = pickle.loads(pickle.dumps(pair))
+    assert all(torch.equal(p, q) for p, q in zip(pair.parameters(), again.parameters(), strict=True))
+    changed, everything = moved(
+        again, lambda: SVI(again.model, again.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(y)
+    )
+    assert changed == everything
+
+
+def test_a_sampled_attribute_keeps_its_name_in_every_instance():
+    class Scaled(Pair):
+        def __init__(self):
+            super().__init__()
+            self.shift = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
+
+        def model(self, y):
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(self.shift, 1.0), obs=y)
+
+        def guide(self, y):
+            with pyro.plate("data", len(y)):
+                pyro.sample("shift", dist.Normal(y / 2, 0.5**0.5))
+
+    y = torch.randn(4)
+    for _ in range(2):
+        bound = evidence.elbo(Scaled(), y, particles=5)
+        torch.testing.assert_close(bound.value, dist.Normal(0.0, 2**0.5).log_prob(y), atol=1e-9, rtol=0)

@@ -255,3 +255,17 @@ def test_data_outside_the_support_are_refused():
         evidence.elbo(make(), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="y has NaN"):
         evidence.elbo(make(), torch.full((3, 6), float("nan")))
+
+
+def test_one_datum_without_its_batch_dimension_is_refused():
+    make, draw = TABLE["vae-l2"]
+    with pytest.raises(ValueError, match="takes"):
+        evidence.elbo(make(), draw(3)[0])
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z.unsqueeze(-1).expand(-1, 4), 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="no dimension left to run over data"):
+        evidence.elbo(Pair.of(model, plain_guide), torch.randn(4))

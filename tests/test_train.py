@@ -355,7 +355,7 @@ def test_more_epochs_can_be_added(tmp_path):
 
 def model_without_plate(y):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(z, 1.0).expand(y.shape).to_event(1), obs=y)
+    pyro.sample("y", dist.Normal(z, 1.0).expand([1]).to_event(1), obs=y)
 
 
 def guide_without_plate(y):
@@ -379,7 +379,7 @@ def model_with_global(y):
             torch.zeros(3, 5),
             {},
             ValueError,
-            r"could not be run on a batch of shapes \{'batch': \(3, 5\)\}",
+            r"could not be run on a batch of shapes and types \{'batch': \(\(3, 5\)",
         ),
         (
             TABLE["vae-bernoulli"][0],
@@ -398,7 +398,7 @@ def model_with_global(y):
         (TABLE["vae-l2"][0], torch.zeros(3, 5), {}, ValueError, r"takes \[B, 6\]"),
         (
             lambda: Pair.of(model_without_plate, guide_without_plate),
-            torch.zeros(3),
+            torch.zeros(3, 1),
             {},
             ValueError,
             "no plate 'data'",
@@ -480,3 +480,42 @@ def test_on_a_gpu():
     pair = fresh()
     run = quiet(pair, torch.randn(64, 4), epochs=20, learning_rate=0.02)
     assert pair.device.type == "cuda" and run.losses[-1] < run.losses[0]
+
+
+def test_all_data_in_memory_are_checked():
+    make, draw = TABLE["vae-bernoulli"]
+    y = draw(50)
+    y[49, 0] = 0.5
+    with pytest.raises(ValueError, match="takes values in Boolean"):
+        quiet(make(), y)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kl_weight": 0.5}, "kl_weight was 1.0"),
+        ({"schedule": "cosine"}, "schedule was 'constant'"),
+        ({"data": 1.0}, "fingerprint was"),
+        ({"patience": 3}, "patience was None"),
+        ({"valid": None}, "valid was"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(changed, message, tmp_path):
+    y, valid = torch.randn(8, 4), torch.randn(3, 4)
+    quiet(fresh(), y, valid=valid, out=tmp_path / "r")
+    settings = {"valid": valid, **{k: v for k, v in changed.items() if k != "data"}}
+    with pytest.raises(ValueError, match=message):
+        quiet(fresh(), y + changed.get("data", 0.0), **settings, epochs=6, out=tmp_path / "r", resume=True)
+
+
+def test_a_callback_that_raises_loses_nothing(tmp_path):
+    y = torch.randn(8, 4)
+
+    def fail(row):
+        if row["epoch"] == 2:
+            raise RuntimeError("the plot server is down")
+
+    with pytest.raises(RuntimeError, match="plot server"):
+        quiet(fresh(), y, epochs=4, out=tmp_path / "r", checkpoint_seconds=1e9, callbacks=[fail])
+    again = quiet(fresh(), y, epochs=4, out=tmp_path / "r", resume=True)
+    assert again.metrics == quiet(fresh(), y, epochs=4).metrics

@@ -7,10 +7,11 @@ from typing import Any
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.bounds import elbo, iwae
-from pyroelbo.evidence.exact import Unavailable, exact
+from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
 from pyroelbo.records import Audit, Bound
+from pyroelbo.terms import Unavailable
 
 __all__ = ["audit"]
 
@@ -45,5 +46,11 @@ def audit(pair: Pair, y: Any, *, particles: int = 64, references: Sequence[str] 
         notes.append(
             "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
         )
-    bounds = [*found, elbo(pair, batch, particles), iwae(pair, batch, particles)]
+    bounds = list(found)
+    try:
+        bounds += [elbo(pair, batch, particles), iwae(pair, batch, particles)]
+    except Unavailable as reason:
+        if not found:
+            raise
+        notes.append(f"no elbo and iwae: {reason}")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))

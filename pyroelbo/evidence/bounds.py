@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyroelbo.evidence.diagnostics import pareto_k_hat
 from pyroelbo.numerics import effective_sample_size, log_mean_exp
@@ -31,7 +32,8 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
         stderr = log_w.std(0) / math.sqrt(particles)
     else:
         stderr = torch.full_like(log_w[0], math.nan)
-    return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=particles * evaluator.size)
+    cost = particles * evaluator.size
+    return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=cost, notes=_outside(log_w))
 
 
 @torch.no_grad()
@@ -67,7 +69,16 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
         cost=particles * evaluator.size,
         ess=effective_sample_size(log_w),
         k_hat=k_hat,
-        notes=notes,
+        notes=notes + _outside(log_w),
+    )
+
+
+def _outside(log_w: Tensor) -> tuple[str, ...]:
+    share = (log_w == -math.inf).double().mean()
+    if share == 0:
+        return ()
+    return (
+        f"the guide draws what the model gives probability zero, {float(share):.1%} of its draws: the ELBO is -inf",
     )
 
 

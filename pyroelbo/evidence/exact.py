@@ -21,13 +21,9 @@ from pyroelbo.evidence.bounds import refuse_scales
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import PLATE, ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator
+from pyroelbo.terms import Evaluator, Unavailable
 
-__all__ = ["Unavailable", "exact"]
-
-
-class Unavailable(ValueError):
-    """This pair has no such value; the message says why."""
+__all__ = ["exact"]
 
 
 @torch.no_grad()

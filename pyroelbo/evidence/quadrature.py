@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evidence.bounds import refuse_scales
-from pyroelbo.evidence.exact import Unavailable
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator
+from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["quadrature"]
 
@@ -57,7 +56,15 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     hermite = _gauss_hermite(work, guide, prior, tolerance)
     resolution = (grid - hermite).abs() + change
     bad = int((~(resolution <= 1e-3)).sum())
-    notes = (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",) if bad else ()
+    notes: tuple[str, ...] = ()
+    if bad:
+        notes += (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",)
+    cut = int(resolution.isinf().sum())
+    if cut:
+        notes += (
+            f"for {cut} data probability lies closer to the boundary of the latents' support than floating point "
+            "reaches: their values are too low by an unknown amount",
+        )
     return Bound(
         "quadrature",
         grid,
@@ -92,7 +99,11 @@ class _Integrand:
                 for m in range(0, len(nodes), step)
             ]
             columns.append(torch.cat(out).double())
-        return torch.cat(columns, 1).nan_to_num(nan=-math.inf)
+        value = torch.cat(columns, 1)
+        return value.masked_fill(self.saturated(nodes) | value.isnan(), -math.inf)
+
+    def saturated(self, nodes: Tensor) -> Tensor:
+        return self.space.saturated(nodes.to(torch.get_default_dtype()))
 
 
 def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -104,9 +115,12 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
     margin = 0.5 * (high - low) + 1e-6
     low, high = low - margin, high + margin
     everyone = torch.arange(data, device=seen.device)
+    points = 257 if dims == 1 else 33
+    # Modes that no draw came near: the coarse grid's local maxima, climbed by ever finer grids around each.
+    modes = _climb(work, low, high, everyone, points)
+    guide = torch.cat([guide, modes])
     # Narrow the box: a coarse grid, with the guide's draws beside it so that a spike between its nodes is not lost.
     at_guide = work(guide.to(torch.get_default_dtype()), everyone)
-    points = 257 if dims == 1 else 33
     for _ in range(12):
         nodes, step = _midpoints(low, high, points)
         f = work(nodes, everyone)
@@ -122,6 +136,7 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
         low, high = new_low, new_high
         if bool(settled.all()):
             break
+    cut = _cut_off(work, low, high, everyone, points)
     value = _midpoint_sum(work, low, high, everyone, points)
     change = torch.full_like(value, math.inf)
     open_rows = everyone
@@ -133,7 +148,51 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
         open_rows = everyone[change > tolerance]
         if not len(open_rows):
             break
-    return value, change
+    return value, torch.where(cut, math.inf, change)
+
+
+def _on_grid(f: Tensor, points: int, dims: int) -> Tensor:
+    """[points^D, b] as [b, 1, points, ...], for pooling over neighbours."""
+    return f.T.reshape(-1, 1, *[points] * dims)
+
+
+def _pool(x: Tensor, dims: int) -> Tensor:
+    pool = torch.nn.functional.max_pool1d if dims == 1 else torch.nn.functional.max_pool2d
+    return pool(x, 3, stride=1, padding=1)
+
+
+def _climb(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, points: int, keep: int = 8) -> Tensor:
+    """The ``keep`` highest local maxima of a grid over the box, each climbed to within 1e-4 of a cell: [keep,
+    B, D]."""
+    dims = low.shape[-1]
+    nodes, step = _midpoints(low, high, points)
+    f = work(nodes, index)
+    grid = _on_grid(f, points, dims)
+    peaks = f.masked_fill(~(_pool(grid, dims) == grid).reshape(len(index), -1).T, -math.inf)
+    chosen = peaks.topk(keep, 0).indices
+    centers = torch.gather(nodes.expand(-1, len(index), -1), 0, chosen.unsqueeze(-1).expand(-1, -1, dims))
+    ticks = torch.linspace(-1, 1, 9, dtype=low.dtype, device=low.device)
+    offsets = torch.stack(torch.meshgrid(*[ticks] * dims, indexing="ij"), -1).reshape(1, -1, 1, dims)
+    for _ in range(7):
+        around = centers.unsqueeze(1) + offsets * step
+        best = work(around.flatten(0, 1), index).reshape(*around.shape[:3]).argmax(1)
+        centers = torch.gather(around, 1, best[:, None, :, None].expand(-1, 1, -1, dims)).squeeze(1)
+        step = step / 3.5
+    return centers
+
+
+def _cut_off(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, points: int) -> Tensor:
+    """Data whose integrand has not died away, to e^-9 of its peak, where floating point ends at a boundary:
+    [B]."""
+    dims, margin = low.shape[-1], 0.1 * (high - low)
+    nodes, _ = _midpoints(low - margin, high + margin, points)
+    saturated = work.saturated(nodes.expand(-1, len(index), -1))
+    if not bool(saturated.any()):
+        return saturated.any(0)
+    f = work(nodes, index)
+    near = _pool(_on_grid(saturated.to(f.dtype), points, dims), dims).reshape(len(index), -1).T > 0
+    edge = f.masked_fill(~near | saturated, -math.inf).amax(0)
+    return edge > f.amax(0) - 9
 
 
 def _midpoints(low: Tensor, high: Tensor, points: int) -> tuple[Tensor, Tensor]:

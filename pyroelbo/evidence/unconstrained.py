@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyroelbo.evidence.exact import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["Unconstrained"]
 
@@ -55,6 +54,13 @@ class Unconstrained:
             value = latents[name].movedim(1 + len(self.evaluator.latents[name].plate_shape), 1)
             pieces.append(self._transforms[name].inv(value).reshape(*value.shape[:2], -1))
         return torch.cat(pieces, -1)
+
+    def saturated(self, u: Tensor) -> Tensor:
+        """Where floating point cannot tell z(u) from its support's boundary, so that the density there means
+        nothing: [K, B]."""
+        latents, _ = self.constrain(u)
+        again = self.unconstrain(latents)
+        return ~((again - u).abs() <= 0.01 * (1 + u.abs())).all(-1)
 
     def density(self, u: Tensor, rows: Any = None) -> Tensor:
         """ln p(y, z) + ln |dz/du| of u [K, B, D] for the given rows of the batch, [K, B]."""

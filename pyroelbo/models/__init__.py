@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,34 @@ def entry(name: str) -> Entry:
 def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
     """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data
     where that helps."""
-    try:
-        return entry(name).make(train, data.shape(dataset), data.levels(dataset), **settings)
-    except TypeError as error:
-        raise ValueError(f"model {name!r} does not take these settings: {error}") from error
+    make = entry(name).make
+    return make(train, data.shape(dataset), data.levels(dataset), **_checked(name, settings))
+
+
+def settings_of(name: str) -> dict[str, inspect.Parameter]:
+    """The settings a model takes beside the shape of its data."""
+    owner = getattr(entry(name).make, "__self__", entry(name).make)
+    found = inspect.signature(owner).parameters
+    return {k: p for k, p in found.items() if k not in ("shape", "dims", "levels")}
+
+
+def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the kinds that the model's defaults have; ValueError names the one that is not."""
+    known = settings_of(name)
+    checked = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"model {name!r} has no setting {key!r}: it has {', '.join(known)}")
+        default = known[key].default
+        if isinstance(default, tuple):
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
+        if isinstance(value, bool) or (not isinstance(value, kinds) and value is not None):
+            raise ValueError(
+                f"setting {key!r} of model {name!r} takes something like {default!r}, got {value!r}"
+            )
+        checked[key] = value
+    return checked
 
 
 def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:

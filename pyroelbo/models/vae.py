@@ -153,7 +153,10 @@ class VAE(Pair):
     @staticmethod
     def form_of(settings: dict) -> str:
         """The form of data that a VAE of these settings takes."""
-        return LIKELIHOODS[settings.get("likelihood", "bernoulli")][1]
+        name = settings.get("likelihood", "bernoulli")
+        if name not in LIKELIHOODS:
+            raise ValueError(f"likelihood takes one of {tuple(LIKELIHOODS)}, got {name!r}")
+        return LIKELIHOODS[name][1]
 
     @classmethod
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> VAE:

@@ -56,3 +56,12 @@ def test_dict_and_tuple_batches():
         result = audit(Pair.of(model, guide), batch)
         exact = torch.distributions.Normal(x, 2**0.5).log_prob(y)
         assert (result["elbo"].value - exact).abs().max() < 1e-9
+
+
+def test_latents_summed_out_of_the_model_leave_the_exact_row():
+    from pyroelbo import Pair
+    from pyroelbo.models import GaussianMixture
+
+    mixture, y = GaussianMixture(3, 2), torch.randn(4, 3)
+    result = audit(Pair.of(mixture.model, lambda y: None), y)
+    assert [b.method for b in result.bounds] == ["exact"] and "missing in the guide" in result.notes[0]

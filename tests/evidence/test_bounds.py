@@ -149,3 +149,20 @@ def test_on_a_gpu(name):
     exact = evidence.exact(pair, y)
     assert exact.value.is_cuda
     assert (evidence.iwae(pair, y, particles=4000).value - exact.value).abs().max() < 0.5
+
+
+def test_a_guide_outside_a_densitys_domain_is_minus_infinity_not_nan():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Beta(torch.full((len(y),), 2.0), 2.0))
+            pyro.sample("y", dist.Bernoulli(z.clamp(0, 1)), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.full((len(y),), 0.5), 0.5))
+
+    pair, y = Pair.of(model, guide), torch.tensor([0.0, 1.0])
+    bound = evidence.elbo(pair, y, particles=100)
+    assert (bound.value == -math.inf).all() and "probability zero" in bound.notes[0]
+    bound = evidence.iwae(pair, y, particles=20000)
+    assert ((bound.value - math.log(0.5)).abs() < 6 * bound.stderr).all()

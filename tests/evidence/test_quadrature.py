@@ -121,3 +121,68 @@ def test_what_it_does_not_take():
     )
     with pytest.raises(evidence.Unavailable, match="differs between data"):
         evidence.quadrature(uneven, torch.rand(3))
+
+
+def test_modes_that_no_draw_comes_near_are_climbed():
+    """p(y | z) peaks at both square roots of y; guide and prior draws see at most one of these spikes."""
+    pair = pair_of(
+        lambda y: dist.Normal(torch.zeros_like(y), 3.0),
+        lambda z: dist.Normal(z**2, 1e-3),
+        lambda y: dist.Normal(y.sqrt(), 1e-4),
+    )
+    y = torch.tensor([1.0, 2.0, 9.0])
+    exact = (
+        dist.Normal(0.0, 3.0).log_prob(y.sqrt()) - y.sqrt().log()
+    )  # two roots, each with Jacobian 1 / (2 sqrt y)
+    assert (evidence.quadrature(pair, y).value - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mass_at_a_boundary_beyond_floating_point_is_flagged(dtype):
+    torch.set_default_dtype(dtype)
+    pair = pair_of(
+        lambda y: dist.Beta(torch.full_like(y, 0.1), 0.1),
+        lambda z: dist.Binomial(10, z),
+        lambda y: dist.Beta(0.1 + y, 10.1 - y),
+    )
+    y = torch.tensor([5.0, 10.0])
+    exact = dist.BetaBinomial(
+        torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64), 10
+    ).log_prob(y.double())
+    bound = evidence.quadrature(pair, y)
+    assert abs(float(bound.value[0] - exact[0])) < 1e-5 and bound.resolution[0] < 1e-3
+    # At y = 10 the posterior is Beta(10.1, 0.1): e^(-u/10) of its mass lies beyond z = 1 - e^-u.
+    assert float(exact[1] - bound.value[1]) > 0.01 and bound.resolution[1] == math.inf
+    assert "closer to the boundary" in bound.notes[-1]
+
+
+def test_a_density_that_is_infinite_at_the_boundary_is_integrated():
+    pair = pair_of(
+        lambda y: dist.Gamma(torch.full_like(y, 0.3), 0.5),
+        dist.Poisson,
+        lambda y: dist.Gamma(0.3 + y, torch.full_like(y, 1.5)),
+    )
+    y = torch.tensor([0.0, 3.0])
+    bound = evidence.quadrature(pair, y)
+    assert (
+        bound.value - dist.NegativeBinomial(0.3, probs=torch.tensor(1 / 1.5)).log_prob(y)
+    ).abs().max() < 1e-5
+
+
+def test_masked_latents_integrate_to_one():
+    def program(y, lengths, observe):
+        z = torch.zeros(len(y))
+        with pyro.plate("data", len(y)):
+            for t in range(2):
+                with pyro.poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z{t}", dist.Normal(z if observe else y[:, t] / 2, 1.0))
+                    if observe:
+                        pyro.sample(f"y{t}", dist.Normal(z, 1.0), obs=y[:, t])
+
+    pair = Pair.of(lambda y, n: program(y, n, True), lambda y, n: program(y, n, False))
+    y, lengths = torch.randn(3, 2), torch.tensor([2, 1, 0])
+    one = dist.Normal(0.0, math.sqrt(2)).log_prob(y[1, 0])
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    two = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y[0])
+    value = evidence.quadrature(pair, (y, lengths)).value
+    torch.testing.assert_close(value, torch.stack([two, one, torch.tensor(0.0)]), atol=1e-5, rtol=0)
