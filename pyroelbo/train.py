@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from pyroelbo.data import Batch, Minibatches
 from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
-from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
 from pyroelbo.terms import check_observation
 
 __all__ = ["fit"]
@@ -106,7 +104,7 @@ def fit(
     if resume and out is None:
         raise ValueError("resume takes the run directory to go on with: give out=")
     factor = _schedule(schedule, epochs)
-    place = _device(device)
+    place = choose_device(device)
     loader = Minibatches(data, batch_size, seed)
     held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
     pyro.set_rng_seed(seed)
@@ -223,7 +221,7 @@ class _Job:
         )
         with (
             bar,
-            _interruptible() as interrupt,
+            interruptible() as interrupt,
             unregistered(),
             pyro.validation_enabled(False),
             warnings.catch_warnings(),
@@ -461,26 +459,6 @@ class _Job:
         self.stopped = "early" if meta["stopped"] == "early" else None
 
 
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets an event, so that a step is never cut in half; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -494,18 +472,6 @@ def _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema
         raise ValueError(f"patience takes a positive number of epochs, got {patience!r}")
     if patience is not None and valid is None:
         raise ValueError("patience looks at the validation bound: give valid=")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
-            "torch was built without CUDA)"
-        )
-    return place
 
 
 def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
