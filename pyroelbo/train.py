@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pyroelbo import data as batches
 from pyroelbo import evidence
 from pyroelbo.data import Batch, Minibatches
-from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
+from pyroelbo.objectives import Exact_ELBO, Hard_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
@@ -36,6 +36,7 @@ __all__ = ["fit"]
 OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "elbo": Trace_ELBO,
     "mean_field": TraceMeanField_ELBO,
+    "hard": Hard_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -79,12 +80,12 @@ def fit(
     training stops after so many epochs without a better one, and the best weights are kept.
 
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``,
-    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
-    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
-    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
-    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
-    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
-    fixed-encoder training.
+    ``"hard"`` (without the encoder's entropy), ``"enum"`` or any Pyro ELBO that has a
+    ``differentiable_loss``. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and
+    ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may be functions of the epoch, a
+    float, that give the weight of the KL and a factor on ``learning_rate``. ``clip_norm`` bounds the
+    gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is validated and
+    kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
