@@ -77,8 +77,9 @@ def fit_em(
     ``pair`` is an :class:`~pyroelbo.ExactPair`, or any pair whose latents can be enumerated. A pair with
     ``e_step`` and ``m_step`` (:class:`ClosedForm`) is fitted by these; for others the M-step climbs the
     expected log joint by ``gradient_steps`` steps of L-BFGS. ``hard`` puts the best z in place of the
-    posterior. ``restarts`` runs as many times, the first from the parameters as they are, the others from
-    ``pair.initialize``, and keeps the best.
+    posterior (for continuous z the noise then runs to its floor: a few steps only). ``restarts`` runs as
+    many times, the first from the parameters as they are, the others from ``pair.initialize``, and keeps the
+    best.
 
     Each epoch is one E-step and one M-step over all data, taken in pieces of ``batch_size``. With
     ``stepwise`` = κ in (0.5, 1] the M-step follows each piece instead, on statistics averaged with steps

@@ -92,7 +92,14 @@ TABLE = {
         lambda: models.HMM(3, 4, guide="mean_field", steps=5),
         lambda n: torch.randint(4, (n, 5)),
     ),
+    "state_space": (lambda: models.StateSpace(2, 3, steps=5), lambda n: torch.randn(n, 5, 2)),
+    "state_space-mean-field": (
+        lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
+        lambda n: torch.randn(n, 5, 2),
+    ),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }
-EXACT = tuple(n for n in TABLE if n.split("-")[0] in ("ppca", "mixture", "bernoulli_mixture", "hmm"))
+EXACT = tuple(
+    n for n in TABLE if n.split("-")[0] in ("ppca", "mixture", "bernoulli_mixture", "hmm", "state_space")
+)

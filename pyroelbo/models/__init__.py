@@ -11,11 +11,23 @@ from pyroelbo import data
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
 from pyroelbo.runs import RunDirectory, copy_into
 
-__all__ = ["HMM", "PPCA", "REGISTRY", "VAE", "BernoulliMixture", "Entry", "GaussianMixture", "build", "load"]
+__all__ = [
+    "HMM",
+    "PPCA",
+    "REGISTRY",
+    "VAE",
+    "BernoulliMixture",
+    "Entry",
+    "GaussianMixture",
+    "StateSpace",
+    "build",
+    "load",
+]
 
 
 @dataclass(frozen=True)
