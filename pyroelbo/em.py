@@ -132,10 +132,10 @@ def fit_em(
         "data_size": loader.size,
     }
     steps = _Closed(pair, hard) if closed else _Gradient(pair, hard, gradient_steps)
-    if not resume:
-        steps.expect(batches.to(loader.first(), place))  # bad input is refused before anything is written
+    # bad input is refused before anything is written; where this is the whole first E-step it is not done again
+    probed = None if resume else steps.expect(batches.to(loader.first(), place))
     run = None if out is None else RunDirectory.create(out, settings, resume)
-    job = _Job(pair, steps, loader, place, run)
+    job = _Job(pair, steps, loader, place, run, probed if loader.whole else None)
     if resume:
         job.load()
     began = time.perf_counter()
@@ -261,8 +261,15 @@ class _Job:
     """The state of a run, and what saves and restores all of it."""
 
     def __init__(
-        self, pair: Pair, steps: Any, loader: Minibatches, place: torch.device, run: RunDirectory | None
+        self,
+        pair: Pair,
+        steps: Any,
+        loader: Minibatches,
+        place: torch.device,
+        run: RunDirectory | None,
+        probed: tuple[Tensor, Any] | None,
     ) -> None:
+        self.probed = probed
         self.pair, self.steps, self.loader, self.place, self.run = pair, steps, loader, place, run
         self.state: dict[str, Tensor] = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
         self.restart = self.epoch = self.step = 0
@@ -360,7 +367,8 @@ class _Job:
         total, count, statistics = self._log_prior(), 0, None
         for batch in self.loader.in_order():
             batch = batches.to(batch, self.place)
-            value, found = self.steps.expect(batch)
+            value, found = self.probed or self.steps.expect(batch)
+            self.probed = None
             total += self._sum(value, count)
             count += batches.size(batch)
             statistics = found if statistics is None else self.steps.add(statistics, found)
