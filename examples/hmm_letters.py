@@ -44,7 +44,8 @@ def main(arguments=None):
     train, test = (y[:40], y[40:60]) if options.smoke else (y[:-200], y[-200:])
 
     torch.manual_seed(options.seed)
-    pair = models.HMM(options.states, len(LETTERS), guide="mean_field")
+    # A pseudo-count keeps all probabilities positive: a guide of single letters would meet the zeros.
+    pair = models.HMM(options.states, len(LETTERS), guide="mean_field", smoothing=0.1)
     fit_em(
         pair,
         train,

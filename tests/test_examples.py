@@ -43,7 +43,7 @@ def test_example(name, tmp_path, capsys):
 @pytest.mark.slow
 def test_vowels_and_consonants_part(capsys):
     torch.set_default_dtype(torch.float32)
-    load("hmm_letters").main(["--restarts", "1"])
+    load("hmm_letters").main([])
     states = [
         set(re.findall(r"([a-z]):", s)) for s in capsys.readouterr().out.splitlines() if s[:5] == "state"
     ]
