@@ -2,6 +2,7 @@
 
 from pyroelbo import data, distributions, evidence, models
 from pyroelbo._version import __version__
+from pyroelbo.em import fit_em
 from pyroelbo.evidence import audit
 from pyroelbo.pair import ExactPair, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
@@ -20,6 +21,7 @@ __all__ = [
     "distributions",
     "evidence",
     "fit",
+    "fit_em",
     "models",
     "within_datum",
 ]

@@ -185,6 +185,16 @@ class Minibatches:
         if not self.whole:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
             order = torch.randperm(self.size, generator=generator)
+        yield from self._take(order, skip)
+
+    def in_order(self) -> Iterator[Batch]:
+        """All batches in the data's own order (a DataLoader's is its own)."""
+        if self.size is None:
+            yield from self.epoch(0)
+        else:
+            yield from self._take(torch.arange(self.size))
+
+    def _take(self, order: Tensor, skip: int = 0) -> Iterator[Batch]:
         for index in order.split(self.batch_size)[skip:]:
             if self.tensors is not None:
                 yield rows(self.tensors, index)

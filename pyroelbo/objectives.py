@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Exact_ELBO", "Weighted_ELBO"]
+__all__ = ["Exact_ELBO", "Hard_ELBO", "Weighted_ELBO"]
 
 
 class Exact_ELBO(Trace_ELBO):
@@ -38,6 +39,26 @@ class Exact_ELBO(Trace_ELBO):
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach())
+
+
+class Hard_ELBO(Trace_ELBO):
+    """E_q[-ln p(y, z)]: the loss without the encoder's entropy, as for a code that is written down.
+
+    For discrete z it is at least the ELBO loss, hence still an upper bound on -ln p(y), and what hard EM
+    descends; for a deterministic encoder it is -ln p(y, z(y)), and equal to the ELBO loss if z is discrete.
+    With Shannon's code words as z, |z| = ⌈-log₂ Pop(y)⌉, and P(z) = 2^-|z| it lies in [H, H + ln 2).
+    For continuous z it is no bound (an encoder may shrink to a point), and can run to minus infinity.
+    Gradients as in :class:`~pyro.infer.Trace_ELBO`: pathwise, or by the score function.
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for site in guide_trace.nodes.values():
+            if site["type"] == "sample":
+                zero = torch.zeros_like(site["log_prob"])
+                parts = ScoreParts(zero, site["score_parts"].score_function, 0)
+                site.update(log_prob=zero, log_prob_sum=zero.sum(), score_parts=parts)
+        return model_trace, guide_trace
 
 
 class _ScaleLatents(Messenger):

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from pyroelbo._version import __version__
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "choose_device", "copy_into", "fresh", "interruptible"]
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
     "config.json",
@@ -187,3 +190,39 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where:
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, so that a step is never cut in half; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, CUDA where there is one if none was; RuntimeError for CUDA that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device takes 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
+            "torch was built without CUDA)"
+        )
+    return place

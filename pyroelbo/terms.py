@@ -145,6 +145,15 @@ class Evaluator:
         blocks = [_concatenate(block, 0, self) for block in by_rows.values()]
         return _concatenate(blocks, 1, self)
 
+    def refuse_scales(self, method: str) -> None:
+        """ValueError where a site carries a scale within its datum, which importance weights and sums over
+        latents cannot have."""
+        if self.scaled_site is not None:
+            raise ValueError(
+                f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
+                f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
+            )
+
     # ------------------------------------------------------------------------------------------ inside
 
     def _device(self) -> torch.device:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,10 @@ from pyroelbo import data as batches
 from pyroelbo import evidence
 from pyroelbo.compiled import CompiledStep
 from pyroelbo.data import Batch, Minibatches
-from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
+from pyroelbo.objectives import Exact_ELBO, Hard_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
-from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
 from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
 from pyroelbo.terms import check_observation, check_support, observed_part
 
@@ -40,6 +38,7 @@ __all__ = ["fit"]
 OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "elbo": Trace_ELBO,
     "mean_field": TraceMeanField_ELBO,
+    "hard": Hard_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
 }
 _VALIDATION_SEED = 7
@@ -79,14 +78,14 @@ def fit(
     training stops after so many epochs without a better one, and the best weights are kept.
 
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``,
-    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
-    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
-    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
-    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
-    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
-    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
-    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
-    seconds for each shape of batch.
+    ``"hard"`` (without the encoder's entropy), ``"enum"`` or any Pyro ELBO that has a
+    ``differentiable_loss``. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and
+    ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may be functions of the epoch, a
+    float, that give the weight of the KL and a factor on ``learning_rate``. ``clip_norm`` bounds the
+    gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is validated and
+    kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
+    ``compile`` runs loss, gradients and update as one graph (:class:`~pyroelbo.compiled.CompiledStep`), which
+    pays off after some thousand steps: building it takes seconds for each shape of batch.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
@@ -106,7 +105,7 @@ def fit(
     if resume and out is None:
         raise ValueError("resume takes the run directory to go on with: give out=")
     factor = _schedule(schedule, epochs)
-    place = _device(device)
+    place = choose_device(device)
     loader = Minibatches(data, batch_size, seed)
     held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
     pyro.set_rng_seed(seed)
@@ -230,7 +229,7 @@ class _Job:
         )
         with (
             bar,
-            _interruptible() as interrupt,
+            interruptible() as interrupt,
             unregistered(),
             pyro.validation_enabled(False),
             warnings.catch_warnings(),
@@ -437,26 +436,6 @@ class _Job:
         self.stopped = "early" if meta["stopped"] == "early" else None
 
 
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets an event, so that a step is never cut in half; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _check_settings(
     epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed
 ) -> None:
@@ -474,21 +453,6 @@ def _check_settings(
         raise ValueError(f"patience takes a positive number of epochs, got {patience!r}")
     if patience is not None and valid is None:
         raise ValueError("patience looks at the validation bound: give valid=")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device takes 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, and this machine has no CUDA device (or "
-            "torch was built without CUDA)"
-        )
-    return place
 
 
 def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:

@@ -72,7 +72,34 @@ TABLE = {
     "ppca-mean-field": (lambda: models.PPCA(5, 2, guide="mean_field"), lambda n: torch.randn(n, 5)),
     "mixture": (lambda: models.GaussianMixture(3, 4), lambda n: torch.randn(n, 3)),
     "mixture-encoder": (lambda: models.GaussianMixture(3, 4, guide="encoder"), lambda n: torch.randn(n, 3)),
+    "bernoulli_mixture": (lambda: models.BernoulliMixture(4, 3), lambda n: binary(n, 4)),
+    "bernoulli_mixture-encoder": (
+        lambda: models.BernoulliMixture(4, 3, guide="encoder"),
+        lambda n: binary(n, 4),
+    ),
+    "ppca-diagonal": (lambda: models.PPCA(5, 2, noise="diagonal"), lambda n: torch.randn(n, 5)),
+    "hmm-categorical": (lambda: models.HMM(3, 4, steps=5), lambda n: torch.randint(4, (n, 5))),
+    "hmm-gaussian": (lambda: models.HMM(3, 2, "gaussian", steps=5), lambda n: torch.randn(n, 5, 2)),
+    "hmm-bernoulli": (
+        lambda: models.HMM(3, 2, "bernoulli", steps=5, smoothing=0.5),
+        lambda n: binary(n, 10).view(n, 5, 2),
+    ),
+    "hmm-poisson": (
+        lambda: models.HMM(3, 2, "poisson", steps=5),
+        lambda n: torch.poisson(torch.ones(n, 5, 2)),
+    ),
+    "hmm-mean-field": (
+        lambda: models.HMM(3, 4, guide="mean_field", steps=5),
+        lambda n: torch.randint(4, (n, 5)),
+    ),
+    "state_space": (lambda: models.StateSpace(2, 3, steps=5), lambda n: torch.randn(n, 5, 2)),
+    "state_space-mean-field": (
+        lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
+        lambda n: torch.randn(n, 5, 2),
+    ),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }
-EXACT = ("ppca", "ppca-mean-field", "mixture", "mixture-encoder")
+EXACT = tuple(
+    n for n in TABLE if n.split("-")[0] in ("ppca", "mixture", "bernoulli_mixture", "hmm", "state_space")
+)

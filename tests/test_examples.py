@@ -1,6 +1,7 @@
 """Every example runs small, as a user would run it; one that the table lacks fails the suite."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ ARGUMENTS = {
     "vae": lambda tmp: (["--smoke", "--out", str(tmp / "vae")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "hmm_letters": lambda tmp: (["--smoke"],),
+    "chorales": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
 }
 
@@ -35,6 +38,16 @@ def test_example(name, tmp_path, capsys):
     audits = result.values() if isinstance(result, dict) else [result]
     assert all(isinstance(a, Audit) for a in audits)
     assert "nats per datum" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_vowels_and_consonants_part(capsys):
+    torch.set_default_dtype(torch.float32)
+    load("hmm_letters").main([])
+    states = [
+        set(re.findall(r"([a-z]):", s)) for s in capsys.readouterr().out.splitlines() if s[:5] == "state"
+    ]
+    assert any(set("aeiou") <= s and not s & set("bcdfgjklmnpqrsvwxz") for s in states)
 
 
 def test_your_own_pair_is_short():

@@ -12,7 +12,7 @@ ROOT = Path(pyroelbo.__file__).parent
 LAYERS = [
     ["_version", "numerics", "records"],
     ["semiring", "nn", "data", "runs", "coder"],
-    ["distributions", "pair", "terms"],
+    ["distributions", "pair", "terms", "enumeration"],
     ["priors", "objectives", "stepping", "compiled", "em"],
     ["models", "evidence"],
     ["train"],

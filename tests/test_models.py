@@ -64,9 +64,7 @@ def test_ppcas_closed_form_is_a_maximum():
 def test_mixture_is_the_sum_it_says():
     pair, y = GaussianMixture(3, 4), torch.randn(6, 3)
     g = pair.generator
-    parts = [
-        Normal(g.loc[k], pair._scale()[k]).log_prob(y).sum(-1) + g.logits.log_softmax(0)[k] for k in range(4)
-    ]
+    parts = [Normal(g.loc[k], g.scale[k]).log_prob(y).sum(-1) + g.logits.log_softmax(0)[k] for k in range(4)]
     torch.testing.assert_close(pair.log_evidence(y), torch.logsumexp(torch.stack(parts), 0))
     torch.testing.assert_close(pair.posterior(y).probs, torch.softmax(torch.stack(parts, -1), -1))
 

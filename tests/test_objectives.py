@@ -13,7 +13,9 @@ def gradient(pair, loss):
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(pair.parameters()))])
 
 
-@pytest.mark.parametrize("name", ["ppca", "mixture"])
+@pytest.mark.parametrize(
+    "name", ["ppca", "mixture", "bernoulli_mixture", "hmm-categorical", "hmm-gaussian", "state_space"]
+)
 def test_exact_elbo_has_the_evidences_value_and_gradient(name):
     make, draw = TABLE[name]
     pair, y = make(), draw(9)

@@ -85,8 +85,8 @@ class LinearGaussianChain(TorchDistribution):
             raise ValueError(
                 f"got initial of event shape {tuple(initial.event_shape)}, transition_matrix "
                 f"{tuple(transition_matrix.shape)}, transition_noise of event shape "
-                f"{tuple(transition_noise.event_shape)}, observation_matrix "
-                f"{tuple(observation_matrix.shape)}, observation_noise of event shape "
+                f"{tuple(transition_noise.event_shape)}, observation_matrix {tuple(observation_matrix.shape)}, "
+                f"observation_noise of event shape "
                 f"{tuple(observation_noise.event_shape)}: they take [H], [H,H], [H], [O,H] and [O]"
             )
 

@@ -28,7 +28,7 @@ class GaussianStatistics:
     """Expected sufficient statistics of M Gaussians: ``count [M]``, ``mean [M,D]``, and ``scatter``.
 
     ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter /
-    count is the covariance of the M-step. The statistics of two parts of the data add up with ``+``.
+    count is the covariance of the M-step. The statistics of two parts of the data add up with ``+``; ``*`` weighs them.
 
     Source: Dempster, Laird, Rubin (1977); Chan, Golub, LeVeque (1979) for ``+``.
     """
@@ -36,6 +36,20 @@ class GaussianStatistics:
     count: Tensor
     mean: Tensor
     scatter: Tensor
+
+    @classmethod
+    def weighted(cls, y: Tensor, share: Tensor, diagonal: bool = True) -> GaussianStatistics:
+        """Those of data ``y [N,D]`` that belong to M components by ``share [N,M]``, in float64. Cost:
+        O(N·M·D), full O(N·M·D²)."""
+        found = []
+        y = y.double()
+        for r in share.double().t():
+            count = r.sum()
+            mean = (r @ y) / torch.where(count > 0, count, 1.0)
+            apart = y - mean
+            weighted = r[:, None] * apart
+            found.append((count, mean, (weighted * apart).sum(0) if diagonal else weighted.t() @ apart))
+        return cls(*(torch.stack(x) for x in zip(*found, strict=True)))
 
     def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
         count = self.count + other.count
@@ -47,6 +61,10 @@ class GaussianStatistics:
         return GaussianStatistics(
             count, self.mean + share[:, None] * apart, self.scatter + other.scatter + weight * product
         )
+
+    def __mul__(self, weight: float) -> GaussianStatistics:
+        """Those of data that count ``weight`` times each."""
+        return GaussianStatistics(self.count * weight, self.mean, self.scatter * weight)
 
 
 class Mixture(TorchDistribution):
@@ -177,14 +195,7 @@ class Mixture(TorchDistribution):
         joint = self._joint(y).double()
         evidence = logsumexp(joint)
         share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
-        found = []
-        for r in share.t():
-            count = r.sum()
-            mean = (r @ y.double()) / torch.where(count > 0, count, 1.0)
-            apart = y.double() - mean
-            weighted = r[:, None] * apart
-            found.append((count, mean, (weighted * apart).sum(0) if diagonal else weighted.t() @ apart))
-        return evidence, GaussianStatistics(*(torch.stack(x) for x in zip(*found, strict=True)))
+        return evidence, GaussianStatistics.weighted(y, share, diagonal)
 
 
 class _Features:

@@ -121,6 +121,23 @@ class StructuredDistribution(TorchDistribution):
         )
         return self._gradient(self._log_partition(parts), parts, create_graph=True)
 
+    def expected_parts(self, *, hard: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """ln Z ``[*B]`` and the expected use of each part, summed over all that share a potential; no gradients.
+
+        The parts have the potentials' own shapes: one that the batch shares (size 1 there) gets the whole
+        batch's counts, which are then never held apart. With ``hard`` the best structure stands for all: its
+        log weight, and its parts. These are the E-steps of EM and of hard EM.
+        """
+        if hard:
+            with torch.no_grad():
+                z = self.mode
+                used = zip(self.to_parts(z), self.potentials, strict=True)
+                return self.score(z), self._like(n.sum_to_size(x.shape) for n, x in used)
+        with torch.enable_grad():
+            leaves = self._like(x.detach().requires_grad_() for x in self.potentials)
+            value = self._log_partition(leaves)
+            return value.detach().expand(self.batch_shape), self._gradient(value, leaves)
+
     @property
     def mode(self) -> Tensor:
         """A structure of largest probability, LongTensor ``[*B, *event]``."""

@@ -50,7 +50,7 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
     """
     evaluator = Evaluator(pair, y)
-    refuse_scales(evaluator, "iwae")
+    evaluator.refuse_scales("iwae")
     log_w = evaluator.draws(_count(particles)).log_weight.double()
     value, stderr = log_mean_exp(log_w)
     k_hat = pareto_k_hat(log_w)
@@ -80,14 +80,6 @@ def _outside(log_w: Tensor) -> tuple[str, ...]:
     return (
         f"the guide draws what the model gives probability zero, {float(share):.1%} of its draws: the ELBO is -inf",
     )
-
-
-def refuse_scales(evaluator: Evaluator, method: str) -> None:
-    if evaluator.scaled_site is not None:
-        raise ValueError(
-            f"site {evaluator.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
-            f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
-        )
 
 
 def _count(particles: int) -> int:

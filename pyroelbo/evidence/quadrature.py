@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroelbo.evidence.bounds import refuse_scales
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
@@ -43,7 +42,7 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     if not tolerance > 0:
         raise ValueError(f"tolerance takes a positive number of nats, got {tolerance!r}")
     evaluator = Evaluator(pair, y)
-    refuse_scales(evaluator, "quadrature")
+    evaluator.refuse_scales("quadrature")
     space = Unconstrained(evaluator)
     if space.dims not in (1, 2):
         raise Unavailable(

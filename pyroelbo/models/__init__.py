@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
-from pyroelbo.models.mixture import GaussianMixture
+from pyroelbo.models.hmm import HMM
+from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
 from pyroelbo.runs import RunDirectory, copy_into
 
-__all__ = ["PPCA", "REGISTRY", "VAE", "Entry", "GaussianMixture", "build", "load"]
+__all__ = [
+    "HMM",
+    "PPCA",
+    "REGISTRY",
+    "VAE",
+    "BernoulliMixture",
+    "Entry",
+    "GaussianMixture",
+    "StateSpace",
+    "build",
+    "load",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,13 @@ REGISTRY: dict[str, Entry] = {
         "Gaussian mixture, exact; guide=exact|encoder",
         GaussianMixture.for_data,
         lambda settings: "grey",
+        50,
+        1e-2,
+    ),
+    "bernoulli_mixture": Entry(
+        "Bernoulli mixture, exact; guide=exact|encoder",
+        BernoulliMixture.for_data,
+        lambda settings: "binary",
         50,
         1e-2,
     ),

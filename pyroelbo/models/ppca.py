@@ -1,9 +1,10 @@
-"""Probabilistic principal components: the linear Gaussian model whose evidence and posterior are closed
+"""Probabilistic principal components and factor analysis: the linear Gaussian model whose evidence and posterior are closed
 forms."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import pyro
@@ -17,33 +18,47 @@ __all__ = ["PPCA"]
 
 
 class PPCA(ExactPair):
-    """p(z) = N(0, I), p(y | z) = N(W z + μ, σ² I), so p(y) = N(μ, W Wᵀ + σ² I). Data [B, D].
+    """p(z) = N(0, I), p(y | z) = N(W z + μ, Ψ), so p(y) = N(μ, W Wᵀ + Ψ). Data [B, D].
 
-    With M = Wᵀ W + σ² I the posterior is N(M⁻¹ Wᵀ (y - μ), σ² M⁻¹). ``guide="exact"`` draws from it;
+    ``noise="shared"`` is probabilistic PCA, Ψ = σ² I; ``"diagonal"`` is factor analysis, Ψ = diag σ_d². With
+    M = I + Wᵀ Ψ⁻¹ W the posterior is N(M⁻¹ Wᵀ Ψ⁻¹ (y - μ), M⁻¹). ``guide="exact"`` draws from it;
     ``"mean_field"`` is an amortized Gaussian with diagonal covariance, linear in y, which cannot follow the
-    posterior's correlations.
+    posterior's correlations. The M-step holds every σ at ``floor`` or above, and says so.
 
-    Parts: ``generator`` (weight [D, L], loc [D], log_scale), ``encoder`` (mean-field only). Cost: O(B·D·L +
-    L³).
+    Parts: ``generator`` (weight [D, L], loc [D], log_scale [] or [D]), ``encoder`` (mean-field only).
+    Cost: O(B·D·L + L³).
 
-    Source: Tipping and Bishop (1999), equations 6, 7, 14 and 15.
+    Source: Tipping and Bishop (1999), equations 6, 7, 14 and 15; Rubin and Thayer (1982) for EM.
     """
 
     form = "grey"
 
-    def __init__(self, dims: int, latent: int = 2, guide: str = "exact") -> None:
+    def __init__(
+        self,
+        dims: int,
+        latent: int = 2,
+        guide: str = "exact",
+        noise: str = "shared",
+        floor: float = 1e-4,
+    ) -> None:
         super().__init__()
+        if noise not in ("shared", "diagonal"):
+            raise ValueError(f"noise takes 'shared' or 'diagonal', got {noise!r}")
+        if not floor > 0:
+            raise ValueError(f"floor takes a positive scale, got {floor}")
         if guide not in ("exact", "mean_field"):
             raise ValueError(f"guide takes 'exact' or 'mean_field', got {guide!r}")
         if not 1 <= latent <= dims:
             raise ValueError(f"latent takes 1 to {dims} dimensions for data of {dims}, got {latent}")
-        self.dims, self.latent_dims = dims, latent
+        self.dims, self.latent_dims, self.noise, self.floor = dims, latent, noise, floor
         self.generator = nn.Module()
         self.generator.register_parameter(
             "weight", nn.Parameter(torch.randn(dims, latent) / math.sqrt(latent))
         )
         self.generator.register_parameter("loc", nn.Parameter(torch.zeros(dims)))
-        self.generator.register_parameter("log_scale", nn.Parameter(torch.zeros(())))
+        self.generator.register_parameter(
+            "log_scale", nn.Parameter(torch.zeros(() if noise == "shared" else dims))
+        )
         self.encoder: nn.Module | None = None
         if guide == "mean_field":
             self.encoder = nn.Linear(dims, latent)
@@ -79,21 +94,60 @@ class PPCA(ExactPair):
         return dist.LowRankMultivariateNormal(g.loc, g.weight, noise).log_prob(self._check(y))
 
     def posterior(self, y: Tensor) -> dist.MultivariateNormal:
+        mean, covariance = self._moments(y)
+        return dist.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance))
+
+    def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         g = self.generator
-        noise = (2 * g.log_scale).exp()
-        inner = g.weight.T @ g.weight + noise * torch.eye(
-            self.latent_dims, dtype=noise.dtype, device=noise.device
-        )
-        root = torch.linalg.cholesky(inner)
-        mean = torch.cholesky_solve(g.weight.T @ (self._check(y) - g.loc).T, root).T
-        return dist.MultivariateNormal(
-            mean, scale_tril=torch.linalg.cholesky(noise * torch.cholesky_inverse(root))
-        )
+        read = g.weight.T * (-2 * g.log_scale).exp()
+        root = torch.linalg.cholesky(torch.eye(self.latent_dims).to(read) + read @ g.weight)
+        mean = torch.cholesky_solve(read @ (self._check(y) - g.loc).T, root).T
+        return mean, torch.cholesky_inverse(root)
+
+    def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """ln p(y) [B] (``hard``: ln p(y, z*) at the posterior's mean) and the statistics of :meth:`m_step`."""
+        mean, covariance = self._moments(y)
+        evidence = self.log_evidence(y)
+        if hard:
+            evidence = evidence + self.posterior(y).log_prob(mean)
+        code = torch.cat([mean, torch.ones_like(mean[:, :1])], -1).double()
+        square = code.T @ code
+        if not hard:
+            square[:-1, :-1] += len(y) * covariance.double()
+        y = y.double()
+        return evidence, {"cross": y.T @ code, "square": square, "power": y.square().sum(0)}
+
+    @torch.no_grad()
+    def m_step(self, statistics: dict[str, Tensor]) -> None:
+        """Regress the data on their codes: weight, loc and noise that maximize the expected log joint."""
+        cross, square = statistics["cross"], statistics["square"]
+        g, count = self.generator, square[-1, -1]
+        weight = torch.linalg.solve(square, cross.T).T
+        variance = (statistics["power"] - (weight * cross).sum(-1)) / count
+        variance = variance.mean() if self.noise == "shared" else variance
+        if bool((variance < self.floor**2).any()):
+            warnings.warn(
+                f"a noise variance ran to {float(variance.min()):.1e} and is held at floor² = {self.floor**2:.1e}: "
+                "a coordinate is constant, or explained by the others in full"
+            )
+        g.weight.copy_(weight[:, :-1])
+        g.loc.copy_(weight[:, -1])
+        g.log_scale.copy_(0.5 * variance.clamp_min(self.floor**2).log())
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> None:
+        """A random start: a random weight of the data's size, their mean, and their spread as noise."""
+        g, spread = self.generator, self._check(y).std(0).clamp_min(1e-3)
+        g.loc.copy_(y.mean(0))
+        g.log_scale.copy_(spread.mean().log() if self.noise == "shared" else spread.log())
+        g.weight.normal_().mul_(spread.mean() / math.sqrt(self.latent_dims))
 
     @torch.no_grad()
     def solve(self, y: Tensor) -> PPCA:
         """Set the maximum likelihood parameters in closed form from the covariance's eigenvectors; returns
-        self."""
+        self. For shared noise only (ValueError)."""
+        if self.noise != "shared":
+            raise ValueError("noise='diagonal' has no closed form: use fit_em")
         mean = self._check(y).mean(0)
         values, vectors = torch.linalg.eigh((y - mean).T @ (y - mean) / len(y))
         noise = values[: -self.latent_dims].mean() if self.latent_dims < self.dims else values[0] * 1e-3
@@ -112,8 +166,5 @@ class PPCA(ExactPair):
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> PPCA:
         pair = cls(math.prod(shape), **settings)
         if train is not None:
-            with torch.no_grad():
-                pair.generator.loc.copy_(train.mean(0))
-                pair.generator.log_scale.copy_(train.std(0).mean().clamp_min(1e-3).log())
-                pair.generator.weight.mul_(train.std(0).mean())
+            pair.initialize(train)
         return pair

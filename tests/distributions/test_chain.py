@@ -434,3 +434,25 @@ def test_checks_are_off_when_validation_is():
     with pyro.validation_enabled(False):
         q = LinearChain(torch.tensor([0.0, math.nan]), torch.zeros(2, 2), torch.zeros(3, 2))
         assert q.log_partition.isnan()
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 2, 3])])
+@pytest.mark.parametrize("kind", ["bernoulli", "poisson"])
+def test_emissions_by_matrix_products_are_the_plain_ones(kind, lengths):
+    parameter = torch.randn(2, 5, requires_grad=True)
+    if kind == "bernoulli":
+        emission = dist.Bernoulli(logits=parameter).to_event(1)
+    else:
+        emission = dist.Poisson(parameter.exp()).to_event(1)
+    y = emission.sample((3, 4))[..., 0, :]
+    hmm = HMM(torch.zeros(2), torch.randn(2, 2), emission, lengths=lengths)
+    fast = hmm.posterior(y).potentials[2]
+    plain = emission.log_prob(y.unsqueeze(-2))
+    if lengths is not None:
+        plain = torch.where((torch.arange(4) < lengths[:, None])[..., None], plain, 0.0)
+    torch.testing.assert_close(fast, plain)
+    weight = torch.randn_like(fast)
+    (a,), (b,) = (
+        torch.autograd.grad((weight * x).sum(), parameter, retain_graph=True) for x in (fast, plain)
+    )
+    torch.testing.assert_close(a, b)

@@ -1,0 +1,154 @@
+"""The hidden Markov model: a chain of finite latents, summed by forward-backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyroelbo import distributions as ped
+from pyroelbo.models.families import FAMILIES, Categorical, log_shares
+from pyroelbo.pair import PLATE, ExactPair
+
+__all__ = ["HMM"]
+
+
+class HMM(ExactPair):
+    """p(z) = p(z_1) Π p(z_{t+1} | z_t) over S states, p(y | z) = Π_t p(y_t | z_t). Batches ``y`` or ``(y, lengths)``.
+
+    ``emission``: ``categorical`` over ``dims`` symbols, y LongTensor [B, T]; ``gaussian`` (diagonal, scales
+    above ``floor``), ``bernoulli`` (0 or 1) or ``poisson`` (counts) in ``dims`` coordinates, y [B, T, dims].
+    ``lengths [B]`` shortens sequences: what lies beyond is ignored, though it must be in the support. The
+    latent site ``z`` is the whole path, LongTensor [B, T].
+
+    ``guide="exact"`` draws the path from p(z | y); ``"mean_field"`` takes every step on its own,
+    q(z_t | y_t) = softmax(linear(y_t)): its gap is what the chain knows and one step does not.
+    ``smoothing`` = a adds a pseudo-count to every start, move and (categorical, Bernoulli, Poisson) outcome:
+    MAP. ``steps`` is the length that :meth:`simulate` draws; else give it ``like=``.
+
+    Parts: ``prior`` (initial [S], transition [S, S] (from, to), logits), ``generator``, ``encoder``.
+    Cost: O(B·T·S²). Source: Rabiner (1989); Baum, Petrie, Soules, Weiss (1970).
+    """
+
+    def __init__(
+        self,
+        states: int,
+        dims: int,
+        emission: str = "categorical",
+        guide: str = "exact",
+        steps: int | None = None,
+        smoothing: float = 0.0,
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if emission not in FAMILIES:
+            raise ValueError(f"emission takes one of {tuple(FAMILIES)}, got {emission!r}")
+        if guide not in ("exact", "mean_field"):
+            raise ValueError(f"guide takes 'exact' or 'mean_field', got {guide!r}")
+        for name, value in (("states", states), ("dims", dims)):
+            if value < 1:
+                raise ValueError(f"{name} takes a positive number, got {value}")
+        self.states, self.dims, self.steps, self.smoothing = states, dims, steps, smoothing
+        self.prior = nn.Module()
+        self.prior.register_parameter("initial", nn.Parameter(0.1 * torch.randn(states)))
+        self.prior.register_parameter("transition", nn.Parameter(torch.randn(states, states)))
+        option = floor if emission == "gaussian" else smoothing
+        self.generator = FAMILIES[emission](states, dims, option)  # type: ignore[call-arg]
+        self.encoder = nn.Linear(dims, states) if guide == "mean_field" else None
+
+    @property
+    def exact_guide(self) -> bool:
+        return self.encoder is None
+
+    def _check(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        event = self.generator.event
+        if y.dim() != 2 + len(event) or y.shape[2:] != event:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}: this HMM takes [B, T{''.join(f', {d}' for d in event)}]"
+            )
+        if lengths is not None and lengths.shape != y.shape[:1]:
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
+        return y
+
+    def _hmm(self, steps: int, lengths: Tensor | None) -> ped.HMM:
+        p = self.prior
+        return ped.HMM(p.initial, p.transition, self.generator.distribution(), steps, lengths)
+
+    @staticmethod
+    def _within(y: Tensor, lengths: Tensor | None) -> Tensor:
+        time = torch.arange(y.shape[1], device=y.device)
+        return time < (len(time) if lengths is None else lengths[:, None])
+
+    def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
+        steps = self._check(y, lengths).shape[1]
+        with pyro.plate(PLATE, len(y)):
+            z = pyro.sample("z", self._hmm(steps, lengths).prior)
+            emitted = self.generator.distribution(z)
+            if lengths is not None:
+                emitted = emitted.mask(self._within(y, lengths))
+            pyro.sample("y", emitted.to_event(1), obs=y)
+
+    def guide(self, y: Tensor, lengths: Tensor | None = None) -> None:
+        with pyro.plate(PLATE, len(y)):
+            pyro.sample("z", self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths))
+
+    def _encode(self, y: Tensor, lengths: Tensor | None) -> ped.LinearChain:
+        seen = F.one_hot(y, self.dims) if isinstance(self.generator, Categorical) else y
+        assert self.encoder is not None
+        local = self.encoder(seen.to(self.encoder.weight.dtype))
+        flat = local.new_zeros(self.states, self.states)
+        return ped.LinearChain(flat[:1], flat[None], local, lengths)
+
+    def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """ln p(y), [B], in nats, by the forward recursion."""
+        return self.posterior(y, lengths).log_partition
+
+    def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.LinearChain:
+        """p(z | y), a chain over paths; its ``log_partition`` is ln p(y)."""
+        return self._hmm(self._check(y, lengths).shape[1], lengths).posterior(y)
+
+    def e_step(
+        self, y: Tensor, lengths: Tensor | None = None, hard: bool = False
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """ln p(y) [B] (``hard``: ln p(y, z*) of the best path) and the statistics of :meth:`m_step`."""
+        evidence, used = self.posterior(y, lengths).expected_parts(hard=hard)
+        initial, transition, visits = used
+        inside = self._within(y, lengths).expand(y.shape[:2])
+        emitted = self.generator.statistics(visits[inside], y[inside])
+        return evidence, {"initial": initial[0], "transition": transition[0], **emitted}
+
+    @torch.no_grad()
+    def m_step(self, statistics: dict[str, Any]) -> None:
+        """Start, moves and emissions that maximize the expected log joint (plus :meth:`log_prior`)."""
+        p = self.prior
+        p.initial.copy_(log_shares(statistics["initial"], self.smoothing, p.initial))
+        p.transition.copy_(log_shares(statistics["transition"], self.smoothing, p.transition))
+        self.generator.m_step(statistics)
+
+    def log_prior(self) -> Tensor:
+        """The log density, up to a constant, that ``smoothing`` stands for."""
+        total = self.generator.log_prior()
+        if self.smoothing:
+            for logits in (self.prior.initial, self.prior.transition):
+                total = total + self.smoothing * logits.log_softmax(-1).sum()
+        return total
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor, lengths: Tensor | None = None) -> None:
+        """A random start: uniform first state, moves near uniform, emissions from data at random."""
+        inside = self._within(self._check(y, lengths), lengths).expand(y.shape[:2])
+        if int(inside.sum()) < self.states:
+            raise ValueError(f"{self.states} states take at least as many steps, got {int(inside.sum())}")
+        self.prior.initial.zero_()
+        self.prior.transition.normal_()
+        self.generator.initialize(y[inside])
+
+    def placeholder(self, n: int, *given: Tensor) -> Tensor:
+        if self.steps is None:
+            raise ValueError(
+                "steps is None: an HMM that simulates takes the length, or simulate(n, like=batch)"
+            )
+        return self.generator.blank(n, self.steps)
