@@ -712,6 +712,18 @@ def test_autocast_is_part_of_the_graph():
     assert (plain.counters.captures, plain.counters.compiled_calls) == (2, 3)
 
 
+@pytest.mark.slow
+def test_inductor_options_reach_the_build():
+    module, y = VAE(), data(8, 6)
+    loss = CompiledELBO(Trace_ELBO(), options={"cpp_wrapper": True})
+    for _ in range(3):
+        pyro.set_rng_seed(1)
+        expected = Trace_ELBO().loss_and_grads(module.model, module.guide, y)
+        pyro.set_rng_seed(1)
+        assert loss.loss_and_grads(module.model, module.guide, y) == pytest.approx(expected, rel=1e-9)
+    assert (loss.counters.compiled_calls, loss.counters.compiles) == (2, 1)
+
+
 def test_no_compiler():
     import torch._inductor.config as config
 
