@@ -923,9 +923,11 @@ def check_step(options, make_optimizer, backend, clip=None, ema=None, tolerance=
     pyro.set_rng_seed(4)
     found = torch.stack([step(y) for y in batches])
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=tolerance, atol=tolerance)
+    # The gradient of a bias before a BatchNorm is rounding alone, 1e-15, which Adam divides by eps = 1e-8.
+    loose = 20 * tolerance
+    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=tolerance, atol=loose)
     if ema is not None:
-        torch.testing.assert_close(list(step.averages.values()), averages, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(list(step.averages.values()), averages, rtol=tolerance, atol=loose)
     assert (step.counters.compiled_calls, step.counters.eager_calls) == (5, 0)
     return step
 
