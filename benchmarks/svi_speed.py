@@ -1,7 +1,8 @@
 """How fast is a training step?
 
 Each cell is the median, over interleaved rounds, of the mean time of one training step (loss, gradients,
-Adam update) in milliseconds, with the seconds spent compiling before the first fast step. Every row of a
+Adam update) in milliseconds, with the seconds spent compiling before the first fast step. With one thread it
+is processor time, so that other work on the machine counts less; with more it is the clock on the wall. Every row of a
 column trains the same model with the same shapes in float32, on as many cores as threads. Rows:
 
     pyro SVI             pyro.infer.SVI with Pyro's loss and optimizer, as shipped (validation on)
@@ -14,11 +15,16 @@ column trains the same model with the same shapes in float32, on as many cores a
     numpyro fori_loop    the same inside lax.fori_loop (the host sees one call for many steps)
 
     python benchmarks/svi_speed.py --threads 1
+    python benchmarks/svi_speed.py --memory
+
+With ``--memory`` a cell is the peak of tensor memory in a step, in megabytes: what a row holds between steps
+(parameters, gradients, optimizer state) and the most it has allocated besides at any moment of one.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -39,6 +45,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=0.2, help="time for one cell in one round")
     parser.add_argument("--columns", nargs="*", help="some of: " + " ".join(COLUMNS))
     parser.add_argument("--rows", nargs="*", help="substrings of the rows to run")
+    parser.add_argument("--memory", action="store_true", help="peak tensor memory, torch rows only")
     return parser.parse_args()
 
 
@@ -347,9 +354,44 @@ def rows(case, wanted):
         yield "numpyro fori_loop", loop, None
 
 
+def live():
+    """Bytes of all tensors that Python holds."""
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def peak_memory(case, options):
+    peaks, kept = {}, []  # a row that is freed while another is measured would hide in the difference
+    generator = rows(case, lambda name: "numpyro" not in name and selected(name, options))
+    while True:
+        gc.collect()
+        before = live()
+        made = next(generator, None)
+        if made is None:
+            return peaks
+        kept.append(made)
+        name, run, _ = made
+        run(12)
+        gc.collect()
+        held = live() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            run(1)
+        events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        peaks[name] = (held + max(itertools.accumulate(changes, initial=0))) / 1e6
+
+
+def selected(name, options):
+    return not options.rows or any(part in name or name.startswith(part) for part in options.rows)
+
+
 def measure(case, options):
     def wanted(name):
-        return not options.rows or any(part in name or name.startswith(part) for part in options.rows)
+        return selected(name, options)
 
     runs, compile_seconds, steps = {}, {}, {}
     for name, run, counters in rows(case, wanted):
@@ -366,11 +408,12 @@ def measure(case, options):
         steps[name] = max(5, int(options.seconds * 5 / (time.perf_counter() - start)))
         runs[name] = run, counters
     times = {name: [] for name in runs}
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     for _ in range(options.rounds):
         for name, (run, _) in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run(steps[name])
-            times[name].append((time.perf_counter() - start) / steps[name] * 1e3)
+            times[name].append((clock() - start) / steps[name] * 1e3)
     for name, (_, counters) in runs.items():
         if counters is not None and (counters.fallbacks or not counters.compiled_calls):
             raise RuntimeError(f"{case.tag}, {name}: not compiled: {counters.reasons}")
@@ -388,20 +431,31 @@ def main():
     for column in options.columns or COLUMNS:
         kind, size = COLUMNS[column]
         pyro.clear_param_store()
-        table[column], compiling[column] = measure(KINDS[kind](column, **size), options)
+        case = KINDS[kind](column, **size)
+        if options.memory:
+            table[column] = peak_memory(case, options)
+        else:
+            table[column], compiling[column] = measure(case, options)
         print(column, {k: round(v, 3) for k, v in table[column].items()}, flush=True)
     names = list(dict.fromkeys(name for cells in table.values() for name in cells))
     protocol = f"{options.threads} threads, median of {options.rounds} rounds"
-    print(f"\nmilliseconds a step (and seconds of compiling), {protocol}")
+    what = "peak megabytes of tensors" if options.memory else "milliseconds a step (and seconds of compiling)"
+    print(f"\n{what}, {protocol}")
     print("| row | " + " | ".join(table) + " |\n|" + "---|" * (1 + len(table)))
     for name in names:
         cells = [
-            f"{table[c][name]:.3g} ({compiling[c][name]:.1f} s)" if name in table[c] else "–" for c in table
+            "–"
+            if name not in table[c]
+            else f"{table[c][name]:.3g}" + ("" if options.memory else f" ({compiling[c][name]:.1f} s)")
+            for c in table
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
     versions = {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version()}
     record = {"benchmark": "svi_speed", "threads": options.threads, "versions": versions}
-    print(json.dumps({**record, "milliseconds": table, "compile_seconds": compiling}))
+    if options.memory:
+        print(json.dumps({**record, "megabytes": table}))
+    else:
+        print(json.dumps({**record, "milliseconds": table, "compile_seconds": compiling}))
 
 
 if __name__ == "__main__":
@@ -422,6 +476,7 @@ import torch.nn.functional as F  # noqa: E402
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO  # noqa: E402
 from pyro.infer.autoguide import AutoNormal  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from pyroelbo.compiled import CompiledELBO, CompiledStep, FusedOptim  # noqa: E402
 

@@ -712,6 +712,18 @@ def test_autocast_is_part_of_the_graph():
     assert (plain.counters.captures, plain.counters.compiled_calls) == (2, 3)
 
 
+@pytest.mark.slow
+def test_inductor_options_reach_the_build():
+    module, y = VAE(), data(8, 6)
+    loss = CompiledELBO(Trace_ELBO(), options={"cpp_wrapper": True})
+    for _ in range(3):
+        pyro.set_rng_seed(1)
+        expected = Trace_ELBO().loss_and_grads(module.model, module.guide, y)
+        pyro.set_rng_seed(1)
+        assert loss.loss_and_grads(module.model, module.guide, y) == pytest.approx(expected, rel=1e-9)
+    assert (loss.counters.compiled_calls, loss.counters.compiles) == (2, 1)
+
+
 def test_no_compiler():
     import torch._inductor.config as config
 
@@ -911,9 +923,11 @@ def check_step(options, make_optimizer, backend, clip=None, ema=None, tolerance=
     pyro.set_rng_seed(4)
     found = torch.stack([step(y) for y in batches])
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=tolerance, atol=tolerance)
+    # The gradient of a bias before a BatchNorm is rounding alone, 1e-15, which Adam divides by eps = 1e-8.
+    loose = 20 * tolerance
+    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=tolerance, atol=loose)
     if ema is not None:
-        torch.testing.assert_close(list(step.averages.values()), averages, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(list(step.averages.values()), averages, rtol=tolerance, atol=loose)
     assert (step.counters.compiled_calls, step.counters.eager_calls) == (5, 0)
     return step
 

@@ -487,6 +487,8 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str,
     patches |= {name: False for name in ("size_asserts", "alignment_asserts") if hasattr(config, name)}
     patches |= options
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in own.graph.find_nodes(op="placeholder"):
+        node.meta.pop("val", None)  # cpp_wrapper would take these fake tensors, of several modes, for inputs
     with torch.no_grad(), _quiet():
         return compile_fx(own, list(inputs), config_patches=patches)  # type: ignore[return-value]
 

@@ -208,8 +208,10 @@ class CompiledStep:
         slots = self._split(extra, len(params))
         clock.add_(1)
         time = clock.to(lr.dtype)
-        short = 1 - beta1**time
         long = (1 - beta2**time).sqrt()
+        # A view puts the number into memory; Inductor would else raise to powers anew for every 16 elements.
+        rate = (lr * long / (1 - beta1**time)).as_strided((), ())
+        small = (eps * long).as_strided((), ())
         for i, (p, g) in enumerate(zip(params, self._clip(gradients), strict=True)):
             if kind == "adamw":
                 p.mul_(1 - lr * decay)
@@ -223,7 +225,7 @@ class CompiledStep:
             else:
                 mean = slots[0][i].lerp_(g, 1 - beta1)
                 square = slots[1][i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                p.sub_((lr / short) * mean / (square.sqrt() / long + eps))
+                p.sub_(rate * mean / (square.sqrt() + small))
             if ema is not None:
                 slots[-1][i].lerp_(p, 1 - ema)
 
