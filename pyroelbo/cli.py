@@ -135,8 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reference",
         action="append",
         default=None,
-        help="exact or quadrature; the best available if left out",
+        help="exact, quadrature or ais; the best of the first two if left out",
     )
+    judge.add_argument("--temperatures", type=int, default=1000, help="of --reference ais")
     judge.add_argument(
         "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
     )
@@ -267,7 +268,13 @@ def _audit(options: argparse.Namespace) -> int:
         y = y[
             torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))[: options.num_data]
         ]
-    result = audit(pair, y, particles=options.particles, references=options.reference)
+    result = audit(
+        pair,
+        y,
+        particles=options.particles,
+        references=options.reference,
+        temperatures=options.temperatures,
+    )
     print(f"{config['model']} of {options.path}, {config['data']} {options.split} split, seed {options.seed}")
     print(result)
     if form != "grey":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Audit", "Bound", "Gap", "Run", "Terms"]
+__all__ = ["Audit", "Bound", "Decomposition", "Gap", "Run", "Sandwich", "Terms"]
 
 KINDS = ("lower", "upper", "exact", "estimate")
 SCOPES = ("datum", "joint")
@@ -162,6 +162,115 @@ class Gap:
             "mean_error": self.mean_error,
             "value": self.value.tolist(),
             "error": self.error.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A guide's gap split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
+    ``amortized``).
+
+    ``local`` is the ELBO of the best member of the guide's family for each datum, ``amortized`` the guide's
+    own, ``estimator`` the importance-weighted bound. :attr:`labels` say which way each part errs.
+    """
+
+    name: str
+    reference: Bound
+    local: Bound
+    amortized: Bound
+    estimator: Bound
+
+    @property
+    def approximation(self) -> Gap:
+        """What the family cannot reach."""
+        return Gap.between(self.reference, self.local)
+
+    @property
+    def amortization(self) -> Gap:
+        """What the encoder loses against the best member of its family."""
+        return Gap.between(self.local, self.amortized)
+
+    @property
+    def total(self) -> Gap:
+        return Gap.between(self.reference, self.amortized)
+
+    @property
+    def estimation(self) -> Gap:
+        """What the importance-weighted bound still loses."""
+        return Gap.between(self.reference, self.estimator)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Which way each part errs in expectation.
+
+        Imperfect local optimization overstates the approximation gap and understates the amortization gap; a
+        lower reference understates every gap taken from it.
+        """
+        whole = {"exact": "unbiased"}.get(self.reference.kind, self.reference.kind)
+        family = "upper" if self.reference.kind in ("exact", "upper") else "estimate"
+        return {"total": whole, "approximation": family, "amortization": "lower", "estimation": whole}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.local.value.numel()} data, gap in nats per datum against {self.reference.method}"
+        ]
+        for part, label in self.labels.items():
+            row = getattr(self, part)
+            lines.append(
+                f"{part:<14} {row.mean:9.4f} ± {_short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
+            )
+        notes = [n for b in (self.reference, self.local, self.estimator) for n in b.notes]
+        return "\n".join([*lines, *(f"note: {n}" for n in notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        bounds = {k: getattr(self, k).to_dict() for k in ("reference", "local", "amortized", "estimator")}
+        parts = {k: {**getattr(self, k).to_dict(), "label": label} for k, label in self.labels.items()}
+        return {"name": self.name, "unit": "nats", **bounds, **parts}
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """A lower and an upper bound on ln p(y) of data simulated from the model: between them lies what cannot
+    be told.
+
+    Data are independent, chains of one datum are not: the gap's standard error is taken across the data.
+    """
+
+    name: str
+    lower: Bound
+    upper: Bound
+
+    @property
+    def gap(self) -> Tensor:
+        """Upper minus lower bound of each datum, [N], in nats."""
+        return self.upper.value.double() - self.lower.value.double()
+
+    @property
+    def mean_gap(self) -> float:
+        return float(self.gap.mean())
+
+    @property
+    def mean_gap_error(self) -> float:
+        """Standard error of the mean gap across the data; NaN for one datum."""
+        return float(self.gap.std() / math.sqrt(len(self.gap))) if len(self.gap) > 1 else math.nan
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {len(self.gap)} simulated data, nats per datum"]
+        for bound in (self.upper, self.lower):
+            lines.append(f"{bound.kind}  {bound.mean:.4f}  ({bound.method}, {bound.cost:,} evaluations)")
+        lines.append(
+            f"gap    {self.mean_gap:.4f} ± {_short(self.mean_gap_error)} (standard error across data)"
+        )
+        return "\n".join([*lines, *(f"note: {n}" for b in (self.lower, self.upper) for n in b.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "unit": "nats",
+            "lower": self.lower.to_dict(),
+            "upper": self.upper.to_dict(),
+            "mean_gap": self.mean_gap,
+            "mean_gap_error": self.mean_gap_error,
         }
 
 

@@ -121,6 +121,29 @@ class Evaluator:
             terms = self._terms(model, batch, particles, self.strategy, "model", mask_latents=False)
         return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
 
+    def terms(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Terms:
+        """Terms of given latents {site: [K, *plates, B, *event]} under model and guide, differentiable in
+        them."""
+        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        particles = len(next(iter(latents.values())))
+        if self.strategy == "loop" and particles > 1:
+            alone = [
+                self.terms({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)
+            ]
+            return _concatenate(alone, 0, self)
+        with self._quiet():
+            return self._draw(batch, particles, self.strategy, dict(latents))
+
+    def guide_trace(self) -> Any:
+        """A trace of the guide on the whole batch, one draw."""
+        with self._quiet():
+            return prune_subsample_sites(batches.call(poutine.trace(self.pair.guide).get_trace, self.batch))
+
+    @property
+    def auxiliary(self) -> frozenset[str]:
+        """Guide sites that the model lacks: given latents do not fix them."""
+        return self._guide_sites - frozenset(self.latents) - self.observed
+
     @property
     def cells(self) -> int:
         """How many (particle, datum) pairs one pass may hold."""

@@ -125,3 +125,24 @@ def test_help_names_the_options(capsys):
         flag in printed
         for flag in ("--num-epochs", "--batch-size", "--learning-rate", "--seed", "--cuda", "--resume")
     )
+
+
+def test_audit_against_ais(run, capsys):
+    assert (
+        main(
+            [
+                "audit",
+                str(run),
+                "--num-data",
+                "2",
+                "--particles",
+                "4",
+                "--reference",
+                "ais",
+                "--temperatures",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert "ais-2" in capsys.readouterr().out

@@ -1,11 +1,25 @@
-"""How large is ln p(y)? Lower bounds, exact values and estimates of the evidence of any pair, per datum, in
+"""How large is ln p(y)? Bounds, exact values and estimates of the evidence of any pair, per datum, in
 nats."""
 
+from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
-from pyroelbo.evidence.bounds import elbo, iwae
+from pyroelbo.evidence.bounds import elbo, iwae, prior_monte_carlo
 from pyroelbo.evidence.diagnostics import pareto_k_hat
 from pyroelbo.evidence.exact import exact
+from pyroelbo.evidence.gap import gap
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.terms import Unavailable
 
-__all__ = ["Unavailable", "audit", "elbo", "exact", "iwae", "pareto_k_hat", "quadrature"]
+__all__ = [
+    "Unavailable",
+    "ais",
+    "audit",
+    "bdmc",
+    "elbo",
+    "exact",
+    "gap",
+    "iwae",
+    "pareto_k_hat",
+    "prior_monte_carlo",
+    "quadrature",
+]

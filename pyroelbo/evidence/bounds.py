@@ -1,4 +1,4 @@
-"""Lower bounds from draws of the guide: the ELBO and the importance-weighted bound."""
+"""Lower bounds from draws of the guide, the ELBO and the importance-weighted bound, and from the prior."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
 from pyroelbo.terms import Evaluator
 
-__all__ = ["elbo", "iwae"]
+__all__ = ["elbo", "iwae", "prior_monte_carlo"]
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     ``particles`` evaluations a datum.
     """
     evaluator = Evaluator(pair, y)
-    log_w = evaluator.draws(_count(particles)).log_weight.double()
+    log_w = evaluator.draws(count_of(particles)).log_weight.double()
     if particles > 1:
         stderr = log_w.std(0) / math.sqrt(particles)
     else:
@@ -51,22 +51,44 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("iwae")
-    log_w = evaluator.draws(_count(particles)).log_weight.double()
+    log_w = evaluator.draws(count_of(particles)).log_weight.double()
+    return weighted(f"iwae-{particles}", log_w)
+
+
+@torch.no_grad()
+def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
+    """Plain Monte Carlo from the prior, E ln (1/K) Σ_k p(y | z_k) ≤ ln p(y) with z_k ~ p(z), in nats, [B].
+
+    Unbiased on the linear scale and hopeless in many dimensions: the draws that matter are too rare to be
+    seen, and then the standard error misses them as well; ``ess`` and ``k_hat`` are there to tell. Needs no
+    guide, and takes discrete latents. Raises ValueError as :func:`iwae` does. Cost: ``particles`` evaluations
+    a datum.
+    """
+    evaluator = Evaluator(pair, y, with_guide=False)
+    evaluator.refuse_scales("prior_monte_carlo")
+    terms = evaluator.draws(count_of(particles))
+    log_w = torch.stack([v for k, v in terms.log_model.items() if k in terms.observed]).sum(0).double()
+    return weighted(f"prior-{particles}", log_w)
+
+
+def weighted(
+    method: str, log_w: Tensor, kind: str = "lower", cost: int | None = None, notes: tuple[str, ...] = ()
+) -> Bound:
+    """The bound of log weights [K, B] whose mean is p(y), or for an upper bound 1/p(y), with what tells
+    whether to trust it."""
+    particles, size = log_w.shape
     value, stderr = log_mean_exp(log_w)
     k_hat = pareto_k_hat(log_w)
     bad = int((k_hat > 0.7).sum())
-    notes = (
-        (f"k-hat above 0.7 for {bad} of {evaluator.size} data: their errors are not to be trusted",)
-        if bad
-        else ()
-    )
+    if bad:
+        notes = (*notes, f"k-hat above 0.7 for {bad} of {size} data: their errors are not to be trusted")
     return Bound(
-        f"iwae-{particles}",
-        value,
+        method,
+        -value if kind == "upper" else value,
         stderr,
-        "lower",
+        kind,
         draws=particles,
-        cost=particles * evaluator.size,
+        cost=particles * size if cost is None else cost,
         ess=effective_sample_size(log_w),
         k_hat=k_hat,
         notes=notes + _outside(log_w),
@@ -82,7 +104,7 @@ def _outside(log_w: Tensor) -> tuple[str, ...]:
     )
 
 
-def _count(particles: int) -> int:
+def count_of(particles: int) -> int:
     if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
         raise ValueError(f"particles takes a positive number of draws, got {particles!r}")
     return particles

@@ -23,13 +23,15 @@ class Unconstrained:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
+        self._supports: dict[str, Any] = {}
         self._transforms: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
         self.dims = 0
         for name, site in evaluator.latents.items():
             if site.has_enumerate_support or site.support is None or site.support.is_discrete:
                 raise Unavailable(f"latent site {name!r} is discrete")
-            transform = biject_to(_common_support(site.support, name))
+            self._supports[name] = _common_support(site.support, name)
+            transform = biject_to(self._supports[name])
             self._transforms[name] = transform
             self._shapes[name] = torch.Size((*site.plate_shape, *transform.inverse_shape(site.event_shape)))
             self.dims += self._shapes[name].numel()
@@ -61,6 +63,17 @@ class Unconstrained:
         latents, _ = self.constrain(u)
         again = self.unconstrain(latents)
         return ~((again - u).abs() <= 0.01 * (1 + u.abs())).all(-1)
+
+    def inside(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Whether latents lie in the model's support, [K, B]; :meth:`unconstrain` moves others to its edge."""
+        found = []
+        for name, support in self._supports.items():
+            site = self.evaluator.latents[name]
+            event = tuple(range(1, 1 + len(site.plate_shape)))
+            ok = support.check(latents[name])
+            ok = ok.reshape(*ok.shape[: 2 + len(event)], -1).all(-1)
+            found.append(ok.all(event) if event else ok)
+        return torch.stack(found).all(0)
 
     def density(self, u: Tensor, rows: Any = None) -> Tensor:
         """ln p(y, z) + ln |dz/du| of u [K, B, D] for the given rows of the batch, [K, B]."""

@@ -33,6 +33,12 @@ def test_a_reference_asked_for_is_not_replaced():
     assert both.reference == "quadrature" and abs(both["exact"].mean - both["quadrature"].mean) < 1e-6
 
 
+def test_ais_as_a_reference_is_labelled():
+    result = audit(Nonlinear(latent=3), torch.randn(2, 4), references=("ais",), temperatures=3)
+    assert result.reference == "ais-3" and result["ais-3"].kind == "lower"
+    assert "the gaps to it are lower estimates" in str(result)
+
+
 def test_dict_and_tuple_batches():
     def model(x, y):
         import pyro

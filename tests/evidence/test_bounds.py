@@ -141,6 +141,23 @@ def test_a_guide_outside_the_models_support_gives_minus_infinity():
     assert ((bound.value - exact).abs() < 6 * bound.stderr).all()
 
 
+@pytest.mark.parametrize("name", ["ppca", "mixture"])
+def test_draws_from_the_prior_are_unbiased(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(4)
+    exact = evidence.exact(pair, y).value
+    bound = evidence.prior_monte_carlo(pair, y, particles=40_000)
+    assert (torch.expm1(exact - bound.value).abs() < Z_LIMIT * bound.stderr).all()
+    assert (bound.method, bound.kind, bound.cost) == ("prior-40000", "lower", 160_000)
+
+
+def test_draws_from_the_prior_fail_far_out():
+    make, draw = TABLE["ppca"]
+    pair, y = make(), 30 + draw(4)
+    few = evidence.prior_monte_carlo(pair, y, particles=50)
+    assert (few.value < evidence.exact(pair, y).value - 1).all() and few.ess.max() < 10
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", EXACT)
 def test_on_a_gpu(name):

@@ -1,0 +1,325 @@
+"""AIS and BDMC against exact evidence. Unbiasedness is tested on Ẑ, not on ln Ẑ: E w = p(y), E 1/w = 1/p(y)."""
+
+import math
+import statistics
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyroelbo import Pair, evidence, terms
+from pyroelbo.evidence import annealed
+from pyroelbo.models import PPCA
+from tests.pairs import TABLE, Convolutional, Nonlinear
+
+NUMBERS_TESTED = 100  # z-scores in this file, rounded up: together they raise 1e-6 false alarms
+Z_LIMIT = -statistics.NormalDist().inv_cdf(0.5e-6 / NUMBERS_TESTED)
+
+
+def z_scores(bound, exact):
+    """(Ẑ - Z) / (standard error of Ẑ); for an upper bound the same of 1/Z."""
+    sign = -1 if bound.kind == "upper" else 1
+    return -torch.expm1(sign * (exact - bound.value)) / bound.stderr
+
+
+def pair_of(prior, likelihood, proposal):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", prior(y))
+            pyro.sample("y", likelihood(z), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", proposal(y))
+
+    return Pair.of(model, guide)
+
+
+def counts():
+    pair = pair_of(
+        lambda y: dist.Gamma(torch.full_like(y, 2.0), 1.0),
+        dist.Poisson,
+        lambda y: dist.LogNormal(((1 + y) / 2).log(), 0.8),
+    )
+    y = torch.tensor([0.0, 3.0])
+    return pair, y, dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(y)
+
+
+def coin():
+    pair = pair_of(
+        lambda y: dist.Beta(torch.full_like(y, 2.0), 3.0),
+        lambda z: dist.Bernoulli(z),
+        lambda y: dist.Beta(1 + y, torch.full_like(y, 2.0)),
+    )
+    return pair, torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.4]).log()
+
+
+def masked():
+    """A padded batch of another size than the plate's, with a latent for each time."""
+
+    def model(y):
+        with (
+            pyro.plate("data", 1000, subsample_size=len(y)),
+            pyro.plate("time", 3, dim=-2),
+            poutine.mask(mask=seen),
+        ):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y.T)
+
+    def guide(y):
+        with (
+            pyro.plate("data", 1000, subsample_size=len(y)),
+            pyro.plate("time", 3, dim=-2),
+            poutine.mask(mask=seen),
+        ):
+            pyro.sample("z", dist.Normal(0.2 * y.T, 0.9))
+
+    y = torch.randn(2, 3)
+    seen = torch.tensor([[True, True], [True, False], [True, False]])
+    exact = torch.where(seen, dist.Normal(0.0, math.sqrt(2)).log_prob(y.T), 0.0).sum(0)
+    return Pair.of(model, guide), y, exact
+
+
+def ppca():
+    pair, y = PPCA(4, 2, guide="mean_field"), torch.randn(2, 4)
+    return pair, y, pair.log_evidence(y).detach()
+
+
+CASES = {"ppca": ppca, "counts": counts, "coin": coin, "masked": masked}
+
+
+def check_unbiased(make=ppca, start="prior", **options):
+    pair, y, exact = make()
+    bound = evidence.ais(pair, y, 6, 3000, start=start, leapfrog=3, **options)
+    assert (z_scores(bound, exact).abs() < Z_LIMIT).all()
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_mean_is_the_evidence(name, start):
+    check_unbiased(CASES[name], start)
+
+
+@pytest.mark.parametrize("start", ["guide", "prior"])
+def test_reverse_weights_mean_is_one_over_the_evidence(start):
+    check_unbiased(ppca, start, reverse=True)
+
+
+def check_steps_are_fixed():
+    """The same random numbers give the same weights twice, from the step sizes that the pilot left."""
+    pair, y, _ = ppca()
+    annealer = annealed._Annealer(pair, y, 6, 3, "prior")
+    bar = annealer.bar(8, "test", False)
+    annealer.adapt(bar)
+    runs = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        runs.append(annealer.forward(8, bar))
+    assert torch.equal(*runs)
+
+
+def test_step_sizes_are_fixed_in_the_run():
+    check_steps_are_fixed()
+
+
+def wrong_sign(before, after):
+    return after - before
+
+
+def always(before, after):
+    return torch.zeros_like(before)
+
+
+def by_slope(self, points, beta, step, scale, rows):
+    """Step sizes that follow each particle's own slope: detailed balance is lost."""
+    return HONEST_MOVE(self, points, beta, 3 * step / (1 + points.slope(beta).norm(dim=-1)), scale, rows)
+
+
+def by_acceptance(self, points, beta, step, scale, rows):
+    """Step sizes that go on being adapted during the run."""
+    points, rate = HONEST_MOVE(self, points, beta, step, scale, rows)
+    if len(self.steps):
+        self.steps = self.steps * (1 + 0.1 * (rate.nanmean(0) - 0.8))
+    return points, rate
+
+
+def short_path(temperatures):
+    return [0.8 * i / temperatures for i in range(temperatures + 1)]
+
+
+HONEST_MOVE = annealed._Annealer._move
+BUGS = {
+    "a wrong sign in the acceptance": ("_log_acceptance", wrong_sign, check_unbiased),
+    "no rejection": ("_log_acceptance", always, check_unbiased),
+    "steps by the slope": ("_move", by_slope, check_unbiased),
+    "steps adapted in the run": ("_move", by_acceptance, check_steps_are_fixed),
+    "a path that stops short": ("_schedule", short_path, check_unbiased),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    """The tests above must fail if the chains make one of these mistakes."""
+    name, planted, check = BUGS[bug]
+    monkeypatch.setattr(annealed._Annealer if name == "_move" else annealed, name, planted)
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_one_temperature_is_importance_sampling():
+    pair, y, _ = ppca()
+    pyro.set_rng_seed(0)
+    plain = evidence.ais(pair, y, 1, 50)
+    log_w = terms.Evaluator(pair, y).draws(50_000).log_weight.detach()
+    assert plain.method == "ais-1" and (plain.k_hat is not None and plain.ess.max() < 50)
+    exact = log_w.exp().mean(0).log()
+    assert (z_scores(evidence.ais(pair, y, 1, 20_000), exact).abs() < Z_LIMIT).all()
+
+
+def test_more_temperatures_are_tighter_and_bounds_are_ordered():
+    pair = PPCA(8, 4, guide="mean_field")
+    _, y = pair.simulate(20)
+    exact = pair.log_evidence(y).detach()
+    gaps = []
+    for temperatures in (2, 20):
+        lower = evidence.ais(pair, y, temperatures, 8, start="prior", leapfrog=3)
+        upper = evidence.ais(pair, y, temperatures, 8, start="prior", leapfrog=3, reverse=True)
+        below, above = exact - lower.value, upper.value - exact
+        for gap in (below, above):
+            assert gap.mean() > -Z_LIMIT * gap.std() / math.sqrt(len(gap))
+        gaps.append(float(below.mean()))
+    assert gaps[1] < 0.5 * gaps[0]
+
+
+def test_with_the_exact_guide_both_bounds_are_the_evidence():
+    pair, y = PPCA(5, 2), torch.randn(6, 5)
+    for reverse in (False, True):
+        bound = evidence.ais(pair, y, 3, 3, leapfrog=1, reverse=reverse)
+        assert (bound.value - pair.log_evidence(y)).abs().max() < 1e-9
+        assert bound.kind == ("upper" if reverse else "lower")
+
+
+def test_the_sandwich_of_a_ppca_closes():
+    pair = PPCA(10, 5, guide="mean_field")
+    sandwich = evidence.bdmc(pair, 40, temperatures=40, particles=4, leapfrog=3)
+    assert abs(sandwich.mean_gap) < 0.25
+    assert sandwich.mean_gap > -Z_LIMIT * sandwich.mean_gap_error
+    assert (sandwich.lower.kind, sandwich.upper.kind) == ("lower", "upper")
+    assert sandwich.upper.stderr.isnan().all()
+    assert "simulated by the model only" in str(sandwich) and sandwich.to_dict()["upper"]["cost"] > 0
+
+
+@pytest.mark.parametrize("name", ["own", "own-conv"])
+def test_other_ways_to_run_particles(name):
+    """Networks that refuse a particle dimension, and pairs that only a loop can run."""
+    make, _ = TABLE[name]
+    pair = make()
+    _, y = pair.simulate(3)
+    exact = evidence.quadrature(pair, y).value
+    assert (z_scores(evidence.ais(pair, y, 4, 400, leapfrog=2), exact).abs() < Z_LIMIT).all()
+    annealer = annealed._Annealer(pair, y, 3, 1, "guide")
+    assert annealer.evaluator.strategy == ("repeat" if isinstance(pair, Convolutional) else "plate")
+    annealer.evaluator.strategy, annealer.pilot_moves = "loop", 1
+    bar = annealer.bar(4, "loop", False)
+    annealer.adapt(bar)
+    assert annealer.forward(4, bar).shape == (4, 3)
+
+
+def test_chunks_by_memory_cover_everything(monkeypatch):
+    pair, y = Nonlinear(), torch.randn(5, 4)
+    exact = evidence.quadrature(pair, y).value
+    monkeypatch.setitem(terms._BUDGET, "cpu", 8 * 400 * 8)
+    evaluator = terms.Evaluator(pair, y)
+    assert len(list(evaluator.chunks(300))) >= 4
+    assert (z_scores(evidence.ais(pair, y, 3, 300, leapfrog=2), exact).abs() < Z_LIMIT).all()
+    sandwich = evidence.bdmc(pair, 5, 3, 100, leapfrog=1)
+    assert sandwich.gap.shape == (5,) and sandwich.gap.isfinite().all()
+
+
+def test_cost_is_what_was_evaluated(monkeypatch):
+    pair, y, _ = ppca()
+    seen = []
+    drawn, scored = terms.Evaluator.draw, terms.Evaluator.terms
+
+    def draw(self, particles, rows=None):
+        seen.append(particles * len(y))
+        return drawn(self, particles, rows)
+
+    def score(self, latents, rows=None):
+        seen.append(3 * len(latents["z"]) * len(y))
+        return scored(self, latents, rows)
+
+    monkeypatch.setattr(terms.Evaluator, "draw", draw)
+    monkeypatch.setattr(terms.Evaluator, "terms", score)
+    assert evidence.ais(pair, y, 3, 7).cost == sum(seen)
+
+
+def test_a_guide_wider_than_the_support_weighs_zero_there():
+    pair = pair_of(
+        lambda y: dist.Uniform(torch.zeros(len(y)), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Normal(torch.full((len(y),), 0.5), 1.0),
+    )
+    y = torch.rand(2)
+    normal = dist.Normal(torch.zeros(2), 1.0)
+    exact = (normal.cdf(y) - normal.cdf(y - 1)).log()
+    assert (z_scores(evidence.ais(pair, y, 4, 3000, leapfrog=2), exact).abs() < Z_LIMIT).all()
+
+
+def test_what_it_does_not_take():
+    make, draw = TABLE["mixture-encoder"]
+    with pytest.raises(evidence.Unavailable, match="'z' is discrete"):
+        evidence.ais(make(), draw(2))
+    with pytest.raises(evidence.Unavailable, match="no exact posterior"):
+        evidence.ais(Nonlinear(), torch.randn(2, 4), reverse=True)
+    for options, message in (
+        ({"start": "posterior"}, "start takes"),
+        ({"temperatures": 0}, "temperatures takes"),
+        ({"leapfrog": 0}, "leapfrog takes"),
+        ({"particles": 0}, "particles takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evidence.ais(Nonlinear(), torch.randn(2, 4), **options)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            u = pyro.sample("u", dist.Normal(y, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(u, 1.0))
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(evidence.Unavailable, match="'u' is auxiliary"):
+        evidence.ais(Pair.of(model, guide), torch.randn(3))
+
+    def rounded(y):
+        with pyro.plate("data", len(y)):
+            with poutine.mask(mask=False):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z.detach().round(), 1.0), obs=y)
+
+    def flat(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    with pytest.raises(evidence.Unavailable, match="gradient"):
+        evidence.ais(Pair.of(rounded, flat), torch.randn(3))
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    pair = PPCA(8, 4, guide="mean_field").to("cuda")
+    _, y = pair.simulate(16)
+    bound = evidence.ais(pair, y.cpu(), 50, 64, reverse=False)
+    assert bound.value.is_cuda and (bound.value - pair.log_evidence(y)).abs().max() < 0.5
+
+
+@pytest.mark.slow
+def test_the_sandwich_of_ten_dimensions_closes_to_a_twentieth():
+    pair = PPCA(20, 10, guide="mean_field")
+    sandwich = evidence.bdmc(pair, 100, temperatures=500, particles=8)
+    assert abs(sandwich.mean_gap) < 0.05 + 3 * sandwich.mean_gap_error
