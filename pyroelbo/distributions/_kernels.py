@@ -13,6 +13,20 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from pyroelbo.distributions._vectors import (
+    LANES,
+    add,
+    convert,
+    fill,
+    greater,
+    largest,
+    lesser,
+    load,
+    multiply_add,
+    store,
+    total,
+)
+
 # NaN and infinity keep their meaning; only the order of a sum is free
 _ORDER = {"contract", "reassoc", "nsz"}
 _compile = njit(cache=True, fastmath=_ORDER)
@@ -99,74 +113,98 @@ def _powers(x, out, spare):
     return float(top)
 
 
-# views cost more than a short row: the helpers take whole arrays and places in them
 @_compile
-def _step1(x, matrices, a, u, y):
-    """First row of y = first row of x times a matrix."""
-    size = x.shape[1]
-    for j in range(size):
-        y[0, j] = 0
-    i = 0
-    while i + 3 < size:
-        p, q, r, s = x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3]
-        for j in range(size):
-            y[0, j] += (p * matrices[a, u, i, j] + q * matrices[a, u, i + 1, j]) + (
-                r * matrices[a, u, i + 2, j] + s * matrices[a, u, i + 3, j]
-            )
-        i += 4
-    while i < size:
-        p = x[0, i]
-        for j in range(size):
-            y[0, j] += p * matrices[a, u, i, j]
-        i += 1
-
-
-@_compile
-def _step4(x, matrix, y):
-    size = x.shape[1]
-    y[:] = 0
-    y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
-    i = 0
-    while i + 3 < size:
-        a0, b0, c0, d0 = x[0, i], x[0, i + 1], x[0, i + 2], x[0, i + 3]
-        a1, b1, c1, d1 = x[1, i], x[1, i + 1], x[1, i + 2], x[1, i + 3]
-        a2, b2, c2, d2 = x[2, i], x[2, i + 1], x[2, i + 2], x[2, i + 3]
-        a3, b3, c3, d3 = x[3, i], x[3, i + 1], x[3, i + 2], x[3, i + 3]
-        r0, r1, r2, r3 = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
-        for j in range(size):
-            p, q, r, s = r0[j], r1[j], r2[j], r3[j]
-            y0[j] += (a0 * p + b0 * q) + (c0 * r + d0 * s)
-            y1[j] += (a1 * p + b1 * q) + (c1 * r + d1 * s)
-            y2[j] += (a2 * p + b2 * q) + (c2 * r + d2 * s)
-            y3[j] += (a3 * p + b3 * q) + (c3 * r + d3 * s)
-        i += 4
-    while i < size:
-        r0 = matrix[i]
-        a0, a1, a2, a3 = x[0, i], x[1, i], x[2, i], x[3, i]
-        for j in range(size):
-            p = r0[j]
-            y0[j] += a0 * p
-            y1[j] += a1 * p
-            y2[j] += a2 * p
-            y3[j] += a3 * p
-        i += 1
+def _product1(x, matrix, y):
+    """First row of y = first row of x times a matrix ``[S,N]``, N being S rounded up to whole vectors."""
+    size, padded = matrix.shape
+    none = fill(matrix.dtype.type(0))
+    j = 0
+    while j + 4 * LANES <= padded:
+        a = b = c = d = none
+        for i in range(size):
+            p, at = fill(x[0, i]), i * padded + j
+            a = multiply_add(p, load(matrix, at), a)
+            b = multiply_add(p, load(matrix, at + LANES), b)
+            c = multiply_add(p, load(matrix, at + 2 * LANES), c)
+            d = multiply_add(p, load(matrix, at + 3 * LANES), d)
+        store(y, j, a)
+        store(y, j + LANES, b)
+        store(y, j + 2 * LANES, c)
+        store(y, j + 3 * LANES, d)
+        j += 4 * LANES
+    while j < padded:
+        a = b = none
+        for i in range(0, size - 1, 2):
+            at = i * padded + j
+            a = multiply_add(fill(x[0, i]), load(matrix, at), a)
+            b = multiply_add(fill(x[0, i + 1]), load(matrix, at + padded), b)
+        if size % 2:
+            a = multiply_add(fill(x[0, size - 1]), load(matrix, (size - 1) * padded + j), a)
+        store(y, j, add(a, b))
+        j += LANES
 
 
 @_compile
-def _absorb(moved, r, weight, at, floor, out):
-    """Row r of out = normalized max(moved · weight, floor); returns its sum and least entry before that."""
-    total = moved[r, 0] * 0
-    least = moved[r, 0] * weight[at]
-    for j in range(moved.shape[1]):
-        value = max(moved[r, j] * weight[at + j], floor)
-        moved[r, j] = value
-        total += value
-        least = min(least, value)
-    if total > 0:
-        inverse = 1 / total
-        for j in range(moved.shape[1]):
-            out[r, j] = moved[r, j] * inverse
-    return total, least
+def _product4(x, matrix, y):
+    """The same for four rows; a matrix is read once for all."""
+    size, padded = matrix.shape
+    none = fill(matrix.dtype.type(0))
+    j = 0
+    while j + 2 * LANES <= padded:
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = none
+        for i in range(size):
+            a, b = load(matrix, i * padded + j), load(matrix, i * padded + j + LANES)
+            p, q, r, s = fill(x[0, i]), fill(x[1, i]), fill(x[2, i]), fill(x[3, i])
+            a0, b0 = multiply_add(p, a, a0), multiply_add(p, b, b0)
+            a1, b1 = multiply_add(q, a, a1), multiply_add(q, b, b1)
+            a2, b2 = multiply_add(r, a, a2), multiply_add(r, b, b2)
+            a3, b3 = multiply_add(s, a, a3), multiply_add(s, b, b3)
+        store(y, j, a0)
+        store(y, j + LANES, b0)
+        store(y, padded + j, a1)
+        store(y, padded + j + LANES, b1)
+        store(y, 2 * padded + j, a2)
+        store(y, 2 * padded + j + LANES, b2)
+        store(y, 3 * padded + j, a3)
+        store(y, 3 * padded + j + LANES, b3)
+        j += 2 * LANES
+    if j < padded:
+        a0 = a1 = a2 = a3 = none
+        for i in range(size):
+            a = load(matrix, i * padded + j)
+            a0, a1 = multiply_add(fill(x[0, i]), a, a0), multiply_add(fill(x[1, i]), a, a1)
+            a2, a3 = multiply_add(fill(x[2, i]), a, a2), multiply_add(fill(x[3, i]), a, a3)
+        store(y, j, a0)
+        store(y, padded + j, a1)
+        store(y, 2 * padded + j, a2)
+        store(y, 3 * padded + j, a3)
+
+
+@_compile
+def _padded(matrices, a, u, room):
+    """A matrix with columns up to whole vectors, in ``room`` unless it has them already."""
+    if room.shape[0] == room.shape[1]:
+        return matrices[a, u]
+    for i in range(room.shape[0]):
+        for j in range(room.shape[0]):
+            room[i, j] = matrices[a, u, i, j]
+    return room
+
+
+@_compile
+def _absorb(moved, r, weight, at, floor, out, low):
+    """Row r of out = max(moved · weight, floor), whose sum is returned; row r of low keeps the least seen."""
+    padded = moved.shape[1]
+    none = fill(moved.dtype.type(0))
+    sums = none
+    for j in range(r * padded, (r + 1) * padded, LANES):
+        value = multiply_add(load(moved, j), load(weight, at + j - r * padded), none)
+        # NaN stays: it is not below the floor
+        value = greater(fill(floor), value)
+        store(low, j, lesser(value, load(low, j)))
+        store(out, j, value)
+        sums = add(sums, value)
+    return total(sums)
 
 
 @_compile
@@ -174,20 +212,38 @@ def _weights(observation, out, spare):
     """out = exp(observation - top) where top is the largest of each row; returns the sum of the tops."""
     steps, size = observation.shape
     offset = 0.0
+    differences = fill(out.dtype.type(0))
     for t in range(steps):
+        at = t * size
+        # the last vector of a row reaches back, rows shorter than one go by entries
+        tail = size - LANES
         top = observation[t, 0]
-        broken = False
-        for j in range(size):
-            top = max(top, observation[t, j])
-            broken |= observation[t, j] != observation[t, j]
-        if broken:
-            offset = math.nan
-        elif top > -math.inf:
-            offset += top
+        if tail < 0:
+            for j in range(size):
+                top = max(top, observation[t, j])
         else:
+            tops = load(observation, at + tail)
+            for j in range(0, tail, LANES):
+                tops = greater(load(observation, at + j), tops)
+            top = largest(tops)
+        if top == -math.inf:
             top = observation.dtype.type(0)
-        for j in range(size):
-            out[t * size + j] = out.dtype.type(observation[t, j]) - out.dtype.type(top)
+        offset += top
+        if tail < 0:
+            for j in range(size):
+                out[at + j] = out.dtype.type(observation[t, j]) - out.dtype.type(top)
+                if out[at + j] != out[at + j]:
+                    offset = math.nan
+        else:
+            shift = fill(-out.dtype.type(top))
+            for k in range(0, size, LANES):
+                j = at + min(k, tail)
+                value = add(convert(load(observation, j), out), shift)
+                store(out, j, value)
+                differences = add(differences, value)
+    # none is positive, so that their sum is NaN only where one is
+    if total(differences) != total(differences):
+        offset = math.nan
     for start in range(0, steps * size, _PIECE):
         piece = out[start : min(start + _PIECE, steps * size)]
         _exponential(piece, spare[: piece.shape[0]])
@@ -195,83 +251,103 @@ def _weights(observation, out, spare):
 
 
 @_compile
-def forward(initial, transition, observation, lengths, floor, keep, powers, alpha, scale, total, least):
-    """Scaled forward pass: fills ``powers``, ``total [B]`` (ln Z), ``least [B]``; with ``keep`` all arrays.
+def forward(initial, transition, observation, lengths, floor, keep, powers, alpha, scale, log_z, least):
+    """Scaled forward pass: fills ``powers``, ``log_z [B]``, ``least [B]``; with ``keep`` all arrays.
 
-    ``alpha [B,T,S]`` sums to one at each time, ``scale [B,T]`` holds the sums divided out, ``least`` the
-    least entry met. ``floor`` lifts every entry from below at each step, which makes the result an upper
-    bound.
+    ``alpha [B,T,S]`` is what the sums ``scale [B,T]`` leave, one in the end; ``least`` is the least entry
+    met. ``floor`` lifts every entry from below at each step, which makes the result an upper bound.
     """
     rows, _, size = observation.shape
     shared = transition.shape[0] == 1
     still = transition.shape[1] == 1
-    width = 4 if shared and size >= 16 else 1
+    width = 4 if shared else 1
+    padded = -(-size // LANES) * LANES
     kind = powers.dtype.type
     lowest = kind(floor)
+    # a sum is divided out only where it leaves these bounds, and at the end; an upper one far from 1 would let
+    # a step that is lost below the smallest number count beside entries as small as those trusted
+    fewest, most = (1e-2, 10.0) if powers.itemsize == 4 else (1e-20, 10.0)
     spare = np.empty(_PIECE, powers.dtype)
     tops = np.zeros((transition.shape[0], transition.shape[1]))
     for a in range(transition.shape[0]):
         for u in range(transition.shape[1]):
             tops[a, u] = _powers(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
-    first = np.empty((initial.shape[0], size), powers.dtype)
+    first = np.zeros((initial.shape[0], padded), powers.dtype)
     first_tops = np.zeros(initial.shape[0])
     for b in range(initial.shape[0]):
-        first_tops[b] = _powers(initial[b], first[b], spare)
+        first_tops[b] = _powers(initial[b], first[b, :size], spare)
     chunk = max(1, _PIECE // size)
-    weight = np.empty(width * chunk * size, powers.dtype)
-    previous = np.zeros((4, size), powers.dtype)
-    moved = np.zeros((4, size), powers.dtype)
+    # vectors read beyond a row; what they find there meets a zero, and must be finite
+    stride = chunk * size + LANES
+    weight = np.zeros(width * stride, powers.dtype)
+    previous = np.zeros((4, padded), powers.dtype)
+    moved = np.zeros((4, padded), powers.dtype)
+    low = np.zeros((4, padded), powers.dtype)
+    room = np.zeros((size, padded), powers.dtype)
     product = np.ones(4)
     for start in range(0, rows, width):
         stop = min(start + width, rows)
         longest = lengths[start:stop].max()
+        low[:] = math.inf
+        matrix = _padded(powers, 0 if shared else start, 0, room) if powers.shape[1] > 0 else room
         for b in range(start, stop):
             a = 0 if shared else b
             product[b - start] = 1.0
-            total[b] = first_tops[b if initial.shape[0] > 1 else 0]
+            log_z[b] = first_tops[b if initial.shape[0] > 1 else 0]
             if still:
-                total[b] += (lengths[b] - 1) * tops[a, 0]
+                log_z[b] += (lengths[b] - 1) * tops[a, 0]
             else:
-                total[b] += tops[a, : lengths[b] - 1].sum()
-            least[b] = math.inf
+                log_z[b] += tops[a, : lengths[b] - 1].sum()
         for begin in range(0, longest, chunk):
             end = min(begin + chunk, longest)
             for b in range(start, stop):
                 if begin < lengths[b]:
-                    at = (b - start) * chunk * size
+                    at = (b - start) * stride
                     last = min(end, lengths[b])
-                    total[b] += _weights(
-                        observation[b, begin:last], weight[at : at + (last - begin) * size], spare
-                    )
+                    stop_at = at + (last - begin) * size
+                    log_z[b] += _weights(observation[b, begin:last], weight[at:stop_at], spare)
+                    weight[stop_at : stop_at + LANES] = 0
             for t in range(begin, end):
                 if t == 0:
                     for b in range(start, stop):
                         moved[b - start] = first[b if initial.shape[0] > 1 else 0]
                 else:
-                    a, u = 0 if shared else start, 0 if still else t - 1
+                    if t > 1 and not still:
+                        matrix = _padded(powers, 0 if shared else start, t - 1, room)
                     if stop - start > 1:
-                        _step4(previous, powers[a, u], moved)
+                        _product4(previous, matrix, moved)
                     else:
-                        _step1(previous, powers, a, u, moved)
+                        _product1(previous, matrix, moved)
                 for b in range(start, stop):
                     if t >= lengths[b]:
                         continue
                     r = b - start
-                    at = (r * chunk + t - begin) * size
-                    s, low = _absorb(moved, r, weight, at, lowest, previous)
-                    least[b] = min(least[b], low)
-                    if s == 0:
-                        previous[r] = 0
+                    at = r * stride + (t - begin) * size
+                    s = _absorb(moved, r, weight, at, lowest, previous, low)
+                    divided = t == lengths[b] - 1 or not (fewest < s < most)
+                    if divided:
+                        if s > 0:
+                            inverse = kind(1) / s
+                            for j in range(padded):
+                                previous[r, j] *= inverse
+                        product[r] *= s
+                        if not (1e-200 < product[r] < 1e200):
+                            log_z[b] += math.log(product[r]) if product[r] != 0 else -math.inf
+                            product[r] = 1.0
                     if keep:
-                        scale[b, t] = s
-                        for j in range(size):
-                            alpha[b, t, j] = previous[r, j]
-                    product[r] *= s
-                    if not (1e-200 < product[r] < 1e200):
-                        total[b] += math.log(product[r]) if product[r] > 0 else -math.inf
-                        product[r] = 1.0
+                        scale[b, t] = s if divided else kind(1)
+                        if size < LANES:
+                            for j in range(size):
+                                alpha[b, t, j] = previous[r, j]
+                        else:
+                            for k in range(0, size, LANES):
+                                j = min(k, size - LANES)
+                                store(
+                                    alpha, (b * alpha.shape[1] + t) * size + j, load(previous, r * padded + j)
+                                )
         for b in range(start, stop):
-            total[b] += math.log(product[b - start])
+            log_z[b] += math.log(product[b - start])
+            least[b] = low[b - start, :size].min()
             if keep:
                 alpha[b, lengths[b] :] = 0
                 scale[b, lengths[b] :] = 1
@@ -280,11 +356,11 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
 @_compile
 def evidence(initial, transition, observation, lengths, floor, like):
     """ln Z of each row and the least entry met, in the precision of ``like``; nothing is kept."""
-    total, least = np.empty(observation.shape[0]), np.empty(observation.shape[0])
+    log_z, least = np.empty(observation.shape[0]), np.empty(observation.shape[0])
     powers = np.empty(transition.shape, like.dtype)
     alpha, scale = np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype)
-    forward(initial, transition, observation, lengths, floor, False, powers, alpha, scale, total, least)
-    return total, least
+    forward(initial, transition, observation, lengths, floor, False, powers, alpha, scale, log_z, least)
+    return log_z, least
 
 
 @_compile
@@ -298,14 +374,19 @@ def backward(turned, observation, lengths, alpha, scale, gamma, flow):
     rows, steps, size = observation.shape
     shared = turned.shape[0] == 1
     still = turned.shape[1] == 1
-    width = 4 if shared and size >= 16 else 1
+    width = 4 if shared else 1
+    padded = -(-size // LANES) * LANES
     chunk = max(1, _PIECE // size)
     weight = np.empty(width * chunk * size, turned.dtype)
     spare = np.empty(_PIECE, turned.dtype)
-    beta = np.zeros((4, size), turned.dtype)
-    out = np.zeros((4, size), turned.dtype)
+    beta = np.zeros((4, padded), turned.dtype)
+    out = np.zeros((4, padded), turned.dtype)
+    room = np.zeros((size, padded), turned.dtype)
+    kind = turned.dtype.type
+    none, tail = fill(kind(0)), size - LANES
     for start in range(0, rows, width):
         stop = min(start + width, rows)
+        matrix = _padded(turned, 0 if shared else start, 0, room) if turned.shape[1] > 0 else room
         for begin in range((steps - 1) // chunk * chunk, -1, -chunk):
             for b in range(start, stop):
                 if begin < lengths[b]:
@@ -325,18 +406,28 @@ def backward(turned, observation, lengths, alpha, scale, gamma, flow):
                         for j in range(size):
                             beta[r, j] = 1
                     at = (r * chunk + t - begin) * size
-                    inverse = 1 / scale[b, t] if t > 0 and scale[b, t] > 0 else scale[b, t] * 0
-                    for j in range(size):
-                        value = weight[at + j] * beta[r, j] * inverse
-                        gamma[b, t, j] = alpha[b, t, j] * beta[r, j]
-                        out[r, j] = value
-                        flow[b, t, j] = value
+                    inverse = kind(1) / scale[b, t] if t > 0 and scale[b, t] > 0 else kind(0)
+                    if tail < 0:
+                        for j in range(size):
+                            gamma[b, t, j] = alpha[b, t, j] * beta[r, j]
+                            out[r, j] = weight[at + j] * beta[r, j] * inverse
+                            flow[b, t, j] = out[r, j]
+                        continue
+                    factor, row = fill(inverse), (b * steps + t) * size
+                    for k in range(0, size, LANES):
+                        j = min(k, tail)
+                        ahead = load(beta, r * padded + j)
+                        store(gamma, row + j, multiply_add(load(alpha, row + j), ahead, none))
+                        value = multiply_add(load(weight, at + j), multiply_add(ahead, factor, none), none)
+                        store(out, r * padded + j, value)
+                        store(flow, row + j, value)
                 if t > 0:
-                    a, u = 0 if shared else start, 0 if still else t - 1
+                    if not still:
+                        matrix = _padded(turned, 0 if shared else start, t - 1, room)
                     if stop - start > 1:
-                        _step4(out, turned[a, u], beta)
+                        _product4(out, matrix, beta)
                     else:
-                        _step1(out, turned, a, u, beta)
+                        _product1(out, matrix, beta)
 
 
 @_compile
@@ -377,57 +468,85 @@ def draw(turned, alpha, lengths, uniform, z):
                 z[n, b, t] = chosen
 
 
-@_compile_max
-def _best1(x, matrix, y):
-    size = x.shape[0]
-    y[:] = -math.inf
-    i = 0
-    while i + 3 < size:
-        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
-        for j in range(size):
-            u = max(a + matrix[i, j], b + matrix[i + 1, j])
-            v = max(c + matrix[i + 2, j], d + matrix[i + 3, j])
-            y[j] = max(y[j], max(u, v))
-        i += 4
-    while i < size:
-        a = x[i]
-        for j in range(size):
-            y[j] = max(y[j], a + matrix[i, j])
-        i += 1
+@_compile
+def _best1(scores, at, matrix, y):
+    """First row of y_j = max_i (scores_i + matrix_ij), with scores from ``at`` on."""
+    size, padded = matrix.shape
+    none = fill(matrix.dtype.type(-math.inf))
+    j = 0
+    while j + 4 * LANES <= padded:
+        a = b = c = d = none
+        for i in range(size):
+            p, place = fill(scores[at + i]), i * padded + j
+            a = greater(add(p, load(matrix, place)), a)
+            b = greater(add(p, load(matrix, place + LANES)), b)
+            c = greater(add(p, load(matrix, place + 2 * LANES)), c)
+            d = greater(add(p, load(matrix, place + 3 * LANES)), d)
+        store(y, j, a)
+        store(y, j + LANES, b)
+        store(y, j + 2 * LANES, c)
+        store(y, j + 3 * LANES, d)
+        j += 4 * LANES
+    while j < padded:
+        a = b = none
+        for i in range(0, size - 1, 2):
+            place = i * padded + j
+            a = greater(add(fill(scores[at + i]), load(matrix, place)), a)
+            b = greater(add(fill(scores[at + i + 1]), load(matrix, place + padded)), b)
+        if size % 2:
+            a = greater(add(fill(scores[at + size - 1]), load(matrix, (size - 1) * padded + j)), a)
+        store(y, j, greater(a, b))
+        j += LANES
 
 
 @_compile_max
-def viterbi(initial, transition, turned, observation, lengths, delta, z):
+def viterbi(initial, transition, turned, observation, lengths, z):
     """A best path ``z [B,T]`` in log space. Only scores are kept, the arguments are found again on the way
     back.
     """
     rows, steps, size = observation.shape
-    moved = np.empty(size, observation.dtype)
+    padded = -(-size // LANES) * LANES
+    kind = observation.dtype.type
+    room = np.full((size, padded), -math.inf, observation.dtype)
+    moved = np.full(padded, -math.inf, observation.dtype)
+    delta = np.empty(steps * padded, observation.dtype)
+    seen = np.zeros(steps * size + LANES, observation.dtype)
+    value = np.empty(size, observation.dtype)
     for b in range(rows):
         a = b if transition.shape[0] > 1 else 0
+        matrix = _padded(transition, a, 0, room) if transition.shape[1] > 0 else room
+        seen[: steps * size] = observation[b].reshape(-1)
+        top = kind(0)
         for t in range(lengths[b]):
             if t == 0:
-                moved[:] = initial[b if initial.shape[0] > 1 else 0]
+                moved[:size] = initial[b if initial.shape[0] > 1 else 0]
             else:
-                _best1(delta[b, t - 1], transition[a, t - 1 if transition.shape[1] > 1 else 0], moved)
-            top = moved[0] + observation[b, t, 0]
-            for j in range(size):
-                moved[j] += observation[b, t, j]
-                top = max(top, moved[j])
-            if top > -math.inf:
-                for j in range(size):
-                    moved[j] -= top
-            delta[b, t] = moved
+                if t > 1 and transition.shape[1] > 1:
+                    matrix = _padded(transition, a, t - 1, room)
+                _best1(delta, (t - 1) * padded, matrix, moved)
+            # a step late, so that nobody waits for the largest
+            shift, tops = fill(-top), fill(kind(-math.inf))
+            for j in range(0, padded, LANES):
+                score = add(load(moved, j), add(load(seen, t * size + j), shift))
+                store(delta, t * padded + j, score)
+                tops = greater(score, tops)
+            top = largest(tops)
+            if top == -math.inf:
+                top = kind(0)
         for t in range(lengths[b], steps):
             z[b, t] = 0
         for t in range(lengths[b] - 1, -1, -1):
-            best = -math.inf
-            chosen = 0
+            if t == lengths[b] - 1:
+                for i in range(size):
+                    value[i] = delta[t * padded + i]
+            else:
+                u, onward = t if turned.shape[1] > 1 else 0, z[b, t + 1]
+                for i in range(size):
+                    value[i] = delta[t * padded + i] + turned[a, u, onward, i]
+            best = value[0]
             for i in range(size):
-                value = delta[b, t, i]
-                if t < lengths[b] - 1:
-                    value += turned[a, t if turned.shape[1] > 1 else 0, z[b, t + 1], i]
-                if value > best:
-                    best = value
-                    chosen = i
+                best = max(best, value[i])
+            chosen = 0
+            while value[chosen] != best:
+                chosen += 1
             z[b, t] = chosen

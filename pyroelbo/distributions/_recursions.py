@@ -1,6 +1,6 @@
 """Sums over chains: scaled recursions that know when to distrust themselves, and the exact ones behind them.
 
-A scaled recursion works with exponentials, normalized at each step. It loses a path whose share of the mass
+A scaled recursion works with exponentials, normalized as it goes. It loses a path whose share of the mass
 falls below the smallest number, and says nothing: wrong where that path overtakes later, or is the only one.
 So
 
@@ -47,7 +47,7 @@ def _compiled() -> ModuleType | None:
 
 
 def kernels(x: Tensor) -> Any:
-    return _compiled() if x.device.type == "cpu" else None
+    return _compiled() if x.is_cpu else None
 
 
 class Problem(NamedTuple):
@@ -87,12 +87,12 @@ class Scaled(NamedTuple):
     def take(self, rows: Tensor) -> Scaled:
         return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
 
-    def expected(self, grad: Tensor, apart: bool) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool) -> Expected:
         _, powers, observation, lengths = self.problem
         rows, steps, states = observation.shape
         turned = _turned(powers)
-        plain = bool((grad == 1).all())
-        grad = grad.to(powers.dtype)[:, None, None]
+        if grad is not None:
+            grad = grad.to(powers.dtype)[:, None, None]
         gamma = torch.empty_like(self.alpha)
         counts: list[Tensor] = []
         group = max(4, _GROUP // (steps * states) // 4 * 4)
@@ -102,7 +102,7 @@ class Scaled(NamedTuple):
             alpha, out = self.alpha[part], flow[: part.stop - start]
             mine = turned if len(turned) == 1 else turned[part]
             _backward(mine, observation[part], lengths[part], alpha, self.scale[part], gamma[part], out)
-            if not plain:
+            if grad is not None:
                 out *= grad[part]
             if powers.shape[1] != 1:
                 count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
@@ -113,7 +113,7 @@ class Scaled(NamedTuple):
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
                 count = count if not counts else count + counts.pop()
             counts.append(count)
-        if not plain:
+        if grad is not None:
             gamma *= grad
         count = counts[0] if len(counts) == 1 else torch.cat(counts)
         return Expected(gamma[:, 0], count.mul_(powers), gamma)
@@ -136,12 +136,12 @@ class Exact(NamedTuple):
     alpha: Tensor
     log_z: Tensor
 
-    def expected(self, grad: Tensor, apart: bool) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool) -> Expected:
         _, transition, observation, lengths = self.problem
         rows, steps, _ = observation.shape
         possible = (self.log_z > -math.inf)[:, None]
         log_z = torch.where(possible, self.log_z[:, None], 0.0)
-        grad = grad.to(log_z.dtype)[:, None]
+        grad = torch.ones_like(log_z) if grad is None else grad.to(log_z.dtype)[:, None]
         gamma = torch.zeros_like(observation)
         count = observation.new_zeros(rows, *transition.shape[1:])
         beta = torch.zeros_like(observation[:, 0])
@@ -183,7 +183,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
     if len(step) > 1 and step.stride(0) == 0:
         problem = problem._replace(transition=step[:1])
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
-    log_z = observation.new_empty(observation.shape[0], dtype=torch.float64)
+    log_z: Tensor | None = None
     passes: Passes = []
     pending: Tensor | None = None
     for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
@@ -202,6 +202,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
                 return _finish(log_z, passes, pending, scaled)
         good = trusted.nonzero().squeeze(-1)
         if len(good):
+            log_z = torch.empty_like(least, dtype=torch.float64) if log_z is None else log_z
             rows = good if pending is None else pending[good]
             log_z[rows] = scaled.log_z[good]
             passes.append((rows, scaled.take(good) if keep else scaled))
@@ -211,8 +212,8 @@ def solve(problem: Problem, keep: bool) -> Solution:
     return _finish(log_z, passes, pending, _exact(problem.take(pending), keep))
 
 
-def _finish(log_z: Tensor, passes: list, rows: Tensor | None, last: Scaled | Exact) -> Solution:
-    if rows is None:
+def _finish(log_z: Tensor | None, passes: list, rows: Tensor | None, last: Scaled | Exact) -> Solution:
+    if rows is None or log_z is None:
         return Solution(last.log_z, [(None, last)])
     log_z[rows] = last.log_z
     return Solution(log_z, [*passes, (rows, last)])
@@ -236,7 +237,7 @@ def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _arrays(*tensors: Tensor) -> list:
-    return [x.detach().numpy() for x in tensors]
+    return [(x.detach() if x.requires_grad else x).numpy() for x in tensors]
 
 
 def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
@@ -364,7 +365,7 @@ def best_path(problem: Problem) -> Tensor:
     if run is not None:
         z = torch.empty(rows, steps, dtype=torch.long)
         arrays = [x.contiguous() for x in (initial, transition, turned, observation, lengths)]
-        run.viterbi(*_arrays(*arrays, torch.empty(observation.shape, dtype=observation.dtype), z))
+        run.viterbi(*_arrays(*arrays, z))
         return z
     z = torch.zeros(rows, steps, dtype=torch.long, device=observation.device)
     delta = [initial + observation[:, 0]]
@@ -382,22 +383,26 @@ def best_path(problem: Problem) -> Tensor:
     return z
 
 
-def expectations(problem: Problem, passes: Passes, grad: Tensor) -> Expected:
-    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials."""
-    potentials = problem[:3]
-    apart = len(problem.transition) == len(grad)
+def expectations(problem: Problem, passes: Passes, grad: Tensor | None) -> Expected:
+    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials; None is all ones."""
+    potentials, count = problem[:3], problem.observation.shape[0]
+    apart = problem.transition.shape[0] == count
+    if grad is not None and bool((grad == 1).all()):
+        grad = None
     total: list[Tensor] = []
     for rows, done in passes:
-        found = done.expected(grad if rows is None else grad[rows], apart)
+        found = done.expected(grad if rows is None or grad is None else grad[rows], apart)
         parts = [
-            (x if len(potential) == len(grad) or len(x) == 1 else x.sum(0, keepdim=True)).to(potential.dtype)
+            (x if potential.shape[0] == count or x.shape[0] == 1 else x.sum(0, keepdim=True)).to(
+                potential.dtype
+            )
             for x, potential in zip(found, potentials, strict=True)
         ]
         if rows is None:
             return Expected(*parts)
         total = total or [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in potentials]
         for out, part in zip(total, parts, strict=True):
-            if len(out) < len(grad):
+            if len(out) < count:
                 out += part
             else:
                 out[rows] = part

@@ -123,10 +123,10 @@ class LinearChain(StructuredDistribution):
     # ---- the fast recursions, in flat shapes
 
     def _flat(self, parts: tuple[Tensor, ...]) -> Problem:
-        rank, rows = len(self.batch_shape), self.batch_shape.numel()
+        rank, rows = len(self._batch_shape), self._batch_shape.numel()
 
         def flat(x: Tensor, whole: bool = False) -> Tensor:
-            if rank == 1 and (len(x) == rows or not whole):
+            if rank == 1 and (not whole or x.shape[0] == rows):
                 return x
             event = x.shape[rank:]
             if not whole and x.shape[:rank].numel() == 1:
@@ -144,7 +144,8 @@ class LinearChain(StructuredDistribution):
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         solution = self._solution if parts is self.potentials else None
-        return log_partition(self._flat(parts), solution).view(self.batch_shape)
+        value = log_partition(self._flat(parts), solution)
+        return value if len(self._batch_shape) == 1 else value.view(self._batch_shape)
 
     def _kept(self) -> Solution:
         if self._solution is None:
@@ -152,9 +153,10 @@ class LinearChain(StructuredDistribution):
         return self._solution
 
     def _marginals(self) -> ChainParts:
-        full = self._flat(self._full(self.potentials))
-        found = expectations(full, self._kept().passes, full.observation.new_ones(len(full.observation)))
-        return ChainParts(*(x.view(y.shape) for x, y in zip(found, self._full(self.potentials), strict=True)))
+        parts = self._full(self.potentials)
+        full = self._flat(parts)
+        found = expectations(full, self._kept().passes, None)
+        return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
     def _mode(self) -> Tensor:
         return best_path(self._flat(self.potentials)).reshape(self.batch_shape + self.event_shape)

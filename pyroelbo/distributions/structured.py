@@ -35,7 +35,7 @@ def first_index(bad: Tensor) -> str:
 def check_finite_or_minus_inf(**arguments: Tensor) -> None:
     """Refuse NaN and +inf among log potentials or logits, naming the argument and the offending index."""
     # a sum is one pass without a temporary; only where it looks bad are the numbers looked at one by one
-    if sum(value.detach().sum() for value in arguments.values()) < math.inf:
+    if sum(value.detach().sum().item() for value in arguments.values()) < math.inf:
         return
     for name, value in arguments.items():
         bad = value.isnan() | (value == math.inf)
