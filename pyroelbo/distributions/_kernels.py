@@ -331,7 +331,8 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
                             for j in range(padded):
                                 previous[r, j] *= inverse
                         product[r] *= s
-                        if not (1e-200 < product[r] < 1e200):
+                        # times the least sum that is trusted it must not leave the normal range
+                        if not (1e-15 < product[r] < 1e200):
                             log_z[b] += math.log(product[r]) if product[r] != 0 else -math.inf
                             product[r] = 1.0
                     if keep:

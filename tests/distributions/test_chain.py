@@ -310,6 +310,16 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
     assert (z == z2).double().mean() > (0.999 if dtype == torch.float32 else 1 - 1e-9)
 
 
+@pytest.mark.usefixtures("engine")
+def test_tiny_sums_one_after_another_keep_their_digits():
+    """Each step has a share of 1e-161, which is trusted; the product of two is not a normal number."""
+    initial, transition = torch.zeros(2), torch.tensor([[0.0, -375.0], [0.0, -375.0]])
+    observation = torch.tensor([[0.0, -1.0]] + [[-371.0, 0.0]] * 4)
+    got = LinearChain(initial, transition, observation).log_partition
+    right = Listing(chains(nested(initial), nested(transition), nested(observation))).log_partition
+    assert got.item() == pytest.approx(right, rel=1e-13)
+
+
 # ---- at Pyro sites
 
 
