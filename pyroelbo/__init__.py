@@ -1,12 +1,18 @@
 """pyroelbo: latent-variable models as Pyro model/guide pairs, and how tight their bounds are."""
 
-from pyroelbo import data, distributions, evidence, models
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pyroelbo import data, evidence
 from pyroelbo._version import __version__
-from pyroelbo.em import fit_em
 from pyroelbo.evidence import audit
 from pyroelbo.pair import ExactPair, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
 from pyroelbo.train import fit
+
+if TYPE_CHECKING:
+    from pyroelbo import compiled, distributions, models, report
+    from pyroelbo.em import fit_em
 
 __all__ = [
     "Audit",
@@ -17,11 +23,22 @@ __all__ = [
     "Run",
     "__version__",
     "audit",
+    "compiled",
     "data",
     "distributions",
     "evidence",
     "fit",
     "fit_em",
     "models",
+    "report",
     "within_datum",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What most programs do not use is imported when it is first named.
+    if name in ("compiled", "distributions", "models", "report"):
+        return importlib.import_module(f"pyroelbo.{name}")
+    if name == "fit_em":
+        return importlib.import_module("pyroelbo.em").fit_em
+    raise AttributeError(f"module 'pyroelbo' has no attribute {name!r}")

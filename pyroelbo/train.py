@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo import evidence
-from pyroelbo.compiled import CompiledStep
 from pyroelbo.data import Batch, Minibatches
 from pyroelbo.objectives import Exact_ELBO, Hard_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
@@ -32,6 +31,9 @@ from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
 from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
 from pyroelbo.terms import check_observation, check_support, observed_part
+
+if TYPE_CHECKING:
+    from pyroelbo.compiled import CompiledStep
 
 __all__ = ["fit"]
 
@@ -148,7 +150,11 @@ def fit(
         progress,
         callbacks,
     )
-    make = CompiledStep if compile else EagerStep
+    make: Any = EagerStep
+    if compile:
+        from pyroelbo.compiled import CompiledStep
+
+        make = CompiledStep
     stepper = make(
         PerDatum(loss_fn, per_datum),
         pair.model,
