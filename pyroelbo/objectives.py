@@ -61,7 +61,9 @@ class Hard_ELBO(Trace_ELBO):
         return model_trace, guide_trace
 
 
-class _ScaleLatents(Messenger):
+class ScaleLatents(Messenger):
+    """Multiplies ln p and ln q of every latent site by ``weight``, so that a loss is -E ln p(y|z) + weight · KL."""
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
@@ -102,7 +104,7 @@ class Weighted_ELBO(ELBO):
         self.scale.fill_(value)
 
     def _scaled(self, program: Any) -> Any:
-        handler = _ScaleLatents(self.scale)
+        handler = ScaleLatents(self.scale)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with handler:

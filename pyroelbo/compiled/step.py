@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
+from pyroelbo.objectives import ScaleLatents
 
 __all__ = ["CompiledStep"]
 
@@ -19,18 +19,6 @@ __all__ = ["CompiledStep"]
 # one loop a parameter grows faster than what it saves.
 _MOST_INSIDE = 24
 _SLOTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
-
-
-class _KLWeight(Messenger):
-    """Scales ln p and ln q of every latent site, so that the loss is -E ln p(y|z) + weight · KL."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg) -> None:
-        if not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample":
-            msg["scale"] = msg["scale"] * self.weight
 
 
 class CompiledStep:
@@ -121,7 +109,7 @@ class CompiledStep:
         if kl_weight is not None:
             _positive("kl_weight", kl_weight, zero=True)
             self._kl_weight = scalar(kl_weight).to(first.dtype)
-            model, guide = _KLWeight(self._kl_weight)(model), _KLWeight(self._kl_weight)(guide)
+            model, guide = ScaleLatents(self._kl_weight)(model), ScaleLatents(self._kl_weight)(guide)
         self.objective, self._model, self._guide = objective, model, guide
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._cache = _StepCache(self, backend, max_graphs, options)
