@@ -21,7 +21,7 @@ from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.enumeration import Unavailable, enumerate_latents
 from pyroelbo.pair import ExactPair, Pair, unregistered
 from pyroelbo.records import Run
-from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
+from pyroelbo.runs import RunDirectory, choose_device, copy_into, group, interruptible
 
 __all__ = ["ClosedForm", "NotMonotone", "fit_em"]
 
@@ -455,13 +455,10 @@ class _Job:
             return
         tensors, meta = loaded
 
-        def group(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        copy_into(self.state, group("state/"), str(self.run.path / "checkpoint.safetensors"))
-        best = group("best/")
+        copy_into(self.state, group(tensors, "state/"), str(self.run.path / "checkpoint.safetensors"))
+        best = group(tensors, "best/")
         self.best = {k: v.to(self.place) for k, v in best.items()} or None
-        self.running = self._statistics(group("statistics/"))
+        self.running = self._statistics(group(tensors, "statistics/"))
         self.epoch, self.step, self.restart = meta["epoch"], meta["step"], meta["restart"]
         self.value, self.best_value = float(meta["value"]), float(meta["best_value"])
         self.metrics = self.run.keep_metrics(meta["rows"])

@@ -73,7 +73,22 @@ class ScaleLatents(Messenger):
             msg["scale"] = msg["scale"] * self.weight
 
 
-class Weighted_ELBO(ELBO):
+class WrappedELBO(ELBO):
+    """An ELBO made from another one (abstract), with the same particles and plates."""
+
+    def __init__(self, inner: ELBO) -> None:
+        super().__init__(
+            num_particles=inner.num_particles,
+            max_plate_nesting=inner.max_plate_nesting,
+            vectorize_particles=inner.vectorize_particles,
+        )
+        self.inner = inner
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return self.inner._get_trace(model, guide, args, kwargs)
+
+
+class Weighted_ELBO(WrappedELBO):
     """E[-ln p(y | z)] + ``weight`` · KL: another ELBO with the latents' terms, of model and guide, scaled by
     ``weight``.
 
@@ -85,12 +100,7 @@ class Weighted_ELBO(ELBO):
     """
 
     def __init__(self, inner: ELBO, weight: float = 1.0) -> None:
-        super().__init__(
-            num_particles=inner.num_particles,
-            max_plate_nesting=inner.max_plate_nesting,
-            vectorize_particles=inner.vectorize_particles,
-        )
-        self.inner = inner
+        super().__init__(inner)
         self.scale = torch.tensor(float(weight))
 
     @property
@@ -113,7 +123,7 @@ class Weighted_ELBO(ELBO):
         return run
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        return self.inner._get_trace(self._scaled(model), self._scaled(guide), args, kwargs)
+        return super()._get_trace(self._scaled(model), self._scaled(guide), args, kwargs)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         return self.inner.loss(self._scaled(model), self._scaled(guide), *args, **kwargs)

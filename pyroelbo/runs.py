@@ -149,7 +149,7 @@ class RunDirectory:
                 f"{self.path} has no weights yet: the run was stopped before its first checkpoint"
             )
         tensors, meta = checkpoint
-        return {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}, meta
+        return group(tensors, "state/"), meta
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         file = self.path / name
@@ -172,6 +172,11 @@ def fresh(base: str | Path) -> Path:
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
+
+
+def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with ``prefix``, under the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:

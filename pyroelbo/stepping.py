@@ -9,6 +9,9 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyroelbo.objectives import WrappedELBO
+from pyroelbo.runs import group
+
 __all__ = ["OPTIMIZERS", "EagerStep", "PerDatum"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -18,19 +21,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class PerDatum(ELBO):
+class PerDatum(WrappedELBO):
     """Another ELBO divided by ``count(rows)``, so that its loss is nats per datum whatever the batch's size."""
 
     def __init__(self, inner: ELBO, count: Callable[[int], float]) -> None:
-        super().__init__(
-            num_particles=inner.num_particles,
-            max_plate_nesting=inner.max_plate_nesting,
-            vectorize_particles=inner.vectorize_particles,
-        )
-        self.inner, self.count = inner, count
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        return self.inner._get_trace(model, guide, args, kwargs)
+        super().__init__(inner)
+        self.count = count
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         rows = len(next(iter((*args, *kwargs.values()))))
@@ -69,8 +65,8 @@ class EagerStep:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = value
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
@@ -97,7 +93,7 @@ class EagerStep:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`; ValueError for averages of other parameters."""
-        averages = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        averages = group(tensors, "ema.")
         if averages.keys() != self.averages.keys():
             odd = sorted(averages.keys() ^ self.averages.keys())[0]
             raise ValueError(f"tensors: the average of {odd!r} is missing or unknown")

@@ -119,7 +119,7 @@ class Evaluator:
         with self._quiet():
             _, model = self._traces(batch, particles, self.strategy, dict(latents), with_guide=False)
             terms = self._terms(model, batch, particles, self.strategy, "model", mask_latents=False)
-        return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
+        return Terms(terms, {}, self.observed, {}).log_joint
 
     def terms(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Terms:
         """Terms of given latents {site: [K, *plates, B, *event]} under model and guide, differentiable in

@@ -28,7 +28,7 @@ from pyroelbo.data import Batch, Minibatches
 from pyroelbo.objectives import Exact_ELBO, Hard_ELBO, Weighted_ELBO
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
-from pyroelbo.runs import RunDirectory, choose_device, copy_into, interruptible
+from pyroelbo.runs import RunDirectory, choose_device, copy_into, group, interruptible
 from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
 from pyroelbo.terms import check_observation, check_support, observed_part
 
@@ -417,13 +417,10 @@ class _Job:
             return
         tensors, meta = loaded
 
-        def group(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
         where = str(self.run.path / "checkpoint.safetensors")
-        copy_into(self.state, group("state/"), where)
-        self.stepper.load_state_dict(group("step/"))
-        best = group("best/")
+        copy_into(self.state, group(tensors, "state/"), where)
+        self.stepper.load_state_dict(group(tensors, "step/"))
+        best = group(tensors, "best/")
         self.best = {k: v.to(self.state[k].device) for k, v in best.items()} or None
         self.best_value, self.best_epoch = float(meta["best_value"]), meta["best_epoch"]
         self.epoch, self.step, self.position = meta["epoch"], meta["step"], meta["position"]
