@@ -10,6 +10,7 @@ Usage: python -m benchmarks.chorales --data-dir DATA [--out runs/chorales] [--st
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -49,44 +50,44 @@ def neural(states, seed, prior, epochs, data):
     return scores(pair, data), run.metrics[-1]["epoch"]
 
 
+@functools.cache
+def compiled_dynamax(states, one):
+    """dynamax's model with this concentration for every prior, and its steps, compiled once for all seeds."""
+    import jax
+    from dynamax.hidden_markov_model import BernoulliHMM
+
+    peer = BernoulliHMM(states, 88, one, one, 0.0, one, one)
+    expect = jax.jit(jax.vmap(peer.e_step, (None, 0)))
+    evidence = jax.jit(jax.vmap(peer.marginal_log_prob, (None, 0)))
+    return peer, expect, evidence
+
+
 def dynamax(states, seed, prior, epochs, data):
     """Its own E-step and M-step, over sequences grouped by length: it knows no lengths in a batch."""
     import jax
     import jax.numpy as jnp
-    from dynamax.hidden_markov_model import BernoulliHMM
 
     pair = start_of(states, seed, SMOOTHING[prior], data)
-    one = 1.0 + SMOOTHING[prior]
-    peer = BernoulliHMM(
-        states,
-        88,
-        initial_probs_concentration=one,
-        transition_matrix_concentration=one,
-        emission_prior_concentration0=one,
-        emission_prior_concentration1=one,
+    peer, expect, evidence = compiled_dynamax(states, 1.0 + SMOOTHING[prior])
+    start = (
+        pair.prior.initial.softmax(0),
+        pair.prior.transition.softmax(1),
+        pair.generator.log_odds.sigmoid(),
     )
-    g, p = pair.generator, pair.prior
-    begin, move, keys = (
-        jnp.asarray(x.detach().numpy())
-        for x in (p.initial.softmax(0), p.transition.softmax(1), g.log_odds.sigmoid())
-    )
-    parameters, properties = peer.initialize(initial_probs=begin, transition_matrix=move, emission_probs=keys)
+    names = ("initial_probs", "transition_matrix", "emission_probs")
+    start = {k: jnp.asarray(x.detach().numpy()) for k, x in zip(names, start, strict=True)}
+    parameters, properties = peer.initialize(**start)
+    state = peer.initialize_m_step_state(parameters, properties)
 
     def groups(split):
         y, lengths = data[split]
         return [jnp.asarray(y[lengths == n, :n].numpy()) for n in lengths.unique().tolist()]
 
-    expect = jax.jit(lambda parameters, y: jax.vmap(lambda one: peer.e_step(parameters, one))(y))
-    evidence = jax.jit(
-        lambda parameters, y: jax.vmap(lambda one: peer.marginal_log_prob(parameters, one))(y)
-    )
-    maximize = jax.jit(lambda parameters, found: peer.m_step(parameters, properties, found, state)[0])
-    state = peer.initialize_m_step_state(parameters, properties)
     train = groups("train")
     for _ in range(epochs):
         found = [expect(parameters, y)[0] for y in train]
         total = jax.tree.map(lambda *x: sum(v.sum(0) for v in x)[None], *found)
-        parameters = maximize(parameters, total)
+        parameters, state = peer.m_step(parameters, properties, total, state)
     result = {}
     for split in SPLITS:
         total = sum(float(np.asarray(evidence(parameters, y), np.float64).sum()) for y in groups(split))
