@@ -3,8 +3,8 @@
 Hidden Markov models over 88 keys, on or off, trained on 229 chorales; the score is the evidence of the 77 test
 chorales in nats per time step. One row for each number of states, seed and method: ``ours`` with a pseudo-count of
 0.1 on every outcome (MAP) and without (flat priors); ``dynamax`` with the same two priors from the same start;
-``neural``, an HMM whose moves and keys a small network makes. Rows are appended to ``rows.jsonl`` under --out as they come, and a run
-started again leaves out those it finds there. Then a table and a JSON line.
+``neural``, an HMM whose moves and keys a small network makes. Rows are appended to ``rows.jsonl`` under --out as
+they come, and a run started again leaves out those it finds there. Then a table and a JSON line.
 
 Usage: python -m benchmarks.chorales --data-dir DATA [--out runs/chorales] [--states 16 64] [--seeds 0 1 2]
 """
