@@ -203,7 +203,7 @@ def plot_holes(diagnostics: Diagnostics, path: str | Path) -> Path:
     right.scatter(*codes.T, s=5, alpha=0.5, color="tab:blue", linewidths=0)
     right.set_title(f"codes: draws of q(z), {diagnostics.num_data} data")
     everything = torch.cat([points, codes])
-    low, high = everything.amin(0), everything.amax(0)
+    low, high = everything.amin(0).tolist(), everything.amax(0).tolist()
     for axis in (left, right):
         axis.set(xlim=(low[0] - 0.2, high[0] + 0.2), ylim=(low[1] - 0.2, high[1] + 0.2))
         axis.set(xlabel="z[0]", ylabel="z[1]", aspect="equal")
