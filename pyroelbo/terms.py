@@ -34,14 +34,18 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True)
 class LatentSite:
-    """A latent site as the model declares it: event shape, plate shape left of the data plate, and
-    support."""
+    """A latent site as the model declares it: event shape, plate shape left of the data plate, and support.
+
+    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
+    parse) constrain one another.
+    """
 
     name: str
     event_shape: torch.Size
     plate_shape: tuple[int, ...]
     support: Any
     has_enumerate_support: bool
+    free: bool
 
     @property
     def event_dim(self) -> int:
@@ -253,9 +257,14 @@ class Evaluator:
                 plates = tuple(fn.batch_shape[:-1])
                 while plates and plates[0] == 1:
                     plates = plates[1:]
-                enumerable = bool(getattr(fn, "has_enumerate_support", False))
-                support = None if enumerable else fn.support
-                self.latents[name] = LatentSite(name, torch.Size(fn.event_shape), plates, support, enumerable)
+                self.latents[name] = LatentSite(
+                    name,
+                    torch.Size(fn.event_shape),
+                    plates,
+                    fn.support,
+                    bool(getattr(fn, "has_enumerate_support", False)),
+                    bool(getattr(_base(fn), "free_labels", True)),
+                )
         self.strategy, self._elements = self._choose(few)
 
     def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
