@@ -78,7 +78,7 @@ def fitted(name, data, seed):
         fit(
             pair,
             y,
-            epochs=20,
+            epochs=150,
             batch_size=50,
             learning_rate=1e-2,
             freeze=sorted(inner - {"encoder"}),

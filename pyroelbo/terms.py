@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,7 @@ class Evaluator:
         self.size = batches.size(self.batch)
         self.with_guide = with_guide
         self.scaled_site: str | None = None
+        self._checks = True
         with torch.no_grad(), self._quiet():
             try:
                 self._learn(batches.rows(self.batch, slice(0, 3)))
@@ -218,6 +220,16 @@ class Evaluator:
                 f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
                 f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
             )
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Within this no value is looked at, so that the operations can be recorded: data are taken to have been
+        checked, and a latent outside the model's support may have NaN for -inf."""
+        self._checks = False
+        try:
+            yield
+        finally:
+            self._checks = True
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -353,10 +365,10 @@ class Evaluator:
                 raise ValueError(
                     f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
                 )
-            if site["is_observed"] and name in self.observed:
+            if self._checks and site["is_observed"] and name in self.observed:
                 check_observation(site, batch)
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            if program == "model" and name in self.latents:
+            if self._checks and program == "model" and name in self.latents:
                 log_prob = _zero_outside(site, log_prob)
             scale = site.get("within_datum", 1.0) * _inner_plates(site)
             log_prob = log_prob if _is_one(scale) else log_prob * scale
