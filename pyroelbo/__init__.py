@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pyroelbo import data, evidence
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit
-from pyroelbo.pair import ExactPair, Pair, within_datum
+from pyroelbo.pair import Chain, ExactPair, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
 from pyroelbo.train import fit
 from pyroelbo.unamortized import unamortized
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "Bound",
+    "Chain",
     "ExactPair",
     "Gap",
     "Pair",

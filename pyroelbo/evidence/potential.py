@@ -41,6 +41,7 @@ class Potential:
         self._records: dict[Any, Any] = {}
 
     def __call__(self, u: Tensor, k: Tensor, rows: slice | None, slopes: bool) -> Values:
+        u, k = u.contiguous(), k.contiguous()  # a record holds the strides that it saw
         key = (u.shape, u.dtype, None if rows is None else (rows.start, rows.stop), slopes)
         known = self._records.get(key, 0)
         if callable(known):

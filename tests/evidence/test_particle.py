@@ -112,6 +112,7 @@ CASES = {
     "hmm-lengths": padded(
         lambda: (sharper(HMM(3, 2, "gaussian", guide="mean_field")), torch.randn(3, 5, 2)),
     ),
+    "hmm-exact-lengths": padded(lambda: (sharper(HMM(3, 2, "gaussian")), torch.randn(3, 5, 2))),
     "state_space": row("state_space-mean-field"),
     "state_space-exact": row("state_space"),
     "state_space-lengths": padded(lambda: (StateSpace(2, 2), torch.randn(3, 5, 2))),
@@ -135,7 +136,9 @@ def test_the_mean_over_filters_is_the_evidence(name, proposal):
     check_unbiased(CASES[name], proposal)
 
 
-@pytest.mark.parametrize("name", ["hmm-exact", "state_space-exact", "state_space-lengths"])
+@pytest.mark.parametrize(
+    "name", ["hmm-exact", "hmm-exact-lengths", "state_space-exact", "state_space-lengths"]
+)
 def test_without_resampling_an_exact_guide_gives_the_evidence(name):
     """Steps drawn from the posterior's conditionals: every particle's weight is p(y), whatever was drawn."""
     pair, y, exact = CASES[name]()

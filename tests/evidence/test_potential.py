@@ -37,6 +37,7 @@ def test_a_record_gives_what_the_programs_give(name, start):
     assert all(callable(r) for r in potential._records.values())
     for scale in (1.0, 2.5):
         u, k = annealer._draw_latents(5, None)
+        u, k = (x.mT.contiguous().mT for x in (u, k))  # as slices of more data are, not contiguous
         for mine, plain in zip(
             potential(scale * u, k, None, slopes),
             potential._plain(scale * u, k, None, slopes),
