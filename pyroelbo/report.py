@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroelbo.findings import Calibration, Diagnostics
 from pyroelbo.numerics import bits_per_dim
-from pyroelbo.records import Audit, Calibration, Diagnostics, Run
+from pyroelbo.records import Audit, Run
 
 __all__ = [
     "bits_table",

@@ -8,6 +8,7 @@ from pyroelbo.evidence.calibration import calibration
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.gap import gap
+from pyroelbo.evidence.layers import layers
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.terms import Unavailable
 
@@ -22,6 +23,7 @@ __all__ = [
     "exact",
     "gap",
     "iwae",
+    "layers",
     "pareto_k_hat",
     "prior_monte_carlo",
     "quadrature",

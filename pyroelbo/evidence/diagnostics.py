@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.findings import Diagnostics, Estimate
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
-from pyroelbo.records import Diagnostics, Estimate
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["diagnostics", "pareto_k_hat"]
