@@ -218,6 +218,11 @@ class Decomposition(Json):
         """What the importance-weighted bound still loses."""
         return Gap.between(self.reference, self.estimator)
 
+    def as_audit(self) -> Audit:
+        """The four bounds side by side, gaps taken from the reference."""
+        rows = (self.reference, self.local, self.amortized, self.estimator)
+        return Audit(self.name, rows, self.reference.method)
+
     @property
     def labels(self) -> dict[str, str]:
         """Which way each part errs in expectation.
@@ -272,6 +277,13 @@ class Sandwich(Json):
     def mean_gap_error(self) -> float:
         """Standard error of the mean gap across the data; NaN for one datum."""
         return float(self.gap.std() / math.sqrt(len(self.gap))) if len(self.gap) > 1 else math.nan
+
+    def as_audit(self) -> Audit:
+        """The two bounds side by side; neither is a reference."""
+        note = (
+            f"simulated data; upper - lower = {self.mean_gap:.4f} ± {short(self.mean_gap_error)} across data"
+        )
+        return Audit(self.name, (self.lower, self.upper), None, (note,))
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.gap)} simulated data, nats per datum"]
@@ -351,7 +363,13 @@ class Audit(Json):
             for r in rows
         ]
         rule = "-" * max(map(len, lines))
-        title = f"{self.name}: {self.num_data} data, nats per datum (means over the data)"
+        joint = all(b.scope == "joint" for b in self.bounds)
+        what = (
+            "one joint value, nats"
+            if joint
+            else f"{self.num_data} data, nats per datum (means over the data)"
+        )
+        title = f"{self.name}: {what}"
         tail = [f"note: {n}" for n in self.notes]
         tail += [f"note: {b.method}: {n}" for b in self.bounds for n in b.notes]
         if self.reference is not None:

@@ -3,7 +3,7 @@ nats."""
 
 from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
-from pyroelbo.evidence.bounds import elbo, iwae, prior_monte_carlo
+from pyroelbo.evidence.bounds import draws, elbo, iwae, prior_monte_carlo
 from pyroelbo.evidence.calibration import calibration
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
@@ -19,6 +19,7 @@ __all__ = [
     "bdmc",
     "calibration",
     "diagnostics",
+    "draws",
     "elbo",
     "exact",
     "gap",

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pyroelbo import data as batches
 from pyroelbo.evidence.bounds import count_of, weighted
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode
 from pyroelbo.records import Bound, Sandwich
@@ -26,6 +27,7 @@ _PILOT = 8  # particles of the pilot
 _PILOT_MOVES = 60  # the pilot's fewest transitions: with few temperatures it makes several at each
 
 
+@scoped
 def ais(
     pair: Pair,
     y: Any,

@@ -52,6 +52,10 @@ def layers(
     }
     terms = evaluator.draws(particles)
     log_w = terms.log_weight.double()
+    if bool(log_w.isinf().any()):
+        raise Unavailable(
+            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+        )
     rates = {k: (terms.log_guide[k] - terms.log_model[k]).double() for k in sites}
     values, least = [], math.inf
     for count in range(len(sites)):
