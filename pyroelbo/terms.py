@@ -34,20 +34,29 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True)
 class LatentSite:
-    """A latent site as the model declares it: event shape, plate shape left of the data plate, and
-    support."""
+    """A latent site as the model declares it: event shape, plate shape left of the data plate, and support.
+
+    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
+    parse) constrain one another.
+    """
 
     name: str
     event_shape: torch.Size
     plate_shape: tuple[int, ...]
     support: Any
     has_enumerate_support: bool
+    free: bool
 
     @classmethod
     def of(cls, name: str, fn: Any, plates: tuple[int, ...]) -> LatentSite:
-        enumerable = bool(getattr(fn, "has_enumerate_support", False))
-        support = None if enumerable else fn.support
-        return cls(name, torch.Size(fn.event_shape), plates, support, enumerable)
+        return cls(
+            name,
+            torch.Size(fn.event_shape),
+            plates,
+            fn.support,
+            bool(getattr(fn, "has_enumerate_support", False)),
+            bool(getattr(_base(fn), "free_labels", True)),
+        )
 
     @property
     def event_dim(self) -> int:

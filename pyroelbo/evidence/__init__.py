@@ -3,12 +3,13 @@ nats."""
 
 from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
-from pyroelbo.evidence.bounds import draws, elbo, iwae, prior_monte_carlo
+from pyroelbo.evidence.bounds import cubo, draws, elbo, eubo, iwae, prior_monte_carlo
 from pyroelbo.evidence.calibration import calibration
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.gap import gap
 from pyroelbo.evidence.layers import layers
+from pyroelbo.evidence.particle import smc
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.terms import Unavailable
 
@@ -18,9 +19,11 @@ __all__ = [
     "audit",
     "bdmc",
     "calibration",
+    "cubo",
     "diagnostics",
     "draws",
     "elbo",
+    "eubo",
     "exact",
     "gap",
     "iwae",
@@ -28,4 +31,5 @@ __all__ = [
     "pareto_k_hat",
     "prior_monte_carlo",
     "quadrature",
+    "smc",
 ]
