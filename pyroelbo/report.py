@@ -277,7 +277,7 @@ def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) 
         edges = (np.arange(bins) + 0.5) / bins
         axis.axhspan(max(0.0, expected - width), expected + width, color="0.85", lw=0)
         axis.axhline(expected, color="black", lw=0.8)
-        axis.bar(edges, calibration.counts[i].cpu(), width=0.9 / bins, color="tab:blue", alpha=0.8)
+        axis.bar(edges, calibration.counts[i].tolist(), width=0.9 / bins, color="tab:blue", alpha=0.8)
         axis.set_title(f"{calibration.quantities[i]}: p = {float(calibration.p_values[i]):.2g}", fontsize=9)
         axis.set_xlim(0, 1)
         axis.set_xlabel(f"rank / {calibration.draws}")
