@@ -15,6 +15,7 @@ from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
 from pyroelbo.evidence.lattice import Lattice
 from pyroelbo.evidence.potential import Potential
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp
 from pyroelbo.pair import ExactPair, Pair
 from pyroelbo.records import Bound, Sandwich
@@ -27,6 +28,7 @@ _PILOT = 8  # particles of the pilot
 _PILOT_MOVES = 60  # the pilot's fewest transitions: with few temperatures it makes several at each
 
 
+@scoped
 def ais(
     pair: Pair,
     y: Any,

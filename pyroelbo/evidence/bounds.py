@@ -11,14 +11,26 @@ from torch import Tensor
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.diagnostics import pareto_k_hat
+from pyroelbo.joint import Joint, scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode
-from pyroelbo.records import Bound
+from pyroelbo.records import Bound, Terms
 from pyroelbo.terms import Evaluator, Unavailable
 
-__all__ = ["cubo", "elbo", "eubo", "iwae", "prior_monte_carlo"]
+__all__ = ["cubo", "draws", "elbo", "eubo", "iwae", "prior_monte_carlo"]
 
 
+@torch.no_grad()
+def draws(pair: Pair, y: Any, particles: int = 64, *, scope: str = "datum") -> Terms:
+    """``particles`` draws of the guide for each datum, with every site's log probability under model and guide,
+    [K, B], in nats, unscaled but masked. Raises and costs what :func:`elbo` does."""
+    if scope not in ("datum", "joint"):
+        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
+    whole: Any = Joint(pair) if scope == "joint" else pair
+    return Evaluator(whole, y).draws(count_of(particles))
+
+
+@scoped
 @torch.no_grad()
 def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """The evidence lower bound of each datum, E_q[ln p(y, z) - ln q(z | y)] ≤ ln p(y), in nats, [B].
@@ -38,6 +50,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=cost, notes=_outside(log_w))
 
 
+@scoped
 @torch.no_grad()
 def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """The importance-weighted bound of each datum, E ln (1/K) Σ_k p(y, z_k)/q(z_k | y) ≤ ln p(y), in nats,
@@ -57,6 +70,7 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     return weighted(f"iwae-{particles}", log_w)
 
 
+@scoped
 @torch.no_grad()
 def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """Plain Monte Carlo from the prior, E ln (1/K) Σ_k p(y | z_k) ≤ ln p(y) with z_k ~ p(z), in nats, [B].
@@ -73,6 +87,7 @@ def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     return weighted(f"prior-{particles}", log_w)
 
 
+@scoped
 @torch.no_grad()
 def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -> Bound:
     """The evidence upper bound of each datum, E_{p(z | y)}[ln p(y, z) - ln q(z | y)] = ln p(y) + KL(p, q) ≥ ln p(y),
@@ -131,6 +146,7 @@ def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -
     return Bound("eubo", log_w.mean(0), stderr, "upper", draws=particles, cost=cost)
 
 
+@scoped
 @torch.no_grad()
 def cubo(pair: Pair, y: Any, particles: int = 64, order: float = 2.0) -> Bound:
     """The χ upper bound's Monte Carlo value, (1/n) ln (1/K) Σ_k w_k^n with n = ``order``, in nats, [B].

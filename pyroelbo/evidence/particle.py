@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.bounds import count_of
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp
 from pyroelbo.pair import Chain, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
@@ -20,6 +21,7 @@ from pyroelbo.terms import Evaluator, Unavailable
 __all__ = ["smc"]
 
 
+@scoped
 @torch.no_grad()
 def smc(
     pair: Pair,
@@ -148,7 +150,8 @@ class _Walk(ABC):
 
 def _walk(pair: Pair, evaluator: Evaluator, rows: slice | None, proposal: str) -> _Walk:
     batch = evaluator.batch if rows is None else batches.rows(evaluator.batch, rows)
-    chain = batches.call(pair.chain, batch)
+    # A joint evaluator takes the whole batch as one datum, whose latents a chain of each datum does not have.
+    chain = batches.call(pair.chain, batch) if evaluator.size == batches.size(evaluator.batch) else None
     if chain is not None:
         return _Path(chain, batches.size(batch), proposal)
     if len(evaluator.latents) < 2:

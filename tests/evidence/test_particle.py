@@ -225,6 +225,27 @@ def test_a_guide_against_the_order_is_importance_sampling():
     assert bound.cost == 3 * 4 * 2000 * 4
 
 
+def test_a_latent_of_the_whole_batch_is_a_step_of_a_joint_filter():
+    """μ, then a z for each datum around it: one number for the batch, whose evidence is Gaussian."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(mean.expand(*mean.shape[:-1], len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        mean = pyro.sample("mean", dist.Normal(0.5 * y.mean(), 0.9))
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.5 * y + 0.1 * mean, 0.9))
+
+    y = torch.tensor([1.0, -0.5, 2.0])
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.ones(3, 3) + 2 * torch.eye(3)).log_prob(y)
+    bound = evidence.smc(Pair.of(model, guide), y, 4, 3000, threshold=0.9, scope="joint")
+    assert bound.scope == "joint" and bound.value.shape == ()
+    assert abs(float(z_scores(bound, exact))) < Z_LIMIT
+
+
 def test_one_filter_is_the_filtering_objective():
     pair, y, exact = CASES["hmm"]()
     bound = evidence.smc(pair, y, 30, 1)
