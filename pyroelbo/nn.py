@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+__all__ = ["MLP", "BatchNorm", "ConvDecoder", "ConvEncoder", "Dense"]
 
 
 class MLP(nn.Sequential):
@@ -22,6 +22,34 @@ class MLP(nn.Sequential):
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
+
+
+NORMS = ("batch", "layer", "none")
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalization of the last dimension, over any number of leading ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+class Dense(nn.Module):
+    """SiLU(norm(W x)), dropped out with probability ``dropout``, plus x where the widths ``a`` and ``b`` are the
+    same."""
+
+    def __init__(self, a: int, b: int, norm: str = "none", dropout: float = 0.0) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm takes one of {NORMS}, got {norm!r}")
+        self.linear = nn.Linear(a, b, bias=norm != "batch")
+        self.norm = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": lambda n: nn.Identity()}[norm](b)
+        self.dropout = nn.Dropout(dropout)
+        self.residual = a == b
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.dropout(nn.functional.silu(self.norm(self.linear(x))))
+        return x + new if self.residual else new
 
 
 class ConvEncoder(nn.Module):

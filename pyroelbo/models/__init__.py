@@ -10,6 +10,8 @@ from typing import Any
 
 from pyroelbo import data
 from pyroelbo.models.hmm import HMM
+from pyroelbo.models.ladder import Ladder
+from pyroelbo.models.markov import Chain, Hierarchy
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
@@ -23,8 +25,11 @@ __all__ = [
     "REGISTRY",
     "VAE",
     "BernoulliMixture",
+    "Chain",
     "Entry",
     "GaussianMixture",
+    "Hierarchy",
+    "Ladder",
     "StateSpace",
     "build",
     "load",
@@ -48,6 +53,20 @@ REGISTRY: dict[str, Entry] = {
         "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv",
         VAE.for_data,
         VAE.form_of,
+        50,
+        1e-3,
+    ),
+    "hierarchy": Entry(
+        "chain of Gaussian latents; order=bottom-up|top-down, likelihood as vae",
+        Hierarchy.for_data,
+        Hierarchy.form_of,
+        50,
+        1e-3,
+    ),
+    "ladder": Entry(
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood as vae",
+        Ladder.for_data,
+        Ladder.form_of,
         50,
         1e-3,
     ),

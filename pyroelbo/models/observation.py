@@ -70,12 +70,20 @@ class Pixels(nn.Module):
     def scaled(self, y: Tensor, model: str) -> Tensor:
         """Pixels as a network takes them, in [0, 1]; ValueError, naming the ``model``, for other shapes than
         [B, dims]."""
+        self.check(y, model)
+        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
+        return y / (self.levels - 1) if self.form == "bytes" else y
+
+    def check(self, y: Tensor, model: str) -> None:
+        """ValueError, naming the ``model``, for data that are not [B, dims]."""
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(
                 f"y has shape {tuple(y.shape)}: this {model} takes [B, {self.dims}], images flattened"
             )
-        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
-        return y / (self.levels - 1) if self.form == "bytes" else y
+
+    def center(self) -> Center:
+        """The map of such pixels to [-1, 1]."""
+        return Center(self.levels - 1 if self.form == "bytes" else 1)
 
     def mean_image(self, distribution: Any) -> Tensor:
         """E[y] in [0, 1], [*, dims], for pictures."""
@@ -86,6 +94,18 @@ class Pixels(nn.Module):
         if self.likelihood == "discretized_logistic":
             return p.loc / (self.levels - 1)
         return p.mean.clamp(0, 1)
+
+
+class Center(nn.Module):
+    """Pixels in [0, top] to [-1, 1], as an encoder takes them."""
+
+    def __init__(self, top: float) -> None:
+        super().__init__()
+        self.top = top
+
+    def forward(self, y: Tensor) -> Tensor:
+        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
+        return 2 * y / self.top - 1
 
 
 def form_of(settings: Mapping[str, Any]) -> str:
