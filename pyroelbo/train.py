@@ -89,15 +89,16 @@ def fit(
     training stops after so many epochs without a better one, and the best weights are kept.
 
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``
-    (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they are;
-    see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's
-    entropy), ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and
-    ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may be functions of the epoch, a
-    float, that give the weight of the KL and a factor on ``learning_rate``. ``clip_norm`` bounds the
-    gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is validated and
-    kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
-    ``compile`` runs loss, gradients and update as one graph (:class:`~pyroelbo.compiled.CompiledStep`), which
-    pays off after some thousand steps: building it takes seconds for each shape of batch.
+    (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they
+    are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy),
+    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
+    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
+    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
+    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
+    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
+    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
+    seconds for each shape of batch.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes

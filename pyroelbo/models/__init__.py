@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
+from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.markov import Chain, Hierarchy
@@ -24,8 +26,10 @@ __all__ = [
     "PPCA",
     "REGISTRY",
     "VAE",
+    "Autoregressive",
     "BernoulliMixture",
     "Chain",
+    "ConvLadder",
     "Entry",
     "GaussianMixture",
     "Hierarchy",
@@ -68,6 +72,20 @@ REGISTRY: dict[str, Entry] = {
         Ladder.for_data,
         Ladder.form_of,
         50,
+        1e-3,
+    ),
+    "conv_ladder": Entry(
+        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood as vae",
+        ConvLadder.for_data,
+        ConvLadder.form_of,
+        30,
+        1e-3,
+    ),
+    "autoregressive": Entry(
+        "pixels one by one, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
+        Autoregressive.for_data,
+        Autoregressive.form_of,
+        20,
         1e-3,
     ),
     "ppca": Entry(

@@ -98,7 +98,7 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), _Handed() as handed:
+        with pyro.plate(PLATE, len(y)), Handed() as handed:
             state, p = None, self.prior()
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
@@ -176,8 +176,9 @@ class Chain(Pair):
         return torch.zeros(n, *self.event, dtype=first.dtype, device=first.device)
 
 
-class _Handed(Messenger):
-    """Collects what the guide handed on with its draws (replay gives the model the guide's ``infer``)."""
+class Handed(Messenger):
+    """Collects what the guide handed on with its draws, as ``infer={"path": {"value", "grad", "found"}}``; replay
+    gives the model the guide's ``infer``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,9 +191,16 @@ class _Handed(Messenger):
     def path(self, site: str, z: Tensor) -> Any:
         """What the guide found below this very draw, under the same grad mode; else None."""
         path = self._paths.get(site)
-        if not path or path["value"] is not z or path["grad"] != torch.is_grad_enabled():
+        if not path or path["grad"] != torch.is_grad_enabled():
             return None
-        return path["found"]
+        own = path["value"]
+        # A draw that was cut off the encoder is another one, unless there was nothing to cut.
+        same = own is z or (not own.requires_grad and not z.requires_grad and _same_memory(own, z))
+        return path["found"] if same else None
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() and a.numel() > 0
 
 
 def _check_arity(chain: Chain) -> None:
@@ -325,7 +333,7 @@ class ImageChain(Chain):
 
     @property
     def pixels(self) -> Pixels:
-        return self.generator.observation.pixels
+        return self.generator.observation.pixels  # type: ignore[return-value]
 
     @property
     def form(self) -> str:
