@@ -126,7 +126,7 @@ class _Features(nn.Module):
 
 
 class MapLink(nn.Module):
-    """p(z_l | h) = N of a cell on h, which also gives features for h ← cell(h + f + W z_l), then doubled if asked."""
+    """p(z_l | h) = N of a cell on h, and h ← cell(h + W z_l), doubled in size where the next link is finer."""
 
     def __init__(
         self, size: tuple[int, ...], latent: int, channels: int, doubled: bool, cell: dict[str, Any]
