@@ -184,7 +184,17 @@ class Autoregressive(ExactPair):
             raise ValueError(f"y has shape {tuple(y.shape)}: this model takes [B, {self.length}]")
 
     def logits(self, y: Tensor) -> Tensor:
-        """Of every token, from those before it: [B, T, symbols], in one pass."""
+        """Of every token, from those before it: [B, T, symbols], in one pass.
+
+        ValueError for other tokens than 0 … symbols-1, looked for outside of training, where nothing waits for
+        values.
+        """
+        if not torch.is_grad_enabled():
+            wrong = y[(y < 0) | (y >= self.symbols) | (y != y.long())]
+            if len(wrong):
+                raise ValueError(
+                    f"y holds {float(wrong[0]):.6g}: {type(self).__name__} takes values in 0 … {self.symbols - 1}, integers"
+                )
         return self.generator(y.long())
 
     def model(self, y: Tensor) -> None:

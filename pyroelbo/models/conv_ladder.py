@@ -24,7 +24,7 @@ class ConvLadder(ImageChain):
     Bottom-up, residual cells make features at each resolution, halved between them. Top-down, the path is an
     image of ``channels`` features: p(z_l | h) = N of a cell on h; h ← cell(h + z_l), doubled in size behind the
     last group of a resolution; q(z_l | h, d_l) = N(μ_p + s_p·Δ, (s_p·r)²) with Δ and ln r from a cell on h and
-    d_l, which are zero at the start. Cells stand on the path with a gain of 1/√N.
+    d_l, almost zero at the start. Cells stand on the path with a gain of 1/√N.
 
     Data are flat images [B, H·W]; H and W must be even at every resolution but the coarsest. ValueError
     names the resolution that cannot be halved. Train with ``fit(..., clip_norm=..., skip_norm=...)``.
@@ -175,7 +175,7 @@ class MapMerge(nn.Module):
         self.seen, self.path = Conv(channels, channels, 1), Conv(channels, channels, 1)
         self.cell = ConvCell(channels, channels, **cell)
         self.head = Conv(channels, 2 * latent, 1)
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:

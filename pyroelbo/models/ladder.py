@@ -26,8 +26,8 @@ class Ladder(ImageChain):
     all that was drawn so far: p(z_l | z_{>l}) = N of a linear map of h, then h ← cell(h, z_l); the encoder walks
     the same path (its cells are shared) and adds d_l. ``latent`` and ``hidden`` are listed from the bottom.
 
-    ``merge="network"``: q(z_l | …) = N(μ_p + s_p·Δ, s_p·r) with Δ and ln r from a network of (h, d_l), zero
-    at the start, so that training begins at KL 0. ``merge="precision"``: d_l gives N(m, v²), and q is its
+    ``merge="network"``: q(z_l | …) = N(μ_p + s_p·Δ, s_p·r) with Δ and ln r from a network of (h, d_l), almost
+    zero at the start, so that training begins near KL 0. ``merge="precision"``: d_l gives N(m, v²), and q is its
     product with p, renormalized: precision 1/s_p² + 1/v², mean weighted by the precisions.
 
     ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
@@ -148,7 +148,7 @@ class NetworkMerge(nn.Module):
         self.out = out
         self.cell = Dense(state + seen, seen, **cell)
         self.head = nn.Linear(seen, 2 * out)
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
