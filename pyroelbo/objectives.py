@@ -155,7 +155,7 @@ class Layered_ELBO(Trace_ELBO, Annealed):
     use without being pushed down (a nat, despite the name, is 1.44 bits).
     ``balance`` sets γ_l ∝ KL_l (held fixed), with mean 1, while ``weight`` is below 1, so that sites that say
     little are pushed down less during warm-up; γ_l = 1 otherwise. With ``free_bits=0``, weight 1 the loss is
-    -ELBO, of less variance than :class:`~pyro.infer.Trace_ELBO`'s; otherwise an objective, no bound.
+    -ELBO; otherwise an objective, no bound.
 
     ``fit(objective="layered")`` takes it as it stands; ``fit(objective=Layered_ELBO(free_bits=0.5), kl_weight=...)``
     anneals its weight. Raises ValueError, naming the site, for latents that are not reparametrized.
@@ -192,19 +192,21 @@ class Layered_ELBO(Trace_ELBO, Annealed):
             if site["type"] == "sample" and name not in model_trace.nodes:
                 loss = loss + site["log_prob_sum"]
         if terms:
-            sums, means = torch.stack([t[0] for t in terms]), torch.stack([t[1] for t in terms])
-            factor = torch.where(
-                means > self.free_bits, sums, self.free_bits * sums.new_tensor([t[2] for t in terms])
-            )
+            sums, means, floors = (torch.stack(part) for part in zip(*terms, strict=True))
+            # A sampled term may be negative, and counts as it is where nothing is free.
+            kls = torch.where(means > self.free_bits, sums, floors) if self.free_bits else sums
             if self.balance:
                 share = means.detach().clamp_min(0) + 1e-6
                 share = share / share.mean()
-                factor = factor * torch.where(self.scale < 1, share, torch.ones_like(share))
-            loss = loss + self.scale * factor.sum()
+                kls = kls * torch.where(self.scale < 1, share, torch.ones_like(share))
+            loss = loss + self.scale * kls.sum()
         return loss.detach(), loss
 
-    def _term(self, name: str, site: Any, drawn: Any, model: Any, guide: Any) -> tuple[Tensor, Tensor, float]:
-        """Scaled sum of a site's KL, its mean for one datum (unscaled), and what makes the one of the other."""
+    def _term(
+        self, name: str, site: Any, drawn: Any, model: Any, guide: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A site's KL summed with its scale, its mean for one datum (unscaled), and the sum if that mean were
+        ``free_bits``."""
         if not drawn["fn"].has_rsample:
             raise ValueError(
                 f"guide site {name!r} is a {type(drawn['fn']).__name__}, which is not reparametrized: "
@@ -218,11 +220,11 @@ class Layered_ELBO(Trace_ELBO, Annealed):
                 kl = None
         if kl is None:
             kl = drawn["fn"].log_prob(drawn["value"]) - site["fn"].log_prob(site["value"])
-        scaled = scale_and_mask(kl, drawn["scale"], drawn["mask"]).sum()
-        plain = scale_and_mask(kl, 1.0, drawn["mask"])
-        rows = plain.numel()
-        scale = drawn["scale"]
-        return scaled, plain.sum() / rows, rows * (float(scale) if not isinstance(scale, Tensor) else scale)
+        scale, mask = drawn["scale"], drawn["mask"]
+        counted = scale_and_mask(torch.ones_like(kl), 1.0, mask)
+        mean = scale_and_mask(kl, 1.0, mask).sum() / counted.sum().clamp_min(1)
+        floor = scale_and_mask(self.free_bits * counted, scale).sum()
+        return scale_and_mask(kl, scale, mask).sum(), mean, floor
 
 
 def _latents(trace: Any) -> list[str]:

@@ -35,6 +35,17 @@ class Affine(nn.Module):
         return dist.MultivariateNormal(x @ self.weight.mT + self.shift, scale_tril=self.root)
 
 
+class Standard(nn.Module):
+    """N(0, I), of the kind that has a closed KL to an :class:`Affine` link."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self):
+        return dist.MultivariateNormal(torch.zeros(self.out), torch.eye(self.out))
+
+
 class AffineTopDown(Affine):
     def forward(self, state, seen, p):
         return super().forward(seen if state is None else markov.join(state, seen))
@@ -92,7 +103,7 @@ class Joint:
             encoder = [link(AffineTopDown, [i], [0] if i == top else [i + 1, 0]) for i in range(1, top + 1)]
         links = [Affine(*x) for x in self.links]
         return Chain(
-            StandardNormal(self.sizes[-1]), links[1:], links[0], encoder, event=self.sizes[:1], order=order
+            Standard(self.sizes[-1]), links[1:], links[0], encoder, event=self.sizes[:1], order=order
         )
 
     def elbo(self, chain, y):
@@ -389,6 +400,25 @@ def test_free_bits_balance_and_weight():
     for bad in ({"free_bits": -1.0}, {"weight": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} takes a number"):
             Layered_ELBO(**bad)
+
+
+def test_a_sampled_term_may_be_negative():
+    """A bottom-up lower layer of which its generator says more than its encoder: no KL, and not to be cut at 0."""
+    one, sharp = torch.eye(1), 0.01 * torch.eye(1)
+    encoder = [Affine(torch.zeros(1, 1), torch.zeros(1), one), Affine(one, torch.zeros(1), sharp)]
+    generator = [Affine(one, torch.zeros(1), sharp)]
+    see = Affine(one, torch.zeros(1), one)
+    chain, y = Chain(Standard(1), generator, see, encoder, event=(1,)), torch.randn(5, 1)
+    pyro.set_rng_seed(5)
+    guide = poutine.trace(chain.guide).get_trace(y)
+    low, top = guide.nodes["z_1"], guide.nodes["z_2"]
+    sampled = low["fn"].log_prob(low["value"]) - generator[0](top["value"]).log_prob(low["value"])
+    assert sampled.sum() < -1
+    prior = MultivariateNormal(torch.zeros(1), one)
+    own = MultivariateNormal(top["fn"].loc, scale_tril=top["fn"].scale_tril)
+    kl = torch.distributions.kl_divergence(own, prior)
+    expected = (sampled + kl - see(low["value"]).log_prob(y)).sum()
+    torch.testing.assert_close(seeded(Layered_ELBO(), chain, y), expected)
 
 
 def test_a_layered_loss_keeps_scales_and_masks():
