@@ -64,7 +64,10 @@ class ConvLadder(ImageChain):
             links[-1],
             links[:-1],
             PixelLink(_Image(channels, pixels, cell), pixels),
-            [MapMerge(latent, channels, {**cell, "small": small[r]}) for r in where],
+            [
+                MapMerge(latent, channels, layer + 1 < len(where), {**cell, "small": small[r]})
+                for layer, r in enumerate(where)
+            ],
             event=(pixels.dims,),
             order="top-down",
             features=_Features(tuple(shape), groups, channels, pixels.center(), small, cell),
@@ -168,18 +171,19 @@ class TopMap(MapLink):
 
 
 class MapMerge(nn.Module):
-    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on both."""
+    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on both; at the top there is no h."""
 
-    def __init__(self, latent: int, channels: int, cell: dict[str, Any]) -> None:
+    def __init__(self, latent: int, channels: int, path: bool, cell: dict[str, Any]) -> None:
         super().__init__()
-        self.seen, self.path = Conv(channels, channels, 1), Conv(channels, channels, 1)
+        self.seen = Conv(channels, channels, 1)
+        self.path = Conv(channels, channels, 1) if path else None
         self.cell = ConvCell(channels, channels, **cell)
         self.head = Conv(channels, 2 * latent, 1)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
-        both = self.seen(seen) if state is None else self.seen(seen) + self.path(state)
+        both = self.seen(seen) if self.path is None else self.seen(seen) + self.path(state)
         shift, raw = self.head(self.cell(both)).chunk(2, -3)
         base = p.base_dist
         return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(3)

@@ -141,7 +141,8 @@ class PathLink(nn.Module):
 
 
 class NetworkMerge(nn.Module):
-    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a network of both."""
+    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a network of both; at the top N(Δ, r²), whatever
+    the prior."""
 
     def __init__(self, state: int, seen: int, out: int, cell: dict[str, Any]) -> None:
         super().__init__()
@@ -152,13 +153,15 @@ class NetworkMerge(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
-        shift, raw = self.head(self.cell(seen if state is None else join(state, seen))).chunk(2, -1)
+        if state is None:
+            return normal(self.head(self.cell(seen)))
+        shift, raw = self.head(self.cell(join(state, seen))).chunk(2, -1)
         base = p.base_dist
         return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(1)
 
 
 class PrecisionMerge(nn.Module):
-    """q(z_l | h, d) ∝ p(z_l | h) · N(z_l; m(d), v(d)²)."""
+    """q(z_l | h, d) ∝ p(z_l | h) · N(z_l; m(d), v(d)²), with N(0, I) for p at the top."""
 
     def __init__(self, seen: int, out: int) -> None:
         super().__init__()
@@ -167,7 +170,7 @@ class PrecisionMerge(nn.Module):
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
         loc, raw = self.head(seen).chunk(2, -1)
-        base = p.base_dist
-        prior, found = base.scale.pow(-2), (-2 * bounded(raw)).exp()
-        total = prior + found
-        return dist.Normal((prior * base.loc + found * loc) / total, total.rsqrt()).to_event(1)
+        center, precision = (0.0, 1.0) if state is None else (p.base_dist.loc, p.base_dist.scale.pow(-2))
+        found = (-2 * bounded(raw)).exp()
+        total = precision + found
+        return dist.Normal((precision * center + found * loc) / total, total.rsqrt()).to_event(1)
