@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--clip-norm", type=float, default=None, help="bound on the gradient's norm")
     train.add_argument(
+        "--skip-norm", type=float, default=None, help="leave out steps whose gradient is longer than this"
+    )
+    train.add_argument(
         "--ema",
         type=float,
         default=None,
@@ -223,6 +226,7 @@ def _train(options: argparse.Namespace) -> int:
         particles=options.particles,
         kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
         clip_norm=options.clip_norm,
+        skip_norm=options.skip_norm,
         ema=options.ema,
         patience=options.patience,
         freeze=tuple(options.freeze),

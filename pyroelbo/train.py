@@ -69,6 +69,7 @@ def fit(
     particles: int = 1,
     kl_weight: float | Callable[[float], float] = 1.0,
     clip_norm: float | None = None,
+    skip_norm: float | None = None,
     ema: float | None = None,
     patience: int | None = None,
     freeze: Sequence[str] = (),
@@ -94,8 +95,9 @@ def fit(
     ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
     first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
-    ``clip_norm`` bounds the gradient's norm; ``ema`` is the decay of a moving average of the weights, which
-    is what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
+    ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
+    out (the rows of metrics count them); ``ema`` is the decay of a moving average of the weights, which is
+    what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
     fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
     (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
     seconds for each shape of batch.
@@ -112,7 +114,9 @@ def fit(
     RuntimeError for CUDA asked for and absent; FileExistsError and PermissionError for the run directory. A
     loss that is not finite raises FloatingPointError and names the epoch; the last checkpoint stands.
     """
-    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed)
+    _check_settings(
+        epochs, batch_size, learning_rate, particles, clip_norm, skip_norm, ema, patience, valid, seed
+    )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
     if resume and out is None:
@@ -136,6 +140,7 @@ def fit(
         "optimizer": optimizer,
         "particles": particles,
         "clip_norm": clip_norm,
+        "skip_norm": skip_norm,
         "ema": ema,
         "compile": compile,
         "freeze": list(freeze),
@@ -157,6 +162,7 @@ def fit(
         factor,
         kl_weight if callable(kl_weight) else None,
         held_out,
+        skip_norm is not None,
         patience,
         checkpoint_seconds,
         progress,
@@ -175,6 +181,7 @@ def fit(
         optimizer=optimizer,
         lr=learning_rate,
         clip_norm=clip_norm,
+        skip_norm=skip_norm,
         ema=ema,
     )
     job = _Job(pair, loss_fn, leaves, stepper, run)
@@ -198,6 +205,7 @@ class _Plan:
     factor: Callable[[float], float]
     kl_weight: Callable[[float], float] | None
     valid: Batch | None
+    skipping: bool
     patience: int | None
     checkpoint_seconds: float
     progress: bool
@@ -344,6 +352,8 @@ class _Job:
         row["learning_rate"] = self.stepper.lr
         if isinstance(self.loss_fn, Annealed):
             row["kl_weight"] = self.loss_fn.weight
+        if plan.skipping:
+            row["skipped"] = int(self.stepper.skipped)
         self.position, self.loss_count = 0, 0
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if plan.valid is not None:
@@ -452,14 +462,15 @@ class _Job:
 
 
 def _check_settings(
-    epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed
+    epochs, batch_size, learning_rate, particles, clip_norm, skip_norm, ema, patience, valid, seed
 ) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} takes a positive whole number, got {value!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed takes a whole number, got {seed!r}")
-    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+    positive = (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("skip_norm", skip_norm))
+    for name, value in positive:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} takes a positive number, got {value!r}")
     if ema is not None and not 0 < ema < 1:
