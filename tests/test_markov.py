@@ -1,5 +1,6 @@
 """Chains of links: linear-Gaussian and finite ones as oracles, both orders, and what is refused."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -17,6 +18,8 @@ from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, StandardNormal, TopDownLink
 from pyroelbo.objectives import Layered_ELBO, mean_field_fault
+from pyroelbo.pair import unregistered
+from pyroelbo.stepping import EagerStep
 from pyroelbo.terms import Evaluator
 from tests.pairs import binary
 
@@ -445,6 +448,28 @@ def test_fit_anneals_the_layered_weight():
         progress=False,
     )
     assert [row["kl_weight"] for row in run.metrics] == pytest.approx([0.1 + 0.75, 1.0, 1.0])
+
+
+def test_a_step_of_a_ladder_is_one_graph():
+    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager."""
+    from pyroelbo.compiled import CompiledStep
+
+    objective, y = Layered_ELBO(0.1, balance=True, weight=0.5), binary(8, 6)
+    steps = []
+    with pyro.validation_enabled(False), unregistered():
+        for kind in (EagerStep, functools.partial(CompiledStep, backend="eager")):
+            torch.manual_seed(2)
+            pair = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1)
+            pair.train()
+            steps.append(kind(objective, pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-2))
+        for i, weight in enumerate((0.5, 1.0, 0.7)):
+            objective.weight = weight
+            values = []
+            for step in steps:
+                torch.manual_seed(i)
+                values.append(step(y))
+            torch.testing.assert_close(*values)
+    assert steps[1].counters.compiled_calls == 3
 
 
 # ------------------------------------------------------------------------------------------ bad input
