@@ -99,13 +99,16 @@ class Chain(Pair):
     def model(self, y: Tensor) -> None:
         self.check(y)
         with pyro.plate(PLATE, len(y)), Handed() as handed:
-            state, p = None, self.prior()
+            state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
                 z = pyro.sample(site, p)
                 if layer == 1:
                     break
-                state, p = handed.path(site, z) or self._advance(layer, state, z, p)
+                # What the guide found stands on its draws above too: one that is another ends it.
+                found = handed.path(site, z) if intact else None
+                intact = found is not None
+                state, p = found or self._advance(layer, state, z, p)
             state = self._moved(1, state, z, p)
             pyro.sample("y", self._call(self.generator.observation, "observation y", state), obs=y)
 
@@ -167,6 +170,8 @@ class Chain(Pair):
     def _call(link: nn.Module, name: str, *context: Any) -> Any:
         try:
             return link(*context)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             shapes = [tuple(c.shape) for c in context if isinstance(c, Tensor)]
             raise ValueError(f"{name} does not take {shapes}: {str(error).splitlines()[0]}") from error
