@@ -293,12 +293,15 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) -> None:
     """Reconstructions and the latent plane, for pairs that can draw a mean image."""
-    if not hasattr(pair, "mean_image"):
-        return
     shape, n = data.shape(config["data"]), min(16, len(y))
     with torch.no_grad():
+        original = y[:n] / (pair.levels - 1) if getattr(pair, "form", "grey") == "bytes" else y[:n]
+        if hasattr(pair, "reconstruct"):
+            found = pair.reconstruct(y[:n])
+            report.images([original, found], shape, path / "reconstructions.png", ["data", "decoded"])
+        if not hasattr(pair, "mean_image"):
+            return
         q = pair.encode(y)
-        original = y[:n] / (pair.levels - 1) if pair.form == "bytes" else y[:n]
         report.images(
             [original, pair.mean_image(q.mean[:n])], shape, path / "reconstructions.png", ["data", "decoded"]
         )

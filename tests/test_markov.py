@@ -21,7 +21,7 @@ from pyroelbo.objectives import Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
 from pyroelbo.stepping import EagerStep
 from pyroelbo.terms import Evaluator
-from tests.pairs import binary
+from tests.pairs import TABLE, binary
 
 SIZES = (3, 2, 2, 1)  # y, z_1, z_2, z_3
 
@@ -614,3 +614,11 @@ def test_links_of_the_library_make_a_chain():
     )
     run = fit(pair, binary(30, 8), epochs=2, objective="layered", progress=False)
     assert all(math.isfinite(loss) for loss in run.losses)
+
+
+@pytest.mark.parametrize("name", ["hierarchy-top-down", "ladder", "ladder-precision", "conv_ladder"])
+def test_pictures_of_what_is_decoded(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(4)
+    picture = pair.reconstruct(y)
+    assert picture.shape == y.shape and picture.min() >= 0 and picture.max() <= 1

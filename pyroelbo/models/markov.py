@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -350,6 +351,13 @@ class ImageChain(Chain):
 
     def check(self, y: Tensor) -> None:
         self.pixels.check(y, type(self).__name__)
+
+    @torch.no_grad()
+    def reconstruct(self, y: Tensor) -> Tensor:
+        """E[y | z_1, …] in [0, 1], [B, D], for one draw of the encoder for each datum."""
+        drawn = poutine.trace(self.guide).get_trace(y)
+        model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(y)
+        return self.pixels.mean_image(model.nodes["y"]["fn"])
 
     @staticmethod
     def form_of(settings: dict[str, Any]) -> str:
