@@ -232,3 +232,6 @@ def test_pyro_does_not_see_the_prefix_as_random():
         z = pyro.sample("z", Prefix(y[:, :2]))
     assert z.data_ptr() == y.data_ptr()
     assert (Prefix(y[:, :2]).log_prob(y[:, 1:]) == -math.inf).all()
+    link = Append(torch.tensor([1]), torch.zeros(3))
+    values = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 0.5], [0.0, 2.0], [1.0, -1.0]])
+    torch.testing.assert_close(link.log_prob(values).exp(), torch.tensor([1 / 3, 0.0, 0.0, 0.0, 0.0]))

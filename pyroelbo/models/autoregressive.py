@@ -97,10 +97,12 @@ class Append(TorchDistribution):
             )
         if self.known is not None and _same_place(value, self.known[0]):
             return self.known[1].expand(_broadcast(value.shape[:-1], self.batch_shape))
-        token = value[..., -1:].long().clamp(0, self.logits.shape[-1] - 1)
+        last = value[..., -1:]
+        token = last.long().clamp(0, self.logits.shape[-1] - 1)
         lead = _broadcast(token.shape[:-1], self.logits.shape[:-1])
         log_probs = self.logits.log_softmax(-1).expand(*lead, -1)
-        found = log_probs.gather(-1, token.expand(*lead, 1)).squeeze(-1)
+        found = log_probs.gather(-1, token.expand(*lead, 1))
+        found = torch.where(token == last, found, found.new_tensor(-math.inf)).squeeze(-1)
         return _where_equal(value[..., :-1], self.above, found)
 
 
