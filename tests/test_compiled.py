@@ -478,6 +478,58 @@ class Weights(PyroModule):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=x[:, 0])
 
 
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+def test_a_cleared_param_store_needs_no_new_graph():
+    x, y = data(20, 3), data(20)
+    guide, loss = AutoNormal(regression), CompiledELBO(Trace_ELBO(), backend="eager")
+    svi = SVI(regression, guide, FusedOptim(*ADAM), loss)
+    for _ in range(3):
+        pyro.clear_param_store()
+        for _ in range(4):
+            svi.step(x, y)
+    assert (loss.counters.captures, loss.counters.compiled_calls, loss.counters.fallbacks) == (1, 9, 0)
+
+
+def test_steps_and_evaluations_may_alternate():
+    x, y = data(20, 3), data(20)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    svi = SVI(regression, AutoNormal(regression), FusedOptim(*ADAM), loss)
+    for _ in range(4):  # the guide makes its plates anew in each eager run
+        svi.step(x, y)
+        svi.evaluate_loss(x, y)
+    assert (loss.counters.captures, loss.counters.compiled_calls) == (2, 6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_parameters_frozen_or_thawed_in_place(frozen):
+    y = data(8, 6)
+
+    def run(make_loss):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        module = VAE()
+        module.eval()  # Pyro warns of frozen parameters in train mode only
+        weight = module.decoder[0].weight.requires_grad_(not frozen)
+        loss = make_loss()
+        svi = SVI(module.model, module.guide, FusedOptim(*ADAM), loss)
+        values = [svi.step(y) for _ in range(4)]
+        weight.requires_grad_(frozen)
+        before = weight.detach().clone()
+        values += [svi.step(y) for _ in range(4)]
+        assert torch.equal(weight, before) != frozen
+        return loss, values
+
+    expected = run(Trace_ELBO)[1]
+    loss, values = run(lambda: CompiledELBO(Trace_ELBO(), backend="eager"))
+    assert values == pytest.approx(expected, rel=1e-9)
+    assert loss.counters.compiled_calls >= 5
+
+
 @pytest.mark.parametrize("make_model", [lambda: cholesky_prior, Weights], ids=["LKJ", "PyroSample"])
 def test_masks_and_checks_inside_torch_do_not_stop_a_capture(make_model):
     def make():
@@ -898,13 +950,14 @@ def test_fused_optim_follows_replaced_parameters():
 # --- the whole step --------------------------------------------------------------------------------------
 
 
-def reference_steps(module, batches, make_optimizer, clip=None, ema=None):
+def reference_steps(module, batches, make_optimizer, clip=None, ema=None, cast=False):
     loss, optimizer = Trace_ELBO(), make_optimizer(module.parameters())
     averages = [p.detach().clone() for p in module.parameters()]
     values = []
     for y in batches:
         optimizer.zero_grad()
-        values.append(value := loss.differentiable_loss(module.model, module.guide, y))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            values.append(value := loss.differentiable_loss(module.model, module.guide, y))
         value.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(module.parameters(), clip)
@@ -1004,18 +1057,12 @@ def test_step_under_autocast():
         pyro.clear_param_store()
         pyro.set_rng_seed(3)
         module = VAE()
+        parameters = dict(module.named_parameters())
         pyro.set_rng_seed(4)
+        if kind == "reference":
+            return reference_steps(module, batches, lambda p: torch.optim.Adam(p, lr=1e-2), cast=cast)[0]
+        step = CompiledStep(Trace_ELBO(), module.model, module.guide, parameters, lr=1e-2, backend="eager")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
-            if kind == "reference":
-                return reference_steps(module, batches, lambda p: torch.optim.Adam(p, lr=1e-2))[0]
-            step = CompiledStep(
-                Trace_ELBO(),
-                module.model,
-                module.guide,
-                dict(module.named_parameters()),
-                lr=1e-2,
-                backend="eager",
-            )
             losses = torch.stack([step(y) for y in batches])
         assert (step.counters.compiled_calls, step.counters.fallbacks) == (4, 0)
         return losses

@@ -269,6 +269,7 @@ class Plan:
         self._mapped = [place for place in self._placed if not isinstance(place[0], _CELL)]
         self._shapes = [_layout(t) for t in state]
         self._pointers = [t.data_ptr() for t in state]
+        self._trained = [t.requires_grad for t in state]
 
     @staticmethod
     def _kind(t: Tensor, names: dict[int, str], environment: Environment) -> int:
@@ -296,7 +297,10 @@ class Plan:
         now += self._fixed
         try:
             pointers = [t.data_ptr() for t in now]
+            trained = [t.requires_grad for t in now]
         except (AttributeError, RuntimeError):  # not a tensor any more, or one without storage
+            return None
+        if trained != self._trained:  # frozen or thawed in place
             return None
         if pointers != self._pointers:
             if [_layout(t) for t in now] != self._shapes:
@@ -315,7 +319,7 @@ _CELL = type((lambda x: lambda: x)(0).__closure__[0])  # type: ignore[index]
 
 
 def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Plan:
