@@ -81,9 +81,7 @@ class Potential:
             with warnings.catch_warnings(), self.evaluator.unchecked():
                 warnings.simplefilter("ignore")
                 graph = make_fx(lambda u, k: self._plain(u, k, rows, slopes))(u, k)
-            if any(
-                torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.graph.nodes
-            ):
+            if _draws(graph):
                 return None
             run = _folded(graph)
             for point in ((u, k), others):
@@ -96,6 +94,17 @@ class Potential:
         finally:
             torch.set_rng_state(state)
         return run
+
+
+def _draws(graph: fx.GraphModule) -> bool:
+    """Whether the results depend on random numbers (those of a subsampled plate's indices do not matter)."""
+    todo = [n for n in graph.graph.nodes if n.op == "output"]
+    live = set(todo)
+    while todo:
+        fresh = [n for n in todo.pop().all_input_nodes if n not in live]
+        live.update(fresh)
+        todo += fresh
+    return any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in live)
 
 
 def _clean(x: Tensor) -> Tensor:

@@ -318,6 +318,40 @@ def test_what_it_does_not_take():
         evidence.ais(Pair.of(through_numpy, flat), torch.randn(3))
 
 
+def test_a_thousand_latents():
+    """y = Σ z / √1000 + noise: steps shrink with the dimension, and the bound stays a tight one."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1) / math.sqrt(1000), 0.5), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y), 1000), 1.0).to_event(1))
+
+    y = torch.tensor([0.0, 2.0])
+    exact = dist.Normal(0.0, math.sqrt(1.25)).log_prob(y)
+    bound = evidence.ais(Pair.of(model, guide), y, 60, 16)
+    assert ((bound.value - exact).abs() < 0.5).all() and (z_scores(bound, exact) < Z_LIMIT).all()
+
+
+def test_a_guide_narrower_than_the_posterior_bounds_from_below():
+    """A guide that never looks beyond (0, 1): what it misses is missing from the bound, not added."""
+    pair = pair_of(
+        lambda y: dist.Normal(torch.zeros_like(y), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Uniform(torch.zeros_like(y), 1.0),
+    )
+    y = torch.tensor([0.5, 3.0])
+    seen = dist.Normal(0.5 * y, math.sqrt(0.5))
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(y)
+    part = exact + (seen.cdf(torch.ones(2)) - seen.cdf(torch.zeros(2))).log()
+    for bound in (evidence.iwae(pair, y, 3000), evidence.ais(pair, y, 6, 3000, leapfrog=2)):
+        assert (z_scores(bound, part).abs() < Z_LIMIT).all()
+        assert bound.kind == "lower" and (bound.value < exact).all()
+
+
 def test_chains_at_the_posterior_give_an_estimate_from_above():
     """On a pair with a known posterior the estimate agrees with the evidence, as the exact draws' bound does."""
     pair = PPCA(6, 3, guide="mean_field")

@@ -276,7 +276,7 @@ def test_an_impossible_observation_has_no_mass():
 
 def test_what_it_does_not_take():
     make, draw = TABLE["own"]
-    with pytest.raises(evidence.Unavailable, match="one latent site, 'z', and no chain"):
+    with pytest.raises(evidence.Unavailable, match="one latent site, 'z', and no latent_path"):
         evidence.smc(make(), draw(2))
     for options, message in (
         ({"particles": 0}, "particles takes"),
