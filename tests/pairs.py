@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from pyroelbo import Pair, models
+from pyroelbo import ExactPair, Pair, models
 
 
 class Nonlinear(Pair):
@@ -48,6 +48,20 @@ class Convolutional(Nonlinear):
             z = pyro.sample("z", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))
             image = self.conv(self.generator(z).unflatten(-1, (1, 4, 4)))
             pyro.sample("y", dist.Normal(image.flatten(1), 0.5).to_event(1), obs=y)
+
+
+def sentences(n, longest=20):
+    """Words 0 … 4, some sentences shorter than others, padded with -1 to ``longest``."""
+    y = torch.randint(5, (n, longest))
+    y[torch.arange(longest) >= torch.randint(2, 6, (n, 1))] = -1
+    return y
+
+
+def labelled_frames(n, steps=6):
+    """(x, y, lengths): frames, labels 1 … 3 padded with -1 (few enough to fit), lengths of the frames."""
+    y = torch.randint(1, 4, (n, 2))
+    y[torch.rand(n) < 0.5, 1:] = -1
+    return torch.randn(n, steps, 2), y, torch.randint(4, steps + 1, (n,))
 
 
 def binary(n, dims):
@@ -97,9 +111,13 @@ TABLE = {
         lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
         lambda n: torch.randn(n, 5, 2),
     ),
+    "pcfg": (lambda: models.PCFG(2, 8, 5, steps=20), sentences),
+    "pcfg-smoothed": (lambda: models.PCFG(3, 9, 5, steps=20, smoothing=0.5), sentences),
+    "pcfg-mean-field": (lambda: models.PCFG(2, 8, 5, "mean_field", steps=20), sentences),
+    "neural_pcfg": (lambda: models.NeuralPCFG(2, 8, 5, 4, steps=20), sentences),
+    "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
+    "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }
-EXACT = tuple(
-    n for n in TABLE if n.split("-")[0] in ("ppca", "mixture", "bernoulli_mixture", "hmm", "state_space")
-)
+EXACT = tuple(n for n, (make, _) in TABLE.items() if issubclass(type(make()), ExactPair))

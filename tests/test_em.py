@@ -31,7 +31,11 @@ def assert_climbs(run, slack=1e-9):
     assert losses[-1] < losses[0] - 1e-4
 
 
-CLOSED = [n for n in EXACT if "encoder" not in n and "mean" not in n]
+CLOSED = [
+    n
+    for n in EXACT
+    if "encoder" not in n and "mean" not in n and n not in ("neural_pcfg", "ctc", "ctc-local")
+]
 
 
 @pytest.mark.parametrize("hard", [False, True])

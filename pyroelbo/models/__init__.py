@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
+from pyroelbo.models.ctc import CTC
+from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
@@ -18,13 +20,16 @@ from pyroelbo.pair import Pair
 from pyroelbo.runs import RunDirectory, copy_into
 
 __all__ = [
+    "CTC",
     "HMM",
+    "PCFG",
     "PPCA",
     "REGISTRY",
     "VAE",
     "BernoulliMixture",
     "Entry",
     "GaussianMixture",
+    "NeuralPCFG",
     "StateSpace",
     "build",
     "load",
