@@ -15,6 +15,9 @@ ARGUMENTS = {
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
+    "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
+    "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
+    "regimes": lambda tmp: (["--smoke", "--out", str(tmp / "regimes")],),
     "chorales": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
 }

@@ -96,11 +96,11 @@ def test_em_of_a_grammar_finds_what_simulated_sentences_know():
     """A deterministic language, a b a b …: one rule at each step explains it, and zeros stay zeros."""
     y = torch.tensor([[0, 1, -1, -1, -1, -1], [0, 1, 0, 1, -1, -1], [0, 1, 0, 1, 0, 1]] * 5)
     pair = models.PCFG(2, 2, 2)
-    run = quiet(pair, y, epochs=200, restarts=5, tolerance=1e-9)
+    run = quiet(pair, y, epochs=60, restarts=4, tolerance=1e-7)
     assert (
         run.losses[-1] < math.log(3) + 0.3
     )  # the entropy of three sentences, and what a geometric length costs
-    torch.testing.assert_close(pair.generator.words.softmax(1).amax(1), torch.ones(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(pair.generator.words.softmax(1).amax(1), torch.ones(2), atol=1e-2, rtol=0)
 
 
 def test_brackets_have_the_most_expected_hits():
@@ -126,7 +126,7 @@ def test_training_the_restricted_guide_narrows_its_gap(name):
     exact = evidence.exact(pair, y).mean
     before = exact - evidence.elbo(pair, y, particles=400).mean
     freeze = [p for p in ("prior", "generator") if hasattr(pair, p)]
-    fit(pair, y, epochs=100, batch_size=20, learning_rate=0.02, particles=8, freeze=freeze, progress=False)
+    fit(pair, y, epochs=60, batch_size=20, learning_rate=0.03, particles=4, freeze=freeze, progress=False)
     after = evidence.elbo(pair, y, particles=400)
     gap = exact - after.mean
     # a real gap, at six standard errors, which training has narrowed
@@ -145,6 +145,11 @@ def test_training_the_restricted_guide_narrows_its_gap(name):
         (lambda: models.CTC(2, 0), "labels takes"),
         (lambda: models.CTC(2, 3, guide="x"), "guide takes"),
         (lambda: models.CTC(2, 3).simulate(3), "for given frames"),
+        (lambda: models.CTC(2, 3).log_evidence(torch.zeros(2, 4, 2), torch.tensor([[1], [0]])), "the blank"),
+        (
+            lambda: models.CTC(2, 3).log_evidence(torch.zeros(2, 4, 2), torch.tensor([[1], [4]])),
+            "takes 1 to 3",
+        ),
         (
             lambda: models.CTC(2, 3).log_evidence(torch.zeros(3, 4), torch.ones(3, 1).long()),
             r"takes \[B, T, 2\]",

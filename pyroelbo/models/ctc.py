@@ -67,6 +67,11 @@ class CTC(ExactPair):
             raise ValueError(f"x has shape {tuple(x.shape)}: this CTC takes [B, T, {self.dims}]")
         if y.dim() != 2 or y.is_floating_point():
             raise ValueError(f"y is a {y.dtype} tensor of shape {tuple(y.shape)}: it takes integers [B, L]")
+        if ((y == 0) | (y > self.labels) | (y < -1)).any():
+            raise ValueError(
+                f"y has labels from {int(y.min())} to {int(y.max())}: it takes 1 to {self.labels}, and -1 to the end (0 is the "
+                "blank)"
+            )
         if lengths is not None and lengths.shape != x.shape[:1]:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(x)}]")
 
