@@ -64,6 +64,49 @@ def labelled_frames(n, steps=6):
     return torch.randn(n, steps, 2), y, torch.randint(4, steps + 1, (n,))
 
 
+class Conjugate(ExactPair):
+    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
+
+    def __init__(self, counts=3):
+        super().__init__()
+        self.counts = counts
+        self.generator = nn.Module()
+        self.generator.register_parameter("exposure", nn.Parameter(torch.tensor(1.0)))
+        self.encoder = nn.Linear(1, 2)
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Gamma(torch.full((len(y),), 2.0), 0.5))
+            seen = (self.generator.exposure * z)[..., None].expand(*z.shape, self.counts)
+            pyro.sample("y", dist.Poisson(seen).to_event(1), obs=y)
+
+    def guide(self, y):
+        loc, log_scale = self.encoder((1 + y.sum(-1, keepdim=True)).log()).unbind(-1)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.LogNormal(loc, (log_scale - 1).exp()))
+
+    def posterior(self, y):
+        return dist.Gamma(2 + y.sum(-1), 0.5 + self.counts * self.generator.exposure)
+
+    def log_evidence(self, y):
+        one = torch.ones(len(y)).to(self.generator.exposure)
+        joint = dist.Gamma(2.0, 0.5).log_prob(one) + dist.Poisson(self.generator.exposure).log_prob(y).sum(-1)
+        return joint - self.posterior(y).log_prob(one)
+
+    def e_step(self, y, hard=False):
+        q, value = self.posterior(y), self.log_evidence(y)
+        z = q.mode if hard else q.mean
+        value = value + q.log_prob(z) if hard else value
+        return value, {"seen": y.sum().double(), "expected": self.counts * z.sum().double()}
+
+    @torch.no_grad()
+    def m_step(self, statistics):
+        self.generator.exposure.copy_(statistics["seen"] / statistics["expected"])
+
+    def placeholder(self, n):
+        return torch.zeros(n, self.counts)
+
+
 def binary(n, dims):
     return torch.bernoulli(torch.full((n, dims), 0.4))
 
@@ -115,9 +158,15 @@ TABLE = {
     "pcfg-smoothed": (lambda: models.PCFG(3, 9, 5, steps=20, smoothing=0.5), sentences),
     "pcfg-mean-field": (lambda: models.PCFG(2, 8, 5, "mean_field", steps=20), sentences),
     "neural_pcfg": (lambda: models.NeuralPCFG(2, 8, 5, 4, steps=20), sentences),
-    "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
-    "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
+    "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }
-EXACT = tuple(n for n, (make, _) in TABLE.items() if issubclass(type(make()), ExactPair))
+# a row joins the exact pairs, and those whose guide draws from the posterior, by what it makes
+EXACT = tuple(n for n, (make, _) in TABLE.items() if isinstance(make(), ExactPair))
+EXACT_GUIDE = tuple(n for n in EXACT if TABLE[n][0]().exact_guide)
+# conditional pairs: what is drawn is a tuple (x, y, lengths)
+CONDITIONAL = {
+    "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
+    "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
+}

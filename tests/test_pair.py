@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyroelbo import Pair, evidence, fit
 from pyroelbo.models import REGISTRY
 from pyroelbo.pair import ExactPair
-from tests.pairs import TABLE, Nonlinear
+from tests.pairs import CONDITIONAL, TABLE, Nonlinear
 
 
 def moved(pair, step):
@@ -22,10 +22,10 @@ def moved(pair, step):
     return {k for k, p in pair.named_parameters() if not torch.equal(p, before[k])}, set(before)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *CONDITIONAL])
 @pytest.mark.parametrize("way", ["svi", "module", "fit", "copy"])
 def test_every_parameter_moves(name, way):
-    make, draw = TABLE[name]
+    make, draw = (TABLE | CONDITIONAL)[name]
     make()  # another pair of the same class must not stand in the way
     pair, y = make(), draw(6)
     batch = y if isinstance(y, tuple) else (y,)
@@ -54,7 +54,7 @@ def test_every_registered_model_is_in_the_table():
     assert {n.split("-")[0] for n in TABLE} >= set(REGISTRY)
 
 
-@pytest.mark.parametrize("name", [n for n in TABLE if n != "own-conv" and not n.startswith("ctc")])
+@pytest.mark.parametrize("name", [n for n in TABLE if n != "own-conv"])
 def test_simulate(name):
     make, draw = TABLE[name]
     pair = make()

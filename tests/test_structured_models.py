@@ -5,11 +5,39 @@ import math
 import pytest
 import torch
 
-from pyroelbo import evidence, fit, models
+from pyroelbo import audit, evidence, fit, models
 from pyroelbo.distributions import PCFG, Derivation
+from pyroelbo.objectives import Exact_ELBO
 from tests.oracles import alignments, parse_trees
-from tests.pairs import TABLE, labelled_frames, sentences
+from tests.pairs import CONDITIONAL, TABLE, labelled_frames, sentences
 from tests.test_em import assert_climbs, quiet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["pcfg", "neural_pcfg", "ctc"])
+def test_the_exact_guides_objective_is_the_evidence(name, dtype):
+    torch.set_default_dtype(dtype)
+    make, draw = (TABLE | CONDITIONAL)[name]
+    pair, y = make(), draw(9)
+    batch = y if isinstance(y, tuple) else (y,)
+    loss = Exact_ELBO().differentiable_loss(pair.model, pair.guide, *batch)
+    exact = -pair.log_evidence(*batch).sum()
+    slopes = [torch.autograd.grad(value, list(pair.parameters())) for value in (loss, exact)]
+    value, slope = (1e-5, 1e-4) if dtype == torch.float32 else (1e-10, 1e-8)
+    torch.testing.assert_close(loss, exact, rtol=value, atol=value)
+    torch.testing.assert_close(*slopes, rtol=slope, atol=slope)
+    bound = evidence.elbo(pair, y, particles=16)
+    assert (bound.value - evidence.exact(pair, y).value).abs().max() < 10 * value
+    assert bound.stderr.max() < 10 * value
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_conditional_pairs_are_audited_against_their_evidence(name):
+    make, draw = CONDITIONAL[name]
+    result = audit(make(), draw(5), particles=100)
+    assert result.reference == "exact" and [b.method for b in result.bounds] == ["exact", "elbo", "iwae-100"]
+    assert all((gap.value > -6 * gap.error - 1e-6).all() for gap in result.gaps)
+
 
 # ------------------------------------------------------------------------------------------ grammars
 
@@ -121,7 +149,7 @@ def test_the_neural_grammar_climbs(hard):
 @pytest.mark.parametrize("name", ["pcfg-mean-field", "ctc-local"])
 def test_training_the_restricted_guide_narrows_its_gap(name):
     torch.manual_seed(5)
-    pair = models.PCFG(2, 3, 5, "mean_field") if name.startswith("pcfg") else TABLE[name][0]()
+    pair = models.PCFG(2, 3, 5, "mean_field") if name.startswith("pcfg") else CONDITIONAL[name][0]()
     y = sentences(20, 5) if name.startswith("pcfg") else labelled_frames(20)
     exact = evidence.exact(pair, y).mean
     before = exact - evidence.elbo(pair, y, particles=400).mean
@@ -207,7 +235,7 @@ def test_padding_of_frames_changes_nothing(name):
 
 def test_simulated_labels_are_what_their_paths_give():
     torch.manual_seed(2)
-    pair, (x, _, lengths) = TABLE["ctc"][0](), labelled_frames(40)
+    pair, (x, _, lengths) = CONDITIONAL["ctc"][0](), labelled_frames(40)
     latents, (same, y, _) = pair.simulate(40, x, lengths)
     assert torch.equal(same, x) and y.shape == (40, 6)
     assert torch.equal(pair.posterior(x, y, lengths).log_prob(latents["z"]).isfinite(), torch.ones(40).bool())
