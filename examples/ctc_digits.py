@@ -81,13 +81,13 @@ def draw_alignments(path, pair, batch):
     axes = figure.subplots(2 * len(x), 1, height_ratios=[11, 8] * len(x))
     for i, steps in enumerate(lengths.tolist()):
         above, below = axes[2 * i], axes[2 * i + 1]
-        above.imshow(marginals[i, :steps].t(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        above.imshow(marginals[i, :steps].t().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         above.set_yticks(range(11), ["blank", *"0123456789"], fontsize=7)
         truth, guess = ("".join(str(s - 1) for s in row.tolist() if s > 0) for row in (y[i], read[i]))
         above.set_title(
             f"p(symbol of each column | columns, {truth}); read without the labels: {guess}", fontsize=9
         )
-        below.imshow(x[i, :steps].t(), cmap="gray_r", aspect="auto")
+        below.imshow(x[i, :steps].t().numpy(), cmap="gray_r", aspect="auto")
         below.set_yticks([])
         for axis in (above, below):
             axis.set_xticks([])

@@ -90,8 +90,8 @@ def draw(axis, first, values, levels, posterior, label):
         axis.plot(
             [], [], color=SHADES[rank % len(SHADES)], lw=6, alpha=0.35, label=f"regime at {levels[state]:.0f}"
         )
-    axis.plot(years, values, color="black", lw=0.9, marker=".", ms=3)
-    axis.step(years, levels[posterior.argmax(1)], where="mid", color="tab:red", lw=1.2)
+    axis.plot(years, values.numpy(), color="black", lw=0.9, marker=".", ms=3)
+    axis.step(years, levels[posterior.argmax(1)].numpy(), where="mid", color="tab:red", lw=1.2)
     axis.set_xlim(first - 0.5, first + len(values) - 0.5)
     axis.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))
     axis.set_ylabel(label)

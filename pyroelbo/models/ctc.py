@@ -39,15 +39,7 @@ class CTC(ExactPair):
     Source: Graves, Fernández, Gomez, Schmidhuber (2006).
     """
 
-    def __init__(
-        self,
-        dims: int,
-        labels: int,
-        width: int = 64,
-        depth: int = 3,
-        guide: str = "exact",
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, dims: int, labels: int, width: int = 64, depth: int = 3, guide: str = "exact") -> None:
         super().__init__()
         if guide not in ("exact", "local"):
             raise ValueError(f"guide takes 'exact' or 'local', got {guide!r}")
@@ -55,7 +47,7 @@ class CTC(ExactPair):
             if value < 1:
                 raise ValueError(f"{name} takes a positive number, got {value}")
         self.dims, self.labels = dims, labels
-        self.generator = _FrameNetwork(dims, labels + 1, width, depth, dropout)
+        self.generator = _FrameNetwork(dims, labels + 1, width, depth)
         self.encoder = nn.Linear(dims, labels + 1) if guide == "local" else None
 
     @property
@@ -126,14 +118,13 @@ class _FrameNetwork(nn.Module):
     Frames outside of a sequence are kept at zero, so that padding changes nothing.
     """
 
-    def __init__(self, dims: int, symbols: int, width: int, depth: int, dropout: float) -> None:
+    def __init__(self, dims: int, symbols: int, width: int, depth: int) -> None:
         super().__init__()
         self.into = nn.Conv1d(dims, width, 5, padding=2)
         self.blocks = nn.ModuleList(
             nn.Conv1d(width, width, 5, padding=2 * 2**i, dilation=2**i) for i in range(depth)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
-        self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(width, symbols)
 
     def forward(self, x: Tensor, within: Tensor) -> Tensor:
@@ -141,7 +132,7 @@ class _FrameNetwork(nn.Module):
         h = self.into((x * inside).transpose(1, 2)).transpose(1, 2)
         for convolution, norm in zip(self.blocks, self.norms, strict=True):
             normal = F.silu(norm(h)) * inside
-            h = h + self.dropout(convolution(normal.transpose(1, 2)).transpose(1, 2))
+            h = h + convolution(normal.transpose(1, 2)).transpose(1, 2)
         return self.out(F.silu(h))
 
 
