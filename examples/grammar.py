@@ -150,11 +150,11 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-n", "--num-epochs", type=int, default=60)
-    parser.add_argument("--nonterminals", type=int, default=10)
+    parser.add_argument("--nonterminals", type=int, default=5)
     parser.add_argument("--preterminals", type=int, default=20)
     parser.add_argument("--longest", type=int, default=12, help="tokens in an expression, at most")
     parser.add_argument("--data", type=int, default=1500, help="expressions to learn from")
-    parser.add_argument("--restarts", type=int, default=4)
+    parser.add_argument("--restarts", type=int, default=6)
     parser.add_argument("--smoothing", type=float, default=0.01, help="pseudo-count of every rule and word")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -228,9 +228,9 @@ def main(arguments=None):
     fit(
         pair,
         train,
-        epochs=1 if options.smoke else 3,
+        epochs=1 if options.smoke else 10,
         batch_size=64,
-        learning_rate=1e-2,
+        learning_rate=3e-2,
         freeze=("prior", "generator"),
         seed=options.seed,
     )

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
     "regimes": lambda tmp: (["--smoke", "--out", str(tmp / "regimes")],),
     "chorales": lambda tmp: (["--smoke"],),
+    "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
     "your_own_pair": lambda tmp: (3,),
     "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),
     "audit_a_pyro_model": lambda tmp: (["--smoke", "--out", str(tmp / "schools")],),
