@@ -14,6 +14,7 @@ ARGUMENTS = {
     "vae": lambda tmp: (["--smoke", "--out", str(tmp / "vae")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "mixtures": lambda tmp: (["--smoke", "--out", str(tmp / "mixtures")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
