@@ -11,7 +11,6 @@ from typing import Any
 from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.evidence.annealed import ais
-from pyroelbo.evidence.bounds import iwae
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.joint import Joint

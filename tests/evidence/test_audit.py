@@ -125,3 +125,35 @@ def test_what_is_no_budget(budget):
 def test_a_budget_too_small_is_refused():
     with pytest.raises(ValueError, match="too small for any estimate of 40 data, which takes 640"):
         audit(Nonlinear(), torch.randn(40, 4), budget=100)
+
+
+@pytest.mark.parametrize("budget", [None, 3000, "0.2s"])
+def test_a_scale_within_the_datum_leaves_the_elbo(budget):
+    import pyro
+    import pyro.distributions as dist
+
+    from pyroelbo import Pair, within_datum
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            with within_datum(2.0):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y / 2, 0.8))
+
+    result = audit(Pair.of(model, guide), torch.randn(3), budget=budget)
+    assert [b.method for b in result.bounds] == ["elbo"] and "no iwae value: site 'y' carries a scale" in str(
+        result
+    )
+
+
+def test_a_budget_for_latents_that_no_guide_draws():
+    from pyroelbo import Pair
+    from pyroelbo.models import GaussianMixture
+
+    mixture, y = GaussianMixture(3, 2), torch.randn(4, 3)
+    result = audit(Pair.of(mixture.model, lambda y: None), y, budget="0.2s")
+    assert [b.method for b in result.bounds] == ["exact"]
