@@ -11,6 +11,7 @@ from typing import Any
 from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.evidence.annealed import ais
+from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.joint import Joint
