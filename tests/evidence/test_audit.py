@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence
+from pyroelbo.records import Bound
 from tests.pairs import EXACT, TABLE, Nonlinear
 
 
@@ -114,6 +115,23 @@ def test_a_budget_of_time():
     result = audit(Nonlinear(latent=3), torch.randn(3, 4), budget="0.5s")
     # Not a measurement of speed: a machine of any speed keeps within a multiple of what it was given.
     assert time.monotonic() - start < 60 and "evaluations a second chose" in str(result)
+
+
+def test_the_pilot_looks_past_what_each_call_costs(monkeypatch):
+    """A clock of our own: 10 ms a call and a microsecond an evaluation."""
+    from pyroelbo.evidence import budget as module
+
+    now = [0.0]
+
+    def fake(pair, batch, particles, scope):
+        now[0] += 0.01 + 1e-6 * particles * len(batch)
+        value = torch.zeros(len(batch))
+        return Bound("elbo", value, value, "lower", cost=particles * len(batch))
+
+    monkeypatch.setattr(module, "elbo", fake)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    plan = module.Budget("10s", Nonlinear(), torch.randn(20, 4), "datum")
+    assert 5e5 < plan.speed <= 1e6 and now[0] < 3
 
 
 @pytest.mark.parametrize("budget", ["soon", "0s", "1 year", 0, True, 2.5, "-1s"])
