@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +21,7 @@ from pyroelbo.distributions._recursions import (
     draw_paths,
     expectations,
     log_partition,
+    smoothed,
     solve,
 )
 from pyroelbo.distributions.structured import (
@@ -109,6 +111,9 @@ class LinearChain(StructuredDistribution):
             new.lengths = self.lengths.expand(new.batch_shape)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_solution": None}
+
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         initial, transition, observation = parts
         alpha = semiring.mul(initial, observation[..., 0, :])
@@ -137,7 +142,7 @@ class LinearChain(StructuredDistribution):
         if self.homogeneous:
             transition = transition.unsqueeze(-3)
         if self.lengths is None:
-            lengths = torch.full((rows,), self.event_shape[0], device=observation.device)
+            lengths = _whole(rows, self.event_shape[0], observation.device)
         else:
             lengths = self.lengths.reshape(rows)
         return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
@@ -155,7 +160,8 @@ class LinearChain(StructuredDistribution):
     def _marginals(self) -> ChainParts:
         parts = self._full(self.potentials)
         full = self._flat(parts)
-        found = expectations(full, self._kept().passes, None)
+        kept = self._solution
+        found = smoothed(full) if kept is None else expectations(full, kept.passes, None)
         return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
     def _mode(self) -> Tensor:
@@ -276,6 +282,8 @@ class HMM(TorchDistribution):
     def posterior(self, value: Tensor) -> LinearChain:
         """p(z | y), a ``LinearChain`` whose log partition is ln p(y) and whose values are state sequences."""
         steps = self._check_value(value)
+        own = value.shape[: value.dim() - len(self.event_shape)]
+        value = value.reshape((1,) * (len(self.batch_shape) - len(own)) + value.shape)
         observation = self._observation(value)
         pad = (1,) * (observation.dim() - 2 - len(self.batch_shape))
         initial, transition = _normalize(self.initial), _normalize(self.transition)
@@ -373,6 +381,12 @@ class HMM(TorchDistribution):
         # time goes to the front, where any distribution takes it as a sample dimension
         first = value.movedim(value.dim() - event - 1, 0).unsqueeze(-1 - event)
         return self.emission.log_prob(first).movedim(0, -2)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(rows: int, steps: int, device: torch.device) -> Tensor:
+    """Lengths of sequences that are not shortened; nobody writes to them."""
+    return torch.full((rows,), steps, device=device)
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:
