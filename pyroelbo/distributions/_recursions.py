@@ -400,7 +400,7 @@ def best_path(problem: Problem) -> Tensor:
         score = delta[t].expand_as(observation[:, 0])
         if t + 1 < steps:
             step = turned[:, min(t, turned.shape[1] - 1)]
-            into = step[each if step.shape[0] > 1 else 0, z[:, t + 1]]
+            into = step[0 if step.shape[0] == 1 else each, z[:, t + 1]]
             score = torch.where((lengths > t + 1).unsqueeze(-1), score + into, score)
         z[:, t] = torch.where(lengths > t, score.argmax(-1), 0)
     return z

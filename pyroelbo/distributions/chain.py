@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -142,7 +141,7 @@ class LinearChain(StructuredDistribution):
         if self.homogeneous:
             transition = transition.unsqueeze(-3)
         if self.lengths is None:
-            lengths = _whole(rows, self.event_shape[0], observation.device)
+            lengths = torch.full((rows,), self.event_shape[0], device=observation.device)
         else:
             lengths = self.lengths.reshape(rows)
         return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
@@ -381,12 +380,6 @@ class HMM(TorchDistribution):
         # time goes to the front, where any distribution takes it as a sample dimension
         first = value.movedim(value.dim() - event - 1, 0).unsqueeze(-1 - event)
         return self.emission.log_prob(first).movedim(0, -2)
-
-
-@functools.lru_cache(maxsize=8)
-def _whole(rows: int, steps: int, device: torch.device) -> Tensor:
-    """Lengths of sequences that are not shortened; nobody writes to them."""
-    return torch.full((rows,), steps, device=device)
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:

@@ -232,7 +232,7 @@ class StructuredContract:
         q.sample()
         fixed = self.construct(q, q._like(x.detach() for x in q.potentials))
         with torch.enable_grad():
-            fixed.potentials[-1].requires_grad_()
+            fixed.potentials[0].requires_grad_()
             assert fixed.log_partition.requires_grad
         for twin in (copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
             torch.testing.assert_close(twin.log_partition, value, rtol=0, atol=1e-12)

@@ -64,15 +64,16 @@ def joint(parts, steps):
     def at(x, t, dims):
         return x if x.dim() == dims else x[t]
 
-    mean, response = [start], torch.eye(steps * hidden)
+    mean, unit = [start], torch.eye(steps * hidden)
+    response = [unit[:hidden]]
     sources = [spread]
     for t in range(1, steps):
         a = at(move, t - 1, 2)
         mean.append(a @ mean[-1] + at(drift, t - 1, 1))
         rows = slice(t * hidden, (t + 1) * hidden)
-        response[rows] += a @ response[(t - 1) * hidden : t * hidden]
+        response.append(unit[rows] + a @ response[-1])
         sources.append(at(noise, t - 1, 2))
-    covariance = response @ torch.block_diag(*sources) @ response.T
+    covariance = torch.cat(response) @ torch.block_diag(*sources) @ torch.cat(response).T
     read = torch.block_diag(*(at(read, t, 2) for t in range(steps)))
     error = torch.block_diag(*(at(error, t, 2) for t in range(steps)))
     offset = torch.cat([at(offset, t, 1) for t in range(steps)])
