@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from pyroelbo import data, evidence
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit
-from pyroelbo.pair import ExactPair, Pair, within_datum
+from pyroelbo.pair import ExactPair, LatentPath, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
 from pyroelbo.train import fit
+from pyroelbo.unamortized import unamortized
 
 if TYPE_CHECKING:
     from pyroelbo import compiled, distributions, models, report
@@ -19,6 +20,7 @@ __all__ = [
     "Bound",
     "ExactPair",
     "Gap",
+    "LatentPath",
     "Pair",
     "Run",
     "__version__",
@@ -31,6 +33,7 @@ __all__ = [
     "fit_em",
     "models",
     "report",
+    "unamortized",
     "within_datum",
 ]
 

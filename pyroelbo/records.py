@@ -11,10 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Audit", "Bound", "Decomposition", "Gap", "Run", "Sandwich", "Terms"]
+__all__ = [
+    "Audit",
+    "Bound",
+    "Decomposition",
+    "Gap",
+    "Run",
+    "Sandwich",
+    "Terms",
+]
 
 KINDS = ("lower", "upper", "exact", "estimate")
 SCOPES = ("datum", "joint")
+
+
+class Json:
+    """A record that writes itself (abstract)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The whole record as JSON; NaN and infinities are written as the strings "nan", "inf" and "-inf"."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -166,7 +185,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(Json):
     """A guide's gap split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
     ``amortized``).
 
@@ -199,6 +218,11 @@ class Decomposition:
         """What the importance-weighted bound still loses."""
         return Gap.between(self.reference, self.estimator)
 
+    def as_audit(self) -> Audit:
+        """The four bounds side by side, gaps taken from the reference."""
+        rows = (self.reference, self.local, self.amortized, self.estimator)
+        return Audit(self.name, rows, self.reference.method)
+
     @property
     def labels(self) -> dict[str, str]:
         """Which way each part errs in expectation.
@@ -217,7 +241,7 @@ class Decomposition:
         for part, label in self.labels.items():
             row = getattr(self, part)
             lines.append(
-                f"{part:<14} {row.mean:9.4f} ± {_short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
+                f"{part:<14} {row.mean:9.4f} ± {short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
             )
         notes = [n for b in (self.reference, self.local, self.estimator) for n in b.notes]
         return "\n".join([*lines, *(f"note: {n}" for n in notes)])
@@ -229,7 +253,7 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class Sandwich(Json):
     """A lower and an upper bound on ln p(y) of data simulated from the model: between them lies what cannot
     be told.
 
@@ -254,12 +278,19 @@ class Sandwich:
         """Standard error of the mean gap across the data; NaN for one datum."""
         return float(self.gap.std() / math.sqrt(len(self.gap))) if len(self.gap) > 1 else math.nan
 
+    def as_audit(self) -> Audit:
+        """The two bounds side by side; neither is a reference."""
+        note = (
+            f"simulated data; upper - lower = {self.mean_gap:.4f} ± {short(self.mean_gap_error)} across data"
+        )
+        return Audit(self.name, (self.lower, self.upper), None, (note,))
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.gap)} simulated data, nats per datum"]
         for bound in (self.upper, self.lower):
             lines.append(f"{bound.kind}  {bound.mean:.4f}  ({bound.method}, {bound.cost:,} evaluations)")
         lines.append(
-            f"gap    {self.mean_gap:.4f} ± {_short(self.mean_gap_error)} (standard error across data)"
+            f"gap    {self.mean_gap:.4f} ± {short(self.mean_gap_error)} (standard error across data)"
         )
         return "\n".join([*lines, *(f"note: {n}" for b in (self.lower, self.upper) for n in b.notes)])
 
@@ -275,7 +306,7 @@ class Sandwich:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Json):
     """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
 
     ``print(audit)`` is a table; ``reference`` is the method the gaps are taken from, ``None`` where nothing
@@ -316,9 +347,9 @@ class Audit:
                     b.method,
                     b.kind if b.scope == "datum" else f"{b.kind}, joint",
                     f"{b.mean:.4f}",
-                    _short(b.mean_error),
+                    short(b.mean_error),
                     "" if gap is None else f"{gap.mean:.4f}",
-                    "" if gap is None else _short(gap.mean_error),
+                    "" if gap is None else short(gap.mean_error),
                     "" if b.ess is None else f"{float(b.ess.double().mean()):.1f}/{b.draws}",
                     "" if b.k_hat is None else f"{float(b.k_hat.double().nanmedian()):.2f}",
                     f"{b.cost:,}",
@@ -332,7 +363,13 @@ class Audit:
             for r in rows
         ]
         rule = "-" * max(map(len, lines))
-        title = f"{self.name}: {self.num_data} data, nats per datum (means over the data)"
+        joint = all(b.scope == "joint" for b in self.bounds)
+        what = (
+            "one joint value, nats"
+            if joint
+            else f"{self.num_data} data, nats per datum (means over the data)"
+        )
+        title = f"{self.name}: {what}"
         tail = [f"note: {n}" for n in self.notes]
         tail += [f"note: {b.method}: {n}" for b in self.bounds for n in b.notes]
         if self.reference is not None:
@@ -349,17 +386,13 @@ class Audit:
             "gaps": [g.to_dict() for g in self.gaps],
         }
 
-    def to_json(self) -> str:
-        """The whole audit as JSON; NaN and infinities are written as the strings "nan", "inf" and "-inf"."""
-        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
-
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Audit:
         bounds = tuple(Bound.from_dict(b) for b in row["bounds"])
         return cls(row["name"], bounds, row["reference"], tuple(row["notes"]))
 
 
-def _short(error: float) -> str:
+def short(error: float) -> str:
     return (
         "?"
         if math.isnan(error)
@@ -374,7 +407,7 @@ def _short(error: float) -> str:
 def _finite(node: Any) -> Any:
     if isinstance(node, dict):
         return {k: _finite(v) for k, v in node.items()}
-    if isinstance(node, list):
+    if isinstance(node, (list, tuple)):
         return [_finite(v) for v in node]
     return str(node) if isinstance(node, float) and not math.isfinite(node) else node
 

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from pyroelbo import Pair, models
+from pyroelbo import ExactPair, Pair, models
 
 
 class Nonlinear(Pair):
@@ -48,6 +48,63 @@ class Convolutional(Nonlinear):
             z = pyro.sample("z", dist.Normal(torch.zeros(self.latent), 1.0).to_event(1))
             image = self.conv(self.generator(z).unflatten(-1, (1, 4, 4)))
             pyro.sample("y", dist.Normal(image.flatten(1), 0.5).to_event(1), obs=y)
+
+
+def sentences(n, longest=20):
+    """Words 0 … 4, some sentences shorter than others, padded with -1 to ``longest``."""
+    y = torch.randint(5, (n, longest))
+    y[torch.arange(longest) >= torch.randint(2, 6, (n, 1))] = -1
+    return y
+
+
+def labelled_frames(n, steps=6):
+    """(x, y, lengths): frames, labels 1 … 3 padded with -1 (few enough to fit), lengths of the frames."""
+    y = torch.randint(1, 4, (n, 2))
+    y[torch.rand(n) < 0.5, 1:] = -1
+    return torch.randn(n, steps, 2), y, torch.randint(4, steps + 1, (n,))
+
+
+class Conjugate(ExactPair):
+    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
+
+    def __init__(self, counts=3):
+        super().__init__()
+        self.counts = counts
+        self.generator = nn.Module()
+        self.generator.register_parameter("exposure", nn.Parameter(torch.tensor(1.0)))
+        self.encoder = nn.Linear(1, 2)
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Gamma(torch.full((len(y),), 2.0), 0.5))
+            seen = (self.generator.exposure * z)[..., None].expand(*z.shape, self.counts)
+            pyro.sample("y", dist.Poisson(seen).to_event(1), obs=y)
+
+    def guide(self, y):
+        loc, log_scale = self.encoder((1 + y.sum(-1, keepdim=True)).log()).unbind(-1)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.LogNormal(loc, (log_scale - 1).exp()))
+
+    def posterior(self, y):
+        return dist.Gamma(2 + y.sum(-1), 0.5 + self.counts * self.generator.exposure)
+
+    def log_evidence(self, y):
+        one = torch.ones(len(y)).to(self.generator.exposure)
+        joint = dist.Gamma(2.0, 0.5).log_prob(one) + dist.Poisson(self.generator.exposure).log_prob(y).sum(-1)
+        return joint - self.posterior(y).log_prob(one)
+
+    def e_step(self, y, hard=False):
+        q, value = self.posterior(y), self.log_evidence(y)
+        z = q.mode if hard else q.mean
+        value = value + q.log_prob(z) if hard else value
+        return value, {"seen": y.sum().double(), "expected": self.counts * z.sum().double()}
+
+    @torch.no_grad()
+    def m_step(self, statistics):
+        self.generator.exposure.copy_(statistics["seen"] / statistics["expected"])
+
+    def placeholder(self, n):
+        return torch.zeros(n, self.counts)
 
 
 def binary(n, dims):
@@ -97,9 +154,38 @@ TABLE = {
         lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
         lambda n: torch.randn(n, 5, 2),
     ),
+    "pcfg": (lambda: models.PCFG(2, 8, 5, steps=20), sentences),
+    "pcfg-smoothed": (lambda: models.PCFG(3, 9, 5, steps=20, smoothing=0.5), sentences),
+    "pcfg-mean-field": (lambda: models.PCFG(2, 8, 5, "mean_field", steps=20), sentences),
+    "neural_pcfg": (lambda: models.NeuralPCFG(2, 8, 5, 4, steps=20), sentences),
+    "hierarchy-bottom-up": (lambda: models.Hierarchy(6, (3, 2, 2), 8), lambda n: binary(n, 6)),
+    "hierarchy-top-down": (
+        lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "ladder": (lambda: models.Ladder(6, (3, 2, 2), (8, 6, 5)), lambda n: binary(n, 6)),
+    "ladder-precision": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
+        lambda n: torch.rand(n, 6),
+    ),
+    "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
+    "autoregressive-pixelcnn": (
+        lambda: models.Autoregressive((2, 3), width=4, layers=2),
+        lambda n: binary(n, 6),
+    ),
+    "autoregressive-transformer": (
+        lambda: models.Autoregressive(5, 4, "categorical", "transformer", 8, 1),
+        lambda n: torch.randint(4, (n, 5)),
+    ),
+    "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }
-EXACT = tuple(
-    n for n in TABLE if n.split("-")[0] in ("ppca", "mixture", "bernoulli_mixture", "hmm", "state_space")
-)
+# a row joins the exact pairs, and those whose guide draws from the posterior, by what it makes
+EXACT = tuple(n for n, (make, _) in TABLE.items() if isinstance(make(), ExactPair))
+EXACT_GUIDE = tuple(n for n in EXACT if TABLE[n][0]().exact_guide)
+# conditional pairs: what is drawn is a tuple (x, y, lengths)
+CONDITIONAL = {
+    "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
+    "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
+}
