@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
+from pyroelbo.models.flow import DequantizedFlow, Flow
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
+from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, copy_into
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "REGISTRY",
     "VAE",
     "BernoulliMixture",
+    "DequantizedFlow",
     "Entry",
+    "Flow",
     "GaussianMixture",
     "StateSpace",
     "build",
@@ -45,9 +49,17 @@ class Entry:
 
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
-        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv",
+        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
+        f"prior={'|'.join(PRIORS)}",
         VAE.for_data,
         VAE.form_of,
+        50,
+        1e-3,
+    ),
+    "flow": Entry(
+        "normalizing flow on grey levels, uniformly dequantized; kind=coupling|autoregressive",
+        DequantizedFlow.for_data,
+        lambda settings: "bytes",
         50,
         1e-3,
     ),
