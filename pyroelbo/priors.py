@@ -47,6 +47,11 @@ class Prior(nn.Module):
             )
         self.dims = dims
 
+    @property
+    def out(self) -> int:
+        """``dims``, by the name that links of a chain have for it."""
+        return self.dims
+
     @abstractmethod
     def forward(self) -> Any:
         """The distribution p(z)."""
@@ -58,14 +63,14 @@ class Prior(nn.Module):
 class StandardNormal(Prior):
     """p(z) = N(0, I): nothing to learn, and a closed KL to a Gaussian guide."""
 
-    zero: Tensor
+    loc: Tensor
 
     def __init__(self, dims: int) -> None:
         super().__init__(dims)
-        self.register_buffer("zero", torch.zeros(dims))
+        self.register_buffer("loc", torch.zeros(dims))
 
     def forward(self) -> Any:
-        return dist.Normal(self.zero, 1.0).to_event(1)
+        return dist.Normal(self.loc, 1.0).to_event(1)
 
 
 class GaussianMixturePrior(Prior):
