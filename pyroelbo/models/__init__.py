@@ -11,7 +11,9 @@ from typing import Any
 from pyroelbo import data
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
+from pyroelbo.models.ctc import CTC
 from pyroelbo.models.flow import DequantizedFlow, Flow
+from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.markov import Chain, Hierarchy
@@ -24,7 +26,9 @@ from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, copy_into
 
 __all__ = [
+    "CTC",
     "HMM",
+    "PCFG",
     "PPCA",
     "REGISTRY",
     "VAE",
@@ -38,6 +42,7 @@ __all__ = [
     "GaussianMixture",
     "Hierarchy",
     "Ladder",
+    "NeuralPCFG",
     "StateSpace",
     "build",
     "load",
