@@ -201,11 +201,11 @@ def test_a_learned_prior_closes_the_gap_between_prior_and_aggregated_posterior()
     assert evidence.elbo(pair, y, particles=500).mean > before + 0.1
 
 
-@pytest.mark.parametrize(
-    "prior", [FlowPrior(3, layers=1, hidden=(4,)), GaussianMixturePrior(3, 4), AutoregressivePrior(3)]
-)
-def test_a_prior_stands_at_the_top_of_a_ladder(prior):
-    pair, y = models.Ladder(6, (4, 3), (8, 8), norm="none", prior=prior), binary(12)
+@pytest.mark.parametrize("kind", ["mixture", "masked", "autoregressive"])
+def test_a_prior_stands_at_the_top_of_a_ladder(kind):
+    torch.manual_seed(0)
+    prior, y = MAKE[kind](3), binary(12)
+    pair = models.Ladder(6, (4, 3), (8, 8), norm="none", prior=prior)
     before = {k: p.detach().clone() for k, p in prior.named_parameters()}
     fit(pair, y, epochs=2, learning_rate=0.01, progress=False)
     assert all(not torch.equal(p, before[k]) for k, p in prior.named_parameters())
