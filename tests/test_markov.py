@@ -447,6 +447,11 @@ def test_a_layered_loss_keeps_scales_and_masks():
     torch.testing.assert_close(seeded(Layered_ELBO(), masked, y), seeded(TraceMeanField_ELBO(), masked, y))
 
 
+def test_a_last_batch_of_one_row_trains():
+    run = fit(models.Ladder(6, (3, 2), (8, 6)), binary(9, 6), batch_size=4, epochs=2, progress=False)
+    assert all(math.isfinite(loss) for loss in run.losses)
+
+
 def test_fit_anneals_the_layered_weight():
     pair, y = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1), binary(64, 6)
     objective = Layered_ELBO(free_bits=0.1, balance=True)
