@@ -628,3 +628,22 @@ def test_pictures_of_what_is_decoded(name):
     pair, y = make(), draw(4)
     picture = pair.reconstruct(y)
     assert picture.shape == y.shape and picture.min() >= 0 and picture.max() <= 1
+
+
+@pytest.mark.parametrize("prior", ["vamp", "mixture"])
+def test_a_ladder_may_stand_on_any_prior(prior):
+    """A VampPrior is the mixture of the ladder's own top encoder."""
+    pair = models.Ladder.for_data(
+        binary(9, 6), (6,), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
+    )
+    y = binary(5, 6)
+    terms = Evaluator(pair, y).draw(3)
+    z = terms.latents["z_2"]
+    if prior == "vamp":
+        q = pair.encode_top(pair.prior.prior.pseudo_inputs)
+        mixed = torch.logsumexp(q.log_prob(z[..., None, :]), -1) - math.log(4)
+        torch.testing.assert_close(terms.log_model["z_2"], mixed)
+    run = fit(pair, binary(30, 6), epochs=2, objective="layered", progress=False)
+    assert all(math.isfinite(loss) for loss in run.losses)
+    with pytest.raises(ValueError, match="the latent 'z_2' 2"):
+        models.Ladder(6, (3, 2), (8, 6), prior=StandardNormal(3))
