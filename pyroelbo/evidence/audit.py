@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pyroelbo import data as batches
+from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
@@ -143,16 +144,26 @@ def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
     not tell."""
     whole: Any = Joint(pair) if scope == "joint" else pair
     try:
-        guide = Evaluator(whole, batch).guide_trace()
+        evaluator = Evaluator(whole, batch)
+        trace = evaluator.guide_trace()
+        sites = {name: trace.nodes[name]["fn"] for name in evaluator.latents}
     except Unavailable:
         return []
+    # a finite set or a structure's labels do not say what has mass; nor need a prior over these be drawn from
+    sites = {
+        name: fn
+        for name, fn in sites.items()
+        if type(fn).__name__ != "Delta"
+        and not isinstance(fn, StructuredDistribution)
+        and not getattr(fn, "has_enumerate_support", False)
+    }
+    if not sites:
+        return []
     prior = Evaluator(whole, batch, with_guide=False)
+    draws = prior.draw(min(64, max(1, prior.cells // prior.size))).latents
     notes = []
-    for name, value in prior.draw(min(64, max(1, prior.cells // prior.size))).latents.items():
-        fn = guide.nodes[name]["fn"]
-        if type(fn).__name__ == "Delta" or bool(getattr(fn, "has_enumerate_support", False)):
-            continue
-        share = float((~fn.support.check(value)).double().mean())
+    for name, fn in sites.items():
+        share = float((~fn.support.check(draws[name])).double().mean())
         if share > 0:
             notes.append(
                 f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "
