@@ -14,6 +14,7 @@ ARGUMENTS = {
     "vae": lambda tmp: (["--smoke", "--out", str(tmp / "vae")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "chorales": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
