@@ -9,6 +9,7 @@ from pyroelbo.evidence import audit
 from pyroelbo.pair import ExactPair, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
 from pyroelbo.train import fit
+from pyroelbo.unamortized import unamortized
 
 if TYPE_CHECKING:
     from pyroelbo import compiled, distributions, models, report
@@ -31,6 +32,7 @@ __all__ = [
     "fit_em",
     "models",
     "report",
+    "unamortized",
     "within_datum",
 ]
 

@@ -11,10 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Audit", "Bound", "Decomposition", "Gap", "Run", "Sandwich", "Terms"]
+__all__ = [
+    "Audit",
+    "Bound",
+    "Calibration",
+    "Decomposition",
+    "Diagnostics",
+    "Estimate",
+    "Gap",
+    "Run",
+    "Sandwich",
+    "Terms",
+]
 
 KINDS = ("lower", "upper", "exact", "estimate")
 SCOPES = ("datum", "joint")
+
+
+class _Json:
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The whole record as JSON; NaN and infinities are written as the strings "nan", "inf" and "-inf"."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -166,7 +186,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(_Json):
     """A guide's gap split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
     ``amortized``).
 
@@ -229,7 +249,7 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class Sandwich(_Json):
     """A lower and an upper bound on ln p(y) of data simulated from the model: between them lies what cannot
     be told.
 
@@ -275,7 +295,140 @@ class Sandwich:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Estimate:
+    """Numbers with their Monte Carlo standard errors, of one shape; NaN where one draw cannot tell."""
+
+    value: Tensor
+    stderr: Tensor
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __str__(self) -> str:
+        pairs = zip(self.value.reshape(-1).tolist(), self.stderr.reshape(-1).tolist(), strict=True)
+        return ", ".join(f"{value:.4f} ± {_short(error)}" for value, error in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": self.value.tolist(), "stderr": self.stderr.tolist()}
+
+
+@dataclass(frozen=True)
+class Diagnostics(_Json):
+    """How a pair uses its latents: the ELBO taken apart at the aggregated posterior q(z) = (1/N) Σ_n q(z | y_n).
+
+    ``elbo`` = ``reconstruction`` - ``cross_entropy`` + ``entropy`` and ``kl`` = ``information`` +
+    ``marginal_kl``, in nats. ``information`` is the index-code mutual information, at most ln N. ``holes`` is
+    the prior mass where ln p(z) - ln q(z) > 3. ``activity`` [D] is the variance over the data of each
+    coordinate's posterior mean; where the coordinates are independent under prior and guide,
+    ``unit_information`` [D] and ``unit_kl`` [D] are ``information`` and ``marginal_kl`` of each alone and
+    ``marginal_kl`` = ``total_correlation`` + Σ ``unit_kl``. ``prior_draws`` [M, D] with ``prior_excess`` [M] =
+    ln p(z) - ln q(z) show where the holes are, ``guide_draws`` [M, D] where the codes are.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    num_data: int
+    draws: int
+    elbo: Estimate
+    reconstruction: Estimate
+    cross_entropy: Estimate
+    entropy: Estimate
+    kl: Estimate
+    information: Estimate
+    marginal_kl: Estimate
+    holes: Estimate
+    activity: Estimate
+    unit_information: Estimate | None
+    unit_kl: Estimate | None
+    total_correlation: Estimate | None
+    prior_draws: Tensor
+    prior_excess: Tensor
+    guide_draws: Tensor
+    notes: tuple[str, ...] = ()
+
+    @property
+    def active_units(self) -> int:
+        """How many coordinates have an ``activity`` above 0.01 (Burda, Grosse and Salakhutdinov 2016,
+        section 5)."""
+        return int((self.activity.value > 0.01).sum())
+
+    def __str__(self) -> str:
+        rows = [
+            ("ELBO", self.elbo, "= reconstruction - cross-entropy + entropy"),
+            ("reconstruction", self.reconstruction, "E ln p(y | z)"),
+            ("cross-entropy", self.cross_entropy, "-E ln p(z), z from q(z)"),
+            ("entropy", self.entropy, "mean entropy of q(z | y)"),
+            ("KL", self.kl, "mean KL(q(z | y), p(z)) = information + marginal KL"),
+            (
+                "information",
+                self.information,
+                f"of index and code, at most ln N = {math.log(self.num_data):.4f}",
+            ),
+            ("marginal KL", self.marginal_kl, "KL(q(z), p(z))"),
+            ("holes", self.holes, "prior mass where ln p(z) - ln q(z) > 3"),
+        ]
+        if self.total_correlation is not None:
+            rows.insert(7, ("  of which TC", self.total_correlation, "KL(q(z), Π q(z_d))"))
+        lines = [f"{self.name}, {', '.join(self.sites)}: {self.num_data} data, {self.draws} draws each, nats"]
+        lines += [f"{label:<15} {value!s:<22} {what}" for label, value, what in rows]
+        if self.activity.value.numel():
+            lines.append(f"active units    {self.active_units} of {self.activity.value.numel()}")
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {k: v for k, v in vars(self).items() if not isinstance(v, (Estimate, Tensor))}
+        found = {k: v.to_dict() for k, v in vars(self).items() if isinstance(v, Estimate)}
+        return {**plain, "unit": "nats", "active_units": self.active_units, **found}
+
+
+@dataclass(frozen=True)
+class Calibration(_Json):
+    """Simulation-based calibration: ``ranks`` [N, Q] of N simulated values of Q quantities among ``draws``
+    draws of the guide.
+
+    With a guide that is the exact posterior, every column is uniform on 0 … ``draws``. ``p_values`` [Q] are
+    the chi-square test's on the histograms ``counts`` [Q, bins].
+    """
+
+    name: str
+    quantities: tuple[str, ...]
+    draws: int
+    ranks: Tensor
+    counts: Tensor
+    p_values: Tensor
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_data(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def p_value(self) -> float:
+        """That of the worst quantity times their number (Bonferroni), at most 1."""
+        return min(1.0, float(self.p_values.min()) * len(self.quantities))
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: ranks of {self.num_data} simulations among {self.draws} draws of the guide"]
+        width = max(map(len, self.quantities))
+        for i, name in enumerate(self.quantities):
+            mean = float(self.ranks[:, i].double().mean()) / self.draws
+            lines.append(f"{name:<{width}}  mean rank {mean:.3f}  p = {float(self.p_values[i]):.2g}")
+        lines.append(f"all: p = {self.p_value:.2g} (Bonferroni)")
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
+        return {
+            **plain,
+            "p_value": self.p_value,
+            "p_values": self.p_values.tolist(),
+            "counts": self.counts.tolist(),
+            "ranks": self.ranks.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Audit(_Json):
     """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
 
     ``print(audit)`` is a table; ``reference`` is the method the gaps are taken from, ``None`` where nothing
@@ -349,10 +502,6 @@ class Audit:
             "gaps": [g.to_dict() for g in self.gaps],
         }
 
-    def to_json(self) -> str:
-        """The whole audit as JSON; NaN and infinities are written as the strings "nan", "inf" and "-inf"."""
-        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False)
-
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Audit:
         bounds = tuple(Bound.from_dict(b) for b in row["bounds"])
@@ -374,7 +523,7 @@ def _short(error: float) -> str:
 def _finite(node: Any) -> Any:
     if isinstance(node, dict):
         return {k: _finite(v) for k, v in node.items()}
-    if isinstance(node, list):
+    if isinstance(node, (list, tuple)):
         return [_finite(v) for v in node]
     return str(node) if isinstance(node, float) and not math.isfinite(node) else node
 

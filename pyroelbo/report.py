@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 
 from pyroelbo.numerics import bits_per_dim
-from pyroelbo.records import Audit, Run
+from pyroelbo.records import Audit, Calibration, Diagnostics, Run
 
-__all__ = ["bits_table", "images", "plot", "plot_curve", "plot_latents", "to_arviz"]
+__all__ = [
+    "bits_table",
+    "images",
+    "plot",
+    "plot_calibration",
+    "plot_curve",
+    "plot_holes",
+    "plot_latents",
+    "to_arviz",
+]
 
 _COLOURS = {"exact": "black", "estimate": "black", "lower": "tab:blue", "upper": "tab:red"}
 _SHADES = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure: Any, path: str | Path) -> Path:
@@ -168,6 +177,59 @@ def plot_latents(
     for axis in (left, right):
         axis.set_xlabel("z[0]")
         axis.set_ylabel("z[1]")
+    return _save(figure, path)
+
+
+def plot_holes(diagnostics: Diagnostics, path: str | Path) -> Path:
+    """Where the prior has mass and the codes have none, in two latent dimensions: ln p(z) - ln q(z) at draws
+    of the prior, and draws of the codes.
+
+    Raises ValueError for latents of other dimensions.
+    """
+    points = diagnostics.prior_draws.cpu()
+    if points.shape[-1] != 2:
+        raise ValueError(
+            f"plot_holes takes two latent dimensions, {diagnostics.name} has {points.shape[-1]}: "
+            "diagnostics(pair, y, site=...) looks at one site"
+        )
+    excess, codes = diagnostics.prior_excess.cpu(), diagnostics.guide_draws.cpu()
+    figure, (left, right) = _figure(10, 4.4, 2)
+    order = excess.argsort()
+    drawn = left.scatter(
+        *points[order].T, c=excess[order].clamp(-6, 6), cmap="coolwarm", s=9, vmin=-6, vmax=6, linewidths=0
+    )
+    figure.colorbar(drawn, ax=left, label="ln p(z) - ln q(z), nats (cut at ±6)")
+    left.set_title(f"draws of the prior: {float(diagnostics.holes):.1%} in holes (above 3)")
+    right.scatter(*codes.T, s=5, alpha=0.5, color="tab:blue", linewidths=0)
+    right.set_title(f"codes: draws of q(z), {diagnostics.num_data} data")
+    everything = torch.cat([points, codes])
+    low, high = everything.amin(0).tolist(), everything.amax(0).tolist()
+    for axis in (left, right):
+        axis.set(xlim=(low[0] - 0.2, high[0] + 0.2), ylim=(low[1] - 0.2, high[1] + 0.2))
+        axis.set(xlabel="z[0]", ylabel="z[1]", aspect="equal")
+    return _save(figure, path)
+
+
+def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) -> Path:
+    """Rank histograms of the ``most`` quantities with the smallest p values, with the band that holds 99 % of
+    the bins of a calibrated guide."""
+    worst = calibration.p_values.argsort()[:most].tolist()
+    columns = min(3, len(worst))
+    rows = math.ceil(len(worst) / columns)
+    figure, axes = _figure(3.5 * columns, 2.6 * rows, columns, rows)
+    bins, size = calibration.counts.shape[1], calibration.num_data
+    expected = size / bins
+    width = 2.576 * math.sqrt(expected * (1 - 1 / bins))
+    for axis in np.atleast_1d(axes).flat[len(worst) :]:
+        axis.set_visible(False)
+    for axis, i in zip(np.atleast_1d(axes).flat, worst, strict=False):
+        edges = (np.arange(bins) + 0.5) / bins
+        axis.axhspan(max(0.0, expected - width), expected + width, color="0.85", lw=0)
+        axis.axhline(expected, color="black", lw=0.8)
+        axis.bar(edges, calibration.counts[i].cpu(), width=0.9 / bins, color="tab:blue", alpha=0.8)
+        axis.set_title(f"{calibration.quantities[i]}: p = {float(calibration.p_values[i]):.2g}", fontsize=9)
+        axis.set_xlim(0, 1)
+        axis.set_xlabel(f"rank / {calibration.draws}")
     return _save(figure, path)
 
 

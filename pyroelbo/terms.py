@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,33 @@ class Evaluator:
         with self._quiet():
             return self._draw(batch, particles, self.strategy, dict(latents))
 
+    def score_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
+        """ln q(z | y) of given latents {site: [K, *plates, B, *event]}, all of the guide's or its first ones,
+        under each datum's guide, [K, B]. The model is not run."""
+        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        particles = len(next(iter(latents.values())))
+        if self.strategy == "loop" and particles > 1:
+            return torch.cat(
+                [
+                    self.score_guide({s: v[k : k + 1] for s, v in latents.items()}, rows)
+                    for k in range(particles)
+                ]
+            )
+        guide = self.pair.guide
+        if self.strategy == "plate":
+            guide = pyro.plate("_particles", particles, dim=-1 - self.depth)(guide)
+        given = {k: self._unfold(v, self.latents[k], particles, self.strategy) for k, v in latents.items()}
+        with self._quiet():
+            batch_in = batches.repeat(batch, particles) if self.strategy == "repeat" else batch
+            trace = batches.call(poutine.trace(poutine.condition(guide, data=given)).get_trace, batch_in)
+            terms = self._terms(prune_subsample_sites(trace), batch, particles, self.strategy, "guide")
+        return Terms({}, {k: terms[k] for k in latents}, self.observed, {}).log_proposal
+
+    def traces(self) -> tuple[Any, Any]:
+        """Traces of guide and model on the whole batch, one draw."""
+        with self._quiet():
+            return self._plain_traces(self.batch)
+
     def guide_trace(self) -> Any:
         """A trace of the guide on the whole batch, one draw."""
         with self._quiet():
@@ -149,6 +177,16 @@ class Evaluator:
         """How many (particle, datum) pairs one pass may hold."""
         budget = _BUDGET.get(self._device().type, _BUDGET["cpu"]) // torch.get_default_dtype().itemsize
         return max(1, int(budget / self._elements))
+
+    @functools.cached_property
+    def guide_cells(self) -> int:
+        """How many (point, datum) pairs one pass of :meth:`score_guide` may hold."""
+        rows = slice(0, 3) if self.sliceable else None
+        with torch.no_grad():
+            latents = self.draw(16, rows).latents
+            with _LargestTensor() as counter:
+                self.score_guide(latents, rows)
+        return max(1, int(self.cells * self._elements * 16 * min(3, self.size) / counter.numel))
 
     def chunks(self, particles: int) -> Iterator[tuple[slice, int]]:
         """Cut [particles, B] into passes ``(rows, particles)`` that fit in memory; rows are the outer

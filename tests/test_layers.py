@@ -13,7 +13,7 @@ LAYERS = [
     ["_version", "numerics", "records"],
     ["semiring", "nn", "data", "runs", "coder"],
     ["distributions", "pair", "terms", "enumeration"],
-    ["priors", "objectives", "stepping", "compiled", "em"],
+    ["priors", "objectives", "stepping", "compiled", "em", "unamortized"],
     ["models", "evidence"],
     ["train"],
     ["report"],

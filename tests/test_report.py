@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from pyroelbo import audit, report
+from pyroelbo import audit, evidence, report
 from pyroelbo.records import Audit, Bound, Run
 from tests.pairs import TABLE, Nonlinear
 
@@ -53,3 +55,16 @@ def test_arviz_export_carries_values_and_kinds(result):
 def test_bits_per_dimension():
     one = Audit("T", (Bound("exact", torch.full((3,), -8 * np.log(2.0)), torch.zeros(3), "exact"),))
     assert "2.0000" in report.bits_table(one, 4)
+
+
+def test_pictures_of_diagnostics(tmp_path):
+    make, draw = TABLE["own"]
+    found = evidence.diagnostics(make(), draw(20), points=200)
+    assert is_picture(report.plot_holes(found, tmp_path / "holes.png"))
+    other = evidence.diagnostics(Nonlinear(latent=3), draw(5), points=20)
+    with pytest.raises(ValueError, match="two latent dimensions"):
+        report.plot_holes(other, tmp_path / "no.png")
+    ranks = evidence.calibration(make(), 60, 19)
+    assert is_picture(report.plot_calibration(ranks, tmp_path / "ranks.png"))
+    for record in (found, ranks):
+        assert json.loads(record.to_json())["name"] == "Nonlinear"

@@ -4,7 +4,8 @@ nats."""
 from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
 from pyroelbo.evidence.bounds import elbo, iwae, prior_monte_carlo
-from pyroelbo.evidence.diagnostics import pareto_k_hat
+from pyroelbo.evidence.calibration import calibration
+from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.gap import gap
 from pyroelbo.evidence.quadrature import quadrature
@@ -15,6 +16,8 @@ __all__ = [
     "ais",
     "audit",
     "bdmc",
+    "calibration",
+    "diagnostics",
     "elbo",
     "exact",
     "gap",

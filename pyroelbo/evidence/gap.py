@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import transform_to
 
 from pyroelbo.evidence.bounds import count_of, iwae
 from pyroelbo.evidence.exact import exact
@@ -15,19 +13,9 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound, Decomposition
 from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.unamortized import Family
 
 __all__ = ["gap"]
-
-# Distributions whose parameters are freed, by the names their constructors take.
-_PARAMETERS = {
-    "Normal": ("loc", "scale"),
-    "LogNormal": ("loc", "scale"),
-    "Laplace": ("loc", "scale"),
-    "MultivariateNormal": ("loc", "scale_tril"),
-    "Gamma": ("concentration", "rate"),
-    "Beta": ("concentration1", "concentration0"),
-    "Dirichlet": ("concentration",),
-}
 
 
 def gap(
@@ -71,7 +59,7 @@ def gap(
         raise ValueError(f"learning_rate takes a positive number, got {learning_rate!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("gap")
-    family = _Family(evaluator)
+    family = Family(evaluator)
     anchor = _reference(pair, evaluator) if reference is None else reference
     if anchor.value.shape != (evaluator.size,):
         raise ValueError(
@@ -108,89 +96,18 @@ def _reference(pair: Pair, evaluator: Evaluator) -> Bound:
     )
 
 
-_Key = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class _Site:
-    kind: Any
-    reinterpreted: int
-    parameters: dict[str, Tensor]
-
-
-class _Family:
-    """The distributions of the guide's sites with free parameters for each datum."""
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-        first, second = self._sites(), self._sites()
-        self.sites = first
-        self.plates = {name: len(site.plate_shape) for name, site in evaluator.latents.items()}
-        for name, site in first.items():
-            for key, value in site.parameters.items():
-                if not torch.equal(value, second[name].parameters[key]):
-                    raise Unavailable(
-                        f"guide site {name!r} depends on other draws of the guide: a datum's best member is not "
-                        "a point of its parameters"
-                    )
-
-    @torch.no_grad()
-    def _sites(self) -> dict[str, _Site]:
-        trace = self.evaluator.guide_trace()
-        return {name: self._site(name, trace.nodes[name]) for name in self.evaluator.latents}
-
-    def _site(self, name: str, node: Any) -> _Site:
-        if node["mask"] is not None and node["mask"] is not True:
-            raise Unavailable(f"guide site {name!r} is masked: evaluate its data without padding")
-        fn, latent = node["fn"], self.evaluator.latents[name]
-        while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
-            fn = fn.base_dist
-        kind = type(fn)
-        if kind.__name__ not in _PARAMETERS:
-            raise Unavailable(
-                f"guide site {name!r} is a {kind.__name__}: its family is none of {tuple(_PARAMETERS)}"
-            )
-        lead = (*latent.plate_shape, self.evaluator.size)
-        parameters = {}
-        for key in _PARAMETERS[kind.__name__]:
-            value = getattr(fn, key)
-            own = kind.arg_constraints[key].event_dim
-            events = latent.event_shape[: latent.event_dim - fn.event_dim]
-            shape = (*lead, *events, *value.shape[value.dim() - own :])
-            parameters[key] = value.expand(shape).clone()
-        return _Site(kind, latent.event_dim - fn.event_dim, parameters)
-
-    def start(self) -> dict[_Key, Tensor]:
-        """The amortized guide's parameters on the whole line, by site and name."""
-        return {
-            (name, key): transform_to(site.kind.arg_constraints[key]).inv(value)
-            for name, site in self.sites.items()
-            for key, value in site.parameters.items()
-        }
-
-    def second_start(self) -> dict[_Key, Tensor]:
-        """Another member: every free parameter moved by a standard normal draw."""
-        return {k: v + torch.randn_like(v) for k, v in self.start().items()}
-
-    def member(self, free: dict[_Key, Tensor]) -> dict[str, Any]:
-        out = {}
-        for name, site in self.sites.items():
-            arguments = {
-                key: transform_to(site.kind.arg_constraints[key])(free[name, key]) for key in site.parameters
-            }
-            out[name] = site.kind(**arguments, validate_args=False).to_event(site.reinterpreted)
-        return out
-
-    def log_weight(self, free: dict[_Key, Tensor], count: int) -> Tensor:
-        """ln p(y, z) - ln q(z) of draws along the path, without the score's term in the gradient, [K, B]."""
-        live = self.member(free)
-        held = self.member({k: v.detach() for k, v in free.items()})
-        latents = {name: q.rsample(torch.Size((count,))) for name, q in live.items()}
-        total = self.evaluator.score(latents)
-        for name, z in latents.items():
-            log_q = held[name].log_prob(z)
-            total = total - log_q.reshape(count, -1, self.evaluator.size).sum(1)
-        return total
+def _log_weight(
+    evaluator: Evaluator, family: Family, free: dict[tuple[str, str], Tensor], count: int
+) -> Tensor:
+    """ln p(y, z) - ln q(z) of draws along the path, without the score's term in the gradient, [K, B]."""
+    live = family.member(free)
+    held = family.member({k: v.detach() for k, v in free.items()})
+    latents = {name: q.rsample(torch.Size((count,))) for name, q in live.items()}
+    total = evaluator.score(latents)
+    for name, z in latents.items():
+        log_q = held[name].log_prob(z)
+        total = total - log_q.reshape(count, -1, evaluator.size).sum(1)
+    return total
 
 
 def _choose(first: Tensor, a: Tensor, b: Tensor, plates: int) -> Tensor:
@@ -200,19 +117,19 @@ def _choose(first: Tensor, a: Tensor, b: Tensor, plates: int) -> Tensor:
 
 def _climb(
     evaluator: Evaluator,
-    family: _Family,
-    start: dict[_Key, Tensor],
+    family: Family,
+    start: dict[tuple[str, str], Tensor],
     steps: int,
     draws: int,
     learning_rate: float,
-) -> dict[_Key, Tensor]:
+) -> dict[tuple[str, str], Tensor]:
     """Maximize each datum's ELBO over its own parameters; Adam is elementwise, so data do not interact."""
     free = {k: v.clone().requires_grad_() for k, v in start.items()}
     optimizer = torch.optim.Adam(free.values(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
         for _ in range(steps):
-            loss = -family.log_weight(free, draws).mean(0).sum()
+            loss = -_log_weight(evaluator, family, free, draws).mean(0).sum()
             gradients = torch.autograd.grad(loss, list(free.values()))
             for parameter, gradient in zip(free.values(), gradients, strict=True):
                 parameter.grad = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -224,8 +141,8 @@ def _climb(
 @torch.no_grad()
 def _elbo(
     evaluator: Evaluator,
-    family: _Family,
-    free: dict[_Key, Tensor],
+    family: Family,
+    free: dict[tuple[str, str], Tensor],
     particles: int,
     method: str = "elbo",
     cost: int | None = None,
@@ -233,7 +150,7 @@ def _elbo(
 ) -> Bound:
     step = max(1, min(particles, evaluator.cells // evaluator.size))
     counts = [min(step, particles - done) for done in range(0, particles, step)]
-    log_w = torch.cat([family.log_weight(free, count) for count in counts]).double()
+    log_w = torch.cat([_log_weight(evaluator, family, free, count) for count in counts]).double()
     return Bound(
         method,
         log_w.mean(0),
