@@ -11,6 +11,7 @@ column trains the same model with the same shapes in float32, on as many cores a
     torch.compile        the same, its loss under torch.compile
     SVI, two drop-ins    pyro.infer.SVI with FusedOptim and CompiledELBO
     CompiledStep         the whole step as one graph
+    ... C++ wrapper      the same with options={"cpp_wrapper": True}
     numpyro update       NumPyro's jitted SVI.update, called from Python
     numpyro fori_loop    the same inside lax.fori_loop (the host sees one call for many steps)
 
@@ -281,13 +282,13 @@ def svi_row(case, row, optimizer, wrap):
     return lambda: svi.step(*case.data), getattr(loss, "counters", None)
 
 
-def step_row(case, row):
+def step_row(case, row, options=None):
     model, guide, loss = case.pyro(row)
     loss.loss_and_grads(model, guide, *case.data)
     with pyro.poutine.trace(param_only=True) as found:
         loss.loss(model, guide, *case.data)
     parameters = {name: site["value"].unconstrained() for name, site in found.trace.nodes.items()}
-    step = CompiledStep(loss, model, guide, parameters, lr=RATE)
+    step = CompiledStep(loss, model, guide, parameters, lr=RATE, options=options)
     return lambda: step(*case.data), step.counters
 
 
@@ -339,6 +340,7 @@ def rows(case, wanted):
         "torch.compile": lambda: torch_row(case, "compile", True),
         "SVI, two drop-ins": lambda: svi_row(case, "drop", FusedOptim(torch.optim.Adam, plain), CompiledELBO),
         "CompiledStep": lambda: step_row(case, "step"),
+        "... C++ wrapper": lambda: step_row(case, "wrapped", {"cpp_wrapper": True}),
     }
     for name, make in made.items():
         if wanted(name):

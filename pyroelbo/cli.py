@@ -139,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--temperatures", type=int, default=1000, help="of --reference ais")
     judge.add_argument(
+        "--budget",
+        type=_budget,
+        default=None,
+        help="a time (90s, 1min, 2h) or a number of evaluations, which then chooses particles, temperatures and, "
+        "where none is named, the reference",
+    )
+    judge.add_argument(
         "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
     )
     judge.add_argument("--seed", type=int, default=0)
@@ -164,6 +171,10 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
     )
+
+
+def _budget(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -274,6 +285,7 @@ def _audit(options: argparse.Namespace) -> int:
         particles=options.particles,
         references=options.reference,
         temperatures=options.temperatures,
+        budget=options.budget,
     )
     print(f"{config['model']} of {options.path}, {config['data']} {options.split} split, seed {options.seed}")
     print(result)

@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from pyroelbo import data as batches
 from pyroelbo.data import Batch
 
-__all__ = ["PLATE", "ExactPair", "Pair", "within_datum"]
+__all__ = ["PLATE", "Chain", "ExactPair", "Pair", "within_datum"]
 
 PLATE = "data"
 _counts: Counter[str] = Counter()
@@ -58,6 +59,22 @@ class within_datum(Messenger):
         msg["scale"] = msg["scale"] * self.scale
         # Not in msg["infer"]: replay replaces the model's by the guide's.
         msg["within_datum"] = msg.get("within_datum", 1.0) * self.scale
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A latent path step by step, p(y, z) = Π_t p(z_t | z_{t-1}) p(y_t | z_t): what a particle filter walks along.
+
+    ``prior(t, past)`` and ``guide(t, past)`` give the distributions of z_t, t = 0 … ``length`` - 1, after
+    ``past`` = z_{t-1} [K, B, *event] (None at t = 0), of batch shapes that expand to [K, B]; ``emission(t, z)``
+    is ln p(y_t | z_t), [K, B]. ``lengths [B]`` ends data earlier: what the three say beyond it does not count.
+    """
+
+    length: int
+    prior: Callable[[int, Tensor | None], Any]
+    guide: Callable[[int, Tensor | None], Any]
+    emission: Callable[[int, Tensor], Tensor]
+    lengths: Tensor | None = None
 
 
 class Program(nn.Module):
@@ -181,6 +198,11 @@ class Pair(PyroModule):
             parts = sorted({k.split(".")[0] for k, _ in self.named_parameters()})
             raise ValueError(f"{type(self).__name__} has no part {name!r} with parameters: it has {parts}")
         return found
+
+    def chain(self, *batch: Any, **named: Any) -> Chain | None:
+        """The latent path step by step, for pairs that draw it at one site; None where every latent has a site of
+        its own, whose order in the programs is the chain."""
+        return None
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         """A batch of n data of the right shape whose observed values do not matter (abstract: pairs that

@@ -14,10 +14,7 @@ from torch import Tensor
 __all__ = [
     "Audit",
     "Bound",
-    "Calibration",
     "Decomposition",
-    "Diagnostics",
-    "Estimate",
     "Gap",
     "Run",
     "Sandwich",
@@ -28,7 +25,9 @@ KINDS = ("lower", "upper", "exact", "estimate")
 SCOPES = ("datum", "joint")
 
 
-class _Json:
+class Json:
+    """A record that writes itself (abstract)."""
+
     def to_dict(self) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -186,7 +185,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Decomposition(_Json):
+class Decomposition(Json):
     """A guide's gap split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
     ``amortized``).
 
@@ -219,6 +218,11 @@ class Decomposition(_Json):
         """What the importance-weighted bound still loses."""
         return Gap.between(self.reference, self.estimator)
 
+    def as_audit(self) -> Audit:
+        """The four bounds side by side, gaps taken from the reference."""
+        rows = (self.reference, self.local, self.amortized, self.estimator)
+        return Audit(self.name, rows, self.reference.method)
+
     @property
     def labels(self) -> dict[str, str]:
         """Which way each part errs in expectation.
@@ -237,7 +241,7 @@ class Decomposition(_Json):
         for part, label in self.labels.items():
             row = getattr(self, part)
             lines.append(
-                f"{part:<14} {row.mean:9.4f} ± {_short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
+                f"{part:<14} {row.mean:9.4f} ± {short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
             )
         notes = [n for b in (self.reference, self.local, self.estimator) for n in b.notes]
         return "\n".join([*lines, *(f"note: {n}" for n in notes)])
@@ -249,7 +253,7 @@ class Decomposition(_Json):
 
 
 @dataclass(frozen=True)
-class Sandwich(_Json):
+class Sandwich(Json):
     """A lower and an upper bound on ln p(y) of data simulated from the model: between them lies what cannot
     be told.
 
@@ -274,12 +278,19 @@ class Sandwich(_Json):
         """Standard error of the mean gap across the data; NaN for one datum."""
         return float(self.gap.std() / math.sqrt(len(self.gap))) if len(self.gap) > 1 else math.nan
 
+    def as_audit(self) -> Audit:
+        """The two bounds side by side; neither is a reference."""
+        note = (
+            f"simulated data; upper - lower = {self.mean_gap:.4f} ± {short(self.mean_gap_error)} across data"
+        )
+        return Audit(self.name, (self.lower, self.upper), None, (note,))
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {len(self.gap)} simulated data, nats per datum"]
         for bound in (self.upper, self.lower):
             lines.append(f"{bound.kind}  {bound.mean:.4f}  ({bound.method}, {bound.cost:,} evaluations)")
         lines.append(
-            f"gap    {self.mean_gap:.4f} ± {_short(self.mean_gap_error)} (standard error across data)"
+            f"gap    {self.mean_gap:.4f} ± {short(self.mean_gap_error)} (standard error across data)"
         )
         return "\n".join([*lines, *(f"note: {n}" for b in (self.lower, self.upper) for n in b.notes)])
 
@@ -295,140 +306,7 @@ class Sandwich(_Json):
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Numbers with their Monte Carlo standard errors, of one shape; NaN where one draw cannot tell."""
-
-    value: Tensor
-    stderr: Tensor
-
-    def __float__(self) -> float:
-        return float(self.value)
-
-    def __str__(self) -> str:
-        pairs = zip(self.value.reshape(-1).tolist(), self.stderr.reshape(-1).tolist(), strict=True)
-        return ", ".join(f"{value:.4f} ± {_short(error)}" for value, error in pairs)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"value": self.value.tolist(), "stderr": self.stderr.tolist()}
-
-
-@dataclass(frozen=True)
-class Diagnostics(_Json):
-    """How a pair uses its latents: the ELBO taken apart at the aggregated posterior q(z) = (1/N) Σ_n q(z | y_n).
-
-    ``elbo`` = ``reconstruction`` - ``cross_entropy`` + ``entropy`` and ``kl`` = ``information`` +
-    ``marginal_kl``, in nats. ``information`` is the index-code mutual information, at most ln N. ``holes`` is
-    the prior mass where ln p(z) - ln q(z) > 3. ``activity`` [D] is the variance over the data of each
-    coordinate's posterior mean; where the coordinates are independent under prior and guide,
-    ``unit_information`` [D] and ``unit_kl`` [D] are ``information`` and ``marginal_kl`` of each alone and
-    ``marginal_kl`` = ``total_correlation`` + Σ ``unit_kl``. ``prior_draws`` [M, D] with ``prior_excess`` [M] =
-    ln p(z) - ln q(z) show where the holes are, ``guide_draws`` [M, D] where the codes are.
-    """
-
-    name: str
-    sites: tuple[str, ...]
-    num_data: int
-    draws: int
-    elbo: Estimate
-    reconstruction: Estimate
-    cross_entropy: Estimate
-    entropy: Estimate
-    kl: Estimate
-    information: Estimate
-    marginal_kl: Estimate
-    holes: Estimate
-    activity: Estimate
-    unit_information: Estimate | None
-    unit_kl: Estimate | None
-    total_correlation: Estimate | None
-    prior_draws: Tensor
-    prior_excess: Tensor
-    guide_draws: Tensor
-    notes: tuple[str, ...] = ()
-
-    @property
-    def active_units(self) -> int:
-        """How many coordinates have an ``activity`` above 0.01 (Burda, Grosse and Salakhutdinov 2016,
-        section 5)."""
-        return int((self.activity.value > 0.01).sum())
-
-    def __str__(self) -> str:
-        rows = [
-            ("ELBO", self.elbo, "= reconstruction - cross-entropy + entropy"),
-            ("reconstruction", self.reconstruction, "E ln p(y | z)"),
-            ("cross-entropy", self.cross_entropy, "-E ln p(z), z from q(z)"),
-            ("entropy", self.entropy, "mean entropy of q(z | y)"),
-            ("KL", self.kl, "mean KL(q(z | y), p(z)) = information + marginal KL"),
-            (
-                "information",
-                self.information,
-                f"of index and code, at most ln N = {math.log(self.num_data):.4f}",
-            ),
-            ("marginal KL", self.marginal_kl, "KL(q(z), p(z))"),
-            ("holes", self.holes, "prior mass where ln p(z) - ln q(z) > 3"),
-        ]
-        if self.total_correlation is not None:
-            rows.insert(7, ("  of which TC", self.total_correlation, "KL(q(z), Π q(z_d))"))
-        lines = [f"{self.name}, {', '.join(self.sites)}: {self.num_data} data, {self.draws} draws each, nats"]
-        lines += [f"{label:<15} {value!s:<22} {what}" for label, value, what in rows]
-        if self.activity.value.numel():
-            lines.append(f"active units    {self.active_units} of {self.activity.value.numel()}")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
-
-    def to_dict(self) -> dict[str, Any]:
-        plain = {k: v for k, v in vars(self).items() if not isinstance(v, (Estimate, Tensor))}
-        found = {k: v.to_dict() for k, v in vars(self).items() if isinstance(v, Estimate)}
-        return {**plain, "unit": "nats", "active_units": self.active_units, **found}
-
-
-@dataclass(frozen=True)
-class Calibration(_Json):
-    """Simulation-based calibration: ``ranks`` [N, Q] of N simulated values of Q quantities among ``draws``
-    draws of the guide.
-
-    With a guide that is the exact posterior, every column is uniform on 0 … ``draws``. ``p_values`` [Q] are
-    the chi-square test's on the histograms ``counts`` [Q, bins].
-    """
-
-    name: str
-    quantities: tuple[str, ...]
-    draws: int
-    ranks: Tensor
-    counts: Tensor
-    p_values: Tensor
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_data(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def p_value(self) -> float:
-        """That of the worst quantity times their number (Bonferroni), at most 1."""
-        return min(1.0, float(self.p_values.min()) * len(self.quantities))
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}: ranks of {self.num_data} simulations among {self.draws} draws of the guide"]
-        width = max(map(len, self.quantities))
-        for i, name in enumerate(self.quantities):
-            mean = float(self.ranks[:, i].double().mean()) / self.draws
-            lines.append(f"{name:<{width}}  mean rank {mean:.3f}  p = {float(self.p_values[i]):.2g}")
-        lines.append(f"all: p = {self.p_value:.2g} (Bonferroni)")
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
-
-    def to_dict(self) -> dict[str, Any]:
-        plain = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
-        return {
-            **plain,
-            "p_value": self.p_value,
-            "p_values": self.p_values.tolist(),
-            "counts": self.counts.tolist(),
-            "ranks": self.ranks.tolist(),
-        }
-
-
-@dataclass(frozen=True)
-class Audit(_Json):
+class Audit(Json):
     """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
 
     ``print(audit)`` is a table; ``reference`` is the method the gaps are taken from, ``None`` where nothing
@@ -469,9 +347,9 @@ class Audit(_Json):
                     b.method,
                     b.kind if b.scope == "datum" else f"{b.kind}, joint",
                     f"{b.mean:.4f}",
-                    _short(b.mean_error),
+                    short(b.mean_error),
                     "" if gap is None else f"{gap.mean:.4f}",
-                    "" if gap is None else _short(gap.mean_error),
+                    "" if gap is None else short(gap.mean_error),
                     "" if b.ess is None else f"{float(b.ess.double().mean()):.1f}/{b.draws}",
                     "" if b.k_hat is None else f"{float(b.k_hat.double().nanmedian()):.2f}",
                     f"{b.cost:,}",
@@ -485,7 +363,13 @@ class Audit(_Json):
             for r in rows
         ]
         rule = "-" * max(map(len, lines))
-        title = f"{self.name}: {self.num_data} data, nats per datum (means over the data)"
+        joint = all(b.scope == "joint" for b in self.bounds)
+        what = (
+            "one joint value, nats"
+            if joint
+            else f"{self.num_data} data, nats per datum (means over the data)"
+        )
+        title = f"{self.name}: {what}"
         tail = [f"note: {n}" for n in self.notes]
         tail += [f"note: {b.method}: {n}" for b in self.bounds for n in b.notes]
         if self.reference is not None:
@@ -508,7 +392,7 @@ class Audit(_Json):
         return cls(row["name"], bounds, row["reference"], tuple(row["notes"]))
 
 
-def _short(error: float) -> str:
+def short(error: float) -> str:
     return (
         "?"
         if math.isnan(error)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroelbo.findings import Calibration, Diagnostics
 from pyroelbo.numerics import bits_per_dim
-from pyroelbo.records import Audit, Calibration, Diagnostics, Run
+from pyroelbo.records import Audit, Bound, Decomposition, Run, Sandwich, Terms
 
 __all__ = [
     "bits_table",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _COLOURS = {"exact": "black", "estimate": "black", "lower": "tab:blue", "upper": "tab:red"}
+_MARKERS = {"exact": "o", "estimate": "o", "lower": "^", "upper": "v"}
 _SHADES = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
@@ -43,55 +45,72 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
-def plot(audit: Audit, path: str | Path) -> Path:
-    """Bounds against the reference: each datum's gap with its error at left, the means at right. Returns the
-    path.
+def plot(
+    result: Audit | Decomposition | Sandwich, path: str | Path, decomposition: Decomposition | None = None
+) -> Path:
+    """Lower bounds, exact values and upper bounds on one axis: each datum at left, the means at right. Returns
+    the path.
 
-    Without a reference the left panel shows the values themselves, sorted by the first row.
+    Triangles point to where ln p(y) is: up from a lower bound, down from an upper one. With a reference the left
+    panel shows value - reference; a joint audit has no left panel. A Decomposition, given by itself or beside an
+    audit, adds the parts of the gap.
     """
-    figure, (left, right) = _figure(10.5, 4.2, 2)
+    audit = result if isinstance(result, Audit) else result.as_audit()
+    parts = result if isinstance(result, Decomposition) else decomposition
+    rows = [b for b in audit.bounds if b.scope == "datum"]
+    columns = bool(rows) + 1 + (parts is not None)
+    figure, axes = _figure(5.2 * columns, 4.2, columns)
+    panels = list(np.atleast_1d(axes))
+    if rows:
+        _each_datum(panels.pop(0), audit, rows)
+    _means(panels.pop(0), audit)
+    if parts is not None:
+        _parts(panels.pop(0), parts)
+    return _save(figure, path)
+
+
+def _each_datum(axis: Any, audit: Audit, rows: list[Bound]) -> None:
     anchor = None if audit.reference is None else audit[audit.reference]
-    base = (anchor or audit.bounds[0]).value.double()
-    order = base.argsort()
-    x = np.arange(len(order))
-    shade = 0
-    for bound in audit.bounds:
-        if bound.value.dim() == 0:
-            continue
+    base = (anchor or rows[0]).value.double()
+    order = base.argsort().cpu()
+    x, shade = np.arange(len(order)), 0
+    for bound in rows:
         if anchor is not None and bound.method == anchor.method:
-            left.axhline(0.0, color="black", lw=1, label=f"{bound.method} ({bound.kind})")
+            axis.axhline(0.0, color="black", lw=1, label=f"{bound.method} ({bound.kind})")
             continue
-        value = bound.value.double() if anchor is None else bound.value.double() - base
-        colour = _SHADES[shade % len(_SHADES)]
-        shade += 1
-        left.errorbar(
+        value = bound.value.double() - (0.0 if anchor is None else base)
+        axis.errorbar(
             x,
-            value[order].cpu(),
-            yerr=_bars(bound.error)[order].cpu(),
-            fmt=".",
-            ms=4,
+            value.cpu()[order],
+            yerr=_bars(bound.error).cpu()[order],
+            fmt=_MARKERS[bound.kind],
+            ms=3.5,
             lw=0.6,
             alpha=0.7,
-            color=colour,
+            color=_SHADES[shade % len(_SHADES)],
             label=f"{bound.method} ({bound.kind})",
         )
-    left.set_xlabel("datum, from least to most likely")
-    left.set_ylabel("nats" if anchor is None else f"value - {anchor.method}, nats")
-    left.legend(fontsize=8)
-    left.set_title("each datum")
+        shade += 1
+    axis.set_xlabel("datum, from least to most likely")
+    axis.set_ylabel("nats" if anchor is None else f"value - {anchor.method}, nats")
+    axis.legend(fontsize=8)
+    axis.set_title("each datum")
+
+
+def _means(axis: Any, audit: Audit) -> None:
     rows = sorted(audit.bounds, key=lambda b: b.mean)
-    shade = 0
     for i, bound in enumerate(rows):
         error = bound.mean_error
-        right.errorbar(
+        axis.errorbar(
             bound.mean,
             i,
             xerr=0 if math.isnan(error) else 2 * error,
-            fmt="o",
+            fmt=_MARKERS[bound.kind],
+            ms=7,
             capsize=3,
             color=_COLOURS[bound.kind],
         )
-        right.annotate(
+        axis.annotate(
             f"{bound.mean:.2f}",
             (bound.mean, i),
             textcoords="offset points",
@@ -99,12 +118,44 @@ def plot(audit: Audit, path: str | Path) -> Path:
             ha="center",
             fontsize=8,
         )
-    right.set_yticks(range(len(rows)), [b.method for b in rows])
-    right.set_ylim(-0.6, len(rows) - 0.4)
-    right.margins(x=0.15)
-    right.set_xlabel("mean ln p(y), nats (bars: two standard errors)")
-    right.set_title(f"{audit.name}, {audit.num_data} data")
-    return _save(figure, path)
+        if bound.kind == "exact":
+            axis.axvline(bound.mean, color="black", lw=0.8, zorder=0)
+    axis.set_yticks(range(len(rows)), [f"{b.method}\n{b.kind}" for b in rows], fontsize=8)
+    axis.set_ylim(-0.6, len(rows) - 0.3)
+    axis.margins(x=0.15)
+    joint = all(b.scope == "joint" for b in rows)
+    axis.set_xlabel(f"{'joint' if joint else 'mean'} ln p(y), nats (bars: two standard errors)")
+    axis.set_title(audit.name if joint else f"{audit.name}, {audit.num_data} data")
+
+
+def _parts(axis: Any, parts: Decomposition) -> None:
+    labels = {"upper": "at most", "lower": "at least", "unbiased": "", "estimate": "about"}
+    start = 0.0
+    for i, name in enumerate(("approximation", "amortization", "total", "estimation")):
+        gap = getattr(parts, name)
+        left = start if name == "amortization" else 0.0
+        error = 0 if math.isnan(gap.mean_error) else 2 * gap.mean_error
+        axis.barh(-i, gap.mean, left=left, xerr=error, color=_SHADES[i], alpha=0.8, capsize=3)
+        text = f"{labels[parts.labels[name]]} {gap.mean:.3f}".strip()
+        axis.annotate(
+            text,
+            (left + gap.mean + error, -i),
+            textcoords="offset points",
+            xytext=(5, 0),
+            va="center",
+            fontsize=8,
+        )
+        start = gap.mean if name == "approximation" else start
+    names = [
+        "the family\n(approximation)",
+        "the encoder\n(amortization)",
+        "ELBO, total",
+        parts.estimator.method,
+    ]
+    axis.set_yticks([0, -1, -2, -3], names, fontsize=8)
+    axis.margins(x=0.25)
+    axis.set_xlabel(f"gap to {parts.reference.method}, nats per datum")
+    axis.set_title("who is to blame")
 
 
 def _bars(error: Tensor) -> Tensor:
@@ -226,7 +277,7 @@ def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) 
         edges = (np.arange(bins) + 0.5) / bins
         axis.axhspan(max(0.0, expected - width), expected + width, color="0.85", lw=0)
         axis.axhline(expected, color="black", lw=0.8)
-        axis.bar(edges, calibration.counts[i].cpu(), width=0.9 / bins, color="tab:blue", alpha=0.8)
+        axis.bar(edges, calibration.counts[i].tolist(), width=0.9 / bins, color="tab:blue", alpha=0.8)
         axis.set_title(f"{calibration.quantities[i]}: p = {float(calibration.p_values[i]):.2g}", fontsize=9)
         axis.set_xlim(0, 1)
         axis.set_xlabel(f"rank / {calibration.draws}")
@@ -242,44 +293,71 @@ def bits_table(audit: Audit, dims: int) -> str:
     return "\n".join(lines)
 
 
-def to_arviz(audit: Audit) -> Any:
-    """The audit as arviz data: group ``log_likelihood`` (the reference's values, or the best lower bound's)
-    and ``bounds``.
+def to_arviz(result: Audit | Decomposition | Sandwich, terms: Terms | None = None) -> Any:
+    """A result as arviz data: an ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
 
-    ``bounds`` has for every row its ``value`` and ``error`` per datum, [estimator, datum], with kind, draws
-    and cost as coordinates. An ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
+    Group ``bounds`` has for every row its ``value`` and ``error``, [estimator, datum] (joint ones [estimator]),
+    with kind, draws and cost as coordinates. ``terms``, the guide's draws of :func:`pyroelbo.evidence.draws` on
+    the same data, add ``posterior`` (the latents drawn), ``sample_stats`` with ``log_p`` = ln p(y, z) and
+    ``log_q`` = ln q(z | y), and ``log_likelihood`` = ln p(y | z) by observed site, [chain, draw, datum]. No
+    bound is exported as a likelihood.
     """
     from importlib.metadata import version
 
     import xarray
 
-    rows = [b for b in audit.bounds if b.scope == "datum"]
-    if not rows:
-        raise ValueError("this audit has joint bounds only: there are no per-datum values to export")
-    names = [b.method for b in rows]
-    table = xarray.Dataset(
-        {
-            "value": (("estimator", "datum"), torch.stack([b.value.double() for b in rows]).cpu().numpy()),
-            "error": (("estimator", "datum"), torch.stack([b.error.double() for b in rows]).cpu().numpy()),
-        },
-        coords={
-            "estimator": names,
-            "datum": np.arange(audit.num_data),
-            "kind": ("estimator", [b.kind for b in rows]),
-            "draws": ("estimator", [b.draws for b in rows]),
-            "cost": ("estimator", [b.cost for b in rows]),
-        },
-        attrs={"unit": "nats", "reference": audit.reference or "none", "name": audit.name},
-    )
-    best = audit.reference or max(rows, key=lambda b: b.mean).method
-    likelihood = xarray.Dataset(
-        {"y": (("chain", "draw", "datum"), audit[best].value.double().cpu().numpy()[None, None])},
-        coords={"chain": [0], "draw": [0], "datum": np.arange(audit.num_data)},
-        attrs={"method": best, "kind": audit[best].kind},
-    )
-    groups = {"log_likelihood": likelihood, "bounds": table}
+    audit = result if isinstance(result, Audit) else result.as_audit()
+    joint = all(b.scope == "joint" for b in audit.bounds)
+    rows = [b for b in audit.bounds if joint or b.scope == "datum"]
+    dims = ("estimator",) if joint else ("estimator", "datum")
+    coordinates = {
+        "estimator": [b.method for b in rows],
+        "kind": ("estimator", [b.kind for b in rows]),
+        "draws": ("estimator", [b.draws for b in rows]),
+        "cost": ("estimator", [b.cost for b in rows]),
+    }
+    data = {} if joint else {"datum": np.arange(audit.num_data)}
+    groups = {
+        "bounds": xarray.Dataset(
+            {name: (dims, np.stack([_array(getattr(b, name)) for b in rows])) for name in ("value", "error")},
+            coords={**coordinates, **data},
+            attrs={"unit": "nats", "reference": audit.reference or "none", "name": audit.name},
+        )
+    }
+    if terms is not None:
+        size = terms.log_weight.shape[1]
+        if not joint and size != audit.num_data:
+            raise ValueError(f"terms are of {size} data, the audit of {audit.num_data}")
+        groups |= _draws(terms)
     if int(version("arviz").split(".")[0]) < 1:
         from arviz import InferenceData
 
         return InferenceData(**groups)
     return xarray.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def _draws(terms: Terms) -> dict[str, Any]:
+    import xarray
+
+    draws, size = terms.log_weight.shape
+    plain = {"chain": [0], "draw": np.arange(draws), "datum": np.arange(size)}
+
+    def table(values: dict[str, Tensor]) -> Any:
+        found = {k: (("chain", "draw", "datum"), _array(v)[None]) for k, v in values.items()}
+        return xarray.Dataset(found, coords=plain, attrs={"unit": "nats", "draws_of": "guide"})
+
+    latents = {}
+    for name, value in terms.latents.items():
+        inner = tuple(f"{name}_dim_{i}" for i in range(value.dim() - 1))
+        latents[name] = (("chain", "draw", *inner), _array(value)[None])
+    return {
+        "posterior": xarray.Dataset(
+            latents, coords={"chain": [0], "draw": np.arange(draws)}, attrs={"draws_of": "guide"}
+        ),
+        "sample_stats": table({"log_p": terms.log_joint, "log_q": terms.log_proposal}),
+        "log_likelihood": table({k: v for k, v in terms.log_model.items() if k in terms.observed}),
+    }

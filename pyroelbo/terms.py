@@ -34,14 +34,29 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True)
 class LatentSite:
-    """A latent site as the model declares it: event shape, plate shape left of the data plate, and
-    support."""
+    """A latent site as the model declares it: event shape, plate shape left of the data plate, and support.
+
+    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
+    parse) constrain one another.
+    """
 
     name: str
     event_shape: torch.Size
     plate_shape: tuple[int, ...]
     support: Any
     has_enumerate_support: bool
+    free: bool
+
+    @classmethod
+    def of(cls, name: str, fn: Any, plates: tuple[int, ...]) -> LatentSite:
+        return cls(
+            name,
+            torch.Size(fn.event_shape),
+            plates,
+            fn.support,
+            bool(getattr(fn, "has_enumerate_support", False)),
+            bool(getattr(_base(fn), "free_labels", True)),
+        )
 
     @property
     def event_dim(self) -> int:
@@ -53,7 +68,7 @@ class LatentSite:
         return math.prod(self.event_shape) * math.prod(self.plate_shape)
 
 
-class _LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """Counts the elements of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
@@ -66,6 +81,12 @@ class _LargestTensor(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self.numel = max(self.numel, tensor.numel())
         return out
+
+
+class View:
+    """A pair that brings an evaluator of another kind (abstract)."""
+
+    evaluator: type[Evaluator]
 
 
 class Evaluator:
@@ -81,6 +102,9 @@ class Evaluator:
     the other lacks, a data plate whose size is not the batch's, batch dimensions that no plate declares,
     relaxed guides of discrete latents.
     """
+
+    def __new__(cls, pair: Pair | View, *_: Any, **__: Any) -> Evaluator:
+        return object.__new__(pair.evaluator if isinstance(pair, View) else cls)
 
     def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True) -> None:
         self.pair = pair
@@ -101,7 +125,7 @@ class Evaluator:
 
     def draw(self, particles: int, rows: slice | None = None) -> Terms:
         """Terms of ``particles`` draws from the guide for each datum (of ``rows``), in one pass."""
-        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        batch = self._take(rows)
         with self._quiet():
             return self._draw(batch, particles, self.strategy)
 
@@ -111,7 +135,7 @@ class Evaluator:
         Latents that ``poutine.mask`` leaves out keep their prior here: it integrates to one, so that the
         integral over all latents is p(y); the terms of :meth:`draw` leave them out of model and guide alike.
         """
-        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        batch = self._take(rows)
         particles = len(next(iter(latents.values())))
         if self.strategy == "loop" and particles > 1:
             return torch.cat(
@@ -125,7 +149,7 @@ class Evaluator:
     def terms(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Terms:
         """Terms of given latents {site: [K, *plates, B, *event]} under model and guide, differentiable in
         them."""
-        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        batch = self._take(rows)
         particles = len(next(iter(latents.values())))
         if self.strategy == "loop" and particles > 1:
             alone = [
@@ -138,7 +162,7 @@ class Evaluator:
     def score_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
         """ln q(z | y) of given latents {site: [K, *plates, B, *event]}, all of the guide's or its first ones,
         under each datum's guide, [K, B]. The model is not run."""
-        batch = self.batch if rows is None else batches.rows(self.batch, rows)
+        batch = self._take(rows)
         particles = len(next(iter(latents.values())))
         if self.strategy == "loop" and particles > 1:
             return torch.cat(
@@ -184,7 +208,7 @@ class Evaluator:
         rows = slice(0, 3) if self.sliceable else None
         with torch.no_grad():
             latents = self.draw(16, rows).latents
-            with _LargestTensor() as counter:
+            with LargestTensor() as counter:
                 self.score_guide(latents, rows)
         return max(1, int(self.cells * self._elements * 16 * min(3, self.size) / counter.numel))
 
@@ -217,6 +241,9 @@ class Evaluator:
 
     # ------------------------------------------------------------------------------------------ inside
 
+    def _take(self, rows: slice | Tensor | None) -> Batch:
+        return self.batch if rows is None else batches.rows(self.batch, rows)
+
     def _device(self) -> torch.device:
         return next(iter(batches.parts(self.batch).values())).device
 
@@ -226,11 +253,11 @@ class Evaluator:
     def _learn(self, few: Batch) -> None:
         """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
         guide, model = self._plain_traces(few)
-        _check_sites(guide, model, self.with_guide)
+        check_sites(guide, model, self.with_guide)
         self.latents: dict[str, LatentSite] = {}
         depth, frames = 1, []
         for program, trace in (("guide", guide), ("model", model)):
-            for name, site in _sites(trace):
+            for name, site in sample_sites(trace):
                 frame = _data_frame(site, program)
                 if frame.size != batches.size(few):
                     raise ValueError(
@@ -242,20 +269,18 @@ class Evaluator:
                 depth = max([depth, *(-f.dim for f in site["cond_indep_stack"] if f.dim is not None)])
                 scaled = _check_scale(site, program)
                 self.scaled_site = self.scaled_site or (name if scaled else None)
-        self.observed = frozenset(k for k, s in _sites(model) if s["is_observed"])
+        self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
         if set(frames) != {-1}:
             raise ValueError(f"the plate {PLATE!r} must stand at dim=-1, got dim {sorted(set(frames))}")
         self.depth = depth
-        self._guide_sites = frozenset(k for k, _ in _sites(guide))
-        for name, site in _sites(model):
+        self._guide_sites = frozenset(k for k, _ in sample_sites(guide))
+        for name, site in sample_sites(model):
             if name not in self.observed:
                 fn = site["fn"]
                 plates = tuple(fn.batch_shape[:-1])
                 while plates and plates[0] == 1:
                     plates = plates[1:]
-                enumerable = bool(getattr(fn, "has_enumerate_support", False))
-                support = None if enumerable else fn.support
-                self.latents[name] = LatentSite(name, torch.Size(fn.event_shape), plates, support, enumerable)
+                self.latents[name] = LatentSite.of(name, fn, plates)
         self.strategy, self._elements = self._choose(few)
 
     def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
@@ -273,7 +298,7 @@ class Evaluator:
         n = batches.size(probe)
         for strategy in ("plate", "repeat"):
             try:
-                with _LargestTensor() as counter:
+                with LargestTensor() as counter:
                     terms = self._draw(probe, 2, strategy)
                 alone = [
                     self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()})
@@ -292,7 +317,7 @@ class Evaluator:
                 for part in ("log_joint", "log_proposal")
             ):
                 return strategy, counter.numel / (2 * n)
-        with _LargestTensor() as counter:
+        with LargestTensor() as counter:
             self._draw(probe, 1, "loop")
         return "loop", counter.numel / n
 
@@ -337,22 +362,14 @@ class Evaluator:
         """Log probability of each site, unscaled but masked, summed to [K, B]."""
         n = batches.size(batch)
         terms = {}
-        for name, site in _sites(trace):
+        for name, site in sample_sites(trace):
             frame = _data_frame(site, program)
             expected = n * particles if strategy == "repeat" else n
             if frame.size != expected:
                 raise ValueError(
                     f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
                 )
-            if site["is_observed"] and name in self.observed:
-                check_observation(site, batch)
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            if program == "model" and name in self.latents:
-                log_prob = _zero_outside(site, log_prob)
-            scale = site.get("within_datum", 1.0) * _inner_plates(site)
-            log_prob = log_prob if _is_one(scale) else log_prob * scale
-            if mask_latents or name not in self.latents:
-                log_prob = _mask(log_prob, site["mask"])
+            log_prob = self._log_prob(name, site, batch, program, mask_latents)
             shape = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
             full = [shape.get(d, 1) for d in range(min([*shape, -log_prob.dim(), -1]), 0)]
             for axis, (have, declared) in enumerate(zip(log_prob.shape[::-1], full[::-1], strict=False)):
@@ -370,6 +387,17 @@ class Evaluator:
             else:
                 terms[name] = log_prob.reshape(-1, expected).sum(0).reshape(-1, n)
         return terms
+
+    def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
+        """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
+        if site["is_observed"] and name in self.observed:
+            check_observation(site, batch)
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        if program == "model" and name in self.latents:
+            log_prob = _zero_outside(site, log_prob)
+        scale = site.get("within_datum", 1.0) * _inner_plates(site)
+        log_prob = log_prob if _is_one(scale) else log_prob * scale
+        return _mask(log_prob, site["mask"]) if mask_latents or name not in self.latents else log_prob
 
     def _fold(self, value: Tensor, site: LatentSite, batch: Batch, particles: int, strategy: str) -> Tensor:
         """A traced value as [K, *plates, B, *event]."""
@@ -409,7 +437,7 @@ class _Stack:
             manager.__exit__(*error)
 
 
-def _sites(trace: Any) -> Iterator[tuple[str, Any]]:
+def sample_sites(trace: Any) -> Iterator[tuple[str, Any]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
             yield name, site
@@ -443,7 +471,8 @@ def _data_frame(site: Any, program: str) -> Any:
     raise ValueError(
         f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound "
         "over the whole batch is "
-        f'possible for it, and this one is per datum. Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+        'possible for it, scope="joint", and this one is per datum. '
+        f'Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
     )
 
 
@@ -522,16 +551,16 @@ def _check_scale(site: Any, program: str) -> bool:
     return not _is_one(within)
 
 
-def _check_sites(guide: Any, model: Any, with_guide: bool) -> None:
-    latent = {k for k, s in _sites(model) if not s["is_observed"]}
-    drawn = {k: s for k, s in _sites(guide) if not s["is_observed"]}
-    if not any(s["is_observed"] for _, s in _sites(model)):
+def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
+    latent = {k for k, s in sample_sites(model) if not s["is_observed"]}
+    drawn = {k: s for k, s in sample_sites(guide) if not s["is_observed"]}
+    if not any(s["is_observed"] for _, s in sample_sites(model)):
         raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
     if not with_guide:
         return
     extra = sorted(k for k, s in drawn.items() if k not in latent and not s["infer"].get("is_auxiliary"))
     if extra:
-        where = "observed in" if extra[0] in {k for k, _ in _sites(model)} else "missing in"
+        where = "observed in" if extra[0] in {k for k, _ in sample_sites(model)} else "missing in"
         raise ValueError(
             f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}"
         )
@@ -542,6 +571,12 @@ def _check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
     for name in sorted(latent):
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
+        point = kind == "Delta" != own and not any(s["infer"].get("is_auxiliary") for s in drawn.values())
+        if point and not model.nodes[name]["fn"].support.is_discrete:
+            raise ValueError(
+                f"guide site {name!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a "
+                "point is no bound on ln p(y)"
+            )
         if (
             ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
         ) or "StraightThrough" in kind:

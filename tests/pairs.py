@@ -50,6 +50,49 @@ class Convolutional(Nonlinear):
             pyro.sample("y", dist.Normal(image.flatten(1), 0.5).to_event(1), obs=y)
 
 
+class Conjugate(ExactPair):
+    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
+
+    def __init__(self, counts=3):
+        super().__init__()
+        self.counts = counts
+        self.generator = nn.Module()
+        self.generator.register_parameter("exposure", nn.Parameter(torch.tensor(1.0)))
+        self.encoder = nn.Linear(1, 2)
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Gamma(torch.full((len(y),), 2.0), 0.5))
+            seen = (self.generator.exposure * z)[..., None].expand(*z.shape, self.counts)
+            pyro.sample("y", dist.Poisson(seen).to_event(1), obs=y)
+
+    def guide(self, y):
+        loc, log_scale = self.encoder((1 + y.sum(-1, keepdim=True)).log()).unbind(-1)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.LogNormal(loc, (log_scale - 1).exp()))
+
+    def posterior(self, y):
+        return dist.Gamma(2 + y.sum(-1), 0.5 + self.counts * self.generator.exposure)
+
+    def log_evidence(self, y):
+        one = torch.ones(len(y)).to(self.generator.exposure)
+        joint = dist.Gamma(2.0, 0.5).log_prob(one) + dist.Poisson(self.generator.exposure).log_prob(y).sum(-1)
+        return joint - self.posterior(y).log_prob(one)
+
+    def e_step(self, y, hard=False):
+        q, value = self.posterior(y), self.log_evidence(y)
+        z = q.mode if hard else q.mean
+        value = value + q.log_prob(z) if hard else value
+        return value, {"seen": y.sum().double(), "expected": self.counts * z.sum().double()}
+
+    @torch.no_grad()
+    def m_step(self, statistics):
+        self.generator.exposure.copy_(statistics["seen"] / statistics["expected"])
+
+    def placeholder(self, n):
+        return torch.zeros(n, self.counts)
+
+
 def binary(n, dims):
     return torch.bernoulli(torch.full((n, dims), 0.4))
 
@@ -103,6 +146,7 @@ TABLE = {
         lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
         lambda n: torch.randn(n, 5, 2),
     ),
+    "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),
 }

@@ -18,6 +18,8 @@ ARGUMENTS = {
     "hmm_letters": lambda tmp: (["--smoke"],),
     "chorales": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
+    "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),
+    "audit_a_pyro_model": lambda tmp: (["--smoke", "--out", str(tmp / "schools")],),
 }
 
 
@@ -38,7 +40,7 @@ def test_example(name, tmp_path, capsys):
     result = load(name).main(*ARGUMENTS[name](tmp_path))
     audits = result.values() if isinstance(result, dict) else [result]
     assert all(isinstance(a, Audit) for a in audits)
-    assert "nats per datum" in capsys.readouterr().out
+    assert re.search("nats per datum|one joint value, nats", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -62,3 +64,12 @@ def test_the_demos_bounds_are_ordered(tmp_path):
     elbo, iwae, quadrature = (result[m] for m in ("elbo", "iwae-64", "quadrature"))
     assert quadrature.mean >= iwae.mean - 4 * iwae.mean_error and iwae.mean >= elbo.mean
     assert quadrature.resolution.max() < 1e-3
+
+
+@pytest.mark.slow
+def test_the_audit_exposes_the_bad_guide(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    results = load("audit_a_pyro_model").main(["--out", str(tmp_path)])
+    gaps = {name: {g.method.split("-")[0]: g.mean for g in r.gaps} for name, r in results.items()}
+    assert gaps["a fifth as wide"]["elbo"] > 5 > 1 > gaps["AutoMultivariateNormal"]["elbo"] > 0
+    assert all(abs(g["ais"]) < 0.1 for g in gaps.values())

@@ -10,9 +10,9 @@ import pyroelbo
 ROOT = Path(pyroelbo.__file__).parent
 
 LAYERS = [
-    ["_version", "numerics", "records"],
+    ["_version", "numerics", "records", "findings"],
     ["semiring", "nn", "data", "runs", "coder"],
-    ["distributions", "pair", "terms", "enumeration"],
+    ["distributions", "pair", "terms", "joint", "enumeration"],
     ["priors", "objectives", "stepping", "compiled", "em", "unamortized"],
     ["models", "evidence"],
     ["train"],
@@ -23,7 +23,10 @@ LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 FORBIDDEN = [
     ({"objectives", "stepping", "em", "evidence", "train", "compiled"}, {"models"}),
     ({"models"}, {"objectives", "evidence", "train"}),
-    ({"report"}, {n for names in LAYERS for n in names} - {"numerics", "records", "_version", "report"}),
+    (
+        {"report"},
+        {n for names in LAYERS for n in names} - {"numerics", "records", "findings", "_version", "report"},
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import sys
 import traceback
@@ -128,19 +129,48 @@ def _masked_dot(x: Tensor, y: Tensor) -> Tensor:
     return x * y if x.dim() == 0 else torch.tensordot(x, y, dims=x.dim())
 
 
+def _tril_matrix_to_vec(mat: Tensor, diag: int = 0) -> Tensor:
+    row, column = torch.tril_indices(mat.shape[-1], mat.shape[-1], diag, device=mat.device)
+    return mat[..., row, column]
+
+
+def _vec_to_tril_matrix(vec: Tensor, diag: int = 0) -> Tensor:
+    n = next(n for n in itertools.count(max(1, -diag)) if _tril_size(n, diag) >= vec.shape[-1])
+    row, column = torch.tril_indices(n, n, diag, device=vec.device)
+    mat = vec.new_zeros(*vec.shape[:-1], n, n)
+    mat[..., row, column] = vec
+    return mat
+
+
+def _tril_size(n: int, diag: int) -> int:
+    return sum(max(0, min(n, i + 1 + diag)) for i in range(n))
+
+
 @contextmanager
 def _static_pyro() -> Iterator[None]:
+    """Pyro and torch without the steps that look at values: their results are compared with eager instead."""
     import pyro.infer.util
     import pyro.util
+    from torch.distributions import Distribution, transforms
 
-    dot, isnan = pyro.infer.util._fulldot, pyro.util.torch_isnan
-    pyro.infer.util._fulldot = _masked_dot
-    pyro.util.torch_isnan = lambda x: False  # warnings need values; the graph's result is looked at instead
+    patches: list[tuple[Any, str, Any]] = [
+        (pyro.infer.util, "_fulldot", _masked_dot),
+        (pyro.util, "torch_isnan", lambda x: False),
+        # A distribution made before the run keeps the validation of its own that was on then.
+        (Distribution, "_validate_sample", lambda self, value: None),
+        # Torch picks the triangle by a mask, which the sampler and density of LKJ need.
+        (transforms, "tril_matrix_to_vec", _tril_matrix_to_vec),
+        (transforms, "vec_to_tril_matrix", _vec_to_tril_matrix),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
     try:
         with pyro.validation_enabled(False):
             yield
     finally:
-        pyro.infer.util._fulldot, pyro.util.torch_isnan = dot, isnan
+        for (owner, name, _), value in zip(patches, before, strict=True):
+            setattr(owner, name, value)
 
 
 def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Any:
@@ -239,6 +269,7 @@ class Plan:
         self._mapped = [place for place in self._placed if not isinstance(place[0], _CELL)]
         self._shapes = [_layout(t) for t in state]
         self._pointers = [t.data_ptr() for t in state]
+        self._trained = [t.requires_grad for t in state]
 
     @staticmethod
     def _kind(t: Tensor, names: dict[int, str], environment: Environment) -> int:
@@ -266,7 +297,10 @@ class Plan:
         now += self._fixed
         try:
             pointers = [t.data_ptr() for t in now]
+            trained = [t.requires_grad for t in now]
         except (AttributeError, RuntimeError):  # not a tensor any more, or one without storage
+            return None
+        if trained != self._trained:  # frozen or thawed in place
             return None
         if pointers != self._pointers:
             if [_layout(t) for t in now] != self._shapes:
@@ -285,7 +319,7 @@ _CELL = type((lambda x: lambda: x)(0).__closure__[0])  # type: ignore[index]
 
 
 def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Plan:

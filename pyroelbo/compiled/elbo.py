@@ -70,6 +70,7 @@ class Graph:
         self.constrained = constrained
         self.checked = runner
         self.calls = 0
+        self.lost = False
         self.copies: tuple[int, ...] | None = None
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -164,7 +165,11 @@ class GraphCache:
         for graph in graphs:
             if graph.plan.environment.holds():
                 state = graph.plan.state()
+                if state is None and self.patient and not graph.lost:
+                    graph.lost = True  # as after pyro.clear_param_store(): eager makes the parameters anew
+                    return None
                 if state is not None:
+                    graph.lost = False
                     if graph.calls in _RECHECKS and not self._recheck(graph, key, data, args, kwargs):
                         return None
                     return graph, data, state
@@ -176,7 +181,7 @@ class GraphCache:
         kind, model, guide, _ = key
         total = sum(map(len, self.graphs.values()))
         pending = self._pending.get(key)
-        if self.patient and (pending is None or not pending.holds()):
+        if self.patient and (pending is None or not (pending.holds() or pending.forgive() is None)):
             self._misses[key] = self._misses.get(key, 0) + 1
             if self._misses[key] > 20 and pending is not None:
                 self.give_up(

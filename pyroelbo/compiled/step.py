@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
-from pyroelbo.objectives import ScaleLatents
 
 __all__ = ["CompiledStep"]
 
@@ -45,11 +44,11 @@ class CompiledStep:
         ``weight_decay`` (L2 for adam and sgd, decoupled for adamw), ``momentum`` and ``nesterov``.
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
     :param ema: decay d of the averaged parameters in ``averages``, or None.
-    :param kl_weight: weight of the KL term, or None for an unweighted loss; set ``step.kl_weight`` to anneal.
     :param backend: "inductor", or "eager": the captured graph run operation by operation.
 
-    The loss is in nats, as the objective's; with ``kl_weight`` it is the weighted one. A resumed run
-    equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict`` are restored.
+    The loss is in nats, as the objective's. To anneal the KL's weight, give ``Weighted_ELBO`` and set its
+    ``weight``: a tensor, so that nothing is retraced. A resumed run equals an unbroken one bit for bit on the
+    CPU when random state, weights and ``state_dict`` are restored.
     Memory: two tensors a parameter for adam, one for sgd with momentum, one more with ``ema``.
     Sources: Kingma and Ba (2015), algorithm 1; Loshchilov and Hutter (2019), algorithm 2.
     """
@@ -70,7 +69,6 @@ class CompiledStep:
         nesterov: bool = False,
         clip_norm: float | None = None,
         ema: float | None = None,
-        kl_weight: float | None = None,
         backend: str = "inductor",
         max_graphs: int = 8,
         options: dict[str, Any] | None = None,
@@ -105,11 +103,6 @@ class CompiledStep:
             for slot in slots
         }
         self.averages = {n: p.detach().clone() for n, p in self.parameters.items()} if ema is not None else {}
-        self._kl_weight = None
-        if kl_weight is not None:
-            _positive("kl_weight", kl_weight, zero=True)
-            self._kl_weight = scalar(kl_weight).to(first.dtype)
-            model, guide = ScaleLatents(self._kl_weight)(model), ScaleLatents(self._kl_weight)(guide)
         self.objective, self._model, self._guide = objective, model, guide
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._cache = _StepCache(self, backend, max_graphs, options)
@@ -128,18 +121,6 @@ class CompiledStep:
     def lr(self, value: float) -> None:
         _positive("lr", value, zero=True)
         self._lr.fill_(value)
-
-    @property
-    def kl_weight(self) -> float | None:
-        """The weight of the KL term; assigning writes it into the graph's input."""
-        return None if self._kl_weight is None else float(self._kl_weight)
-
-    @kl_weight.setter
-    def kl_weight(self, value: float) -> None:
-        if self._kl_weight is None:
-            raise ValueError("kl_weight: give an initial value to the constructor to make it adjustable")
-        _positive("kl_weight", value, zero=True)
-        self._kl_weight.fill_(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step on a batch; the loss before the update, a detached tensor of shape []."""
@@ -278,8 +259,6 @@ class CompiledStep:
 
     def _named_state(self) -> list[tuple[str, Tensor]]:
         named = [("step", self._clock), ("lr", self._lr)]
-        if self._kl_weight is not None:
-            named.append(("kl_weight", self._kl_weight))
         for slot, tensors in (*self._slots.items(), ("ema", self.averages)):
             named += [(f"{slot}.{name}", t) for name, t in tensors.items()]
         return named

@@ -56,6 +56,8 @@ class LinearChain(StructuredDistribution):
     (2001).
     """
 
+    free_labels = True
+
     def __init__(
         self,
         initial: Tensor,
@@ -165,6 +167,26 @@ class LinearChain(StructuredDistribution):
         flat = (sample_shape.numel(), self.batch_shape.numel(), *self.event_shape)
         uniform = torch.rand(flat, dtype=torch.float64, device=self.potentials[0].device)
         return draw_paths(self._kept(), uniform).reshape(self._extended_shape(sample_shape))
+
+    def conditionals(self) -> tuple[Tensor, Tensor]:
+        """ln p(z_1) [*B,S] and ln p(z_{t+1} | z_t) [*B,T-1,S,S] (from, to). Rows that no path takes, and those
+        beyond ``lengths``, mean nothing. Cost: one backward pass."""
+        initial, transition, observation = self._full(self.potentials)
+        after = torch.zeros_like(observation[..., 0, :])
+        rows = []
+        for t in range(self.event_shape[0] - 1, 0, -1):
+            step = transition if self.homogeneous else transition[..., t - 1, :, :]
+            joint = step + (observation[..., t, :] + after).unsqueeze(-2)
+            rows.append(_rows(joint))
+            before = logsumexp(joint, -1)
+            if self.lengths is not None:
+                before = torch.where((t < self.lengths).unsqueeze(-1), before, torch.zeros_like(before))
+            after = before
+        states = self._states
+        moves = (
+            torch.stack(rows[::-1], -3) if rows else initial.new_zeros(*self.batch_shape, 0, states, states)
+        )
+        return _rows(initial + observation[..., 0, :] + after), moves
 
     def _inside(self, like: Tensor) -> Tensor:
         """[*B, T] ones where a step lies within its sequence."""
@@ -404,6 +426,12 @@ def _lead(extra: int, initial: Tensor, transition: Tensor, emission: Any) -> tup
         transition.reshape(pad + transition.shape),
         emission.expand(pad + emission.batch_shape) if extra else emission,
     )
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Log softmax over the last dimension, uniform for a row of -inf."""
+    dead = (logits == -math.inf).all(-1, keepdim=True)
+    return torch.where(dead, torch.zeros_like(logits), logits).log_softmax(-1)
 
 
 def _normalize(logits: Tensor) -> Tensor:

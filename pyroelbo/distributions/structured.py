@@ -72,6 +72,7 @@ class StructuredDistribution(TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
+    free_labels: ClassVar[bool] = False  # whether every combination of labels is a structure
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class TreeCRF(StructuredDistribution):
     All nodes of a depth go together. Cost: O(B·N·S²), depth-many steps. Source: Pearl (1988), chapter 4.
     """
 
+    free_labels = True
+
     def __init__(
         self, parents: Tensor, node: Tensor, edge: Tensor, validate_args: bool | None = None
     ) -> None:

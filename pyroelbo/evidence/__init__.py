@@ -3,11 +3,13 @@ nats."""
 
 from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
-from pyroelbo.evidence.bounds import elbo, iwae, prior_monte_carlo
+from pyroelbo.evidence.bounds import cubo, draws, elbo, eubo, iwae, prior_monte_carlo
 from pyroelbo.evidence.calibration import calibration
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.gap import gap
+from pyroelbo.evidence.layers import layers
+from pyroelbo.evidence.particle import smc
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.terms import Unavailable
 
@@ -17,12 +19,17 @@ __all__ = [
     "audit",
     "bdmc",
     "calibration",
+    "cubo",
     "diagnostics",
+    "draws",
     "elbo",
+    "eubo",
     "exact",
     "gap",
     "iwae",
+    "layers",
     "pareto_k_hat",
     "prior_monte_carlo",
     "quadrature",
+    "smc",
 ]

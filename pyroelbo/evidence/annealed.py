@@ -4,19 +4,20 @@ to be had."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyroelbo import data as batches
-from pyroelbo.evidence.bounds import count_of, weighted
+from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
+from pyroelbo.evidence.lattice import Lattice
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp
-from pyroelbo.pair import ExactPair, Pair, evaluation_mode
-from pyroelbo.records import Bound, Sandwich
+from pyroelbo.pair import ExactPair, Pair
+from pyroelbo.records import Bound, Sandwich, Terms
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["ais", "bdmc"]
@@ -26,6 +27,7 @@ _PILOT = 8  # particles of the pilot
 _PILOT_MOVES = 60  # the pilot's fewest transitions: with few temperatures it makes several at each
 
 
+@scoped
 def ais(
     pair: Pair,
     y: Any,
@@ -34,46 +36,57 @@ def ais(
     *,
     start: str = "guide",
     leapfrog: int = 5,
-    reverse: bool = False,
+    reverse: bool | str = False,
     progress: bool = True,
 ) -> Bound:
     """Annealed importance sampling: a lower bound on ln p(y) of each datum (an upper one with ``reverse``),
     in nats, [B].
 
     Particles go from f_0, the guide q(z | y) or the prior, to f_1 = p(y, z) along f_β = f_0^(1-β) f_1^β, over
-    ``temperatures`` values of β that are dense at both ends (a sigmoid's), with one Hamiltonian transition of
-    ``leapfrog`` steps at each value in between, on the unconstrained latents, all particles and data
-    together. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y), so that
-    E ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a pilot run of its
-    own and then held fixed: adapted under way, the weights would be biased. The standard error is the delta
-    method's over the particles; ``ess`` and ``k_hat`` are those of the weights.
+    ``temperatures`` values of β that are dense at both ends (a sigmoid's), all particles and data together.
+    At each value in between, continuous latents make one Hamiltonian transition of ``leapfrog`` steps on the
+    unconstrained latents; discrete ones make 3 · ``leapfrog`` Metropolis proposals, of one coordinate each, and
+    one of all latents drawn anew from f_0 (the only one for structures whose labels constrain one another, such
+    as parses); mixed ones make both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y),
+    so that E ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a pilot run
+    of its own and then held fixed: adapted under way, the weights would be biased. The standard error is the
+    delta method's over the particles; ``ess`` and ``k_hat`` are those of the weights.
 
-    ``reverse`` runs the same chains backwards from exact posterior draws of an :class:`ExactPair`: their
-    weights have mean 1/p(y), and -ln of their mean is an upper bound, on any data.
+    ``reverse=True`` runs the same chains backwards from exact posterior draws of an :class:`ExactPair`: their
+    weights have mean 1/p(y), and -ln of their mean is an upper bound, on any data. ``reverse="chains"`` takes
+    any pair and starts from the particles of a forward run, resampled by their weights and moved on by as many
+    transitions at β = 1: an ``estimate``, above ln p(y) only as far as those have reached the posterior.
 
-    Raises :class:`Unavailable`, naming the site, for discrete latents, for auxiliary sites of the guide, for
-    densities without a gradient, and for ``reverse`` without an exact posterior; ValueError as
-    :class:`~pyroelbo.terms.Evaluator` says and for scales within the datum. Cost: a gradient counts as three
-    evaluations, so about 3 · temperatures · leapfrog · (particles + 8) a datum, the pilot included.
+    Raises :class:`Unavailable`, naming the site, for auxiliary sites of the guide, for continuous latents that
+    a density looks at without a gradient (rounding, ``detach``), and for ``reverse=True`` without an exact
+    posterior; ValueError as :class:`~pyroelbo.terms.Evaluator` says and for scales within the datum. Cost: a
+    gradient counts as three evaluations, so about 3 · temperatures · leapfrog · (particles + 8) a datum, the
+    pilot included; as many again for discrete latents beside continuous ones; three times as many for chains.
 
     Source: Neal (2001), equations 3 to 11; Grosse, Ghahramani and Adams (2015) for the reverse chains; Wu,
-    Burda, Salakhutdinov and Grosse (2017) for the schedule.
+    Burda, Salakhutdinov and Grosse (2017) for the schedule; Liu (1996) for moves to other values only.
     """
     count_of(particles)
-    if reverse and not isinstance(pair, ExactPair):
+    if reverse not in (False, True, "chains"):
+        raise ValueError(f"reverse takes False, True or 'chains', got {reverse!r}")
+    if reverse is True and not isinstance(pair, ExactPair):
         raise Unavailable(
-            f"{type(pair).__name__} has no exact posterior to start from: reverse=True takes an ExactPair, and "
-            "bdmc any pair that simulates"
+            f"{type(pair).__name__} has no exact posterior to start from: reverse=True takes an ExactPair, "
+            "reverse='chains' any pair (an estimate), and bdmc any pair that simulates"
         )
     annealer = _Annealer(pair, y, temperatures, leapfrog, start)
-    bar = annealer.bar(particles, f"AIS, {'upper' if reverse else 'lower'} bound", progress)
-    with bar:
+    if reverse == "chains" and temperatures < 2:
+        raise ValueError(f"reverse='chains' takes at least 2 temperatures, got {temperatures}")
+    with annealer.bar((1 + 2 * (reverse == "chains")) * particles, progress) as bar:
         annealer.adapt(bar)
+        if reverse == "chains":
+            return annealer.bound(
+                annealer.reverse(*annealer.posterior_chains(particles, bar), bar), "estimate"
+            )
         if reverse:
-            log_w = annealer.reverse(_posterior_draws(pair, annealer.evaluator, particles), bar)
-        else:
-            log_w = annealer.forward(particles, bar)
-    return annealer.bound(log_w, reverse)
+            draws = posterior_draws(pair, annealer.evaluator, particles)
+            return annealer.bound(annealer.reverse(*annealer.coordinates(draws), bar), "upper")
+        return annealer.bound(annealer.forward(particles, bar), "lower")
 
 
 def bdmc(
@@ -112,11 +125,11 @@ def bdmc(
         .expand(particles, *site.plate_shape, size, *site.event_shape)
         for name, site in annealer.evaluator.latents.items()
     }
-    with annealer.bar(2 * particles, "BDMC", progress) as bar:
+    with annealer.bar(2 * particles, progress) as bar:
         annealer.adapt(bar)
-        lower = annealer.bound(annealer.forward(particles, bar), reverse=False)
+        lower = annealer.bound(annealer.forward(particles, bar), "lower")
         before = annealer.cost
-        log_w = annealer.reverse(draws, bar)
+        log_w = annealer.reverse(*annealer.coordinates(draws), bar)
     value, _ = log_mean_exp(log_w)
     upper = Bound(
         f"reverse {annealer.method}",
@@ -130,43 +143,34 @@ def bdmc(
     return Sandwich(pair.name, lower, upper)
 
 
-def _posterior_draws(pair: ExactPair, evaluator: Evaluator, particles: int) -> dict[str, Tensor]:
-    if set(evaluator.latents) != {pair.latent}:
-        raise Unavailable(
-            f"the exact posterior is that of {pair.latent!r}, the latents {sorted(evaluator.latents)}"
-        )
-    site = evaluator.latents[pair.latent]
-    with torch.no_grad(), evaluation_mode(pair):
-        value = batches.call(pair.posterior, evaluator.batch).sample(torch.Size((particles,)))
-    return {pair.latent: value.reshape(particles, *site.plate_shape, evaluator.size, *site.event_shape)}
-
-
 @dataclass(frozen=True)
 class _Points:
-    """Particles u [K, b, D] with the two log densities [K, b] there and their gradients."""
+    """Particles, u [K, b, D] and k [K, b, E], with the two log densities [K, b] there and their gradients
+    by u (None where no transition asked for them)."""
 
     u: Tensor
+    k: Tensor
     base: Tensor
     joint: Tensor
-    base_slope: Tensor
-    joint_slope: Tensor
+    base_slope: Tensor | None
+    joint_slope: Tensor | None
 
     def density(self, beta: float) -> Tensor:
         return _no_nan((1 - beta) * self.base + beta * self.joint)
 
     def slope(self, beta: float) -> Tensor:
+        assert self.base_slope is not None and self.joint_slope is not None
         return (1 - beta) * self.base_slope + beta * self.joint_slope
 
     def where(self, accept: Tensor, other: _Points) -> _Points:
         """This where ``accept``, else the other."""
-        wide = accept.unsqueeze(-1)
-        return _Points(
-            torch.where(wide, self.u, other.u),
-            torch.where(accept, self.base, other.base),
-            torch.where(accept, self.joint, other.joint),
-            torch.where(wide, self.base_slope, other.base_slope),
-            torch.where(wide, self.joint_slope, other.joint_slope),
-        )
+
+        def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return torch.where(accept if mine.dim() == 2 else accept.unsqueeze(-1), mine, theirs)
+
+        return _Points(*(choose(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))  # type: ignore[arg-type]
 
 
 class _Annealer:
@@ -187,30 +191,37 @@ class _Annealer:
             raise Unavailable(
                 f"guide site {name!r} is auxiliary: q(z | y) has no density then; take start='prior'"
             )
-        self.space = Unconstrained(self.evaluator)
+        self.space = Unconstrained(self.evaluator, partial=True)
+        self.lattice = Lattice(self.evaluator)
         self.betas = _schedule(temperatures)
         self.method = f"ais-{temperatures}"
+        self.name = pair.name
         self.cost = 0
         self.moved = 0.0
         self.moves = 0
         self.scale = self.steps = torch.empty(0)
-        self.pilot_moves = math.ceil(_PILOT_MOVES / max(1, temperatures - 1))
+        self.pilot_moves = math.ceil(_PILOT_MOVES / max(1, temperatures - 1)) if self.space.dims else 0
+        if self.space.dims:
+            self._refuse_flat()
 
-    def bar(self, particles: int, what: str, progress: bool) -> tqdm:
+    def bar(self, particles: int, progress: bool) -> tqdm:
         """A bar over transitions of one particle of one datum."""
         each = (len(self.betas) - 2) * (particles + _PILOT * self.pilot_moves)
-        work = self.evaluator.size * (each + 10 * _PILOT * (len(self.betas) > 2))
-        return tqdm(total=work, desc=what, unit="move", unit_scale=True, disable=None if progress else True)
+        work = self.evaluator.size * (each + 10 * _PILOT * (self.pilot_moves > 0 and len(self.betas) > 2))
+        return tqdm(total=work, unit="move", unit_scale=True, disable=None if progress else True)
 
     # ------------------------------------------------------------------------------------------ runs
 
     def adapt(self, bar: tqdm) -> None:
         """The pilot: scales of the latents from the start's draws, then step sizes along the path."""
+        if not self.space.dims:
+            return
+        bar.set_description(f"AIS of {self.name}: step sizes")
         scales, tables = [], []
         for rows in {rows.start: rows for rows, _ in self.evaluator.chunks(64)}.values():
             where = self._rows(rows)
             points = self._draw(_PILOT, where)
-            spread = self._draw_latents(64, where).std(0)
+            spread = self._draw_latents(64, where)[0].std(0)
             scale = torch.where(spread.isfinite() & (spread > 0), spread, torch.ones_like(spread))
             log_step = scale.new_full((len(scale),), math.log(0.7 * self.space.dims**-0.25))
             table = []
@@ -226,26 +237,47 @@ class _Annealer:
 
     def forward(self, particles: int, bar: tqdm) -> Tensor:
         """ln w of particles that start from f_0, [K, B]."""
-        blocks: dict[int, list[Tensor]] = {}
-        for rows, count in self.evaluator.chunks(particles):
-            points = self._draw(count, self._rows(rows))
-            log_w = self._anneal(points, self.betas, self.steps, rows, bar)
-            blocks.setdefault(rows.start, []).append(log_w)
-        return torch.cat([torch.cat(block) for block in blocks.values()], 1)
+        return self._forward(particles, bar)[0]
 
-    def reverse(self, latents: dict[str, Tensor], bar: tqdm) -> Tensor:
-        """ln 1/w of chains that end in the given posterior draws {site: [K, *plates, B, *event]}, run
-        backwards, [K, B]."""
-        u = self.space.unconstrain(latents)
+    def reverse(self, u: Tensor, k: Tensor, bar: tqdm) -> Tensor:
+        """ln 1/w of chains that end in given posterior draws, run backwards, [K, B]."""
+        bar.set_description(f"AIS of {self.name}: bound from above on ln p(y) of {u.shape[1]} data")
         blocks: dict[int, list[Tensor]] = {}
         for rows, count in self.evaluator.chunks(len(u)):
             done = sum(len(b) for b in blocks.get(rows.start, []))
-            points = self._points(u[done : done + count, rows], self._rows(rows))
-            log_w = self._anneal(points, self.betas[::-1], self.steps.flip(0), rows, bar)
+            points = self._points(
+                u[done : done + count, rows], k[done : done + count, rows], self._rows(rows)
+            )
+            _, log_w = self._anneal(points, self.betas[::-1], self.steps.flip(0), rows, bar)
             blocks.setdefault(rows.start, []).append(log_w)
         return torch.cat([torch.cat(block) for block in blocks.values()], 1)
 
-    def bound(self, log_w: Tensor, reverse: bool) -> Bound:
+    def coordinates(self, latents: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """u [K, B, D] and k [K, B, E] of latents {site: [K, *plates, B, *event]}."""
+        return self._unconstrained(latents), self.lattice.to_vector(latents)
+
+    def posterior_chains(self, particles: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+        """Ends of a forward run, resampled by their weights, after as many transitions at β = 1."""
+        log_w, u, k = self._forward(particles, bar)
+        bar.set_description(f"AIS of {self.name}: chains at the posterior")
+        log_w = torch.where((log_w == -math.inf).all(0), torch.zeros_like(log_w), log_w)
+        index = torch.multinomial((log_w - log_w.amax(0)).exp().T, particles, replacement=True).T
+        u, k = (x.gather(0, index.unsqueeze(-1).expand_as(x)) for x in (u, k))
+        blocks: dict[int, list[_Points]] = {}
+        for rows, count in self.evaluator.chunks(particles):
+            done = sum(len(b.u) for b in blocks.get(rows.start, []))
+            where = self._rows(rows)
+            points = self._points(u[done : done + count, rows], k[done : done + count, rows], where)
+            for _ in range(len(self.betas) - 2):
+                points, rate = self._move(points, 1.0, *self._pace(-1, rows), where)
+                bar.update(rate.numel())
+            blocks.setdefault(rows.start, []).append(points)
+        return tuple(
+            torch.cat([torch.cat([getattr(p, name) for p in block]) for block in blocks.values()], 1)
+            for name in ("u", "k")
+        )  # type: ignore[return-value]
+
+    def bound(self, log_w: Tensor, kind: str) -> Bound:
         """The bound of ln w [K, B] of forward chains, or of ln 1/w of reverse ones."""
         notes = []
         rate = self.moved / max(self.moves, 1)
@@ -254,35 +286,68 @@ class _Annealer:
         empty = int((log_w == -math.inf).all(0).sum())
         if empty:
             notes.append(f"all weights are zero for {empty} of {self.evaluator.size} data")
-        method = f"reverse {self.method}" if reverse else self.method
-        return weighted(method, log_w, "upper" if reverse else "lower", self.cost, tuple(notes))
+        if kind == "lower":
+            return weighted(self.method, log_w, kind, self.cost, tuple(notes))
+        if kind == "upper":
+            return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
+        notes.append("from posterior chains, not exact draws: an upper bound only if they have converged")
+        above = weighted(f"reverse {self.method} from chains", log_w, "upper", self.cost, tuple(notes))
+        return replace(above, kind=kind)
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _anneal(self, points: _Points, betas: list[float], steps: Tensor, rows: slice, bar: tqdm) -> Tensor:
-        """Σ_t (β_t - β_{t-1}) ln f_1/f_0 at the particles along ``betas``, with a transition at each inner
-        one, [K, b]."""
-        scale, where = self.scale[rows], self._rows(rows)
+    def _forward(self, particles: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor]:
+        """ln w [K, B] of particles that start from f_0, and where they end."""
+        bar.set_description(f"AIS of {self.name}: lower bound on ln p(y) of {self.evaluator.size} data")
+        blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for rows, count in self.evaluator.chunks(particles):
+            points = self._draw(count, self._rows(rows))
+            points, log_w = self._anneal(points, self.betas, self.steps, rows, bar)
+            blocks.setdefault(rows.start, []).append((log_w, points.u, points.k))
+        whole = [[torch.cat(x) for x in zip(*block, strict=True)] for block in blocks.values()]
+        log_w, u, k = (torch.cat(x, 1) for x in zip(*whole, strict=True))
+        return log_w, u, k
+
+    def _anneal(
+        self, points: _Points, betas: list[float], steps: Tensor, rows: slice, bar: tqdm
+    ) -> tuple[_Points, Tensor]:
+        """Where the particles end and Σ_t (β_t - β_{t-1}) ln f_1/f_0 at them along ``betas``, [K, b], with a
+        transition at each inner β."""
+        where = self._rows(rows)
         log_w = torch.zeros_like(points.base, dtype=torch.float64)
         for t in range(1, len(betas)):
             increment = (betas[t] - betas[t - 1]) * (points.joint - points.base).double()
             # A particle outside the support of either density has weight zero for good.
             log_w = _no_nan(log_w + increment)
             if t < len(betas) - 1:
-                points, rate = self._move(points, betas[t], steps[t - 1, rows], scale, where)
+                step = steps[t - 1, rows] if self.space.dims else None
+                points, rate = self._move(points, betas[t], step, self._scale(rows), where)
                 self.moved += float(rate.nansum())
                 self.moves += int((~rate.isnan()).sum())
                 bar.update(rate.numel())
-        return log_w
+        return points, log_w
 
     def _move(
-        self, points: _Points, beta: float, step: Tensor, scale: Tensor, rows: slice | None
+        self, points: _Points, beta: float, step: Tensor | None, scale: Tensor | None, rows: slice | None
     ) -> tuple[_Points, Tensor]:
-        """One Hamiltonian transition that leaves f_β invariant, and its acceptance probability [K, b], NaN
-        for particles of density zero.
+        """Transitions that leave f_β invariant, and the Hamiltonian one's acceptance probability [K, b], NaN
+        for particles of density zero and where there is none.
 
         Momenta are in units of ``scale`` [b, D], steps [b] jittered by a fifth against resonance.
         """
+        rate = torch.full_like(points.base, math.nan)
+        if self.space.dims:
+            points, rate = self._hamiltonian(points, beta, step, scale, rows)
+        if self.lattice.dims:
+            points = self._metropolis(points, beta, rows)
+        return points, rate
+
+    def _hamiltonian(
+        self, points: _Points, beta: float, step: Tensor | None, scale: Tensor | None, rows: slice | None
+    ) -> tuple[_Points, Tensor]:
+        assert step is not None and scale is not None
+        if points.base_slope is None:
+            points = self._points(points.u, points.k, rows)
         jitter = 0.8 + 0.4 * torch.rand_like(points.base)
         pace = (step * jitter).unsqueeze(-1) * scale
         momentum = torch.randn_like(points.u)
@@ -290,47 +355,106 @@ class _Annealer:
         end = points
         momentum = momentum + 0.5 * pace * end.slope(beta)
         for i in range(self.leapfrog):
-            end = self._points(end.u + pace * momentum, rows)
+            end = self._points(end.u + pace * momentum, points.k, rows)
             momentum = momentum + (0.5 if i == self.leapfrog - 1 else 1.0) * pace * end.slope(beta)
         log_ratio = _log_acceptance(energy, _half_square(momentum) - end.density(beta))
         accept = torch.rand_like(log_ratio).log() < log_ratio
         rate = log_ratio.clamp_max(0.0).exp()
         return end.where(accept, points), torch.where(energy.isinf(), torch.full_like(rate, math.nan), rate)
 
-    def _points(self, u: Tensor, rows: slice | None) -> _Points:
-        self.cost += 3 * u.shape[0] * u.shape[1]
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
+    def _metropolis(self, points: _Points, beta: float, rows: slice | None) -> _Points:
+        """Proposals of one discrete coordinate each, then one of everything, drawn from f_0."""
+        for _ in range(3 * self.leapfrog if self.lattice.moves else 0):
+            other = self._points(points.u, self.lattice.propose(points.k), rows, slopes=False)
+            log_ratio = _log_acceptance(-points.density(beta), -other.density(beta))
+            points = other.where(torch.rand_like(log_ratio).log() < log_ratio, points)
+        fresh = self._draw(len(points.u), rows, slopes=False)
+        log_ratio = _log_acceptance(-beta * (points.joint - points.base), -beta * (fresh.joint - fresh.base))
+        return fresh.where(torch.rand_like(log_ratio).log() < log_ratio, points)
+
+    def _points(self, u: Tensor, k: Tensor, rows: slice | None, slopes: bool = True) -> _Points:
+        slopes = slopes and self.space.dims > 0
+        self.cost += (3 if slopes else 1) * u.shape[0] * u.shape[1]
+        with torch.set_grad_enabled(slopes):
+            u = u.detach().requires_grad_(slopes)
             latents, log_det = self.space.constrain(u)
-            terms = self.evaluator.terms(latents, rows)
-            if self.start == "guide":
-                base = terms.log_proposal
-            else:
-                prior = [v for k, v in terms.log_model.items() if k not in terms.observed]
-                base = torch.stack(prior).sum(0)
-            base, joint = base + log_det, terms.log_joint + log_det
-            slopes = []
-            for name, density in ((self.start, base), ("model", joint)):
-                if not density.requires_grad:
-                    raise Unavailable(
-                        f"the density of the {name} has no gradient in its latents {list(latents)}"
+            terms = self.evaluator.terms({**latents, **self.lattice.to_latents(k)}, rows)
+            base, joint = self._base(terms) + log_det, terms.log_joint + log_det
+            found: list[Tensor | None] = [None, None]
+            if slopes:
+                for i, density in enumerate((base, joint)):
+                    flat = not density.requires_grad
+                    found[i] = (
+                        torch.zeros_like(u)
+                        if flat
+                        else torch.autograd.grad(density.sum(), u, retain_graph=i == 0)[0]
                     )
-                slopes.append(torch.autograd.grad(density.sum(), u, retain_graph=name != "model")[0])
-        return _Points(u.detach(), _no_nan(base.detach()), _no_nan(joint.detach()), *slopes)
+        return _Points(u.detach(), k, _no_nan(base.detach()), _no_nan(joint.detach()), *found)
+
+    def _base(self, terms: Terms) -> Tensor:
+        if self.start == "guide":
+            return terms.log_proposal
+        return torch.stack([v for k, v in terms.log_model.items() if k not in terms.observed]).sum(0)
 
     @torch.no_grad()
-    def _draw_latents(self, particles: int, rows: slice | None) -> Tensor:
+    def _draw_latents(self, particles: int, rows: slice | None) -> tuple[Tensor, Tensor]:
         latents = self.evaluator.draw(particles, rows).latents
-        u = self.space.unconstrain(latents)
+        u, k = self.coordinates(latents)
         self.cost += u.shape[0] * u.shape[1]
+        return u, k
+
+    def _unconstrained(self, latents: dict[str, Tensor]) -> Tensor:
+        if not self.space.dims:
+            k = self.lattice.to_vector(latents)
+            return torch.zeros(*k.shape[:2], 0, device=k.device)
         # A guide that reaches beyond the model's support: NaN has density zero everywhere below.
+        u = self.space.unconstrain(latents)
         return torch.where(self.space.inside(latents).unsqueeze(-1), u, torch.full_like(u, math.nan))
 
-    def _draw(self, particles: int, rows: slice | None) -> _Points:
-        return self._points(self._draw_latents(particles, rows), rows)
+    def _draw(self, particles: int, rows: slice | None, slopes: bool = True) -> _Points:
+        return self._points(*self._draw_latents(particles, rows), rows, slopes)
 
     def _rows(self, rows: slice) -> slice | None:
         return rows if self.evaluator.sliceable else None
+
+    def _scale(self, rows: slice) -> Tensor | None:
+        return self.scale[rows] if self.space.dims else None
+
+    def _pace(self, t: int, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        return (self.steps[t, rows] if self.space.dims else None), self._scale(rows)
+
+    def _refuse_flat(self) -> None:
+        """Unavailable for a continuous latent on which other sites depend without any gradient."""
+        rows = self._rows(slice(0, 3))
+        terms = self.evaluator.draw(4, rows)
+        self.cost += terms.log_joint.numel()
+        latents = {k: v.detach() for k, v in terms.latents.items()}
+
+        def others(name: str, value: Tensor) -> Tensor:
+            terms = self.evaluator.terms({**latents, name: value}, rows)
+            self.cost += (3 if value.requires_grad else 1) * terms.log_joint.numel()
+            return torch.stack([v for k, v in terms.log_model.items() if k != name]).sum(0)
+
+        for name in self.space.names:
+            reason = "has no gradient in it (rounding, argmax, detach?)"
+            try:
+                with torch.enable_grad():
+                    here = latents[name].clone().requires_grad_()
+                    rest = others(name, here)
+                    total = torch.where(rest.isfinite(), rest, torch.zeros_like(rest)).sum() + 0 * here.sum()
+                    (slope,) = torch.autograd.grad(total, here)
+                if bool((slope != 0).any()):
+                    continue
+                moved = others(name, latents[name].roll(1, 0))
+                finite = moved.isfinite() & rest.isfinite()
+                if torch.allclose(moved[finite], rest.detach()[finite], rtol=1e-4, atol=1e-4):
+                    continue
+            except RuntimeError as error:
+                reason = f"gives no gradient ({error})"
+            raise Unavailable(
+                f"the density of other sites changes with latent site {name!r} and {reason}: Hamiltonian "
+                "transitions would not see it"
+            )
 
 
 def _schedule(temperatures: int) -> list[float]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
+from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
@@ -16,10 +20,19 @@ from pyroelbo.terms import Unavailable
 
 __all__ = ["audit"]
 
-_REFERENCES: dict[str, Callable[[Pair, Any, int], Bound]] = {
-    "exact": lambda pair, batch, temperatures: exact(pair, batch),
-    "quadrature": lambda pair, batch, temperatures: quadrature(pair, batch),
-    "ais": lambda pair, batch, temperatures: ais(pair, batch, temperatures),
+
+def _ais(pair: Pair, batch: Any, *, temperatures: int, scope: str, progress: bool) -> Bound:
+    try:
+        return ais(pair, batch, temperatures, scope=scope, progress=progress)
+    except Unavailable as reason:
+        bound = ais(pair, batch, temperatures, start="prior", scope=scope, progress=progress)
+        return replace(bound, notes=(*bound.notes, f"started from the prior: {reason}"))
+
+
+_REFERENCES: dict[str, Callable[..., Bound]] = {
+    "exact": lambda pair, batch, *, scope, **_: exact(pair, batch, scope=scope),
+    "quadrature": lambda pair, batch, *, scope, **_: quadrature(pair, batch, scope=scope),
+    "ais": _ais,
 }
 _DEFAULT = ("exact", "quadrature")
 
@@ -29,45 +42,93 @@ def audit(
     y: Any,
     *,
     particles: int = 64,
-    references: Sequence[str] | None = None,
+    references: Sequence[str | Bound] | None = None,
     temperatures: int = 1000,
+    scope: str = "datum",
+    budget: str | int | None = None,
+    progress: bool = True,
 ) -> Audit:
     """How tight is the bound? ELBO and IWAE with ``particles`` draws each, beside a reference, per datum, in
     nats.
 
     ``references`` names what to hold them against, some of ``"exact"``, ``"quadrature"`` and ``"ais"`` (of
-    ``temperatures``; a lower bound itself, so that gaps to it are lower estimates, which a note says); the
-    gaps are taken from the first, and one that the pair does not have raises
-    :class:`~pyroelbo.evidence.Unavailable`.
+    ``temperatures``; a lower bound itself, so that gaps to it are lower estimates, which a note says), or Bounds
+    on the same data that were found elsewhere; the gaps are taken from the first, and one that the pair does
+    not have raises :class:`~pyroelbo.evidence.Unavailable`.
     Left out, the exact evidence is used where there is one, else quadrature for one or two continuous latent
-    dimensions; the notes say what was not possible and why. ``print(audit(pair, y))`` is a table. Cost: 2
-    ``particles`` evaluations a datum and the reference's.
+    dimensions; the notes say what was not possible and why. ``scope="joint"`` takes the whole batch as one
+    datum, for models with latents outside the data plate.
+
+    ``budget`` chooses ``particles`` and ``temperatures``, and AIS where nothing better is to be had: a time such
+    as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient counts as three). A pilot
+    measures the pair's speed; a note says what was chosen. ValueError for a budget too small for any estimate.
+
+    ``print(audit(pair, y))`` is a table. Cost: 2 ``particles`` evaluations a datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
+    if scope not in ("datum", "joint"):
+        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
     notes: list[str] = []
     found: list[Bound] = []
-    for name in _DEFAULT if references is None else references:
-        if name not in _REFERENCES:
-            raise ValueError(f"references takes some of {tuple(_REFERENCES)}, got {name!r}")
-        try:
-            found.append(_REFERENCES[name](pair, batch, temperatures))
-        except Unavailable as reason:
-            if references is not None:
-                raise
-            notes.append(f"no {name} value: {reason}")
-        if references is None and found:
-            break
-    if not found:
-        notes.append(
-            "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
-        )
-    elif found[0].kind == "lower":
-        notes.append(f"{found[0].method} is a lower bound itself: the gaps to it are lower estimates")
-    bounds = list(found)
-    try:
-        bounds += [elbo(pair, batch, particles), iwae(pair, batch, particles)]
-    except Unavailable as reason:
+    with tqdm(total=None, bar_format="{desc}", leave=False, disable=None if progress else True) as bar:
+
+        def tell(what: str) -> None:
+            bar.set_description_str(f"audit of {pair.name}: {what}")
+
+        plan = None
+        names: Sequence[str | Bound] = _DEFAULT if references is None else references
+        if budget is not None:
+            tell("pilot")
+            plan = Budget(budget, pair, batch, scope)
+            if references is None:
+                names, why = plan.references()
+                notes += why
+            temperatures = plan.temperatures(names)
+        for name in names:
+            if isinstance(name, Bound):
+                _check(name, batches.size(batch), scope)
+                found.append(name)
+                continue
+            if name not in _REFERENCES:
+                raise ValueError(f"references takes some of {tuple(_REFERENCES)}, or Bounds, got {name!r}")
+            tell(name)
+            try:
+                reference = _REFERENCES[name]
+                found.append(
+                    reference(pair, batch, temperatures=temperatures, scope=scope, progress=progress)
+                )
+            except Unavailable as reason:
+                if references is not None:
+                    raise
+                notes.append(f"no {name} value: {reason}")
+            if references is None and found:
+                break
         if not found:
-            raise
-        notes.append(f"no elbo and iwae: {reason}")
+            notes.append(
+                "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
+            )
+        elif found[0].kind == "lower":
+            notes.append(f"{found[0].method} is a lower bound itself: the gaps to it are lower estimates")
+        if plan is not None:
+            particles = plan.particles(found)
+            notes.append(plan.note(particles, found))
+        bounds = list(found)
+        try:
+            for estimator in (elbo, iwae):
+                tell(f"{estimator.__name__} of {particles} draws")
+                bounds.append(estimator(pair, batch, particles, scope=scope))
+        except Unavailable as reason:
+            if not found:
+                raise
+            notes.append(f"no elbo and iwae: {reason}")
+    if scope == "joint":
+        notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
+
+
+def _check(bound: Bound, size: int, scope: str) -> None:
+    if bound.scope != scope or bound.value.numel() != (1 if scope == "joint" else size):
+        raise ValueError(
+            f"references holds {bound.method!r}, {bound.scope} values of shape {tuple(bound.value.shape)}: this audit "
+            f"is of {size} data, scope={scope!r}"
+        )

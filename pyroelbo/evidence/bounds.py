@@ -1,22 +1,36 @@
-"""Lower bounds from draws of the guide, the ELBO and the importance-weighted bound, and from the prior."""
+"""Bounds from draws of the guide, of the prior, and of the exact posterior."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyroelbo import data as batches
 from pyroelbo.evidence.diagnostics import pareto_k_hat
+from pyroelbo.joint import Joint, scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp
-from pyroelbo.pair import Pair
-from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator
+from pyroelbo.pair import ExactPair, Pair, evaluation_mode
+from pyroelbo.records import Bound, Terms
+from pyroelbo.terms import Evaluator, Unavailable
 
-__all__ = ["elbo", "iwae", "prior_monte_carlo"]
+__all__ = ["cubo", "draws", "elbo", "eubo", "iwae", "prior_monte_carlo"]
 
 
+@torch.no_grad()
+def draws(pair: Pair, y: Any, particles: int = 64, *, scope: str = "datum") -> Terms:
+    """``particles`` draws of the guide for each datum, with every site's log probability under model and guide,
+    [K, B], in nats, unscaled but masked. Raises and costs what :func:`elbo` does."""
+    if scope not in ("datum", "joint"):
+        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
+    whole: Any = Joint(pair) if scope == "joint" else pair
+    return Evaluator(whole, y).draws(count_of(particles))
+
+
+@scoped
 @torch.no_grad()
 def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """The evidence lower bound of each datum, E_q[ln p(y, z) - ln q(z | y)] ≤ ln p(y), in nats, [B].
@@ -36,6 +50,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=cost, notes=_outside(log_w))
 
 
+@scoped
 @torch.no_grad()
 def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """The importance-weighted bound of each datum, E ln (1/K) Σ_k p(y, z_k)/q(z_k | y) ≤ ln p(y), in nats,
@@ -55,6 +70,7 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     return weighted(f"iwae-{particles}", log_w)
 
 
+@scoped
 @torch.no_grad()
 def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """Plain Monte Carlo from the prior, E ln (1/K) Σ_k p(y | z_k) ≤ ln p(y) with z_k ~ p(z), in nats, [B].
@@ -69,6 +85,103 @@ def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     terms = evaluator.draws(count_of(particles))
     log_w = torch.stack([v for k, v in terms.log_model.items() if k in terms.observed]).sum(0).double()
     return weighted(f"prior-{particles}", log_w)
+
+
+@scoped
+@torch.no_grad()
+def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -> Bound:
+    """The evidence upper bound of each datum, E_{p(z | y)}[ln p(y, z) - ln q(z | y)] = ln p(y) + KL(p, q) ≥ ln p(y),
+    in nats, [B].
+
+    The ELBO's mirror image: it charges the guide for what it misses of the posterior. ``draws="posterior"`` takes
+    exact posterior draws of an :class:`ExactPair`; ``draws="weights"`` any pair, with draws of the guide weighted
+    by w, Σ w ln w / Σ w: an ``estimate``, which misses what the guide misses. The standard error is that of the
+    mean over ``particles`` draws, by the delta method for weighted ones. Raises :class:`Unavailable` where there
+    is no exact posterior, and as :func:`iwae` does. Cost: ``particles`` evaluations a datum.
+
+    Source: Ji and Shen (2019), equation 4.
+    """
+    if draws not in ("posterior", "weights"):
+        raise ValueError(f"draws takes 'posterior' or 'weights', got {draws!r}")
+    if draws == "posterior" and not isinstance(pair, ExactPair):
+        raise Unavailable(
+            f"{type(pair).__name__} has no exact posterior: draws='weights' gives an estimate for any pair"
+        )
+    evaluator = Evaluator(pair, y)
+    evaluator.refuse_scales("eubo")
+    if evaluator.auxiliary:
+        name = min(evaluator.auxiliary)
+        raise Unavailable(f"guide site {name!r} is auxiliary: q(z | y) has no density then")
+    cost = count_of(particles) * evaluator.size
+    if draws == "weights":
+        log_w = evaluator.draws(particles).log_weight.double()
+        ess, notes = effective_sample_size(log_w), _outside(log_w)
+        share = log_w.softmax(0)
+        finite = torch.where(share > 0, log_w, torch.zeros_like(log_w))
+        value = (share * finite).sum(0)
+        stderr = (share.square() * (finite - value).square()).sum(0).sqrt()
+        note = "self-normalized weights of the guide's draws: it can lie on either side of ln p(y)"
+        return Bound(
+            "eubo",
+            value,
+            stderr,
+            "estimate",
+            draws=particles,
+            cost=cost,
+            ess=ess,
+            notes=(note, *notes),
+        )
+    latents = posterior_draws(pair, evaluator, particles)  # type: ignore[arg-type]
+    blocks: dict[int, list[Tensor]] = {}
+    for rows, count in evaluator.chunks(particles):
+        done = sum(len(b) for b in blocks.get(rows.start, []))
+        part = {
+            k: v[done : done + count].narrow(1 + len(evaluator.latents[k].plate_shape), *_span(rows))
+            for k, v in latents.items()
+        }
+        found = evaluator.terms(part, rows if evaluator.sliceable else None).log_weight.double()
+        blocks.setdefault(rows.start, []).append(found)
+    log_w = torch.cat([torch.cat(block) for block in blocks.values()], 1)
+    stderr = log_w.std(0) / math.sqrt(particles) if particles > 1 else torch.full_like(log_w[0], math.nan)
+    return Bound("eubo", log_w.mean(0), stderr, "upper", draws=particles, cost=cost)
+
+
+@scoped
+@torch.no_grad()
+def cubo(pair: Pair, y: Any, particles: int = 64, order: float = 2.0) -> Bound:
+    """The χ upper bound's Monte Carlo value, (1/n) ln (1/K) Σ_k w_k^n with n = ``order``, in nats, [B].
+
+    (1/n) ln E w^n ≥ ln p(y) for n ≥ 1, but the logarithm of a mean over draws errs low, and by most where the
+    weights' tails are heavy: an ``estimate`` that falls below ln p(y) as readily as above, never a bound. Its use
+    is relative: far above the importance-weighted bound, it says that the weights vary. The standard error is the
+    delta method's. Raises ValueError as :func:`iwae` does, and for ``order`` below 1.
+
+    Source: Dieng, Tran, Ranganath, Paisley and Blei (2017), equation 4.
+    """
+    if not order >= 1:
+        raise ValueError(f"order takes a number of at least 1, got {order!r}")
+    evaluator = Evaluator(pair, y)
+    evaluator.refuse_scales("cubo")
+    log_w = evaluator.draws(count_of(particles)).log_weight.double()
+    found = weighted(f"cubo-{order:g}", order * log_w, "estimate")
+    note = "the logarithm of a sampled mean errs low: no upper bound"
+    return replace(found, value=found.value / order, stderr=found.stderr / order, notes=(*found.notes, note))
+
+
+def posterior_draws(pair: ExactPair, evaluator: Evaluator, particles: int) -> dict[str, Tensor]:
+    """Exact posterior draws {site: [K, *plates, B, *event]}; :class:`Unavailable` if there are other latents."""
+    if set(evaluator.latents) != {pair.latent}:
+        raise Unavailable(
+            f"the exact posterior is that of {pair.latent!r}, the latents {sorted(evaluator.latents)}"
+        )
+    site = evaluator.latents[pair.latent]
+    with torch.no_grad(), evaluation_mode(pair):
+        value = batches.call(pair.posterior, evaluator.batch).sample(torch.Size((particles,)))
+    return {pair.latent: value.reshape(particles, *site.plate_shape, evaluator.size, *site.event_shape)}
+
+
+def _span(rows: slice) -> tuple[int, int]:
+    return rows.start, rows.stop - rows.start
 
 
 def weighted(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.findings import Calibration
 from pyroelbo.pair import Pair
-from pyroelbo.records import Calibration
 from pyroelbo.terms import Evaluator
 
 __all__ = ["calibration"]

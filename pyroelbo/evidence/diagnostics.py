@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.findings import Diagnostics, Estimate
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
-from pyroelbo.records import Diagnostics, Estimate
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["diagnostics", "pareto_k_hat"]
@@ -81,8 +81,9 @@ def diagnostics(
     z is all latents together, or ``site`` alone, which must be a first one: neither its prior nor its guide
     may look at other latents. Any guide and any prior of known density will do. Raises :class:`Unavailable`,
     naming the site, for auxiliary or masked guide sites and priors that differ between data (of conditional
-    pairs); ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: N · (``draws`` · N + ``points``)
-    densities of the guide and N · ``draws`` evaluations.
+    pairs), and for guides that reach beyond the model's support; ValueError as
+    :class:`~pyroelbo.terms.Evaluator` says. Cost: N · (``draws`` · N + ``points``) densities of the guide and
+    N · ``draws`` evaluations.
 
     Source: Hoffman and Johnson (2016); Chen, Li, Grosse and Duvenaud (2018), equation 2, for the split by
     coordinates; Burda, Grosse and Salakhutdinov (2016), section 5, for active units.
@@ -105,6 +106,10 @@ def diagnostics(
     log_q = torch.stack([terms.log_guide[name] for name in sites]).sum(0).double()
     log_p = torch.stack([terms.log_model[name] for name in sites]).sum(0).double()
     log_w = terms.log_weight.double()
+    if bool(log_w.isinf().any()):
+        raise Unavailable(
+            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+        )
     flat = {name: _points(evaluator, name, value) for name, value in z.items()}
     log_mix = _log_mixture(evaluator, flat).reshape(draws, evaluator.size)
 

@@ -11,30 +11,43 @@ from pyroelbo import data as batches
 from pyroelbo.enumeration import enumerate_latents
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
+from pyroelbo.terms import Unavailable
 
 __all__ = ["exact"]
 
 
 @torch.no_grad()
-def exact(pair: Pair, y: Any) -> Bound:
+def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
     """ln p(y) of each datum, [B], in nats: ``pair.log_evidence`` for an :class:`ExactPair`, else by
     enumeration.
 
     Enumeration works for any pair all of whose latents are finite and discrete: their sum is taken in log
     space by eliminating one latent after the other, so that chains and trees cost what their dynamic program
-    costs. Raises :class:`Unavailable` for continuous latents.
+    costs. With ``scope="joint"`` it is ln p(y) of the whole batch: what ``log_evidence`` gives as one number, or
+    the sum over data. Raises :class:`Unavailable` for continuous latents, and for a joint value of a pair whose
+    latents stand outside the data plate and that has no ``log_evidence``.
     """
+    if scope not in ("datum", "joint"):
+        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
     batch = batches.to(batches.as_batch(y, "y"), pair.device)
     if isinstance(pair, ExactPair):
         with evaluation_mode(pair), unregistered():
             value = batches.call(pair.log_evidence, batch)
-        if value.shape != (batches.size(batch),):
+        if value.shape != (batches.size(batch),) and (scope == "datum" or value.shape != ()):
             raise ValueError(
                 f"{type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for "
-                f"{batches.size(batch)} data: it must give [B]"
+                f"{batches.size(batch)} data: it must give [B]{', or one number' if scope == 'joint' else ''}"
             )
         cost = batches.size(batch)
     else:
-        graph = enumerate_latents(pair, batch)
+        try:
+            graph = enumerate_latents(pair, batch)
+        except Unavailable:
+            raise
+        except ValueError as reason:
+            if scope == "datum":
+                raise
+            raise Unavailable(str(reason)) from reason
         value, cost = graph.log_partition(), graph.size * graph.states
-    return Bound("exact", value.double(), torch.zeros_like(value.double()), "exact", cost=cost)
+    value = value.double().sum() if scope == "joint" else value
+    return Bound("exact", value.double(), torch.zeros_like(value.double()), "exact", scope, cost=cost)

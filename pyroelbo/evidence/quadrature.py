@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
@@ -23,6 +24,7 @@ _FLOOR = 20.0  # a cell this many nats below the largest one is left out of the 
 _DRAWS = 128
 
 
+@scoped
 @torch.no_grad()
 def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     """ln ∫ p(y, z) dz of each datum over one or two continuous latent dimensions, an ``estimate`` in nats,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyroelbo.evidence.lattice import is_discrete
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["Unconstrained"]
@@ -18,23 +19,30 @@ class Unconstrained:
     """Maps latents {site: [K, *plates, B, *event]} to u [K, B, D] and back; ``density(u)`` is ln p(y, z(u)) +
     ln |dz/du|.
 
-    Raises :class:`Unavailable` for discrete latents and for supports that differ from datum to datum.
+    Raises :class:`Unavailable` for discrete latents, unless ``partial`` leaves them out, and for supports that
+    differ from datum to datum.
     """
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, partial: bool = False) -> None:
         self.evaluator = evaluator
         self._supports: dict[str, Any] = {}
         self._transforms: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
         self.dims = 0
         for name, site in evaluator.latents.items():
-            if site.has_enumerate_support or site.support is None or site.support.is_discrete:
+            if is_discrete(site):
+                if partial:
+                    continue
                 raise Unavailable(f"latent site {name!r} is discrete")
             self._supports[name] = _common_support(site.support, name)
             transform = biject_to(self._supports[name])
             self._transforms[name] = transform
             self._shapes[name] = torch.Size((*site.plate_shape, *transform.inverse_shape(site.event_shape)))
             self.dims += self._shapes[name].numel()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """u [K, B, D] to latents and ln |dz/du|, [K, B]."""

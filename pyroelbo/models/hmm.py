@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
 from pyroelbo.models.families import FAMILIES, AnyGaussian, Categorical, log_shares
-from pyroelbo.pair import PLATE, ExactPair
+from pyroelbo.pair import PLATE, Chain, ExactPair
 
 __all__ = ["HMM"]
 
@@ -119,6 +120,22 @@ class HMM(ExactPair):
 
     def _beside(self, y: Tensor) -> Tensor:
         return y if self.prior.initial.dim() == 1 else y[None]
+
+    def chain(self, y: Tensor, lengths: Tensor | None = None) -> Chain:
+        prior, q = (
+            self.prior,
+            self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths),
+        )
+        first, moves = (x.expand(len(y), *x.shape[1:]) for x in q.conditionals())
+        initial, transition = prior.initial.log_softmax(-1), prior.transition.log_softmax(-1)
+        rows = torch.arange(len(y), device=y.device)
+        return Chain(
+            y.shape[1],
+            lambda t, past: dist.Categorical(logits=initial if past is None else transition[past]),
+            lambda t, past: dist.Categorical(logits=first if past is None else moves[rows, t - 1, past]),
+            lambda t, z: self.generator.distribution(z).log_prob(y[:, t]),
+            lengths,
+        )
 
     def e_step(
         self, y: Tensor, lengths: Tensor | None = None, hard: bool = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
-from pyroelbo.pair import PLATE, ExactPair
+from pyroelbo.pair import PLATE, Chain, ExactPair
 
 __all__ = ["StateSpace"]
 
@@ -121,6 +123,42 @@ class StateSpace(ExactPair):
     def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.GaussianChain:
         """p(z | y), a Gaussian over paths."""
         return self._chain(lengths).posterior(self._check(y, lengths))
+
+    def chain(self, y: Tensor, lengths: Tensor | None = None) -> Chain:
+        p, g = self.prior, self.generator
+        guide = self._smoother(y, lengths) if self.encoder is None else self._local(y)
+
+        def prior(t: int, past: Tensor | None) -> dist.Independent:
+            if past is None:
+                return dist.Normal(p.start, p.log_start.exp()).to_event(1)
+            return dist.Normal(past @ p.move.T, p.log_noise.exp()).to_event(1)
+
+        def emission(t: int, z: Tensor) -> Tensor:
+            return dist.Normal(z @ g.read.T + g.offset, g.log_scale.exp()).to_event(1).log_prob(y[:, t])
+
+        return Chain(y.shape[1], prior, guide, emission, lengths)
+
+    def _local(self, y: Tensor) -> Callable[[int, Tensor | None], Any]:
+        assert self.encoder is not None
+        loc, scale = self.encoder(y), self.encoder.log_scale.exp()
+        return lambda t, past: dist.Normal(loc[:, t], scale).to_event(1)
+
+    def _smoother(self, y: Tensor, lengths: Tensor | None) -> Callable[[int, Tensor | None], Any]:
+        """q(z_t | z_{t-1}) of the exact posterior, from the means and covariances of neighbours."""
+        q = self.posterior(y, lengths)
+        within = self._within(y, lengths)[..., None, None]
+        mean, covariance = q.mean, torch.where(within, q.covariance, torch.eye(self.latent_dims).to(y))
+        gain = torch.linalg.solve(covariance[:, :-1], q.lagged).mT
+        rest = covariance[:, 1:] - gain @ q.lagged
+        root = torch.linalg.cholesky(torch.cat([covariance[:, :1], (rest + rest.mT) / 2], 1))
+
+        def guide(t: int, past: Tensor | None) -> dist.MultivariateNormal:
+            loc = mean[:, t]
+            if past is not None:
+                loc = loc + (gain[:, t - 1] @ (past - mean[:, t - 1]).unsqueeze(-1)).squeeze(-1)
+            return dist.MultivariateNormal(loc, scale_tril=root[:, t])
+
+        return guide
 
     def e_step(
         self, y: Tensor, lengths: Tensor | None = None, hard: bool = False

@@ -71,3 +71,57 @@ def test_latents_summed_out_of_the_model_leave_the_exact_row():
     mixture, y = GaussianMixture(3, 2), torch.randn(4, 3)
     result = audit(Pair.of(mixture.model, lambda y: None), y)
     assert [b.method for b in result.bounds] == ["exact"] and "missing in the guide" in result.notes[0]
+
+
+def test_references_found_elsewhere():
+    make, draw = TABLE["own"]
+    pair, y = make(), draw(4)
+    better = evidence.iwae(pair, y, 2000)
+    result = audit(pair, y, references=(better,))
+    assert result.reference == "iwae-2000" and "lower estimates" in str(result)
+    with pytest.raises(ValueError, match="references holds 'iwae-2000'"):
+        audit(pair, y[:2], references=(better,))
+
+
+def test_a_budget_of_evaluations():
+    make, draw = TABLE["ppca-mean-field"]
+    result = audit(make(), draw(5), budget=5000)
+    assert result.reference == "exact" and 490 < result["elbo"].draws <= 500
+    assert "a budget of 5000 chose exact, 499 draws" in str(result)
+    plane = audit(Nonlinear(), torch.randn(2, 4), budget=1_000_000)
+    assert plane.reference == "quadrature"
+    # Too little for quadrature or chains: the lower bounds stand alone, and the notes say why.
+    alone = audit(Nonlinear(), torch.randn(2, 4), budget=4000)
+    assert (
+        alone.reference is None
+        and "no quadrature value: it takes" in str(alone)
+        and "no AIS: 20" in str(alone)
+    )
+    total = sum(b.cost for b in alone.bounds)
+    assert 3000 < total <= 4000
+
+
+def test_a_budget_chooses_ais_where_nothing_is_exact():
+    result = audit(Nonlinear(latent=3), torch.randn(2, 4), budget=40_000, progress=False)
+    assert result.reference.startswith("ais-") and "lower estimates" in str(result)
+    assert sum(b.cost for b in result.bounds) < 60_000
+
+
+def test_a_budget_of_time():
+    import time
+
+    start = time.monotonic()
+    result = audit(Nonlinear(latent=3), torch.randn(3, 4), budget="0.5s")
+    # Not a measurement of speed: a machine of any speed keeps within a multiple of what it was given.
+    assert time.monotonic() - start < 60 and "evaluations a second chose" in str(result)
+
+
+@pytest.mark.parametrize("budget", ["soon", "0s", "1 year", 0, True, 2.5, "-1s"])
+def test_what_is_no_budget(budget):
+    with pytest.raises(ValueError, match="budget takes a time"):
+        audit(Nonlinear(), torch.randn(2, 4), budget=budget)
+
+
+def test_a_budget_too_small_is_refused():
+    with pytest.raises(ValueError, match="too small for any estimate of 40 data, which takes 640"):
+        audit(Nonlinear(), torch.randn(40, 4), budget=100)

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 
 from pyroelbo import Pair, evidence, terms
+from pyroelbo.models import PPCA
 from tests.pairs import EXACT, TABLE
 
 Z_LIMIT = 4.9  # two-sided normal tail of 1e-6: the declared false-alarm rate of one z-test
@@ -183,3 +184,54 @@ def test_a_guide_outside_a_densitys_domain_is_minus_infinity_not_nan():
     assert (bound.value == -math.inf).all() and "probability zero" in bound.notes[0]
     bound = evidence.iwae(pair, y, particles=20000)
     assert ((bound.value - math.log(0.5)).abs() < 6 * bound.stderr).all()
+
+
+def test_the_upper_bound_of_posterior_draws_exceeds_by_the_reverse_divergence():
+    """E_p ln w - ln p(y) = KL(p, q), in closed form for Gaussians."""
+    pair, y = PPCA(5, 2, guide="mean_field"), torch.randn(4, 5)
+    posterior, exact = pair.posterior(y), pair.log_evidence(y).detach()
+    q = torch.distributions.MultivariateNormal(pair.encoder(y), torch.diag(pair.encoder.log_scale.exp() ** 2))
+    truth = exact + torch.distributions.kl_divergence(posterior, q).detach()
+    bound = evidence.eubo(pair, y, 20_000)
+    assert bound.kind == "upper"
+    # 8 z-scores at 5.5: false alarms 3e-7
+    assert ((bound.value - truth).abs() < 5.5 * bound.stderr).all()
+    weighted = evidence.eubo(pair, y, 20_000, draws="weights")
+    assert weighted.kind == "estimate" and "either side" in weighted.notes[0]
+    assert ((weighted.value - truth).abs() < 5.5 * weighted.stderr).all()
+    same = evidence.eubo(PPCA(5, 2), y, 3)
+    assert same.stderr.max() < 1e-9
+
+
+def test_the_chi_bound_is_only_an_estimate():
+    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws fall below it."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(0 * z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 0.8))
+
+    y = torch.zeros(2000)
+    pair = Pair.of(model, guide)
+    constant = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))
+    # E w² = ∫ p²/q = 0.8 / sqrt(2 - 1/0.64)
+    truth = constant + 0.5 * math.log(0.8 / math.sqrt(2 - 1 / 0.64))
+    many = evidence.cubo(pair, y[:3], 200_000)
+    few = evidence.cubo(pair, y, 2)
+    assert many.kind == few.kind == "estimate" and "no upper bound" in many.notes[-1]
+    assert (many.value - truth).abs().max() < 0.05
+    assert few.value.mean() < constant < truth
+    with pytest.raises(ValueError, match="order takes"):
+        evidence.cubo(pair, y, order=0.5)
+
+
+def test_posterior_draws_are_asked_of_an_exact_pair_only():
+    make, draw = TABLE["own"]
+    with pytest.raises(evidence.Unavailable, match="no exact posterior"):
+        evidence.eubo(make(), draw(2))
+    with pytest.raises(ValueError, match="draws takes"):
+        evidence.eubo(make(), draw(2), draws="chains")

@@ -197,6 +197,19 @@ def test_what_has_no_aggregated_posterior():
 
     with pytest.raises(evidence.Unavailable, match="'z' differs between data"):
         evidence.diagnostics(Pair.of(model, guide), tuple(torch.randn(2, 6)))
+
+    def bounded(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Uniform(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def wide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    for look in (evidence.diagnostics, evidence.layers):
+        with pytest.raises(evidence.Unavailable, match="has no finite parts"):
+            look(Pair.of(bounded, wide), torch.randn(20))
     with pytest.raises(ValueError, match="draws takes"):
         evidence.diagnostics(gaussian_pair(), torch.randn(3, 2), draws=0)
 

@@ -1,0 +1,48 @@
+"""Every estimator against every evidence that can be had: bounds on their side, means on the linear scale right.
+
+False alarms: 1e-6 over the whole grid (see the benchmark's docstring, whose cells these are)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import tightness
+from pyroelbo import evidence
+from tests.pairs import EXACT, TABLE
+
+FEW = ("ppca-mean-field", "mixture-encoder", "conjugate")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_bounds_lie_on_their_side(name):
+    rows = tightness.cells(name, 100)
+    assert len(rows) >= 9 and not tightness.failures(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_the_whole_grid(name):
+    assert not tightness.failures(tightness.cells(name, 300))
+
+
+def test_most_rows_can_be_solved():
+    """A row that no reference takes is left out without a word, so the grid must not empty unseen."""
+    assert len(EXACT) > 0.5 * len(TABLE)
+    for name in ("own", "ppca"):
+        make, draw = TABLE[name]
+        assert tightness.reference(make(), draw(2)).method == ("quadrature" if name == "own" else "exact")
+
+
+@pytest.mark.parametrize("shift", [0.3, -0.3])
+def test_a_shifted_value_is_found(shift):
+    """0.3 nats too high breaks the order of a lower bound; too low, the mean of an unbiased one."""
+    make, draw = TABLE["ppca-mean-field"]
+    pair, y = make(), draw(200)
+    truth = evidence.exact(pair, y)
+    bound = evidence.iwae(pair, y, 3000)
+    bound = dataclasses.replace(bound, value=bound.value + shift, notes=())
+    row = tightness.judge("ppca", "iwae", bound, truth, True)
+    assert tightness.failures([row])
+    assert row["ordered"] is (shift < 0)
+    assert torch.isfinite(torch.tensor(row["z"]))
