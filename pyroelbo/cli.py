@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--clip-norm", type=float, default=None, help="bound on the gradient's norm")
     train.add_argument(
+        "--skip-norm", type=float, default=None, help="leave out steps whose gradient is longer than this"
+    )
+    train.add_argument(
         "--ema",
         type=float,
         default=None,
@@ -234,6 +237,7 @@ def _train(options: argparse.Namespace) -> int:
         particles=options.particles,
         kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
         clip_norm=options.clip_norm,
+        skip_norm=options.skip_norm,
         ema=options.ema,
         patience=options.patience,
         freeze=tuple(options.freeze),
@@ -301,12 +305,15 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) -> None:
     """Reconstructions and the latent plane, for pairs that can draw a mean image."""
-    if not hasattr(pair, "mean_image"):
-        return
     shape, n = data.shape(config["data"]), min(16, len(y))
     with torch.no_grad():
+        original = y[:n] / (pair.levels - 1) if getattr(pair, "form", "grey") == "bytes" else y[:n]
+        if hasattr(pair, "reconstruct"):
+            found = pair.reconstruct(y[:n])
+            report.images([original, found], shape, path / "reconstructions.png", ["data", "decoded"])
+        if not hasattr(pair, "mean_image"):
+            return
         q = pair.encode(y)
-        original = y[:n] / (pair.levels - 1) if pair.form == "bytes" else y[:n]
         report.images(
             [original, pair.mean_image(q.mean[:n])], shape, path / "reconstructions.png", ["data", "decoded"]
         )

@@ -19,7 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-__all__ = ["Batch", "Minibatches", "as_batch", "call", "load", "parts", "repeat", "rows", "size", "to"]
+__all__ = [
+    "Batch",
+    "Minibatches",
+    "as_batch",
+    "call",
+    "load",
+    "parts",
+    "repeat",
+    "rows",
+    "size",
+    "to",
+    "windows",
+]
 
 Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
@@ -319,6 +331,34 @@ def shape(name: str) -> tuple[int, ...]:
 def levels(name: str) -> int:
     """Number of grey levels of the data set."""
     return _SETS[name][2]
+
+
+def windows(
+    text: str | bytes, length: int, alphabet: str | bytes | None = None, name: str = "text"
+) -> tuple[Tensor, str | bytes]:
+    """Text cut into rows of ``length`` symbols, LongTensor [N, length], and the alphabet that numbers them.
+
+    The alphabet is the sorted symbols of the text, unless given; the rest of the text is left out. ValueError,
+    naming the symbol and its place, for one that the alphabet lacks, and for a text shorter than a row.
+    """
+    if alphabet is None:
+        alphabet = bytes(sorted(set(text))) if isinstance(text, bytes) else "".join(sorted(set(text)))
+    if isinstance(text, bytes) != isinstance(alphabet, bytes):
+        raise TypeError(
+            f"{name} is {type(text).__name__} and alphabet {type(alphabet).__name__}: take one kind for both"
+        )
+    if not isinstance(length, int) or length < 1 or len(text) < length:
+        raise ValueError(f"length takes 1 to the {len(text)} symbols of {name}, got {length!r}")
+    number = {symbol: i for i, symbol in enumerate(alphabet)}
+    try:
+        codes = [number[symbol] for symbol in text]
+    except KeyError:
+        place = next(i for i, symbol in enumerate(text) if symbol not in number)
+        raise ValueError(
+            f"{name} has {text[place : place + 1]!r} at place {place}, which the alphabet of {len(alphabet)} symbols lacks"
+        ) from None
+    rows = len(codes) // length
+    return torch.tensor(codes[: rows * length]).reshape(rows, length), alphabet
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense"]
 
 
 class MLP(nn.Sequential):
@@ -22,6 +22,70 @@ class MLP(nn.Sequential):
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
+
+
+NORMS = ("batch", "layer", "none")
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalization of the last dimension, over any number of leading ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+class Dense(nn.Module):
+    """SiLU(norm(W x)), dropped out with probability ``dropout``, plus x where the widths ``a`` and ``b`` are the
+    same."""
+
+    def __init__(self, a: int, b: int, norm: str = "none", dropout: float = 0.0) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm takes one of {NORMS}, got {norm!r}")
+        self.linear = nn.Linear(a, b, bias=norm != "batch")
+        self.norm = BatchNorm(b) if norm == "batch" else nn.LayerNorm(b) if norm == "layer" else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.residual = a == b
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.dropout(nn.functional.silu(self.norm(self.linear(x))))
+        return x + new if self.residual else new
+
+
+class Conv(nn.Conv2d):
+    """A convolution of images [*, C, H, W] with any number of leading dimensions, that keeps their size at
+    ``stride`` 1."""
+
+    def __init__(self, a: int, b: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__(a, b, kernel, stride=stride, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x.reshape(-1, *x.shape[-3:]))
+        return out.reshape(*x.shape[:-3], *out.shape[1:])
+
+
+class ConvCell(nn.Module):
+    """x + ``gain`` · (a bottleneck of four convolutions of SiLU(x), two of them 3x3); ``b`` channels other than
+    ``a`` drop x. The 3x3 become 1x1 where images are ``small``.
+
+    Source: Child (2021), figure 3.
+    """
+
+    def __init__(self, a: int, b: int, gain: float = 1.0, small: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        middle, kernel = max(b // 2, 1), 1 if small else 3
+        last = Conv(middle, b, 1)
+        with torch.no_grad():
+            last.weight.mul_(gain)
+        act = nn.SiLU
+        self.layers = nn.Sequential(
+            act(), Conv(a, middle, 1), act(), Conv(middle, middle, kernel), act(),
+            Conv(middle, middle, kernel), act(), nn.Dropout(dropout), last,
+        )  # fmt: skip
+        self.residual = a == b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
 
 
 class ConvEncoder(nn.Module):

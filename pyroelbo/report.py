@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,27 @@ def plot_curve(run: Run, path: str | Path) -> Path:
         tail = [v for v in run.losses[len(epochs) // 10 :] if math.isfinite(v)]
         low, high = min(run.losses), max(tail)
         axis.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.2 * (high - low) + 1e-9)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
+    """What each layer of each pair says of a datum: a bar of nats for the rate of every latent site, by pair.
+
+    ``layers`` are what ``evidence.layers`` found, by name. Returns the path.
+    """
+    figure, axis = _figure(6.4, 3.6)
+    width = 0.8 / len(layers)
+    for i, (name, found) in enumerate(layers.items()):
+        sites = sorted(found.rates)
+        rates = [float(found.rates[site].value) for site in sites]
+        errors = [float(found.rates[site].stderr) for site in sites]
+        place = np.arange(len(sites)) + (i - (len(layers) - 1) / 2) * width
+        bars = axis.bar(place, rates, width, yerr=errors, label=name, color=_SHADES[i % len(_SHADES)])
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        axis.set_xticks(range(len(sites)), sites)
+    axis.axhline(0.0, color="black", lw=0.8)
+    axis.set_ylabel("E ln q - ln p, nats per datum")
     axis.legend(fontsize=8)
     return _save(figure, path)
 

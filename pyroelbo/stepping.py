@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ class EagerStep:
     """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 - d)·θ.
 
     ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
-    others that the loss reaches stay as they are, and no backward pass is spent on them.
+    others that the loss reaches stay as they are, and no backward pass is spent on them. Where the whole gradient is longer
+    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class EagerStep:
         optimizer: str = "adam",
         lr: float = 1e-3,
         clip_norm: float | None = None,
+        skip_norm: float | None = None,
         ema: float | None = None,
     ) -> None:
         self.objective, self._model, self._guide = objective, model, guide
         self.parameters = dict(parameters)
         self._leaves = list(self.parameters.values())
         self._optimizer = OPTIMIZERS[optimizer](self._leaves, lr=lr, fused=True)
-        self._clip_norm, self._ema = clip_norm, ema
+        self._clip_norm, self._skip_norm, self._ema = clip_norm, skip_norm, ema
+        self.skipped = torch.zeros(())
         self.averages = {} if ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
 
     @property
@@ -73,9 +77,15 @@ class EagerStep:
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         for leaf, gradient in zip(self._leaves, gradients, strict=True):
             leaf.grad = gradient
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._leaves, self._clip_norm, foreach=True)
-        self._optimizer.step()
+        take = True
+        if self._clip_norm is not None or self._skip_norm is not None:
+            most = math.inf if self._clip_norm is None else self._clip_norm
+            norm = nn.utils.clip_grad_norm_(self._leaves, most, foreach=True)
+            take = self._skip_norm is None or bool(norm <= self._skip_norm)
+        if take:
+            self._optimizer.step()
+        else:
+            self.skipped += 1
         for leaf in self._leaves:
             leaf.grad = None
         if self._ema is not None:
@@ -89,6 +99,7 @@ class EagerStep:
         flat = {
             f"{k}.{i}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)
         }
+        flat |= {"skipped": self.skipped} if self._skip_norm is not None else {}
         return flat | {f"ema.{n}": v for n, v in self.averages.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -99,7 +110,9 @@ class EagerStep:
             raise ValueError(f"tensors: the average of {odd!r} is missing or unknown")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            if not key.startswith("ema."):
+            if key == "skipped":
+                self.skipped.copy_(value)
+            elif not key.startswith("ema."):
                 name, index = key.rsplit(".", 1)
                 state.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]

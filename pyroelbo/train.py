@@ -25,7 +25,15 @@ from tqdm import tqdm
 from pyroelbo import data as batches
 from pyroelbo import evidence
 from pyroelbo.data import Batch, Minibatches
-from pyroelbo.objectives import Exact_ELBO, Hard_ELBO, Weighted_ELBO
+from pyroelbo.objectives import (
+    Annealed,
+    Exact_ELBO,
+    Hard_ELBO,
+    Layered_ELBO,
+    Weighted_ELBO,
+    WrappedELBO,
+    mean_field_fault,
+)
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, choose_device, copy_into, group, interruptible
@@ -40,6 +48,7 @@ __all__ = ["fit"]
 OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "elbo": Trace_ELBO,
     "mean_field": TraceMeanField_ELBO,
+    "layered": Layered_ELBO,
     "hard": Hard_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
 }
@@ -60,6 +69,7 @@ def fit(
     particles: int = 1,
     kl_weight: float | Callable[[float], float] = 1.0,
     clip_norm: float | None = None,
+    skip_norm: float | None = None,
     ema: float | None = None,
     patience: int | None = None,
     freeze: Sequence[str] = (),
@@ -79,15 +89,18 @@ def fit(
     which brings its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience``
     training stops after so many epochs without a better one, and the best weights are kept.
 
-    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``,
-    ``"hard"`` (without the encoder's entropy), ``"enum"`` or any Pyro ELBO that has a
-    ``differentiable_loss``. ``particles`` repeats each batch along its first dimension. ``kl_weight`` and
-    ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may be functions of the epoch, a
-    float, that give the weight of the KL and a factor on ``learning_rate``. ``clip_norm`` bounds the
-    gradient's norm; ``ema`` is the decay of a moving average of the weights, which is what is validated and
-    kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is fixed-encoder training.
-    ``compile`` runs loss, gradients and update as one graph (:class:`~pyroelbo.compiled.CompiledStep`), which
-    pays off after some thousand steps: building it takes seconds for each shape of batch.
+    ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``
+    (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they
+    are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy),
+    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
+    be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
+    ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
+    out (the rows of metrics count them); ``ema`` is the decay of a moving average of the weights, which is
+    what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
+    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
+    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
+    seconds for each shape of batch.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
@@ -101,7 +114,9 @@ def fit(
     RuntimeError for CUDA asked for and absent; FileExistsError and PermissionError for the run directory. A
     loss that is not finite raises FloatingPointError and names the epoch; the last checkpoint stands.
     """
-    _check_settings(epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed)
+    _check_settings(
+        epochs, batch_size, learning_rate, particles, clip_norm, skip_norm, ema, patience, valid, seed
+    )
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer takes one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
     if resume and out is None:
@@ -115,6 +130,7 @@ def fit(
     loss_fn = _objective(objective, pair, kl_weight)
     first = batches.to(loader.first(), place)
     leaves, per_datum = _probe(pair, first, loader)
+    _check_mean_field(loss_fn, pair, first)
     trained = _trained(pair, leaves, freeze)
     settings = {
         **(config or {}),
@@ -124,6 +140,7 @@ def fit(
         "optimizer": optimizer,
         "particles": particles,
         "clip_norm": clip_norm,
+        "skip_norm": skip_norm,
         "ema": ema,
         "compile": compile,
         "freeze": list(freeze),
@@ -145,6 +162,7 @@ def fit(
         factor,
         kl_weight if callable(kl_weight) else None,
         held_out,
+        skip_norm is not None,
         patience,
         checkpoint_seconds,
         progress,
@@ -163,6 +181,7 @@ def fit(
         optimizer=optimizer,
         lr=learning_rate,
         clip_norm=clip_norm,
+        skip_norm=skip_norm,
         ema=ema,
     )
     job = _Job(pair, loss_fn, leaves, stepper, run)
@@ -186,6 +205,7 @@ class _Plan:
     factor: Callable[[float], float]
     kl_weight: Callable[[float], float] | None
     valid: Batch | None
+    skipping: bool
     patience: int | None
     checkpoint_seconds: float
     progress: bool
@@ -330,8 +350,10 @@ class _Job:
             "loss": float(self.loss_sum) / self.loss_count,
         }
         row["learning_rate"] = self.stepper.lr
-        if isinstance(self.loss_fn, Weighted_ELBO):
+        if isinstance(self.loss_fn, Annealed):
             row["kl_weight"] = self.loss_fn.weight
+        if plan.skipping:
+            row["skipped"] = int(self.stepper.skipped)
         self.position, self.loss_count = 0, 0
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if plan.valid is not None:
@@ -440,14 +462,15 @@ class _Job:
 
 
 def _check_settings(
-    epochs, batch_size, learning_rate, particles, clip_norm, ema, patience, valid, seed
+    epochs, batch_size, learning_rate, particles, clip_norm, skip_norm, ema, patience, valid, seed
 ) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} takes a positive whole number, got {value!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed takes a whole number, got {seed!r}")
-    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+    positive = (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("skip_norm", skip_norm))
+    for name, value in positive:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} takes a positive number, got {value!r}")
     if ema is not None and not 0 < ema < 1:
@@ -475,12 +498,29 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
             f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
         )
     if callable(kl_weight):
+        if isinstance(loss, Layered_ELBO):
+            loss.weight = kl_weight(0.0)
+            return loss
         return Weighted_ELBO(loss, kl_weight(0.0))
     if not kl_weight >= 0:
         raise ValueError(
             f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}"
         )
     return loss if kl_weight == 1.0 else Weighted_ELBO(loss, kl_weight)
+
+
+def _check_mean_field(loss: ELBO, pair: Pair, batch: Batch) -> None:
+    """ValueError for a closed-form objective on a pair whose bound it would not be."""
+    while isinstance(loss, WrappedELBO):
+        loss = loss.inner
+    if not isinstance(loss, TraceMeanField_ELBO):
+        return
+    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        fault = batches.call(
+            lambda *args, **kwargs: mean_field_fault(pair.model, pair.guide, *args, **kwargs), batch
+        )
+    if fault is not None:
+        raise ValueError(f"objective 'mean_field' (TraceMeanField_ELBO) is wrong for {pair.name}: {fault}")
 
 
 def _schedule(schedule: str | Callable[[float], float], epochs: int) -> Callable[[float], float]:

@@ -146,6 +146,25 @@ TABLE = {
         lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
         lambda n: torch.randn(n, 5, 2),
     ),
+    "hierarchy-bottom-up": (lambda: models.Hierarchy(6, (3, 2, 2), 8), lambda n: binary(n, 6)),
+    "hierarchy-top-down": (
+        lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "ladder": (lambda: models.Ladder(6, (3, 2, 2), (8, 6, 5)), lambda n: binary(n, 6)),
+    "ladder-precision": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
+        lambda n: torch.rand(n, 6),
+    ),
+    "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
+    "autoregressive-pixelcnn": (
+        lambda: models.Autoregressive((2, 3), width=4, layers=2),
+        lambda n: binary(n, 6),
+    ),
+    "autoregressive-transformer": (
+        lambda: models.Autoregressive(5, 4, "categorical", "transformer", 8, 1),
+        lambda n: torch.randint(4, (n, 5)),
+    ),
     "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "chorales": lambda tmp: (["--smoke"],),
+    "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
     "your_own_pair": lambda tmp: (3,),
     "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),
     "audit_a_pyro_model": lambda tmp: (["--smoke", "--out", str(tmp / "schools")],),

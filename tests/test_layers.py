@@ -11,7 +11,7 @@ ROOT = Path(pyroelbo.__file__).parent
 
 LAYERS = [
     ["_version", "numerics", "records", "findings"],
-    ["semiring", "nn", "data", "runs", "coder"],
+    ["semiring", "nn", "causal", "data", "runs", "coder"],
     ["distributions", "pair", "terms", "joint", "enumeration"],
     ["priors", "objectives", "stepping", "compiled", "em", "unamortized"],
     ["models", "evidence"],

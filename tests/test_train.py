@@ -1,10 +1,13 @@
 """`fit`: that it learns, that it resumes bit for bit, and what it refuses before it starts."""
 
+import functools
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -519,3 +522,53 @@ def test_a_callback_that_raises_loses_nothing(tmp_path):
         quiet(fresh(), y, epochs=4, out=tmp_path / "r", checkpoint_seconds=1e9, callbacks=[fail])
     again = quiet(fresh(), y, epochs=4, out=tmp_path / "r", resume=True)
     assert again.metrics == quiet(fresh(), y, epochs=4).metrics
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled", "fallback"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_steps_with_a_long_gradient_are_left_out(kind, optimizer):
+    """A batch of outliers, and one that is not finite, leave parameters and optimizer as if they had never come."""
+    from pyroelbo.compiled import CompiledStep
+    from pyroelbo.stepping import EagerStep
+
+    good, bad = torch.randn(8, 4), 20 * torch.randn(8, 4)
+    ended = []
+    for batches in ((good, good), (good, bad, bad * math.inf, good)):
+        torch.manual_seed(0)
+        pair = Nonlinear()
+        make = EagerStep if kind == "eager" else functools.partial(CompiledStep, backend="eager")
+        step = make(
+            Trace_ELBO(),
+            pair.model,
+            pair.guide,
+            dict(pair.named_parameters()),
+            optimizer=optimizer,
+            skip_norm=300.0,
+        )
+        for y in batches:
+            torch.manual_seed(1)
+            with pyro.validation_enabled(False), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                step._eager((y,), {}) if kind == "fallback" else step(y)
+        ended.append([p.detach().clone() for p in pair.parameters()])
+        assert int(step.skipped) == len(batches) - 2
+        again = make(
+            Trace_ELBO(),
+            pair.model,
+            pair.guide,
+            dict(pair.named_parameters()),
+            optimizer=optimizer,
+            skip_norm=300.0,
+        )
+        again.load_state_dict(step.state_dict())
+        assert int(again.skipped) == len(batches) - 2
+    for a, b in zip(*ended, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_skipped_steps_are_counted_in_the_metrics():
+    y = torch.cat([torch.randn(8, 4), 20 * torch.randn(1, 4)])
+    run = fit(Nonlinear(), y, epochs=2, batch_size=1, skip_norm=100.0, progress=False)
+    assert 0 < run.metrics[0]["skipped"] <= run.metrics[1]["skipped"] <= 4
+    with pytest.raises(ValueError, match="skip_norm takes a positive number"):
+        fit(Nonlinear(), y, skip_norm=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
 from collections.abc import Iterable
 from functools import partial
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 __all__ = ["Environment"]
 
 _SCALARS = (int, float, complex, bool, str, bytes, type(None))
-_LIBRARIES = {"torch", "pyro", "numpy", "builtins", "collections", "functools", "typing", "abc", "weakref"}
-_LIBRARIES |= {"types", "enum", "contextlib", "warnings", "threading", "logging", "opt_einsum", "scipy"}
+_LIBRARIES = {"torch", "pyro", "numpy", "opt_einsum", "scipy"} | sys.stdlib_module_names
 _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_pyro_context", "_non_persistent_buffers_set"}
 _MAX_EDGES = 50_000
 _MAX_ITEMS = 2_000

@@ -43,6 +43,8 @@ class CompiledStep:
     :param optimizer: "adam", "adamw" or "sgd", with torch.optim's rules for ``betas``, ``eps``,
         ``weight_decay`` (L2 for adam and sgd, decoupled for adamw), ``momentum`` and ``nesterov``.
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
+    :param skip_norm: where the whole gradient is longer than this, or not finite, the step leaves the parameters
+        and the optimizer's state as they are, and ``skipped`` counts it (Child, 2021). None takes every step.
     :param ema: decay d of the averaged parameters in ``averages``, or None.
     :param backend: "inductor", or "eager": the captured graph run operation by operation.
 
@@ -68,6 +70,7 @@ class CompiledStep:
         momentum: float = 0.0,
         nesterov: bool = False,
         clip_norm: float | None = None,
+        skip_norm: float | None = None,
         ema: float | None = None,
         backend: str = "inductor",
         max_graphs: int = 8,
@@ -83,6 +86,8 @@ class CompiledStep:
         _positive("lr", lr, zero=True)
         if clip_norm is not None:
             _positive("clip_norm", clip_norm)
+        if skip_norm is not None:
+            _positive("skip_norm", skip_norm)
         if ema is not None and not 0 <= ema < 1:
             raise ValueError(f"ema: got {ema!r}, takes a decay in [0, 1) or None")
         if nesterov and momentum <= 0:
@@ -90,6 +95,7 @@ class CompiledStep:
         self.parameters = dict(parameters)
         self._kind = "differentiable" if hasattr(objective, "differentiable_loss") else "grads"
         self._rule = (optimizer, betas, eps, weight_decay, momentum, nesterov, clip_norm, ema)
+        self._skip_norm = skip_norm
         first = next(iter(self.parameters.values()))
         exact = torch.float32 if first.device.type == "mps" else torch.float64
 
@@ -98,6 +104,7 @@ class CompiledStep:
 
         slots = _SLOTS[optimizer] if optimizer != "sgd" or momentum else ()
         self._clock, self._lr = scalar(0.0).float(), scalar(lr)
+        self.skipped = scalar(0.0).float()
         self._slots = {
             slot: {n: torch.zeros_like(p, requires_grad=False) for n, p in self.parameters.items()}
             for slot in slots
@@ -142,8 +149,12 @@ class CompiledStep:
         value = _capture.evaluate(self.objective, self._kind, self._model, self._guide, args, kwargs)
         names = [n for n, p in self.parameters.items() if p.grad is not None]
         with torch.no_grad():
-            gradients = [self.parameters[n].grad for n in names]
-            self._update([self.parameters[n] for n in names], gradients, self._extra(names))  # type: ignore[arg-type]
+            gradients: list[Any] = [self.parameters[n].grad for n in names]
+            skip = self._skip(gradients)
+            if skip is None or not bool(skip):
+                self._update([self.parameters[n] for n in names], gradients, self._extra(names))
+            else:
+                self.skipped += 1
         for p in self.parameters.values():
             p.grad = None
         return torch.as_tensor(value).detach()
@@ -167,6 +178,13 @@ class CompiledStep:
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         factor = (clip / (norm + 1e-6)).clamp(max=1.0)
         return [g * factor for g in gradients]
+
+    def _skip(self, gradients: list[Tensor]) -> Tensor | None:
+        """1 where the step is to be left out, 0 where not, a tensor []; None where none ever is."""
+        if self._skip_norm is None or not gradients:
+            return None
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        return (~(norm <= self._skip_norm)).float()
 
     def _split(self, extra: list[Tensor], size: int) -> list[list[Tensor]]:
         return [extra[2 + i * size : 2 + (i + 1) * size] for i in range((len(extra) - 2) // max(size, 1))]
@@ -198,12 +216,17 @@ class CompiledStep:
             if ema is not None:
                 slots[-1][i].lerp_(p, 1 - ema)
 
-    def _fused_update(self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor]) -> None:
-        """``_update`` after clipping, by torch's kernels for many tensors at once."""
+    def _fused_update(
+        self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor], skip: Tensor | None
+    ) -> None:
+        """``_update`` after clipping, by torch's kernels for many tensors at once; they do nothing where ``skip``
+        is 1."""
         kind, (beta1, beta2), eps, decay, momentum, nesterov, _, ema = self._rule
         clock, lr = extra[:2]
         slots = self._split(extra, len(params))
-        clock.add_(1)
+        clock.add_(1 if skip is None else 1 - skip)
+        if skip is not None:
+            self.skipped.add_(skip)
         rate: Any = lr if lr.is_cuda else lr.item()
         if kind == "sgd":
             torch._fused_sgd_(
@@ -217,6 +240,7 @@ class CompiledStep:
                 nesterov=nesterov,
                 maximize=False,
                 is_first_step=False,
+                found_inf=skip,
             )
         else:
             fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
@@ -234,6 +258,7 @@ class CompiledStep:
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
+                found_inf=skip,
             )
         if ema is not None:
             torch._foreach_lerp_(slots[-1], params, 1 - ema)
@@ -259,6 +284,8 @@ class CompiledStep:
 
     def _named_state(self) -> list[tuple[str, Tensor]]:
         named = [("step", self._clock), ("lr", self._lr)]
+        if self._skip_norm is not None:
+            named.append(("skipped", self.skipped))
         for slot, tensors in (*self._slots.items(), ("ema", self.averages)):
             named += [(f"{slot}.{name}", t) for name, t in tensors.items()]
         return named
@@ -286,13 +313,14 @@ class _StepCache(GraphCache):
         extra = self._extras[id(plan)] = step._extra([name for _, _, name in trained])
         first, last = len(data), len(data) + len(state)
         params = [first + i for _, i, _ in trained]
-        inside = len(trained) <= _MOST_INSIDE
+        inside = len(trained) <= _MOST_INSIDE and step._skip_norm is None
 
         def whole(*inputs: Tensor) -> list[Tensor]:
             outputs = plan.graph(*inputs[:last])
             gradients = [outputs[k] for k, _, _ in trained]
             if not inside:
-                return [outputs[0], *step._clip(gradients)]
+                skip = step._skip(gradients)
+                return [outputs[0], *([] if skip is None else [skip]), *step._clip(gradients)]
             step._update([inputs[i] for i in params], gradients, list(inputs[last:]))
             return [outputs[0]]
 
@@ -308,7 +336,9 @@ class _StepCache(GraphCache):
 
         def both(*inputs: Tensor) -> list[Tensor]:
             outputs = runner(*inputs)
-            step._fused_update([inputs[i] for i in params], list(outputs[1:]), list(inputs[last:]))
+            gradients = list(outputs[1:])
+            skip = None if step._skip_norm is None else gradients.pop(0)
+            step._fused_update([inputs[i] for i in params], gradients, list(inputs[last:]), skip)
             return [outputs[0]]
 
         return both

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
+from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.hmm import HMM
+from pyroelbo.models.ladder import Ladder
+from pyroelbo.models.markov import Chain, Hierarchy
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
@@ -22,9 +26,14 @@ __all__ = [
     "PPCA",
     "REGISTRY",
     "VAE",
+    "Autoregressive",
     "BernoulliMixture",
+    "Chain",
+    "ConvLadder",
     "Entry",
     "GaussianMixture",
+    "Hierarchy",
+    "Ladder",
     "StateSpace",
     "build",
     "load",
@@ -49,6 +58,34 @@ REGISTRY: dict[str, Entry] = {
         VAE.for_data,
         VAE.form_of,
         50,
+        1e-3,
+    ),
+    "hierarchy": Entry(
+        "chain of Gaussian latents; order=bottom-up|top-down, likelihood as vae",
+        Hierarchy.for_data,
+        Hierarchy.form_of,
+        50,
+        1e-3,
+    ),
+    "ladder": Entry(
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood as vae",
+        Ladder.for_data,
+        Ladder.form_of,
+        50,
+        1e-3,
+    ),
+    "conv_ladder": Entry(
+        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood as vae",
+        ConvLadder.for_data,
+        ConvLadder.form_of,
+        30,
+        1e-3,
+    ),
+    "autoregressive": Entry(
+        "pixels one by one, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
+        Autoregressive.for_data,
+        Autoregressive.form_of,
+        20,
         1e-3,
     ),
     "ppca": Entry(

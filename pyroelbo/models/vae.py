@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
+from pyroelbo.models.observation import LIKELIHOODS, Pixels, form_of
 from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder
 from pyroelbo.pair import PLATE, Pair
 
 __all__ = ["LIKELIHOODS", "VAE"]
-
-# name: numbers a pixel that the decoder gives, form of the data
-LIKELIHOODS: dict[str, tuple[Callable[[int], int], str]] = {
-    "bernoulli": (lambda levels: 1, "binary"),
-    "discretized_logistic": (lambda levels: 1, "bytes"),
-    "categorical": (lambda levels: levels, "bytes"),
-    "l2": (lambda levels: 1, "grey"),
-    "l1": (lambda levels: 1, "grey"),
-}
 
 
 class VAE(Pair):
@@ -53,14 +44,10 @@ class VAE(Pair):
         weight: float | None = None,
     ) -> None:
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood takes one of {tuple(LIKELIHOODS)}, got {likelihood!r}")
         if network not in ("mlp", "conv"):
             raise ValueError(f"network takes 'mlp' or 'conv', got {network!r}")
         if latent < 1:
             raise ValueError(f"latent takes a positive number of dimensions, got {latent}")
-        if weight is not None and likelihood not in ("l1", "l2"):
-            raise ValueError(f"weight belongs to the densities 'l1' and 'l2', not to {likelihood!r}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dims, self.latent, self.levels, self.likelihood = (
             math.prod(self.shape),
@@ -68,30 +55,18 @@ class VAE(Pair):
             levels,
             likelihood,
         )
-        per_pixel, self.form = LIKELIHOODS[likelihood]
-        outputs = per_pixel(levels)
-        self.generator = nn.Module()
-        self.generator.add_module("decoder", self._decoder(network, hidden, channels, outputs))
-        if likelihood in ("discretized_logistic", "l1", "l2"):
-            start = {
-                "discretized_logistic": math.log(levels / 10),
-                "l1": math.log(10.0),
-                "l2": math.log(100.0),
-            }[likelihood]
-            value = torch.tensor(start if weight is None else math.log(weight))
-            if weight is None:
-                self.generator.register_parameter("log_weight", nn.Parameter(value))
-            else:
-                self.generator.register_buffer("log_weight", value)
+        self.generator = Pixels(self.dims, likelihood, levels, weight)
+        self.form = self.generator.form
+        self.generator.add_module("decoder", self._decoder(network, hidden, channels))
         if network == "mlp":
             self.encoder: nn.Module = MLP((self.dims, *hidden, 2 * latent))
         else:
             self.encoder = ConvEncoder(self._image(), 2 * latent, channels, hidden[-1])
 
-    def _decoder(self, network: str, hidden: Sequence[int], channels: int, outputs: int) -> nn.Module:
+    def _decoder(self, network: str, hidden: Sequence[int], channels: int) -> nn.Module:
         if network == "mlp":
-            return MLP((self.latent, *reversed(tuple(hidden)), self.dims * outputs))
-        return ConvDecoder(self._image(), self.latent, outputs, channels, hidden[-1])
+            return MLP((self.latent, *reversed(tuple(hidden)), self.generator.outputs))
+        return ConvDecoder(self._image(), self.latent, self.generator.per_pixel, channels, hidden[-1])
 
     def _image(self) -> tuple[int, int]:
         if len(self.shape) != 2:
@@ -99,25 +74,11 @@ class VAE(Pair):
         return self.shape  # type: ignore[return-value]
 
     def _scaled(self, y: Tensor) -> Tensor:
-        if y.dim() != 2 or y.shape[-1] != self.dims:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}: this VAE takes [B, {self.dims}], images flattened"
-            )
-        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
-        return y / (self.levels - 1) if self.form == "bytes" else y
+        return self.generator.scaled(y, type(self).__name__)
 
     def observation(self, z: Tensor) -> dist.TorchDistribution:
         """p(y | z) for codes [*, latent], with event shape [D]."""
-        out = self.generator.decoder(z)
-        if self.likelihood == "bernoulli":
-            return dist.Bernoulli(logits=out).to_event(1)
-        if self.likelihood == "categorical":
-            return dist.Categorical(logits=out.unflatten(-1, (self.dims, self.levels))).to_event(1)
-        if self.likelihood == "discretized_logistic":
-            center = (self.levels - 1) * torch.sigmoid(out)
-            return DiscretizedLogistic(center, self.generator.log_weight.exp(), self.levels).to_event(1)
-        density = l2_density if self.likelihood == "l2" else l1_density
-        return density(out, self.generator.log_weight.exp()).to_event(1)
+        return self.generator.distribution(self.generator.decoder(z))
 
     def encode(self, y: Tensor) -> dist.TorchDistribution:
         """q(z | y), event shape [latent]."""
@@ -136,13 +97,7 @@ class VAE(Pair):
 
     def mean_image(self, z: Tensor) -> Tensor:
         """E[y | z] in [0, 1], [*, D], for pictures."""
-        p = self.observation(z).base_dist
-        if self.likelihood == "categorical":
-            grey = torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
-            return (p.probs @ grey) / (self.levels - 1)
-        if self.likelihood == "discretized_logistic":
-            return p.loc / (self.levels - 1)
-        return p.mean.clamp(0, 1)
+        return self.generator.mean_image(self.observation(z))
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return torch.zeros(n, self.dims, dtype=self._dtype(), device=self.device)
@@ -153,10 +108,7 @@ class VAE(Pair):
     @staticmethod
     def form_of(settings: dict) -> str:
         """The form of data that a VAE of these settings takes."""
-        name = settings.get("likelihood", "bernoulli")
-        if name not in LIKELIHOODS:
-            raise ValueError(f"likelihood takes one of {tuple(LIKELIHOODS)}, got {name!r}")
-        return LIKELIHOODS[name][1]
+        return form_of(settings)
 
     @classmethod
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> VAE:

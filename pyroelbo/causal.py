@@ -1,0 +1,240 @@
+"""Causal networks: logits of every token from those before it, in one pass, or one by one from a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CausalTransformer", "PixelCNN"]
+
+
+class CausalTransformer(nn.Module):
+    """Tokens [*, T] of 0 … symbols-1 to logits [*, T, symbols]; those at t look at tokens before t alone.
+
+    ``layers`` blocks of width ``width`` with ``heads`` heads, normalized before attention and MLP; learned
+    positions for ``length`` tokens; the first token is predicted from a learned start. :meth:`begin`,
+    :meth:`append` and :meth:`step` give the same logits one token at a time, from the keys and values of the
+    tokens so far: O(t) a step.
+
+    Sources: Vaswani et al. (2017); Radford et al. (2019).
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        length: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width takes a multiple of heads={heads}, got {width}")
+        self.symbols, self.length = symbols, length
+        self.embed = nn.Embedding(symbols + 1, width)  # the last row is the start
+        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, symbols)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[-1] > self.length:
+            raise ValueError(f"this network has places for {self.length} tokens, got {tokens.shape[-1]}")
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        start = rows.new_full((len(rows), 1), self.symbols)
+        x = self.embed(torch.cat([start, rows[:, :-1]], 1)) + self.places[: rows.shape[1]]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.head(self.norm(x)).reshape(*tokens.shape, self.symbols)
+
+    def begin(self, lead: torch.Size) -> Any:
+        """The cache of no tokens yet."""
+        rows = math.prod(lead)
+        start = torch.full((rows,), self.symbols, device=self.places.device)
+        return lead, start, 0, [None] * len(self.blocks)
+
+    def append(self, cache: Any, token: Tensor) -> Any:
+        """The cache after ``token`` [*lead]."""
+        lead, last, place, memory = cache
+        _, memory = self._run(last, place, memory)
+        return lead, token.reshape(-1), place + 1, memory
+
+    def step(self, cache: Any) -> Tensor:
+        """Logits [*lead, symbols] of the next token."""
+        lead, last, place, memory = cache
+        x, _ = self._run(last, place, memory)
+        return self.head(self.norm(x[:, 0])).reshape(*lead, self.symbols)
+
+    def _run(self, last: Tensor, place: int, memory: list[Any]) -> tuple[Tensor, list[Any]]:
+        x = self.dropout(self.embed(last)[:, None] + self.places[place])
+        after = []
+        for block, past in zip(self.blocks, memory, strict=True):
+            x, past = block(x, past)
+            after.append(past)
+        return x, after
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inwards, self.outwards = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        """x [n, t, width] and what came before it; causal among themselves."""
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.inwards(self.before(x)).chunk(3, -1)
+        )
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        # A single query may look at everything so far; more than one only come without a past.
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=past is None and x.shape[1] > 1)
+        x = x + self.dropout(self.outwards(mixed.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.mlp(self.between(x))), (key, value)
+
+
+class PixelCNN(nn.Module):
+    """Pixels [*, H·W] of 0 … symbols-1, in rows, to logits [*, H·W, symbols], by gated masked convolutions.
+
+    Two stacks without a blind spot: the vertical one at row i sees the rows above i, the horizontal one at (i, j)
+    the pixels to the left of j in row i, and the vertical stack there. ``layers`` of ``channels`` features,
+    windows of ``2·reach + 1``. :meth:`begin`, :meth:`append` and :meth:`step` give the same logits a pixel
+    at a time from the features so far: O(layers · channels² · reach²) a pixel.
+
+    Source: van den Oord, Kalchbrenner, Vinyals, Espeholt, Graves and Kavukcuoglu (2016), figure 2.
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        shape: Sequence[int],
+        channels: int = 32,
+        layers: int = 5,
+        reach: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"shape takes (height, width), got {tuple(shape)}")
+        self.symbols, self.shape, self.channels = symbols, tuple(shape), channels
+        self.blocks = nn.ModuleList(
+            _Gated(2 if i == 0 else channels, channels, reach, i == 0, dropout) for i in range(layers)
+        )
+        self.head = nn.Sequential(
+            nn.SiLU(), nn.Linear(channels, 2 * channels), nn.SiLU(), nn.Linear(2 * channels, symbols)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        height, width = self.shape
+        image = self._seen(tokens.reshape(-1, height, width)).movedim(-1, 1)
+        vertical = horizontal = image
+        for block in self.blocks:
+            vertical, horizontal = block(vertical, horizontal)
+        return self.head(horizontal.movedim(1, -1)).reshape(*tokens.shape, self.symbols)
+
+    def _seen(self, tokens: Tensor) -> Tensor:
+        """Two features of a pixel: its level in [-1, 1], and that it is there at all (padding is not)."""
+        level = 2 * tokens.to(self._like.dtype) / (self.symbols - 1) - 1
+        return torch.stack([level, torch.ones_like(level)], -1)
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.parameters())
+
+    def begin(self, lead: torch.Size) -> Any:
+        """The cache of no pixels yet."""
+        height, width = self.shape
+        rows, like = math.prod(lead), self._like
+        sizes = [2, *[self.channels] * len(self.blocks)]
+        maps = [[like.new_zeros(rows, c, height, width) for c in sizes] for _ in range(2)]
+        cache = (lead, maps[0], maps[1], 0)
+        self._fill(cache)
+        return cache
+
+    def append(self, cache: Any, token: Tensor) -> Any:
+        """The cache after ``token`` [*lead]; the old one must not be used any more (its maps are written on)."""
+        lead, vertical, horizontal, place = cache
+        i, j = divmod(place, self.shape[1])
+        for maps in (vertical, horizontal):
+            maps[0][:, :, i, j] = self._seen(token.reshape(-1))
+        cache = (lead, vertical, horizontal, place + 1)
+        if place + 1 < math.prod(self.shape):
+            self._fill(cache)
+        return cache
+
+    def _fill(self, cache: Any) -> None:
+        """The features of the next pixel, and at a row's start the vertical ones of the whole row."""
+        _, vertical, horizontal, place = cache
+        i, j = divmod(place, self.shape[1])
+        block: Any
+        for layer, block in enumerate(self.blocks):
+            if j == 0:
+                vertical[layer + 1][:, :, i] = block.row(vertical[layer], i)
+            horizontal[layer + 1][:, :, i, j] = block.pixel(vertical[layer + 1], horizontal[layer], i, j)
+
+    def step(self, cache: Any) -> Tensor:
+        """Logits [*lead, symbols] of the next pixel."""
+        lead, _, horizontal, place = cache
+        i, j = divmod(place, self.shape[1])
+        return self.head(horizontal[-1][:, :, i, j]).reshape(*lead, self.symbols)
+
+
+class _Gated(nn.Module):
+    """One layer of both stacks. In the first the horizontal stack does not see the pixel itself; the vertical
+    stack never sees its own row: its rows are shifted down by one in the first layer."""
+
+    def __init__(self, takes: int, channels: int, reach: int, first: bool, dropout: float) -> None:
+        super().__init__()
+        self.first, self.reach = first, reach
+        self.down = nn.Conv2d(takes, 2 * channels, (reach + 1, 2 * reach + 1))
+        self.across = nn.Conv2d(takes, 2 * channels, (1, reach + (0 if first else 1)))
+        self.link = nn.Conv2d(channels, 2 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
+        r, first = self.reach, int(self.first)
+        height, width = vertical.shape[-2:]
+        # The first layer looks at the reach + 1 rows above, later ones at their own row and those above.
+        up = _gate(self.down(F.pad(vertical, (r, r, r + first, 0)))[..., :height, :])
+        left = self.across(F.pad(horizontal, (r, 0, 0, 0)))[..., :width]
+        return up, self._join(up, left, horizontal)
+
+    def _join(self, up: Tensor, left: Tensor, before: Tensor) -> Tensor:
+        new = self.out(self.dropout(_gate(left + self.link(up))))
+        return new if self.first else before + new
+
+    def row(self, vertical: Tensor, i: int) -> Tensor:
+        """The vertical features [n, channels, W] of row i, from the map of the layer below."""
+        r, end = self.reach, i + 1 - int(self.first)
+        rows = vertical[:, :, max(0, end - r - 1) : end]
+        return _gate(self.down(F.pad(rows, (r, r, r + 1 - rows.shape[2], 0))))[:, :, 0]
+
+    def pixel(self, up: Tensor, horizontal: Tensor, i: int, j: int) -> Tensor:
+        """The horizontal features [n, channels] of pixel (i, j), from the vertical map of this layer and the
+        horizontal one below."""
+        window, end = self.across.kernel_size[1], j + 1 - int(self.first)
+        row = horizontal[:, :, i : i + 1, max(0, end - window) : end]
+        left = self.across(F.pad(row, (window - row.shape[3], 0)))
+        return self._join(up[:, :, i : i + 1, j : j + 1], left, horizontal[:, :, i : i + 1, j : j + 1])[
+            ..., 0, 0
+        ]
+
+
+def _gate(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    return torch.tanh(a) * torch.sigmoid(b)

@@ -1,0 +1,176 @@
+"""Top-down (ladder) VAEs: deterministic features bottom-up, one shared path top-down."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyroelbo.models.markov import ImageChain, PixelLink, StandardNormal, bounded, check_widths, join, normal
+from pyroelbo.models.observation import Pixels
+from pyroelbo.nn import Dense
+
+__all__ = ["Ladder"]
+
+MERGES = ("network", "precision")
+
+
+class Ladder(ImageChain):
+    """A top-down hierarchy on images: q(z_N | y) … q(z_1 | z_{>1}, y) along the generator's own path.
+
+    Bottom-up, y → d_1 → … → d_N, features without noise, of widths ``hidden``. Top-down, the path h carries
+    all that was drawn so far: p(z_l | z_{>l}) = N of a linear map of h, then h ← cell(h, z_l); the encoder walks
+    the same path (its cells are shared) and adds d_l. ``latent`` and ``hidden`` are listed from the bottom.
+
+    ``merge="network"``: q(z_l | …) = N(μ_p + s_p·Δ, s_p·r) with Δ and ln r from a network of (h, d_l), almost
+    zero at the start, so that training begins near KL 0. ``merge="precision"``: d_l gives N(m, v²), and q is its
+    product with p, renormalized: precision 1/s_p² + 1/v², mean weighted by the precisions.
+
+    ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
+    encoder's view of the pixels: in training alone, where each is one more draw of the guide's own.
+
+    Sources: Sønderby et al. (2016), equations 16 to 20; Vahdat and Kautz (2020), section 3.2; Child (2021).
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        latent: Sequence[int] = (16, 8, 4),
+        hidden: Sequence[int] = (128, 64, 64),
+        likelihood: str = "bernoulli",
+        levels: int = 256,
+        merge: str = "network",
+        norm: str = "batch",
+        dropout: float = 0.0,
+        noise: float = 0.0,
+        prior: nn.Module | None = None,
+    ) -> None:
+        dims = shape if isinstance(shape, int) else math.prod(shape)
+        check_widths("latent", latent)
+        check_widths("hidden", hidden)
+        if len(hidden) != len(latent):
+            raise ValueError(
+                f"hidden takes a width for each of the {len(latent)} layers of latent={tuple(latent)}, got {tuple(hidden)}"
+            )
+        if merge not in MERGES:
+            raise ValueError(f"merge takes one of {MERGES}, got {merge!r}")
+        pixels = Pixels(dims, likelihood, levels)
+        cell = {"norm": norm, "dropout": dropout}
+        depth = len(latent)
+        links = [PathLink(hidden[i + 1], latent[i], hidden[i], cell) for i in range(depth - 1)]
+        if merge == "network":
+            merges: list[nn.Module] = [
+                NetworkMerge(hidden[i + 1] if i + 1 < depth else 0, hidden[i], latent[i], cell)
+                for i in range(depth)
+            ]
+        else:
+            merges = [PrecisionMerge(hidden[i], latent[i]) for i in range(depth)]
+        super().__init__(
+            TopLink(StandardNormal(latent[-1]) if prior is None else prior, latent[-1], hidden[-1], cell),
+            links,
+            PixelLink(
+                nn.Sequential(Dense(hidden[0], hidden[0], **cell), nn.Linear(hidden[0], pixels.outputs)),
+                pixels,
+            ),
+            merges,
+            event=(dims,),
+            order="top-down",
+            features=Features(dims, hidden, pixels.center(), noise, cell),
+        )
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+
+    @classmethod
+    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Ladder:
+        return cls(shape, levels=levels, **settings)
+
+
+class Features(nn.Module):
+    """y → (d_1, …, d_N): each layer a cell on the one below, and a residual one on top of it."""
+
+    def __init__(
+        self, dims: int, hidden: Sequence[int], center: nn.Module, noise: float, cell: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        sizes = (dims, *hidden)
+        self.center, self.noise = center, nn.Dropout(noise)
+        self.layers = nn.ModuleList(
+            nn.Sequential(Dense(a, b, **cell), Dense(b, b, **cell)) for a, b in itertools.pairwise(sizes)
+        )
+
+    def forward(self, y: Tensor) -> list[Tensor]:
+        x, seen = self.noise(self.center(y)), []
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return seen
+
+
+class TopLink(nn.Module):
+    """p(z_N), and the path that begins with z_N."""
+
+    def __init__(self, prior: nn.Module, out: int, hidden: int, cell: dict[str, Any]) -> None:
+        super().__init__()
+        self.out, self.prior = out, prior
+        self.cell = Dense(out, hidden, **cell)
+
+    def forward(self) -> dist.TorchDistribution:
+        return self.prior()
+
+    def move(self, state: None, z: Tensor) -> Tensor:
+        return self.cell(z)
+
+
+class PathLink(nn.Module):
+    """p(z_l | h) = N of a linear map of h, and h ← cell(h, z_l)."""
+
+    def __init__(self, state: int, out: int, hidden: int, cell: dict[str, Any]) -> None:
+        super().__init__()
+        self.out = out
+        self.head = nn.Linear(state, 2 * out)
+        self.cell = nn.Sequential(Dense(state + out, hidden, **cell), Dense(hidden, hidden, **cell))
+
+    def forward(self, state: Tensor) -> dist.TorchDistribution:
+        return normal(self.head(state))
+
+    def move(self, state: Tensor, z: Tensor) -> Tensor:
+        return self.cell(join(state, z))
+
+
+class NetworkMerge(nn.Module):
+    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a network of both; at the top N(Δ, r²), whatever
+    the prior."""
+
+    def __init__(self, state: int, seen: int, out: int, cell: dict[str, Any]) -> None:
+        super().__init__()
+        self.out = out
+        self.cell = Dense(state + seen, seen, **cell)
+        self.head = nn.Linear(seen, 2 * out)
+        nn.init.normal_(self.head.weight, std=1e-3)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
+        if state is None:
+            return normal(self.head(self.cell(seen)))
+        shift, raw = self.head(self.cell(join(state, seen))).chunk(2, -1)
+        base = p.base_dist
+        return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(1)
+
+
+class PrecisionMerge(nn.Module):
+    """q(z_l | h, d) ∝ p(z_l | h) · N(z_l; m(d), v(d)²), with N(0, I) for p at the top."""
+
+    def __init__(self, seen: int, out: int) -> None:
+        super().__init__()
+        self.out = out
+        self.head = nn.Linear(seen, 2 * out)
+
+    def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
+        loc, raw = self.head(seen).chunk(2, -1)
+        center, precision = (0.0, 1.0) if state is None else (p.base_dist.loc, p.base_dist.scale.pow(-2))
+        found = (-2 * bounded(raw)).exp()
+        total = precision + found
+        return dist.Normal((precision * center + found * loc) / total, total.rsqrt()).to_event(1)
