@@ -172,3 +172,5 @@ TABLE = {
 # a row joins the exact pairs, and those whose guide draws from the posterior, by what it makes
 EXACT = tuple(n for n, (make, _) in TABLE.items() if isinstance(make(), ExactPair))
 EXACT_GUIDE = tuple(n for n in EXACT if TABLE[n][0]().exact_guide)
+# those that EM fits: by an M-step of their own, or by marginals of a structured posterior
+EM = tuple(n for n in EXACT_GUIDE if hasattr(TABLE[n][0](), "m_step") or n.startswith(("ctc", "neural")))

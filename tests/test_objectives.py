@@ -8,7 +8,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyroelbo import evidence
 from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
-from tests.pairs import EXACT_GUIDE, TABLE, Nonlinear
+from tests.pairs import EM, TABLE, Nonlinear
 from tests.test_examples import load
 
 
@@ -17,7 +17,7 @@ def gradient(pair, loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", EXACT_GUIDE)
+@pytest.mark.parametrize("name", EM)
 def test_exact_elbo_has_the_evidences_value_and_gradient(name, dtype):
     torch.set_default_dtype(dtype)
     make, draw = TABLE[name]
@@ -30,10 +30,10 @@ def test_exact_elbo_has_the_evidences_value_and_gradient(name, dtype):
 
 
 # Reparameterized draws leave ln w constant, and so its whole derivative; the score function does not.
-STEADY = [n for n in EXACT_GUIDE if n.startswith(("ppca", "state_space"))]
+STEADY = [n for n in EM if n.startswith(("ppca", "state_space"))]
 
 
-@pytest.mark.parametrize("name", EXACT_GUIDE)
+@pytest.mark.parametrize("name", EM)
 def test_trace_elbos_noisier_gradient_has_the_same_mean(name):
     make, draw = TABLE[name]
     pair, y = make(), draw(4)
