@@ -50,6 +50,20 @@ class Convolutional(Nonlinear):
             pyro.sample("y", dist.Normal(image.flatten(1), 0.5).to_event(1), obs=y)
 
 
+def sentences(n, longest=20):
+    """Words 0 … 4, some sentences shorter than others, padded with -1 to ``longest``."""
+    y = torch.randint(5, (n, longest))
+    y[torch.arange(longest) >= torch.randint(2, 6, (n, 1))] = -1
+    return y
+
+
+def labelled_frames(n, steps=6):
+    """(x, y, lengths): frames, labels 1 … 3 padded with -1 (few enough to fit), lengths of the frames."""
+    y = torch.randint(1, 4, (n, 2))
+    y[torch.rand(n) < 0.5, 1:] = -1
+    return torch.randn(n, steps, 2), y, torch.randint(4, steps + 1, (n,))
+
+
 class Conjugate(ExactPair):
     """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
 
@@ -146,6 +160,10 @@ TABLE = {
         lambda: models.StateSpace(2, 3, guide="mean_field", steps=5),
         lambda n: torch.randn(n, 5, 2),
     ),
+    "pcfg": (lambda: models.PCFG(2, 8, 5, steps=20), sentences),
+    "pcfg-smoothed": (lambda: models.PCFG(3, 9, 5, steps=20, smoothing=0.5), sentences),
+    "pcfg-mean-field": (lambda: models.PCFG(2, 8, 5, "mean_field", steps=20), sentences),
+    "neural_pcfg": (lambda: models.NeuralPCFG(2, 8, 5, 4, steps=20), sentences),
     "hierarchy-bottom-up": (lambda: models.Hierarchy(6, (3, 2, 2), 8), lambda n: binary(n, 6)),
     "hierarchy-top-down": (
         lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
@@ -173,4 +191,9 @@ TABLE = {
 EXACT = tuple(n for n, (make, _) in TABLE.items() if isinstance(make(), ExactPair))
 EXACT_GUIDE = tuple(n for n in EXACT if TABLE[n][0]().exact_guide)
 # those that EM fits: by an M-step of their own, or by marginals of a structured posterior
-EM = tuple(n for n in EXACT_GUIDE if hasattr(TABLE[n][0](), "m_step") or n.startswith(("ctc", "neural")))
+EM = tuple(n for n in EXACT_GUIDE if hasattr(TABLE[n][0](), "m_step") or n.startswith("neural"))
+# conditional pairs: what is drawn is a tuple (x, y, lengths)
+CONDITIONAL = {
+    "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
+    "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
+}

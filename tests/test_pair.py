@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyroelbo import Pair, evidence, fit
 from pyroelbo.models import REGISTRY
 from pyroelbo.pair import ExactPair
-from tests.pairs import TABLE, Nonlinear
+from tests.pairs import CONDITIONAL, TABLE, Nonlinear
 
 
 def moved(pair, step):
@@ -22,25 +22,26 @@ def moved(pair, step):
     return {k for k, p in pair.named_parameters() if not torch.equal(p, before[k])}, set(before)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *CONDITIONAL])
 @pytest.mark.parametrize("way", ["svi", "module", "fit", "copy"])
 def test_every_parameter_moves(name, way):
-    make, draw = TABLE[name]
+    make, draw = (TABLE | CONDITIONAL)[name]
     make()  # another pair of the same class must not stand in the way
     pair, y = make(), draw(6)
+    batch = y if isinstance(y, tuple) else (y,)
     if way == "copy":
         svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-        svi.step(y)
+        svi.step(*batch)
         pair = copy.deepcopy(pair)
         way = "svi"
 
     def step():
         if way == "svi":
-            SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(y)
+            SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(*batch)
         elif way == "module":
             loss = Trace_ELBO()(pair.model, pair.guide)
             optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
-            loss(y).backward()
+            loss(*batch).backward()
             optimizer.step()
         else:
             fit(pair, y, epochs=1, learning_rate=0.01, progress=False)

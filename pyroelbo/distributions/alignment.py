@@ -127,7 +127,7 @@ class Alignment(StructuredDistribution):
 
     def score(self, value: Tensor) -> Tensor:
         """The unnormalized log weight of a path; -inf where it gives another target."""
-        given, wanted = _collapse(value, self._within, self.blank), self.target
+        given, wanted = collapse(value, self._within, self.blank), self.target
         width = max(given.shape[-1], wanted.shape[-1])
         given, wanted = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (given, wanted))
         return torch.where((given == wanted).all(-1), super().score(value), -math.inf)
@@ -175,7 +175,7 @@ def _log_indicator(condition: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(condition, 0.0, -math.inf).to(dtype)
 
 
-def _collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
+def collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
     """Merge repeats, leave out blanks and what lies beyond the length; padded with -1, as long as the
     path.
     """
@@ -341,4 +341,4 @@ class CTC(TorchDistribution):
             path = choose(log_probs, torch.rand(shape, dtype=log_probs.dtype, device=log_probs.device))
             within = torch.arange(steps, device=path.device)
             lengths = steps if self.lengths is None else self.lengths[..., None]
-            return _collapse(path, (within < lengths).expand(shape), self.blank)
+            return collapse(path, (within < lengths).expand(shape), self.blank)

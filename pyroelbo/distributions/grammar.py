@@ -24,7 +24,7 @@ from pyroelbo.distributions.structured import (
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import Log, Max, Semiring, choose
 
-__all__ = ["PCFG", "ParseParts", "ParseTree"]
+__all__ = ["PCFG", "Derivation", "ParseParts", "ParseTree"]
 
 
 class ParseParts(NamedTuple):
@@ -137,20 +137,10 @@ class ParseTree(StructuredDistribution):
         return torch.where(self._is_tree(value), super().score(value), -math.inf)
 
     def _is_tree(self, z: Tensor) -> Tensor:
-        n, words = self.potentials[0].shape[-1], self.event_shape[0]
+        words = self.event_shape[0]
         shape = torch.broadcast_shapes(z.shape[:-2], self.batch_shape)
         flat = z.expand(*shape, words, words).reshape(-1, words, words)
-        lengths = self.lengths.expand(shape).reshape(-1)
-        index = torch.arange(words, device=z.device)
-        node = flat >= 0
-        leaf = index[:, None] == index
-        inside_sentence = (index < lengths[:, None])[:, None, :] & (index[:, None] <= index)
-        right_label = torch.where(leaf, flat >= n, flat < n)
-        tree, first, _, last = _branches(flat)
-        splits = torch.zeros_like(flat).index_put_((tree, first, last), flat.new_ones(()), accumulate=True)
-        good = (~node | (inside_sentence & right_label & (leaf | (splits == 1)))).all(-1).all(-1)
-        rows = torch.arange(len(flat), device=z.device)
-        good &= node[rows, 0, lengths - 1] & (node.sum((-1, -2)) == 2 * lengths - 1) & (lengths > 1)
+        good = _is_tree(flat, self.lengths.expand(shape).reshape(-1), self.potentials[0].shape[-1])
         return good.view(shape)
 
     # ---- fast answers
@@ -182,6 +172,21 @@ class ParseTree(StructuredDistribution):
         lengths = self.lengths.reshape(-1)
         z = _descend(flat, _log_charts(flat, lengths), lengths, sample_shape.numel())
         return z.view(*sample_shape, *self.batch_shape, *self.event_shape)
+
+
+def _is_tree(z: Tensor, lengths: Tensor, n: int) -> Tensor:
+    """Which charts ``z [B,L,L]`` are binary trees over ``lengths`` words, inner labels below ``n``."""
+    words = z.shape[-1]
+    index = torch.arange(words, device=z.device)
+    node = z >= 0
+    leaf = index[:, None] == index
+    inside_sentence = (index < lengths[:, None])[:, None, :] & (index[:, None] <= index)
+    right_label = torch.where(leaf, z >= n, z < n)
+    tree, first, _, last = _branches(z)
+    splits = torch.zeros_like(z).index_put_((tree, first, last), z.new_ones(()), accumulate=True)
+    good = (~node | (inside_sentence & right_label & (leaf | (splits == 1)))).all(-1).all(-1)
+    rows = torch.arange(len(z), device=z.device)
+    return good & node[rows, 0, lengths - 1] & (node.sum((-1, -2)) == 2 * lengths - 1) & (lengths > 1)
 
 
 def _branches(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -501,46 +506,120 @@ class PCFG(TorchDistribution):
         # A sentence without words (only unvalidated) has no tree either, as one of a single word.
         return ParseTree(root, rules, leaves, lengths=lengths.clamp(min=1).expand(shape), validate_args=False)
 
+    @property
+    def prior(self) -> Derivation:
+        """p(tree), the derivations without their words."""
+        prior = Derivation(self.root, self.rules, self.event_shape[0], validate_args=False)
+        return prior.expand(self.batch_shape)
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Sentences ``[*sample, *B, max_length]``, padded with -1, each by a leftmost derivation."""
-        longest = self.event_shape[0]
-        shape = self._extended_shape(torch.Size(sample_shape))[:-1]
-        n, every = self.root.shape[-1], self.rules.shape[-1]
+        shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
-            count = shape.numel()
-            rows = torch.arange(count, device=self.root.device)
-            grammar = rows % max(1, self.batch_shape.numel())
-            root, rules, table = (
-                x.expand(*self.batch_shape, *x.shape[len(self.batch_shape) :]).flatten(
-                    0, len(self.batch_shape) - 1
-                )
-                if self.batch_shape
-                else x[None]
-                for x in (self.root, self.rules, self.preterminals)
+            tree, first, last, label = _derive(self.root, self.rules, shape[:-1], shape[-1])
+            leaf = first == last
+            table, index = _flat_batch(self.preterminals, 2, shape[:-1])
+            words = _gumbel(table[index[tree[leaf]], label[leaf] - self.root.shape[-1]])
+            y = label.new_full((shape[:-1].numel(), shape[-1]), -1)
+            y[tree[leaf], first[leaf]] = words
+        return y.view(shape)
+
+
+class Derivation(TorchDistribution):
+    """p(tree) = softmax(root)[top] Π_rules softmax(rules)[parent][left, right]: trees of every size, no words yet.
+
+    ``root [*B,N]`` and ``rules [*B,N,N+P,N+P]`` are logits as those of :class:`PCFG`. Values are charts as those of
+    :class:`ParseTree`, ``[*B,L,L]`` with L = ``max_length``: a tree on fewer leaves fills the upper left corner.
+    What is no tree has probability zero; trees on more than L leaves have the rest of the mass, and ``sample``
+    refuses to draw one. Cost: O(L³) a chart, in bytes.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(
+        self, root: Tensor, rules: Tensor, max_length: int = 100, validate_args: bool | None = None
+    ) -> None:
+        rank = root.dim() - 1
+        self.root, self.rules = _log_softmax(root, rank), _log_softmax(rules, rank + 1)
+        batch_shape = torch.broadcast_shapes(root.shape[:-1], rules.shape[:rank])
+        super().__init__(batch_shape, torch.Size((max_length, max_length)), validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(-1, self.rules.shape[-1] - 1), 2)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Derivation:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(tree), ``[*sample, *B]``; -inf for a chart that is no tree."""
+        if self._validate_args:
+            self._validate_sample(value)
+        words, n, every = self.event_shape[0], self.root.shape[-1], self.rules.shape[-1]
+        shape = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        z = value.expand(*shape, words, words).reshape(-1, words, words)
+        lengths = (z.diagonal(0, 1, 2) >= 0).sum(-1)
+        (root, at), (rules, of) = _flat_batch(self.root, 1, shape), _flat_batch(self.rules, 3, shape)
+        tree, first, split, last = _branches(z)
+        parent = z[tree, first, last].clamp(max=n - 1)
+        left, right = (x.clamp(max=every - 1) for x in (z[tree, first, split], z[tree, split + 1, last]))
+        top = z[torch.arange(len(z), device=z.device), 0, lengths - 1].clamp(0, n - 1)
+        score = root[at, top].index_add(0, tree, rules[of[tree], parent, left, right])
+        return torch.where(_is_tree(z, lengths, n), score, -math.inf).view(shape)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Charts ``[*sample, *B, L, L]``, each by a leftmost derivation; ValueError where one outgrows L."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        with torch.no_grad():
+            tree, first, last, label = _derive(self.root, self.rules, shape[:-2], shape[-1])
+            z = label.new_full((shape[:-2].numel(), *shape[-2:]), -1)
+            z[tree, first, last] = label
+        return z.view(shape)
+
+
+def _flat_batch(x: Tensor, event_dim: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``x`` with its batch dimensions flat, and the row of it for each element of the larger batch ``shape``."""
+    batch = x.shape[: x.dim() - event_dim]
+    index = torch.arange(batch.numel(), device=x.device).view(batch).expand(torch.Size(shape))
+    return x.reshape(-1, *x.shape[x.dim() - event_dim :]), index.reshape(-1)
+
+
+def _derive(root: Tensor, rules: Tensor, shape: torch.Size, longest: int) -> tuple[Tensor, ...]:
+    """Leftmost derivations by log probabilities, all in step: (tree, first, last, label) of all nodes."""
+    n, every = root.shape[-1], rules.shape[-1]
+    (root, at), (rules, of) = _flat_batch(root, 1, shape), _flat_batch(rules.flatten(-2), 2, shape)
+    rows = torch.arange(shape.numel(), device=root.device)
+    stack = rows.new_full((len(rows), 2 * longest + 1), -1)
+    stack[:, 0] = _gumbel(root[at])
+    height, length, waiting = torch.ones_like(rows), torch.zeros_like(rows), torch.ones_like(rows)
+    nodes = []
+    while len(rows):
+        top = stack[rows, height[rows] - 1]
+        height[rows] -= 1
+        # what ends a node stands on the stack below its children, as every + label * longest + first word
+        ended, word, opened = top >= every, (top >= n) & (top < every), top < n
+        done, code = rows[ended], top[ended] - every
+        nodes.append((done, code % longest, length[done] - 1, code // longest))
+        done = rows[word]
+        nodes.append((done, length[done], length[done], top[word]))
+        length[done] += 1
+        waiting[done] -= 1
+        done, label = rows[opened], top[opened]
+        rule = _gumbel(rules[of[done], label])
+        for above, symbol in enumerate((every + label * longest + length[done], rule % every, rule // every)):
+            stack[done, height[done] + above] = symbol
+        height[done] += 3
+        waiting[done] += 1
+        if (length + waiting > longest).any():
+            raise ValueError(
+                f"a sampled sentence outgrows max_length = {longest}: a larger one is needed, or "
+                f"a grammar whose derivations end"
             )
-            rules = rules.flatten(-2)
-            stack = rows.new_full((count, longest + 1), -1)
-            stack[:, 0] = _gumbel(root[grammar])
-            height, length = torch.ones_like(rows), torch.zeros_like(rows)
-            y = rows.new_full((count, longest), -1)
-            while len(rows):
-                top = stack[rows, height[rows] - 1]
-                word = top >= n
-                done, open_ = rows[word], rows[~word]
-                y[done, length[done]] = _gumbel(table[grammar[done], top[word] - n])
-                length[done] += 1
-                height[done] -= 1
-                rule = _gumbel(rules[grammar[open_], top[~word]])
-                stack[open_, height[open_] - 1] = rule % every
-                stack[open_, height[open_]] = rule // every
-                height[open_] += 1
-                if (length + height > longest).any():
-                    raise ValueError(
-                        f"a sampled sentence outgrows max_length = {longest}: a larger one is needed, or "
-                        f"a grammar whose derivations end"
-                    )
-                rows = rows[height[rows] > 0]
-        return y.view(*shape, longest)
+        rows = rows[height[rows] > 0]
+    return tuple(torch.cat(x) for x in zip(*nodes, strict=True))
 
 
 def _gumbel(logits: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 from pyroelbo import data
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
+from pyroelbo.models.ctc import CTC
+from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.markov import Chain, Hierarchy
@@ -22,7 +24,9 @@ from pyroelbo.pair import Pair
 from pyroelbo.runs import RunDirectory, copy_into
 
 __all__ = [
+    "CTC",
     "HMM",
+    "PCFG",
     "PPCA",
     "REGISTRY",
     "VAE",
@@ -34,6 +38,7 @@ __all__ = [
     "GaussianMixture",
     "Hierarchy",
     "Ladder",
+    "NeuralPCFG",
     "StateSpace",
     "build",
     "load",

@@ -1,0 +1,174 @@
+"""Connectionist temporal classification as a conditional pair: the latent is the alignment."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyroelbo import distributions as ped
+from pyroelbo.distributions.alignment import collapse
+from pyroelbo.pair import PLATE, ExactPair
+
+__all__ = ["CTC"]
+
+
+class CTC(ExactPair):
+    """p(y | x) = Σ_z Π_t p(z_t | x) [z collapses to y]: a network labels every frame, repeats are merged and
+    blanks left out. Batches ``(x, y)`` or ``(x, y, lengths)``.
+
+    x [B, T, dims] are frames, y a LongTensor [B, L] of labels 1 … ``labels`` padded with -1 (0 is the blank),
+    ``lengths [B]`` those of the inputs; what lies beyond is ignored. The latent site ``z`` is the alignment,
+    LongTensor [B, T]: the symbol of each frame. A y that fits no alignment has probability zero.
+
+    The network is convolutional, ``depth`` residual blocks of ``width`` channels, each looking twice as far
+    as the one before. ``guide="exact"`` draws from p(z | x, y); ``"local"`` draws an alignment of y whose frames
+    are scored by a linear layer of that frame alone. No closed M-step: :func:`~pyroelbo.fit` differentiates
+    ln p(y | x), :func:`~pyroelbo.fit_em` climbs by gradients.
+
+    Parts: ``generator`` (the network), ``encoder`` (local only). Cost: that of the network, O(B·T·L) for sums.
+    Source: Graves, Fernández, Gomez, Schmidhuber (2006).
+    """
+
+    def __init__(self, dims: int, labels: int, width: int = 64, depth: int = 3, guide: str = "exact") -> None:
+        super().__init__()
+        if guide not in ("exact", "local"):
+            raise ValueError(f"guide takes 'exact' or 'local', got {guide!r}")
+        for name, value in (("dims", dims), ("labels", labels), ("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name} takes a positive number, got {value}")
+        self.dims, self.labels = dims, labels
+        self.generator = _FrameNetwork(dims, labels + 1, width, depth)
+        self.encoder = nn.Linear(dims, labels + 1) if guide == "local" else None
+
+    @property
+    def exact_guide(self) -> bool:
+        return self.encoder is None
+
+    def _check(self, x: Tensor, y: Tensor, lengths: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dims:
+            raise ValueError(f"x has shape {tuple(x.shape)}: this CTC takes [B, T, {self.dims}]")
+        if y.dim() != 2 or y.is_floating_point():
+            raise ValueError(f"y is a {y.dtype} tensor of shape {tuple(y.shape)}: it takes integers [B, L]")
+        if ((y == 0) | (y > self.labels) | (y < -1)).any():
+            raise ValueError(
+                f"y has labels from {int(y.min())} to {int(y.max())}: it takes 1 to {self.labels}, and -1 to the end (0 is the "
+                "blank)"
+            )
+        if lengths is not None and lengths.shape != x.shape[:1]:
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(x)}]")
+
+    @staticmethod
+    def _within(x: Tensor, lengths: Tensor | None) -> Tensor:
+        time = torch.arange(x.shape[1], device=x.device)
+        return (time < (len(time) if lengths is None else lengths[:, None])).expand(x.shape[:2])
+
+    def logits(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Scores of each frame's symbols, [B, T, labels + 1]."""
+        return self.generator(x, self._within(x, lengths))
+
+    def model(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> None:
+        self._check(x, y, lengths)
+        within = self._within(x, lengths)
+        logits = self.generator(x, within)
+        with pyro.plate(PLATE, len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=logits).mask(within).to_event(1))
+            pyro.sample("y", _Collapsed(z, within, y.shape[-1], self.labels), obs=y)
+
+    def guide(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> None:
+        with pyro.plate(PLATE, len(x)):
+            if self.encoder is None:
+                pyro.sample("z", self.posterior(x, y, lengths))
+            else:
+                pyro.sample("z", ped.CTC(self.encoder(x), lengths).posterior(y))
+
+    def log_evidence(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """ln p(y | x), [B], in nats."""
+        return self.posterior(x, y, lengths).log_partition
+
+    def posterior(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> ped.Alignment:
+        """p(z | x, y) over alignments; its marginals are each frame's distribution over symbols."""
+        self._check(x, y, lengths)
+        return ped.CTC(self.logits(x, lengths), lengths).posterior(y)
+
+    @torch.no_grad()
+    def transcribe(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Labels [B, T], padded with -1, by collapsing each frame's likeliest symbol (best path decoding)."""
+        return collapse(self.logits(x, lengths).argmax(-1), self._within(x, lengths), 0)
+
+    def placeholder(self, n: int, *given: Tensor) -> tuple[Tensor, ...]:
+        if not given:
+            raise ValueError("a CTC pair draws labels for given frames: simulate(n, x)")
+        x, *lengths = given
+        return x, torch.ones(x.shape[:2], dtype=torch.long, device=x.device), *lengths
+
+
+class _FrameNetwork(nn.Module):
+    """Frames [B, T, D] to scores [B, T, C]: residual convolutions over time, dilated 1, 2, 4, …
+
+    Frames outside of a sequence are kept at zero, so that padding changes nothing.
+    """
+
+    def __init__(self, dims: int, symbols: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.into = nn.Conv1d(dims, width, 5, padding=2)
+        self.blocks = nn.ModuleList(
+            nn.Conv1d(width, width, 5, padding=2 * 2**i, dilation=2**i) for i in range(depth)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.out = nn.Linear(width, symbols)
+
+    def forward(self, x: Tensor, within: Tensor) -> Tensor:
+        inside = within[..., None].to(x.dtype)
+        h = self.into((x * inside).transpose(1, 2)).transpose(1, 2)
+        for convolution, norm in zip(self.blocks, self.norms, strict=True):
+            normal = F.silu(norm(h)) * inside
+            h = h + convolution(normal.transpose(1, 2)).transpose(1, 2)
+        return self.out(F.silu(h))
+
+
+class _Collapsed(TorchDistribution):
+    """All mass on what the paths ``z [*B, T]`` give: repeats merged, blanks and frames outside left out.
+
+    Values are LongTensors [*B, steps] of labels up to ``largest``, padded with -1; ``sample`` refuses a result
+    longer than ``steps``.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(self, z: Tensor, within: Tensor, steps: int, largest: int) -> None:
+        self.labels, self.largest = collapse(z, within, 0), largest
+        super().__init__(z.shape[:-1], torch.Size((steps,)), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(-1, self.largest), 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Collapsed:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        new.labels = self.labels.expand(*batch_shape, -1)
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        width = max(value.shape[-1], self.labels.shape[-1])
+        wanted, given = (F.pad(v, (0, width - v.shape[-1]), value=-1) for v in (value, self.labels))
+        same = (wanted == given).all(-1)
+        return torch.where(same, 0.0, -math.inf).to(torch.get_default_dtype())
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        steps = self.event_shape[0]
+        if (self.labels[..., steps:] >= 0).any():
+            raise ValueError(f"a drawn y has more than the {steps} labels that it has room for")
+        labels = F.pad(self.labels, (0, steps - self.labels.shape[-1]), value=-1)
+        return labels.expand(*sample_shape, *labels.shape)
