@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pyroelbo import data, evidence
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit
-from pyroelbo.pair import ExactPair, Pair, within_datum
+from pyroelbo.pair import ExactPair, LatentPath, Pair, within_datum
 from pyroelbo.records import Audit, Bound, Gap, Run
 from pyroelbo.train import fit
 from pyroelbo.unamortized import unamortized
@@ -20,6 +20,7 @@ __all__ = [
     "Bound",
     "ExactPair",
     "Gap",
+    "LatentPath",
     "Pair",
     "Run",
     "__version__",

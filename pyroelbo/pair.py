@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyroelbo import data as batches
 from pyroelbo.data import Batch
 
-__all__ = ["PLATE", "Chain", "ExactPair", "Pair", "within_datum"]
+__all__ = ["PLATE", "ExactPair", "LatentPath", "Pair", "within_datum"]
 
 PLATE = "data"
 _counts: Counter[str] = Counter()
@@ -62,7 +62,7 @@ class within_datum(Messenger):
 
 
 @dataclass(frozen=True)
-class Chain:
+class LatentPath:
     """A latent path step by step, p(y, z) = Π_t p(z_t | z_{t-1}) p(y_t | z_t): what a particle filter walks along.
 
     ``prior(t, past)`` and ``guide(t, past)`` give the distributions of z_t, t = 0 … ``length`` - 1, after
@@ -199,7 +199,7 @@ class Pair(PyroModule):
             raise ValueError(f"{type(self).__name__} has no part {name!r} with parameters: it has {parts}")
         return found
 
-    def chain(self, *batch: Any, **named: Any) -> Chain | None:
+    def latent_path(self, *batch: Any, **named: Any) -> LatentPath | None:
         """The latent path step by step, for pairs that draw it at one site; None where every latent has a site of
         its own, whose order in the programs is the chain."""
         return None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,8 @@ class Evaluator:
 
     def __new__(cls, pair: Pair | View, *_: Any, **__: Any) -> Evaluator:
         return object.__new__(pair.evaluator if isinstance(pair, View) else cls)
+
+    _checks = True
 
     def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True) -> None:
         self.pair = pair
@@ -238,6 +241,16 @@ class Evaluator:
                 f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
                 f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
             )
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Within this no value is looked at, so that the operations can be recorded: data are taken to have been
+        checked, and a latent outside the model's support may have NaN for -inf."""
+        self._checks = False
+        try:
+            yield
+        finally:
+            self._checks = True
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -390,10 +403,10 @@ class Evaluator:
 
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
-        if site["is_observed"] and name in self.observed:
+        if self._checks and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
         log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        if program == "model" and name in self.latents:
+        if self._checks and program == "model" and name in self.latents:
             log_prob = _zero_outside(site, log_prob)
         scale = site.get("within_datum", 1.0) * _inner_plates(site)
         log_prob = log_prob if _is_one(scale) else log_prob * scale

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
 from pyroelbo.evidence.lattice import Lattice
+from pyroelbo.evidence.potential import Potential
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp
 from pyroelbo.pair import ExactPair, Pair
-from pyroelbo.records import Bound, Sandwich, Terms
+from pyroelbo.records import Bound, Sandwich
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["ais", "bdmc"]
@@ -193,6 +194,7 @@ class _Annealer:
             )
         self.space = Unconstrained(self.evaluator, partial=True)
         self.lattice = Lattice(self.evaluator)
+        self.potential = Potential(self.evaluator, self.space, self.lattice, start)
         self.betas = _schedule(temperatures)
         self.method = f"ais-{temperatures}"
         self.name = pair.name
@@ -375,26 +377,8 @@ class _Annealer:
     def _points(self, u: Tensor, k: Tensor, rows: slice | None, slopes: bool = True) -> _Points:
         slopes = slopes and self.space.dims > 0
         self.cost += (3 if slopes else 1) * u.shape[0] * u.shape[1]
-        with torch.set_grad_enabled(slopes):
-            u = u.detach().requires_grad_(slopes)
-            latents, log_det = self.space.constrain(u)
-            terms = self.evaluator.terms({**latents, **self.lattice.to_latents(k)}, rows)
-            base, joint = self._base(terms) + log_det, terms.log_joint + log_det
-            found: list[Tensor | None] = [None, None]
-            if slopes:
-                for i, density in enumerate((base, joint)):
-                    flat = not density.requires_grad
-                    found[i] = (
-                        torch.zeros_like(u)
-                        if flat
-                        else torch.autograd.grad(density.sum(), u, retain_graph=i == 0)[0]
-                    )
-        return _Points(u.detach(), k, _no_nan(base.detach()), _no_nan(joint.detach()), *found)
-
-    def _base(self, terms: Terms) -> Tensor:
-        if self.start == "guide":
-            return terms.log_proposal
-        return torch.stack([v for k, v in terms.log_model.items() if k not in terms.observed]).sum(0)
+        base, joint, *found = self.potential(u, k, rows, slopes)
+        return _Points(u, k, _no_nan(base), _no_nan(joint), *(found if slopes else (None, None)))
 
     @torch.no_grad()
     def _draw_latents(self, particles: int, rows: slice | None) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,16 @@ from tqdm import tqdm
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.bounds import count_of
+from pyroelbo.joint import scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp
-from pyroelbo.pair import Chain, Pair, evaluation_mode, unregistered
+from pyroelbo.pair import LatentPath, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
 from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["smc"]
 
 
+@scoped
 @torch.no_grad()
 def smc(
     pair: Pair,
@@ -42,7 +44,7 @@ def smc(
     objective FIVO. ``threshold=0`` never resamples: importance sampling. ``ess`` sums the filters' smallest
     effective numbers of particles.
 
-    A pair whose path is one site walks along its :meth:`~pyroelbo.Pair.chain`; else its latent sites are the
+    A pair whose path is one site walks along its :meth:`~pyroelbo.Pair.latent_path`; else its latent sites are the
     steps, in the guide's order, and a term of the model enters as soon as all latents before it are drawn. That
     runs both programs once a step: N latents cost ``particles`` · ``filters`` · N evaluations a datum, a chain
     ``particles`` · ``filters``. An exact guide needs no filter: it looks ahead, and resampling by the past alone
@@ -148,21 +150,22 @@ class _Walk(ABC):
 
 def _walk(pair: Pair, evaluator: Evaluator, rows: slice | None, proposal: str) -> _Walk:
     batch = evaluator.batch if rows is None else batches.rows(evaluator.batch, rows)
-    chain = batches.call(pair.chain, batch)
+    # A joint evaluator takes the whole batch as one datum, whose latents a chain of each datum does not have.
+    chain = batches.call(pair.latent_path, batch) if evaluator.size == batches.size(evaluator.batch) else None
     if chain is not None:
         return _Path(chain, batches.size(batch), proposal)
     if len(evaluator.latents) < 2:
         raise Unavailable(
-            f"{type(pair).__name__} has one latent site, {next(iter(evaluator.latents))!r}, and no chain(self, *batch) that "
-            "says how to draw it step by step: a filter would be importance sampling, iwae"
+            f"{type(pair).__name__} has one latent site, {next(iter(evaluator.latents))!r}, and no latent_path(self, *batch) "
+            "that says how to draw it step by step: a filter would be importance sampling, iwae"
         )
     return _Sites(evaluator, rows, proposal)
 
 
 class _Path(_Walk):
-    """Along a path that is one site, as the pair's :class:`Chain` says."""
+    """Along a path that is one site, as the pair's :class:`LatentPath` says."""
 
-    def __init__(self, chain: Chain, size: int, proposal: str) -> None:
+    def __init__(self, chain: LatentPath, size: int, proposal: str) -> None:
         self.chain, self.size, self.proposal = chain, size, proposal
         self.length = chain.length
         self.past: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
 from pyroelbo.models.families import FAMILIES, AnyGaussian, Categorical, log_shares
-from pyroelbo.pair import PLATE, Chain, ExactPair
+from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["HMM"]
 
@@ -121,7 +121,7 @@ class HMM(ExactPair):
     def _beside(self, y: Tensor) -> Tensor:
         return y if self.prior.initial.dim() == 1 else y[None]
 
-    def chain(self, y: Tensor, lengths: Tensor | None = None) -> Chain:
+    def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
         prior, q = (
             self.prior,
             self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths),
@@ -129,7 +129,7 @@ class HMM(ExactPair):
         first, moves = (x.expand(len(y), *x.shape[1:]) for x in q.conditionals())
         initial, transition = prior.initial.log_softmax(-1), prior.transition.log_softmax(-1)
         rows = torch.arange(len(y), device=y.device)
-        return Chain(
+        return LatentPath(
             y.shape[1],
             lambda t, past: dist.Categorical(logits=initial if past is None else transition[past]),
             lambda t, past: dist.Categorical(logits=first if past is None else moves[rows, t - 1, past]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
-from pyroelbo.pair import PLATE, Chain, ExactPair
+from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["StateSpace"]
 
@@ -124,7 +124,7 @@ class StateSpace(ExactPair):
         """p(z | y), a Gaussian over paths."""
         return self._chain(lengths).posterior(self._check(y, lengths))
 
-    def chain(self, y: Tensor, lengths: Tensor | None = None) -> Chain:
+    def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
         p, g = self.prior, self.generator
         guide = self._smoother(y, lengths) if self.encoder is None else self._local(y)
 
@@ -136,7 +136,7 @@ class StateSpace(ExactPair):
         def emission(t: int, z: Tensor) -> Tensor:
             return dist.Normal(z @ g.read.T + g.offset, g.log_scale.exp()).to_event(1).log_prob(y[:, t])
 
-        return Chain(y.shape[1], prior, guide, emission, lengths)
+        return LatentPath(y.shape[1], prior, guide, emission, lengths)
 
     def _local(self, y: Tensor) -> Callable[[int, Tensor | None], Any]:
         assert self.encoder is not None

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 
 from pyroelbo import Pair, evidence, terms
-from pyroelbo.evidence import annealed
+from pyroelbo.evidence import annealed, potential
 from pyroelbo.models import PPCA
 from tests.pairs import TABLE, Convolutional, Nonlinear
 
@@ -251,6 +251,7 @@ def test_cost_is_what_was_evaluated(monkeypatch):
         seen.append(3 * len(latents["z"]) * len(y))
         return scored(self, latents, rows)
 
+    monkeypatch.setattr(potential, "_PATIENCE", 10**9)  # every evaluation by the programs
     monkeypatch.setattr(terms.Evaluator, "draw", draw)
     monkeypatch.setattr(terms.Evaluator, "terms", score)
     assert evidence.ais(pair, y, 3, 7).cost == sum(seen)
@@ -315,6 +316,40 @@ def test_what_it_does_not_take():
 
     with pytest.raises(evidence.Unavailable, match="latent site 'z' and gives no gradient"):
         evidence.ais(Pair.of(through_numpy, flat), torch.randn(3))
+
+
+def test_a_thousand_latents():
+    """y = Σ z / √1000 + noise: steps shrink with the dimension, and the bound stays a tight one."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1) / math.sqrt(1000), 0.5), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y), 1000), 1.0).to_event(1))
+
+    y = torch.tensor([0.0, 2.0])
+    exact = dist.Normal(0.0, math.sqrt(1.25)).log_prob(y)
+    bound = evidence.ais(Pair.of(model, guide), y, 60, 16)
+    assert ((bound.value - exact).abs() < 0.5).all() and (z_scores(bound, exact) < Z_LIMIT).all()
+
+
+def test_a_guide_narrower_than_the_posterior_bounds_from_below():
+    """A guide that never looks beyond (0, 1): what it misses is missing from the bound, not added."""
+    pair = pair_of(
+        lambda y: dist.Normal(torch.zeros_like(y), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Uniform(torch.zeros_like(y), 1.0),
+    )
+    y = torch.tensor([0.5, 3.0])
+    seen = dist.Normal(0.5 * y, math.sqrt(0.5))
+    exact = dist.Normal(0.0, math.sqrt(2)).log_prob(y)
+    part = exact + (seen.cdf(torch.ones(2)) - seen.cdf(torch.zeros(2))).log()
+    for bound in (evidence.iwae(pair, y, 3000), evidence.ais(pair, y, 6, 3000, leapfrog=2)):
+        assert (z_scores(bound, part).abs() < Z_LIMIT).all()
+        assert bound.kind == "lower" and (bound.value < exact).all()
 
 
 def test_chains_at_the_posterior_give_an_estimate_from_above():

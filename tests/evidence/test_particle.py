@@ -112,6 +112,7 @@ CASES = {
     "hmm-lengths": padded(
         lambda: (sharper(HMM(3, 2, "gaussian", guide="mean_field")), torch.randn(3, 5, 2)),
     ),
+    "hmm-exact-lengths": padded(lambda: (sharper(HMM(3, 2, "gaussian")), torch.randn(3, 5, 2))),
     "state_space": row("state_space-mean-field"),
     "state_space-exact": row("state_space"),
     "state_space-lengths": padded(lambda: (StateSpace(2, 2), torch.randn(3, 5, 2))),
@@ -135,7 +136,9 @@ def test_the_mean_over_filters_is_the_evidence(name, proposal):
     check_unbiased(CASES[name], proposal)
 
 
-@pytest.mark.parametrize("name", ["hmm-exact", "state_space-exact", "state_space-lengths"])
+@pytest.mark.parametrize(
+    "name", ["hmm-exact", "hmm-exact-lengths", "state_space-exact", "state_space-lengths"]
+)
 def test_without_resampling_an_exact_guide_gives_the_evidence(name):
     """Steps drawn from the posterior's conditionals: every particle's weight is p(y), whatever was drawn."""
     pair, y, exact = CASES[name]()
@@ -222,6 +225,27 @@ def test_a_guide_against_the_order_is_importance_sampling():
     assert bound.cost == 3 * 4 * 2000 * 4
 
 
+def test_a_latent_of_the_whole_batch_is_a_step_of_a_joint_filter():
+    """μ, then a z for each datum around it: one number for the batch, whose evidence is Gaussian."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(mean.expand(*mean.shape[:-1], len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        mean = pyro.sample("mean", dist.Normal(0.5 * y.mean(), 0.9))
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.5 * y + 0.1 * mean, 0.9))
+
+    y = torch.tensor([1.0, -0.5, 2.0])
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.ones(3, 3) + 2 * torch.eye(3)).log_prob(y)
+    bound = evidence.smc(Pair.of(model, guide), y, 4, 3000, threshold=0.9, scope="joint")
+    assert bound.scope == "joint" and bound.value.shape == ()
+    assert abs(float(z_scores(bound, exact))) < Z_LIMIT
+
+
 def test_one_filter_is_the_filtering_objective():
     pair, y, exact = CASES["hmm"]()
     bound = evidence.smc(pair, y, 30, 1)
@@ -252,7 +276,7 @@ def test_an_impossible_observation_has_no_mass():
 
 def test_what_it_does_not_take():
     make, draw = TABLE["own"]
-    with pytest.raises(evidence.Unavailable, match="one latent site, 'z', and no chain"):
+    with pytest.raises(evidence.Unavailable, match="one latent site, 'z', and no latent_path"):
         evidence.smc(make(), draw(2))
     for options, message in (
         ({"particles": 0}, "particles takes"),
