@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense"]
+__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense", "GatedMLP"]
 
 
 class MLP(nn.Sequential):
@@ -22,6 +22,21 @@ class MLP(nn.Sequential):
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
+
+
+class GatedMLP(nn.Sequential):
+    """Layers ``sizes[0] → … → sizes[-1]``, every one but the last gated: h = (A x + a) · σ(B x + b).
+
+    Source: Dauphin, Fan, Auli and Grangier (2017); Tomczak and Welling (2018) for VAEs.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2 or any(s < 1 for s in sizes):
+            raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(sizes[:-1]):
+            layers += [nn.Linear(a, 2 * b), nn.GLU()]
+        super().__init__(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 NORMS = ("batch", "layer", "none")

@@ -234,10 +234,10 @@ class Evaluator:
         return _concatenate(blocks, 1, self)
 
     def refuse_scales(self, method: str) -> None:
-        """ValueError where a site carries a scale within its datum, which importance weights and sums over
+        """:class:`Unavailable` where a site carries a scale within its datum, which importance weights and sums over
         latents cannot have."""
         if self.scaled_site is not None:
-            raise ValueError(
+            raise Unavailable(
                 f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
                 f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
             )

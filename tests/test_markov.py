@@ -16,9 +16,10 @@ from torch.distributions import MultivariateNormal
 
 from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.models import markov
-from pyroelbo.models.markov import Chain, GaussianLink, StandardNormal, TopDownLink
+from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
 from pyroelbo.objectives import Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
+from pyroelbo.priors import StandardNormal
 from pyroelbo.stepping import EagerStep
 from pyroelbo.terms import Evaluator
 from tests.pairs import TABLE, binary

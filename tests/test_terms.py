@@ -13,7 +13,7 @@ from pyroelbo.terms import Evaluator
 from tests.pairs import TABLE, Convolutional, Nonlinear
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [n for n in TABLE if n != "flow-continuous"])  # it has no latents to score
 def test_scores_agree_with_pyro_one_particle_at_a_time(name):
     make, draw = TABLE[name]
     pair, y = make().eval(), draw(4)

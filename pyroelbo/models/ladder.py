@@ -10,9 +10,10 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyroelbo.models.markov import ImageChain, PixelLink, StandardNormal, bounded, check_widths, join, normal
+from pyroelbo.models.markov import ImageChain, PixelLink, bounded, check_widths, join, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Dense
+from pyroelbo.priors import StandardNormal
 
 __all__ = ["Ladder"]
 
