@@ -192,6 +192,10 @@ TABLE = {
         lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
         lambda n: torch.rand(n, 6),
     ),
+    "ladder-vamp": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", prior="vamp", components=3),
+        lambda n: binary(n, 6),
+    ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
     "autoregressive-pixelcnn": (
         lambda: models.Autoregressive((2, 3), width=4, layers=2),
