@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense"]
+__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense", "GatedMLP"]
 
 
 class MLP(nn.Sequential):
@@ -24,14 +24,35 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
+class GatedMLP(nn.Sequential):
+    """Layers ``sizes[0] → … → sizes[-1]``, every one but the last gated: h = (A x + a) · σ(B x + b).
+
+    Source: Dauphin, Fan, Auli and Grangier (2017); Tomczak and Welling (2018) for VAEs.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2 or any(s < 1 for s in sizes):
+            raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(sizes[:-1]):
+            layers += [nn.Linear(a, 2 * b), nn.GLU()]
+        super().__init__(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
 NORMS = ("batch", "layer", "none")
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalization of the last dimension, over any number of leading ones."""
+    """Batch normalization of the last dimension, over any number of leading ones; a single row, which has no spread
+    of its own, takes the running averages."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and len(rows) == 1:
+            out = nn.functional.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias)
+        else:
+            out = super().forward(rows)
+        return out.reshape(x.shape)
 
 
 class Dense(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pyroelbo import ExactPair, Pair, models
+from pyroelbo.priors import PRIORS
 
 
 class Nonlinear(Pair):
@@ -125,6 +126,23 @@ TABLE = {
     "vae-l2": (lambda: models.VAE(6, 2, (8,), likelihood="l2"), lambda n: torch.rand(n, 6)),
     "vae-l1": (lambda: models.VAE(6, 2, (8,), likelihood="l1"), lambda n: torch.rand(n, 6)),
     "vae-conv": (lambda: models.VAE((5, 6), 2, (8,), network="conv", channels=2), lambda n: binary(n, 30)),
+    "vae-gated": (lambda: models.VAE(6, 2, (8, 8), network="gated"), lambda n: binary(n, 6)),
+    **{
+        f"vae-{prior}": (
+            lambda prior=prior: models.VAE(6, 2, (8,), prior=prior, components=3),
+            lambda n: binary(n, 6),
+        )
+        for prior in PRIORS
+    },
+    "flow": (
+        lambda: models.DequantizedFlow(4, 5, layers=2, hidden=(8,)),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
+    "flow-autoregressive": (
+        lambda: models.DequantizedFlow(4, 5, "autoregressive", 2, (8,)),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
+    "flow-continuous": (lambda: models.Flow(4, layers=2, hidden=(8,)), lambda n: torch.randn(n, 4)),
     "ppca": (lambda: models.PPCA(5, 2), lambda n: torch.randn(n, 5)),
     "ppca-mean-field": (lambda: models.PPCA(5, 2, guide="mean_field"), lambda n: torch.randn(n, 5)),
     "mixture": (lambda: models.GaussianMixture(3, 4), lambda n: torch.randn(n, 3)),
@@ -167,6 +185,10 @@ TABLE = {
     "ladder-precision": (
         lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
         lambda n: torch.rand(n, 6),
+    ),
+    "ladder-vamp": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", prior="vamp", components=3),
+        lambda n: binary(n, 6),
     ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
     "autoregressive-pixelcnn": (

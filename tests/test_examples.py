@@ -12,6 +12,7 @@ from pyroelbo.records import Audit
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
     "vae": lambda tmp: (["--smoke", "--out", str(tmp / "vae")],),
+    "priors": lambda tmp: (["--smoke", "--out", str(tmp / "priors")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
     "hmm_letters": lambda tmp: (["--smoke"],),

@@ -4,7 +4,7 @@ from pyroelbo.distributions.alignment import CTC, Alignment, AlignmentParts
 from pyroelbo.distributions.chain import HMM, ChainParts, LinearChain
 from pyroelbo.distributions.gaussian import Filtered, GaussianChain, LinearGaussianChain
 from pyroelbo.distributions.grammar import PCFG, Derivation, ParseParts, ParseTree
-from pyroelbo.distributions.mixture import GaussianStatistics, Mixture
+from pyroelbo.distributions.mixture import DiagonalMixture, GaussianStatistics, Mixture
 from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
 from pyroelbo.distributions.segment import SegmentParts, SemiMarkov
 from pyroelbo.distributions.structured import StructuredDistribution
@@ -18,6 +18,7 @@ __all__ = [
     "AlignmentParts",
     "ChainParts",
     "Derivation",
+    "DiagonalMixture",
     "DiscretizedLogistic",
     "Filtered",
     "GaussianChain",

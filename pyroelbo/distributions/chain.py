@@ -20,6 +20,7 @@ from pyroelbo.distributions._recursions import (
     draw_paths,
     expectations,
     log_partition,
+    smoothed,
     solve,
 )
 from pyroelbo.distributions.structured import (
@@ -111,6 +112,9 @@ class LinearChain(StructuredDistribution):
             new.lengths = self.lengths.expand(new.batch_shape)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_solution": None}
+
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         initial, transition, observation = parts
         alpha = semiring.mul(initial, observation[..., 0, :])
@@ -157,7 +161,8 @@ class LinearChain(StructuredDistribution):
     def _marginals(self) -> ChainParts:
         parts = self._full(self.potentials)
         full = self._flat(parts)
-        found = expectations(full, self._kept().passes, None)
+        kept = self._solution
+        found = smoothed(full) if kept is None else expectations(full, kept.passes, None)
         return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
     def _mode(self) -> Tensor:
@@ -298,6 +303,8 @@ class HMM(TorchDistribution):
     def posterior(self, value: Tensor) -> LinearChain:
         """p(z | y), a ``LinearChain`` whose log partition is ln p(y) and whose values are state sequences."""
         steps = self._check_value(value)
+        own = value.shape[: value.dim() - len(self.event_shape)]
+        value = value.reshape((1,) * (len(self.batch_shape) - len(own)) + value.shape)
         observation = self._observation(value)
         pad = (1,) * (observation.dim() - 2 - len(self.batch_shape))
         initial, transition = _normalize(self.initial), _normalize(self.transition)

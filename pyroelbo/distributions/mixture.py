@@ -17,7 +17,7 @@ from pyroelbo.distributions.structured import check_finite_or_minus_inf, first_i
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
-__all__ = ["GaussianStatistics", "Mixture"]
+__all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
 BLOCK = 16  # coordinates; and numbers held at a time, so that they stay in the cache
 ROOM = 2**18
@@ -196,6 +196,65 @@ class Mixture(TorchDistribution):
         evidence = logsumexp(joint)
         share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
         return evidence, GaussianStatistics.weighted(y, share, diagonal)
+
+
+class DiagonalMixture(TorchDistribution):
+    """p(z) = Σ_m softmax(logits)_m N(z; loc_m, diag scale_m²): one mixture of M Gaussians for all of a batch.
+
+    ``logits [M]``, ``loc [M,D]``, ``scale [M,D]``; event shape ``[D]``. Batch dimensions come by ``expand``
+    and share the components, so that every quadratic form is one matrix product: what a prior of many
+    components, or an aggregated posterior, needs. The products are taken in float64 (float32 where the device
+    has no other) around the mean of ``loc``; what they lose is 1e-16 times the largest squared distance in
+    units of ``scale``. Cost: O(M·D) multiplications a datum, no [.., M, D] tensor. Raises ValueError for
+    shapes that do not fit.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        if loc.dim() != 2 or loc.shape != scale.shape or logits.shape != loc.shape[:1]:
+            raise ValueError(
+                f"logits, loc and scale have shapes {tuple(logits.shape)}, {tuple(loc.shape)} and "
+                f"{tuple(scale.shape)}: they take [M], [M,D] and [M,D]"
+            )
+        self.logits, self.loc, self.scale = logits.log_softmax(-1), loc, scale
+        super().__init__(torch.Size(), loc.shape[1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalMixture:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def log_components(self, value: Tensor) -> Tensor:
+        """ln softmax(logits)_m + ln N(value; loc_m, scale_m), ``[*, M]``."""
+        exact = torch.float32 if self.loc.device.type == "mps" else torch.float64
+        center = self.loc.detach().mean(0)
+        x, mean = (value - center).to(exact), (self.loc - center).to(exact)
+        precision = self.scale.to(exact).square().reciprocal()
+        weights = torch.cat([-0.5 * precision, precision * mean], -1)
+        constant = -0.5 * (precision * mean.square()).sum(-1) - self.scale.to(exact).log().sum(-1)
+        constant = constant + self.logits - 0.5 * self.event_shape[0] * math.log(2 * math.pi)
+        return (torch.cat([x * x, x], -1) @ weights.t() + constant).to(self.loc.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(value), in nats, of the broadcast shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = logsumexp(self.log_components(value))
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws ``[*sample, *B, D]``."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        which = choose(
+            self.logits.expand(*shape[:-1], -1),
+            torch.rand(shape[:-1], dtype=self.loc.dtype, device=self.loc.device),
+        )
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc[which] + self.scale[which] * noise
 
 
 class _Features:

@@ -113,14 +113,14 @@ def audit(
             particles = plan.particles(found)
             notes.append(plan.note(particles, found))
         bounds = list(found)
-        try:
-            for estimator in (elbo, iwae):
-                tell(f"{estimator.__name__} of {particles} draws")
+        for estimator in (elbo, iwae):
+            tell(f"{estimator.__name__} of {particles} draws")
+            try:
                 bounds.append(estimator(pair, batch, particles, scope=scope))
-        except Unavailable as reason:
-            if not found:
-                raise
-            notes.append(f"no elbo and iwae: {reason}")
+            except Unavailable as reason:
+                if not bounds:
+                    raise
+                notes.append(f"no {estimator.__name__} value: {reason}")
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))

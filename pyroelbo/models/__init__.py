@@ -12,6 +12,7 @@ from pyroelbo import data
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
+from pyroelbo.models.flow import DequantizedFlow, Flow
 from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
@@ -21,6 +22,7 @@ from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
+from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, copy_into
 
 __all__ = [
@@ -34,7 +36,9 @@ __all__ = [
     "BernoulliMixture",
     "Chain",
     "ConvLadder",
+    "DequantizedFlow",
     "Entry",
+    "Flow",
     "GaussianMixture",
     "Hierarchy",
     "Ladder",
@@ -59,7 +63,8 @@ class Entry:
 
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
-        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|conv",
+        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
+        f"prior={'|'.join(PRIORS)}",
         VAE.for_data,
         VAE.form_of,
         50,
@@ -91,6 +96,13 @@ REGISTRY: dict[str, Entry] = {
         Autoregressive.for_data,
         Autoregressive.form_of,
         20,
+        1e-3,
+    ),
+    "flow": Entry(
+        "normalizing flow on grey levels, uniformly dequantized; kind=coupling|autoregressive",
+        DequantizedFlow.for_data,
+        lambda settings: "bytes",
+        50,
         1e-3,
     ),
     "ppca": Entry(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pyroelbo.models.observation import Pixels, form_of
 from pyroelbo.nn import MLP
 from pyroelbo.pair import PLATE, Pair
+from pyroelbo.priors import StandardNormal
 
-__all__ = ["Chain", "GaussianLink", "Hierarchy", "PixelLink", "StandardNormal", "TopDownLink"]
+__all__ = ["Chain", "GaussianLink", "Hierarchy", "PixelLink", "TopDownLink"]
 
 ORDERS = ("bottom-up", "top-down")
 
@@ -253,20 +254,6 @@ def _first(link: nn.Module) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------- links
-
-
-class StandardNormal(nn.Module):
-    """p(z) = N(0, I) of ``out`` dimensions."""
-
-    def __init__(self, out: int) -> None:
-        super().__init__()
-        if out < 1:
-            raise ValueError(f"a latent takes a positive number of dimensions, got {out}")
-        self.out = out
-        self.register_buffer("loc", torch.zeros(out))
-
-    def forward(self) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, 1.0).to_event(1)
 
 
 class GaussianLink(nn.Module):

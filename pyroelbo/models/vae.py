@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyroelbo import priors
 from pyroelbo.models.observation import LIKELIHOODS, Pixels, form_of
-from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder
+from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
 from pyroelbo.pair import PLATE, Pair
 
 __all__ = ["LIKELIHOODS", "VAE"]
+
+_FULL: dict[str, Callable[[Sequence[int]], nn.Module]] = {"mlp": MLP, "gated": GatedMLP}
 
 
 class VAE(Pair):
@@ -23,13 +26,15 @@ class VAE(Pair):
     ``likelihood``: ``bernoulli`` (0 or 1), ``discretized_logistic`` and ``categorical`` (integers 0 …
     levels-1), ``l2`` and ``l1`` (real pixels; the Gaussian and Laplace densities with their constants). The
     logistic's scale and the densities' weight are learned, one number for all pixels; ``weight`` fixes the
-    latter instead. ``network`` is ``mlp`` (of widths ``hidden``) or ``conv`` (of ``channels``; needs
-    ``shape`` = (height, width)).
+    latter instead. ``network`` is ``mlp`` or ``gated`` (of widths ``hidden``) or ``conv`` (of ``channels``;
+    needs ``shape`` = (height, width)). ``prior`` replaces N(0, I) by another one that is learned, by name
+    (:data:`~pyroelbo.priors.PRIORS`) or as a :class:`~pyroelbo.priors.Prior`; ``components`` are the
+    Gaussians of ``mixture`` or the pseudo-inputs of ``vamp``.
 
-    Parts: ``generator``, ``encoder``. KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises ValueError for data that
-    are not [B, D].
+    Parts: ``generator``, ``encoder``, ``prior``. For N(0, I), KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises
+    ValueError for data that are not [B, D].
 
-    Source: Kingma and Welling (2014).
+    Source: Kingma and Welling (2014); Tomczak and Welling (2018) for ``vamp`` and gated layers.
     """
 
     def __init__(
@@ -42,10 +47,12 @@ class VAE(Pair):
         network: str = "mlp",
         channels: int = 32,
         weight: float | None = None,
+        prior: str | priors.Prior = "standard",
+        components: int = 50,
     ) -> None:
         super().__init__()
-        if network not in ("mlp", "conv"):
-            raise ValueError(f"network takes 'mlp' or 'conv', got {network!r}")
+        if network not in ("mlp", "gated", "conv"):
+            raise ValueError(f"network takes 'mlp', 'gated' or 'conv', got {network!r}")
         if latent < 1:
             raise ValueError(f"latent takes a positive number of dimensions, got {latent}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -58,15 +65,16 @@ class VAE(Pair):
         self.generator = Pixels(self.dims, likelihood, levels, weight)
         self.form = self.generator.form
         self.generator.add_module("decoder", self._decoder(network, hidden, channels))
-        if network == "mlp":
-            self.encoder: nn.Module = MLP((self.dims, *hidden, 2 * latent))
+        if network == "conv":
+            self.encoder: nn.Module = ConvEncoder(self._image(), 2 * latent, channels, hidden[-1])
         else:
-            self.encoder = ConvEncoder(self._image(), 2 * latent, channels, hidden[-1])
+            self.encoder = _FULL[network]((self.dims, *hidden, 2 * latent))
+        self.prior = priors.build(prior, latent, components, self.encode, (self.dims,))
 
     def _decoder(self, network: str, hidden: Sequence[int], channels: int) -> nn.Module:
-        if network == "mlp":
-            return MLP((self.latent, *reversed(tuple(hidden)), self.generator.outputs))
-        return ConvDecoder(self._image(), self.latent, self.generator.per_pixel, channels, hidden[-1])
+        if network == "conv":
+            return ConvDecoder(self._image(), self.latent, self.generator.per_pixel, channels, hidden[-1])
+        return _FULL[network]((self.latent, *reversed(tuple(hidden)), self.generator.outputs))
 
     def _image(self) -> tuple[int, int]:
         if len(self.shape) != 2:
@@ -88,7 +96,7 @@ class VAE(Pair):
     def model(self, y: Tensor) -> None:
         self._scaled(y)
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", dist.Normal(y.new_zeros(self.latent, dtype=self._dtype()), 1.0).to_event(1))
+            z = pyro.sample("z", self.prior())
             pyro.sample("y", self.observation(z), obs=y)
 
     def guide(self, y: Tensor) -> None:
@@ -112,4 +120,7 @@ class VAE(Pair):
 
     @classmethod
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> VAE:
-        return cls(shape, levels=levels, **settings)
+        pair = cls(shape, levels=levels, **settings)
+        if train is not None:
+            pair.prior.initialize(train)
+        return pair

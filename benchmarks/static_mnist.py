@@ -1,0 +1,282 @@
+"""What do latent-variable models reach on static binarized MNIST (50,000 / 10,000 / 10,000), in nats on the test split?
+
+    python -m benchmarks.static_mnist vamp --train                  # hours; again: goes on where it was killed
+    python -m benchmarks.static_mnist vamp --evaluate               # the run so far, on 500 random test images
+    python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; each block is kept on disk
+    python -m benchmarks.static_mnist --table
+
+A system is one row of SYSTEMS: how to build its pair, and the settings of `fit` that differ from DEFAULTS. Training stops
+early on the ELBO of some validation images, keeps a moving average of the weights, and can be stopped at any time by
+Ctrl-C. Evaluation draws its test images at random by seed (the split is sorted by class) and prints negative mean bounds:
+the ELBO, IW-K, AIS (all in expectation at least -ln p, so lower is better), and the gap that BDMC leaves open on data that
+the model simulated. Standard errors are those of a mean over data; --seed seeds images and draws.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyro
+import torch
+
+from pyroelbo import Pair, data, evidence, fit, models
+from pyroelbo.runs import RunDirectory, copy_into, group
+
+
+@dataclass(frozen=True)
+class System:
+    about: str
+    make: Callable[[torch.Tensor], Pair]
+    fit: dict = field(default_factory=dict)
+    samples: int = 5000  # K of IW-K
+
+
+def gated_vae(**settings):
+    shape = {"latent": 40, "hidden": (300, 300), "network": "gated"}
+    return lambda train: models.VAE.for_data(train, (28, 28), 2, **shape, **settings)
+
+
+def ladder(**settings):
+    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+
+
+# VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
+#   python -m benchmarks.static_mnist vamp-100 --train
+#   python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
+SYSTEMS = {
+    "vae": System("VAE 784-300-300-40, gated, N(0, I)", gated_vae(), {"batch_size": 100}),
+    "vamp-100": System(
+        "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
+    ),
+    "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 500}),
+    "ladder": System(
+        "ladder 48-24-12-8, MLP 384-192-96-64",
+        ladder(),
+        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        samples=1000,
+    ),
+    "ladder-vamp": System(
+        "the same, layer norm, VampPrior-500",
+        ladder(norm="layer", prior="vamp", components=500),
+        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        samples=1000,
+    ),
+    "conv_ladder": System(
+        "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
+        lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
+        {"objective": "layered", "batch_size": 64, "clip_norm": 200.0, "skip_norm": 1e4, "warmup": 15},
+        samples=1000,
+    ),
+}
+DEFAULTS = {
+    "epochs": 2000,
+    "learning_rate": 7e-4,
+    "ema": 0.999,
+    "patience": 50,
+    "compile": True,
+    "warmup": 30,
+    "decay": math.inf,
+}
+
+
+def schedules(settings):
+    """The KL's weight and the factor on the learning rate, functions of the epoch: a linear warm-up, and a halving every
+    ``decay`` epochs, or with ``tail`` = (start, length) a cosine to zero that begins at epoch start."""
+    warmup, decay, tail = settings.pop("warmup"), settings.pop("decay"), settings.pop("tail", None)
+
+    def factor(epoch):
+        if tail is None or epoch < tail[0]:
+            return 0.5 ** (epoch / decay)
+        return max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - tail[0]) / tail[1]))))
+
+    return (lambda epoch: min(1.0, (epoch + 1) / warmup)), factor
+
+
+def subset(images, count, seed):
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return order if count == 0 else order[:count]
+
+
+def train(options, system, images, folder):
+    settings = DEFAULTS | system.fit | json.loads(options.fit)
+    kl_weight, schedule = schedules(settings)
+    pyro.set_rng_seed(options.seed)
+    pair = system.make(images["train"])
+    resume = (folder / "config.json").exists()
+    if options.start and not resume:
+        load(pair, options.start)
+    run = fit(
+        pair,
+        images["train"],
+        valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
+        kl_weight=kl_weight,
+        schedule=schedule,
+        seed=options.seed,
+        out=folder,
+        resume=resume,
+        checkpoint_seconds=60.0,
+        config={"system": options.system, "settings": options.fit, "start": str(options.start)},
+        progress=False,
+        callbacks=[lambda row: print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)],
+        **settings,
+    )
+    print(f"{options.system}: stopped by {run.stopped} after {len(run.metrics)} epochs")
+
+
+def load(pair, folder):
+    """The weights to keep of a run, into ``pair``: those of a finished one, else the best validated so far. Returns the
+    run's number of epochs."""
+    run = RunDirectory(folder)
+    tensors, _ = run.load_weights()
+    if not (folder / "weights.safetensors").exists():
+        checkpoint, _ = run.load_checkpoint()
+        tensors = tensors | group(group(checkpoint, "step/"), "ema.") | group(checkpoint, "best/")
+    own = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
+    inputs = tensors.get("prior.pseudo_inputs")
+    if inputs is not None and len(inputs) != len(own["prior.pseudo_inputs"]):
+        # Another number of pseudo-inputs: all of them in turn, told apart by a little noise.
+        inputs = inputs[torch.arange(len(own["prior.pseudo_inputs"])) % len(inputs)]
+        tensors["prior.pseudo_inputs"] = inputs + 0.05 * torch.randn_like(inputs)
+    copy_into(own, tensors, str(folder))
+    pair.eval()
+    return len(run.metrics())
+
+
+def in_blocks(name, pair, y, which, rows, bound, record):
+    """Bounds of single images by index, each block appended to ``record``; what is there already is not done again."""
+    done = {}
+    if record.exists():
+        done = {int(i): v for line in record.read_text().splitlines() for i, v in json.loads(line).items()}
+    todo = [int(i) for i in which if int(i) not in done]
+    for start in range(0, len(todo), rows):
+        index = todo[start : start + rows]
+        pyro.set_rng_seed(index[0])
+        value = bound(pair, y[index]).value.tolist()
+        done |= dict(zip(index, value, strict=True))
+        with open(record, "a") as file:
+            file.write(json.dumps(dict(zip(index, value, strict=True))) + "\n")
+        print(
+            f"{name}: {start + len(index)} of {len(todo)}, so far {-sum(done.values()) / len(done):.3f}",
+            flush=True,
+        )
+    return torch.tensor([done[int(i)] for i in which], dtype=torch.float64)
+
+
+def summary(value):
+    error = float(value.std() / math.sqrt(len(value))) if len(value) > 1 else math.nan
+    return {"value": round(-float(value.mean()), 4), "error": round(error, 4), "data": len(value)}
+
+
+def evaluate(options, system, images, folder):
+    pair = system.make(images["train"])
+    epoch = load(pair, folder)
+    torch.manual_seed(options.seed)
+    K, T = options.samples or system.samples, options.temperatures
+    test = images["test"]
+    which = subset(test, options.num_data, options.seed)
+    # A record holds what one state of the weights gave.
+    state = sum(float(p.detach().double().abs().sum()) for p in pair.parameters())
+    stem = folder / f"{state:.6f}"
+    result = {
+        "system": options.system,
+        "about": system.about,
+        "epoch": epoch,
+        "seed": options.seed,
+        "K": K,
+        "temperatures": T,
+        "parameters": sum(p.numel() for p in pair.parameters()),
+    }
+
+    def file(method):
+        return stem.with_name(f"{stem.name}-{method}.jsonl")
+
+    tasks = {
+        "elbo": (which, 500, lambda pair, y: evidence.elbo(pair, y, particles=64)),
+        f"iw-{K}": (which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K)),
+        f"ais-{T}": (
+            which[: options.num_ais],
+            100,
+            lambda pair, y: evidence.ais(pair, y, T, particles=options.chains, progress=False),
+        ),
+    }
+    for name, (index, rows, bound) in tasks.items():
+        if len(index):
+            value = in_blocks(name, pair, test, index, rows, bound, file(name))
+            result[name] = summary(value)
+    iw = in_blocks(f"iw-{K}", pair, test, which[: options.num_ais], 20, tasks[f"iw-{K}"][2], file(f"iw-{K}"))
+    result["iw on the images of ais"] = summary(iw)
+    if options.num_ais:
+        sandwich = evidence.bdmc(pair, options.num_ais, T, particles=options.chains, progress=False)
+        result["bdmc gap"] = {
+            "value": round(float(sandwich.mean_gap), 4),
+            "error": round(sandwich.mean_gap_error, 4),
+        }
+    result |= {"torch": torch.__version__, "machine": platform.machine()}
+    (folder / "evaluation.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+def table(folder):
+    print("| system | epoch | -ELBO | IW-K | K | images | AIS, T (IW-K of the same images) | BDMC gap |")
+    print("|---|---|---|---|---|---|---|---|")
+    for file in sorted(folder.glob("*/evaluation.json")):
+        r = json.loads(file.read_text())
+
+        def show(name, r=r):
+            return f"{r[name]['value']:.2f} ± {r[name]['error']:.2f}" if name in r else ""
+
+        iw, ais = f"iw-{r['K']}", f"ais-{r['temperatures']}"
+        beside = f"{show(ais)}, {r['temperatures']} ({show('iw on the images of ais')}; {r.get(ais, {}).get('data', 0)} images)"
+        print(
+            f"| {r['about']} | {r['epoch']} | {show('elbo')} | {show(iw)} | {r['K']} | {r[iw]['data']} | {beside} "
+            f"| {show('bdmc gap')} |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("system", nargs="?", choices=tuple(SYSTEMS))
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/static_mnist"))
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("PYROELBO_DATA"))
+    parser.add_argument(
+        "--fit", default="{}", help='settings that replace the system\'s, as JSON: {"batch_size": 100}'
+    )
+    parser.add_argument(
+        "--start", type=Path, default=None, help="another run of the same system whose weights to start from"
+    )
+    parser.add_argument("--num-valid", type=int, default=5000, help="validation images for early stopping")
+    parser.add_argument("--num-data", type=int, default=500, help="test images; 0 for all")
+    parser.add_argument(
+        "--num-ais", type=int, default=100, help="of these, and simulated, for AIS and BDMC; 0 for none"
+    )
+    parser.add_argument("--samples", type=int, default=None, help="K of IW-K, if not the system's own")
+    parser.add_argument("--temperatures", type=int, default=200)
+    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default=None, help="folder of the run, if not the system's name")
+    options = parser.parse_args()
+    if options.system:
+        system, folder = SYSTEMS[options.system], options.out / (options.name or options.system)
+        images = data.load("binarized_mnist", form="binary", root=options.data_dir)
+        if options.train:
+            train(options, system, images, folder)
+        if options.evaluate:
+            evaluate(options, system, images, folder)
+    if options.table:
+        table(options.out)
+
+
+if __name__ == "__main__":
+    main()
