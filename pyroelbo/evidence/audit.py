@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from pyroelbo import data as batches
@@ -14,9 +15,10 @@ from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
+from pyroelbo.joint import Joint
 from pyroelbo.pair import Pair
 from pyroelbo.records import Audit, Bound
-from pyroelbo.terms import Unavailable
+from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["audit"]
 
@@ -121,6 +123,7 @@ def audit(
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
+    notes += _uncovered(pair, batch, scope)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
@@ -132,3 +135,27 @@ def _check(bound: Bound, size: int, scope: str) -> None:
             f"references holds {bound.method!r}, {bound.scope} values of shape {tuple(bound.value.shape)}: this audit "
             f"is of {size} data, scope={scope!r}"
         )
+
+
+@torch.no_grad()
+def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
+    """A note for each site where the guide's support leaves out draws of the prior: weights that stay finite do
+    not tell."""
+    whole: Any = Joint(pair) if scope == "joint" else pair
+    try:
+        guide = Evaluator(whole, batch).guide_trace()
+    except Unavailable:
+        return []
+    prior = Evaluator(whole, batch, with_guide=False)
+    notes = []
+    for name, value in prior.draw(min(64, max(1, prior.cells // prior.size))).latents.items():
+        fn = guide.nodes[name]["fn"]
+        if type(fn).__name__ == "Delta" or bool(getattr(fn, "has_enumerate_support", False)):
+            continue
+        share = float((~fn.support.check(value)).double().mean())
+        if share > 0:
+            notes.append(
+                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "
+                "ELBO, IWAE and AIS started from it, and their errors do not show it"
+            )
+    return notes

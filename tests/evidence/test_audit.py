@@ -175,3 +175,24 @@ def test_a_budget_for_latents_that_no_guide_draws():
     mixture, y = GaussianMixture(3, 2), torch.randn(4, 3)
     result = audit(Pair.of(mixture.model, lambda y: None), y, budget="0.2s")
     assert [b.method for b in result.bounds] == ["exact"]
+
+
+def test_a_guide_that_leaves_out_part_of_the_support_is_told():
+    import pyro
+    import pyro.distributions as dist
+
+    from pyroelbo import Pair
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Uniform(torch.zeros(len(y)), 1.0))
+
+    result = audit(Pair.of(model, guide), torch.randn(40))
+    assert result["iwae-64"].k_hat.nanmedian() < 0.7  # the weights look well
+    assert any("the guide cannot draw 6" in note for note in result.notes)  # 66 %
+    assert "cannot draw" not in str(audit(Nonlinear(), torch.randn(3, 4)))
