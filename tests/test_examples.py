@@ -16,6 +16,7 @@ ARGUMENTS = {
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
     "mixtures": lambda tmp: (["--smoke", "--out", str(tmp / "mixtures")],),
+    "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
