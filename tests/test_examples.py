@@ -15,6 +15,7 @@ ARGUMENTS = {
     "priors": lambda tmp: (["--smoke", "--out", str(tmp / "priors")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),

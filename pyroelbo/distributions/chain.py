@@ -394,7 +394,7 @@ class HMM(TorchDistribution):
                 raise ValueError(
                     f"y has {value[~good][0].tolist()} at index {index}: outside its emission's support"
                 )
-        products = _by_products(self.emission, value)
+        products = _by_products(self.emission, value) if len(self.emission.batch_shape) == rank + 1 else None
         if products is not None:
             return products
         if rank == 0 or len(self.emission.batch_shape) == rank + 2:
@@ -405,11 +405,11 @@ class HMM(TorchDistribution):
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:
-    """ln p(y_t | state) as one matrix product, for vectors of Bernoulli or Poisson variables whose S
-    parameters all share; None for other emissions. Saves a factor D of memory over the plain way.
+    """ln p(y_t | state) as a matrix product, for vectors of Bernoulli or Poisson variables of batch shape
+    [*B,S]; None for other emissions. Saves a factor D of memory over the plain way.
     """
     base = getattr(emission, "base_dist", None)
-    if len(emission.event_shape) != 1 or emission.batch_shape[:-1].numel() != 1:
+    if len(emission.event_shape) != 1:
         return None
     if isinstance(base, torch.distributions.Bernoulli):
         slope = base.logits
@@ -421,8 +421,7 @@ def _by_products(emission: Any, value: Tensor) -> Tensor | None:
         return None
     if not bool(slope.detach().isfinite().all()):
         return None
-    slope, constant = (x.reshape(x.shape[-2:]) for x in (slope, constant))
-    total = value.to(slope.dtype) @ slope.T + constant.sum(-1)
+    total = value.to(slope.dtype) @ slope.mT + constant.sum(-1).unsqueeze(-2)
     return total if own is None else total - own
 
 
