@@ -171,7 +171,7 @@ def main(arguments=None):
     exact = models.PPCA(6, 2).solve(y)
     ppca = [ppca_row(y, exact, s) for s in (None, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)]
     print(
-        f"pPCA, {options.data} data: exact training ends at σ = {float(exact.generator.log_scale.exp()):.4f}"
+        f"pPCA, {options.data} data: exact training ends at σ = {float(exact.generator.log_scale.detach().exp()):.4f}"
     )
     print(f"{'guide':<10} {'gap':>8} {'lost':>8} {'σ':>8}")
     for r in ppca:

@@ -42,6 +42,11 @@ def gated_vae(**settings):
     return lambda train: models.VAE.for_data(train, (28, 28), 2, **shape, **settings)
 
 
+def ladder(**settings):
+    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+
+
 # VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
 #   python -m benchmarks.static_mnist vamp-100 --train
 #   python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
@@ -51,6 +56,24 @@ SYSTEMS = {
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
+    "ladder": System(
+        "ladder 48-24-12-8, MLP 384-192-96-64",
+        ladder(),
+        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        samples=1000,
+    ),
+    "ladder-vamp": System(
+        "the same, layer norm, VampPrior-500",
+        ladder(norm="layer", prior="vamp", components=500),
+        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        samples=1000,
+    ),
+    "conv_ladder": System(
+        "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
+        lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
+        {"objective": "layered", "batch_size": 64, "clip_norm": 200.0, "skip_norm": 1e4, "warmup": 15},
+        samples=1000,
+    ),
 }
 DEFAULTS = {
     "epochs": 2000,
@@ -65,9 +88,15 @@ DEFAULTS = {
 
 def schedules(settings):
     """The KL's weight and the factor on the learning rate, functions of the epoch: a linear warm-up, and a halving every
-    ``decay`` epochs."""
-    warmup, decay = settings.pop("warmup"), settings.pop("decay")
-    return (lambda epoch: min(1.0, (epoch + 1) / warmup)), (lambda epoch: 0.5 ** (epoch / decay))
+    ``decay`` epochs, or with ``tail`` = (start, length) a cosine to zero that begins at epoch start."""
+    warmup, decay, tail = settings.pop("warmup"), settings.pop("decay"), settings.pop("tail", None)
+
+    def factor(epoch):
+        if tail is None or epoch < tail[0]:
+            return 0.5 ** (epoch / decay)
+        return max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - tail[0]) / tail[1]))))
+
+    return (lambda epoch: min(1.0, (epoch + 1) / warmup)), factor
 
 
 def subset(images, count, seed):

@@ -127,7 +127,7 @@ def judge(name, label, bound, truth, unbiased):
         log_ratio = side * excess
         ratio = log_ratio.exp()
         k_hat = float(evidence.pareto_k_hat(log_ratio[:, None]))
-        if k_hat > 1 / 3:
+        if k_hat > 1 / 3 or bool(log_ratio.isinf().any()):  # zeros: what counts is too rare to be seen
             row["z"] = "tail"
         else:
             spread = float(ratio.std() / math.sqrt(count)) + slack

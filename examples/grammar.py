@@ -155,7 +155,7 @@ def main(arguments=None):
     parser.add_argument("--longest", type=int, default=12, help="tokens in an expression, at most")
     parser.add_argument("--data", type=int, default=1500, help="expressions to learn from")
     parser.add_argument("--restarts", type=int, default=6)
-    parser.add_argument("--smoothing", type=float, default=0.01, help="pseudo-count of every rule and word")
+    parser.add_argument("--smoothing", type=float, default=0.05, help="pseudo-count of every rule and word")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument("--out", type=Path, default=None, help="a new directory for the picture")

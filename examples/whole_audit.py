@@ -39,7 +39,7 @@ def main(arguments=None):
         pair.generator.weight.copy_(pair.generator.weight @ rotation)
         pair.encoder.weight.mul_(0.1)
     fit(
-        pair, digits["train"], objective="mean_field", epochs=1 if options.smoke else 60, learning_rate=3e-3,
+        pair, digits["train"], objective="mean_field", epochs=1 if options.smoke else 300, learning_rate=5e-3,
         schedule="cosine", freeze=("generator",), seed=options.seed, progress=False,
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def main(arguments=None):
     # The exact posterior gives chains that run backwards from it, and with them a bound from above, on any data.
     upper = evidence.ais(pair, y, options.temperatures, reverse=True, progress=not options.smoke)
     result = audit(pair, y, references=("exact", lower, upper))
-    parts = evidence.gap(pair, y, particles=64, steps=5 if options.smoke else 300)
+    parts = evidence.gap(pair, y, particles=256, steps=5 if options.smoke else 500)
     print(result, parts, sep="\n\n")
     print("\npicture:", report.plot(result, options.out / "audit.png", parts))
     return result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,9 +38,12 @@ class NotMonotone(ArithmeticError):
 class ClosedForm(Protocol):
     """What a pair offers for an M-step in closed form.
 
-    A pair may also have ``initialize(*batch)``, a random start from data, which restarts take;
-    ``log_prior()``, the log density of its parameters (MAP: the objective is the evidence of all data plus
-    this); and ``least_data``, the number of data below which it cannot be fitted.
+    A pair may also have ``initialize(*batch)``, a random start from data, which restarts take (with a choice
+    of starts if it has an argument ``start``); ``log_prior()``, the log density of its parameters (MAP: the
+    objective is the evidence of all data plus this); and ``least_data``, the number of data below which it
+    cannot be fitted. Where ``stacks(*batch)`` is true, restarts run side by side: these methods then meet
+    parameters with one more dimension R in front, a start each, and return ln p(y) as [R, B], the log prior as [R], and
+    statistics whose tensors all have R in front.
     """
 
     def e_step(self, *batch: Tensor, hard: bool) -> tuple[Tensor, Statistics]:
@@ -63,6 +68,7 @@ def fit_em(
     stepwise: float | None = None,
     gradient_steps: int = 20,
     restarts: int = 1,
+    start: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
@@ -77,17 +83,20 @@ def fit_em(
     ``pair`` is an :class:`~pyroelbo.ExactPair`, or any pair whose latents can be enumerated. A pair with
     ``e_step`` and ``m_step`` (:class:`ClosedForm`) is fitted by these; for others the M-step climbs the
     expected log joint by ``gradient_steps`` steps of L-BFGS. ``hard`` puts the best z in place of the
-    posterior (for continuous z the noise then runs to its floor: a few steps only). ``restarts`` runs as
-    many times, the first from the parameters as they are, the others from ``pair.initialize``, and keeps the
-    best.
+    posterior (for continuous z the noise then runs to its floor: a few steps only). ``restarts`` runs as many
+    times, the first from the parameters as they are, the others from ``pair.initialize``, seeded ``seed`` + 1,
+    2, ..., and keeps the best; side by side where the pair's parameters stack (:class:`ClosedForm`), else one after
+    another, with the same result. ``start`` says how to initialize (mixtures and Gaussian HMMs: ``"k-means"``
+    or ``"random"``); given, the first run is initialized too, from ``seed``.
 
     Each epoch is one E-step and one M-step over all data, taken in pieces of ``batch_size``. With
     ``stepwise`` = κ in (0.5, 1] the M-step follows each piece instead, on statistics averaged with steps
     (k + 2)^-κ (closed forms only).
 
-    Metrics start with row 0, before the first step; ``loss`` is -ln p(y) (``hard``: -ln p(y, z*)) in nats per
-    datum, after that epoch's step (``stepwise``: the mean while the epoch ran). A run ends after ``epochs``,
-    or when an epoch gains less than ``tolerance`` nats per datum (``stopped`` is then ``"converged"``).
+    Metrics start with row 0 of each restart, before its first step, and come as they are made; ``loss`` is
+    -ln p(y) (``hard``: -ln p(y, z*)) in nats per datum, after that epoch's step (``stepwise``: the mean while
+    the epoch ran). A run ends after ``epochs``, or when an epoch gains less than ``tolerance`` nats per datum
+    (``stopped`` is then ``"converged"``).
     ``out``, ``resume``, ``config``, ``callbacks``, ``device`` are as in :func:`~pyroelbo.fit`.
 
     Raises TypeError for a pair with neither exact posterior nor finite latents; ValueError for too few data,
@@ -111,6 +120,8 @@ def fit_em(
         raise ValueError(
             f"restarts takes a pair that can draw a start: {pair.name} has no initialize(*batch)"
         )
+    if start is not None and "start" not in signature(getattr(pair, "initialize", lambda: None)).parameters:
+        raise ValueError(f"start takes a pair with a choice of starts: {pair.name}.initialize has none")
     place = choose_device(device)
     loader = Minibatches(data, batch_size or sys.maxsize, seed)
     least = getattr(pair, "least_data", 1)
@@ -127,26 +138,53 @@ def fit_em(
         "stepwise": stepwise,
         "gradient_steps": gradient_steps,
         "restarts": restarts,
+        "start": start,
         "seed": seed,
         "objective": "hard_em" if hard else "em",
         "data_size": loader.size,
     }
     steps = _Closed(pair, hard) if closed else _Gradient(pair, hard, gradient_steps)
+    first = batches.to(loader.first(), place)
+    if start is not None:
+        _initialize(pair, batches.to(_known(loader), place), seed, start)
     # bad input is refused before anything is written; where this is the whole first E-step it is not done again
-    probed = None if resume else steps.expect(batches.to(loader.first(), place))
+    probed = None if resume else steps.expect(first)
     run = None if out is None else RunDirectory.create(out, settings, resume)
-    job = _Job(pair, steps, loader, place, run, probed if loader.whole else None)
+    job = _Job(pair, steps, loader, place, run, probed if loader.whole else None, seed, start)
+    job.side_by_side = restarts > 1 and closed and batches.call(getattr(pair, "stacks", _never), first)
     if resume:
         job.load()
     began = time.perf_counter()
-    stopped = job.train(epochs, tolerance, stepwise, restarts, checkpoint_seconds, progress, callbacks, seed)
+    stopped = job.train(epochs, tolerance, stepwise, restarts, checkpoint_seconds, progress, callbacks)
     seconds = time.perf_counter() - began
     if run is not None:
         run.finish(
-            job.state,
+            _state(pair),
             {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)},
         )
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
+
+
+def _never(*batch: Any, **named: Any) -> bool:
+    return False
+
+
+def _known(loader: Minibatches) -> Batch:
+    """All data where they are in memory, else some."""
+    return loader.first() if loader.tensors is None else loader.tensors
+
+
+def _state(pair: Pair) -> dict[str, Tensor]:
+    return {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
+
+
+def _initialize(pair: Any, batch: Batch, seed: int, start: str | None) -> None:
+    def initialize(*parts: Any, **named: Any) -> None:
+        pair.initialize(*parts, **named, **({} if start is None else {"start": start}))
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batches.call(initialize, batch)
 
 
 class _Closed:
@@ -169,6 +207,28 @@ class _Closed:
     @torch.no_grad()
     def maximize(self, statistics: Statistics) -> None:
         self.pair.m_step(statistics)
+
+
+class _Stack(_Closed):
+    """The same for a copy of the pair whose parameters are those of several starts, one beside the other."""
+
+    def __init__(self, pair: Any, hard: bool, starts: int) -> None:
+        super().__init__(copy.deepcopy(pair), hard)
+        for x in _state(self.pair).values():
+            x.data = x.data.expand(starts, *x.shape).clone()
+
+    def keep(self, rows: list[int], statistics: Statistics) -> Statistics:
+        """Go on with the starts in ``rows`` only."""
+        for x in _state(self.pair).values():
+            x.data = x.data[rows]
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows]
+            fields = {f.name: getattr(value, f.name)[rows] for f in dataclasses.fields(value)}
+            return dataclasses.replace(value, **fields)
+
+        return {k: kept(v) for k, v in statistics.items()}
 
 
 class _Gradient:
@@ -258,7 +318,10 @@ class _Gradient:
 
 
 class _Job:
-    """The state of a run, and what saves and restores all of it."""
+    """The state of a run, and what saves and restores all of it.
+
+    ``flight`` are the restarts on their way: one, or those side by side, which then take their steps together.
+    """
 
     def __init__(
         self,
@@ -268,15 +331,18 @@ class _Job:
         place: torch.device,
         run: RunDirectory | None,
         probed: tuple[Tensor, Any] | None,
+        seed: int,
+        start: str | None,
     ) -> None:
-        self.probed = probed
+        self.probed, self.seed, self.start = probed, seed, start
         self.pair, self.steps, self.loader, self.place, self.run = pair, steps, loader, place, run
-        self.state: dict[str, Tensor] = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
-        self.restart = self.epoch = self.step = 0
-        self.value = -math.inf  # the objective after the last step, nats over all data
+        self.side_by_side = False
+        self.flight: list[int] = []
+        self.values: list[float] = []  # of those, the objective after the last step, nats over all data
+        self.restart = self.epoch = self.step = 0  # the restart that comes next, after those in flight
         self.running: Statistics | None = None
         self.best: dict[str, Tensor] | None = None
-        self.best_value = -math.inf
+        self.best_value, self.best_restart = -math.inf, 0
         self.metrics: list[dict[str, Any]] = []
         self.stopped: str | None = None
         self.saved = time.monotonic()
@@ -290,11 +356,10 @@ class _Job:
         checkpoint_seconds: float,
         progress: bool,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
-        seed: int,
     ) -> str:
         bar = tqdm(
             total=epochs * restarts,
-            initial=self.restart * epochs + self.epoch,
+            initial=len(self.metrics),
             disable=not progress,
             unit="epoch",
             mininterval=0.3 if sys.stderr.isatty() else 30.0,
@@ -306,94 +371,121 @@ class _Job:
             self.stopped = "epochs"
         with bar, interruptible() as interrupt, unregistered(), pyro.validation_enabled(False):
             while self.stopped is None:
-                if statistics is None:
-                    if not self.metrics or self.metrics[-1]["restart"] != self.restart:
-                        self._begin(seed)
-                        self.value, statistics, count = self._expect()
-                        self._record(self.value, count, callbacks, bar)
-                    else:
-                        _, statistics, _ = self._expect()
+                if not self.flight:
+                    self._begin(restarts)
+                    self.values, statistics, count = self._expect()
+                    self._record(self.values, count, callbacks, bar)
+                elif statistics is None and stepwise is None:
+                    _, statistics, _ = self._expect()
                 if stepwise is None:
                     self.steps.maximize(statistics)
                     self.step += 1
-                    value, statistics, count = self._expect()
-                    self._check(value, count)
+                    values, statistics, count = self._expect()
+                    self._check(values, count)
                 else:
-                    value, count = self._stepwise(stepwise)
+                    values, count = self._stepwise(stepwise)
                 self.epoch += 1
-                gain, self.value = value - self.value, value
-                self._record(value, count, callbacks, bar)
-                bar.update()
-                converged = stepwise is None and gain < tolerance * count
-                if self.epoch == epochs or converged:
-                    self._finish_start(interrupt, epochs, restarts, converged, bar)
-                    statistics = None
-                elif interrupt.is_set():
+                gains = [new - old for new, old in zip(values, self.values, strict=True)]
+                self.values = values
+                self._record(values, count, callbacks, bar)
+                bar.update(len(self.flight))
+                done = [stepwise is None and gain < tolerance * count for gain in gains]
+                if self.epoch == epochs:
+                    self._land(
+                        range(len(self.flight)), None, restarts, "converged" if all(done) else "epochs"
+                    )
+                elif any(done):
+                    rows = [row for row, ended in enumerate(done) if ended]
+                    statistics = self._land(rows, statistics, restarts, "converged")
+                if self.stopped is None and interrupt.is_set():
                     self.stopped = "interrupted"
                 if self.run is not None and time.monotonic() - self.saved > checkpoint_seconds:
                     self.save()
         self.save()
-        if self.best is not None and self.stopped != "interrupted":
-            copy_into(self.state, self.best, "the best start")
+        if self.stopped == "interrupted" and self.side_by_side:
+            row = self.values.index(max(self.values))
+            now = {k: v[row] for k, v in _state(self.steps.pair).items()}
+            copy_into(_state(self.pair), now, "the best in flight")
+        elif self.stopped != "interrupted" and self.best is not None:
+            copy_into(_state(self.pair), self.best, "the best start")
         return self.stopped
 
-    def _begin(self, seed: int) -> None:
-        if self.restart:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + self.restart)
-                first = batches.to(self.loader.first(), self.place)
-                batches.call(self.pair.initialize, first)  # type: ignore[operator]
+    def _begin(self, restarts: int) -> None:
+        """The next start, or all of them side by side."""
+        known = batches.to(_known(self.loader), self.place)
+        self.flight = list(range(restarts)) if self.side_by_side else [self.restart]
+        self.step = 0
+        if self.side_by_side:
+            own = {k: v.detach().clone() for k, v in _state(self.pair).items()}
+            self.steps, self.probed = _Stack(self.pair, self.steps.hard, restarts), None
+        for row, restart in enumerate(self.flight):
+            if restart:
+                _initialize(self.pair, known, self.seed + restart, self.start)
+            if self.side_by_side:
+                for name, x in _state(self.steps.pair).items():
+                    x.data[row] = _state(self.pair)[name].data
+        if self.side_by_side:
+            copy_into(_state(self.pair), own, "the pair")
+        self.restart = self.flight[-1] + 1
 
-    def _finish_start(self, interrupt: Any, epochs: int, restarts: int, converged: bool, bar: Any) -> None:
-        """Keep the better of this start and those before; go on with the next one."""
-        if self.value > self.best_value:
-            self.best = {k: v.detach().clone() for k, v in self.state.items()}
-            self.best_value = self.value
-        if self.restart + 1 == restarts:
-            self.stopped = "converged" if converged else "epochs"
-            return
-        self.restart, self.epoch, self.running, self.value = self.restart + 1, 0, None, -math.inf
-        bar.update(self.restart * epochs - bar.n)
-        if interrupt.is_set():
-            self.stopped = "interrupted"
+    def _land(self, rows: Sequence[int], statistics: Any, restarts: int, why: str) -> Any:
+        """Take the restarts in these rows out of flight, and keep the best of all so far."""
+        state = _state(self.steps.pair)
+        for row in rows:
+            value, restart = self.values[row], self.flight[row]
+            if value > self.best_value or (value == self.best_value and restart < self.best_restart):
+                alone = {k: v[row] if self.side_by_side else v for k, v in state.items()}
+                self.best = {k: v.detach().clone() for k, v in alone.items()}
+                self.best_value, self.best_restart = value, restart
+        left = [row for row in range(len(self.flight)) if row not in rows]
+        if not left and self.restart == restarts:
+            self.stopped = why  # and stay in flight, should a resumed run have more epochs
+            return None
+        self.flight, self.values = [self.flight[r] for r in left], [self.values[r] for r in left]
+        if not left:
+            self.epoch, self.running = 0, None
+            return None
+        return self.steps.keep(left, statistics)
 
-    def _log_prior(self) -> float:
-        prior = getattr(self.pair, "log_prior", None)
+    def _log_prior(self) -> Tensor:
+        prior = getattr(self.steps.pair, "log_prior", None)
         with torch.no_grad():
-            return 0.0 if prior is None else float(prior())
+            found = torch.zeros(()) if prior is None else torch.as_tensor(prior()).cpu()
+        return found.double().expand(len(self.flight) or 1)
 
-    def _expect(self) -> tuple[float, Any, int]:
-        """The objective of all data under the parameters at hand, the statistics, and the number of data."""
+    def _expect(self) -> tuple[list[float], Any, int]:
+        """The objectives of all data under the parameters at hand, the statistics, and the number of data."""
         total, count, statistics = self._log_prior(), 0, None
         for batch in self.loader.in_order():
             batch = batches.to(batch, self.place)
             value, found = self.probed or self.steps.expect(batch)
             self.probed = None
-            total += self._sum(value, count)
+            total = total + self._sum(value, count)
             count += batches.size(batch)
             statistics = found if statistics is None else self.steps.add(statistics, found)
-        return total, statistics, count
+        return total.tolist(), statistics, count
 
-    def _sum(self, value: Tensor, before: int) -> float:
+    def _sum(self, value: Tensor, before: int) -> Tensor:
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
-            row = int(bad.nonzero()[0])
+            row = int(bad.nonzero()[0, -1])
             raise ValueError(
-                f"{self.pair.name} gives datum {before + row} (of that pass) log probability {float(value[row])} in epoch "
+                f"{self.pair.name} gives datum {before + row} (of that pass) log probability {float(value[bad][0])} in epoch "
                 f"{self.epoch + 1}: "
                 "no z explains it. Smooth the start, or leave that datum out"
             )
-        return float(value.double().sum())
+        return value.double().sum(-1).cpu()
 
-    def _stepwise(self, exponent: float) -> tuple[float, int]:
+    def _stepwise(self, exponent: float) -> tuple[list[float], int]:
         total, count = self._log_prior(), 0
         size = self.loader.size
         for batch in self.loader.epoch(self.epoch):
             batch = batches.to(batch, self.place)
             value, found = self.steps.expect(batch)
-            total += self._sum(value, count)
-            count += len(value)
-            found = {k: v * ((size or len(value)) / len(value)) for k, v in found.items()}
+            total = total + self._sum(value, count)
+            number = batches.size(batch)
+            count += number
+            found = {k: v * ((size or number) / number) for k, v in found.items()}
             if self.running is None:
                 self.running = found
             else:
@@ -401,34 +493,39 @@ class _Job:
                 self.running = {k: v * (1 - rate) + found[k] * rate for k, v in self.running.items()}
             self.steps.maximize(self.running)
             self.step += 1
-        return total, count
+        return total.tolist(), count
 
-    def _check(self, value: float, count: int) -> None:
-        dtype = next(iter(self.state.values())).dtype
-        slack = (1e-9 if dtype == torch.float64 else 1e-5) * max(abs(self.value), 1.0)
-        if not value >= self.value - slack:
-            raise NotMonotone(
-                f"step {self.step} (epoch {self.epoch + 1}) of {self.pair.name} lowered the objective from "
-                f"{self.value / count:.9f} to {value / count:.9f} nats per datum, which EM cannot: its M-step does not "
-                "maximize the expected log joint, or its E-step is not that of this model"
-            )
+    def _check(self, values: list[float], count: int) -> None:
+        rounding = 1e-9 if next(iter(_state(self.pair).values())).dtype == torch.float64 else 1e-5
+        for restart, old, new in zip(self.flight, self.values, values, strict=True):
+            if not new >= old - rounding * max(abs(old), 1.0):
+                which = f"epoch {self.epoch + 1}" + (f", restart {restart}" if restart else "")
+                raise NotMonotone(
+                    f"step {self.step} ({which}) of {self.pair.name} lowered the objective from "
+                    f"{old / count:.9f} to {new / count:.9f} nats per datum, which EM cannot: its M-step does not "
+                    "maximize the expected log joint, or its E-step is not that of this model"
+                )
 
-    def _record(self, value: float, count: int, callbacks: Sequence[Callable], bar: Any) -> None:
-        loss = -(value - self._log_prior()) / count
-        row = {"epoch": self.epoch, "step": self.step, "loss": loss, "restart": self.restart}
-        self.metrics.append(row)
+    def _record(self, values: list[float], count: int, callbacks: Sequence[Callable], bar: Any) -> None:
+        rows = []
+        for restart, value, prior in zip(self.flight, values, self._log_prior().tolist(), strict=True):
+            loss = -(value - prior) / count
+            rows.append({"epoch": self.epoch, "step": self.step, "loss": loss, "restart": restart})
+        self.metrics += rows
+        bar.set_postfix({"loss": f"{min(r['loss'] for r in rows):.4f}"}, refresh=False)
         if self.run is not None:
-            self.run.append_metrics(row)
-        bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
-        for callback in callbacks:
-            callback(row)
+            for row in rows:
+                self.run.append_metrics(row)
+        for row in rows if callbacks else ():
+            for callback in callbacks:
+                callback(row)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
         if self.run is None:
             return
-        tensors = {f"state/{k}": v for k, v in self.state.items()}
+        tensors = {f"state/{k}": v for k, v in _state(self.steps.pair).items()}
         if self.best is not None:
             tensors |= {f"best/{k}": v for k, v in self.best.items()}
         for name, value in (self.running or {}).items():
@@ -438,9 +535,11 @@ class _Job:
             "epoch": self.epoch,
             "step": self.step,
             "restart": self.restart,
+            "flight": self.flight,
             "rows": len(self.metrics),
-            "value": repr(self.value),
+            "values": [repr(v) for v in self.values],
             "best_value": repr(self.best_value),
+            "best_restart": self.best_restart,
             "stopped": self.stopped,
         }
         self.run.save_checkpoint(tensors, meta)
@@ -454,13 +553,18 @@ class _Job:
             self.run.keep_metrics(0)
             return
         tensors, meta = loaded
-
-        copy_into(self.state, group(tensors, "state/"), str(self.run.path / "checkpoint.safetensors"))
+        self.flight = meta["flight"]
+        state, where = group(tensors, "state/"), str(self.run.path / "checkpoint.safetensors")
+        if self.side_by_side:
+            self.steps = _Stack(self.pair, self.steps.hard, len(self.flight))
+        if self.flight:
+            copy_into(_state(self.steps.pair), state, where)
         best = group(tensors, "best/")
         self.best = {k: v.to(self.place) for k, v in best.items()} or None
         self.running = self._statistics(group(tensors, "statistics/"))
         self.epoch, self.step, self.restart = meta["epoch"], meta["step"], meta["restart"]
-        self.value, self.best_value = float(meta["value"]), float(meta["best_value"])
+        self.values, self.best_value = [float(v) for v in meta["values"]], float(meta["best_value"])
+        self.best_restart = meta["best_restart"]
         self.metrics = self.run.keep_metrics(meta["rows"])
         self.stopped = "converged" if meta["stopped"] == "converged" else None
 

@@ -50,7 +50,8 @@ class FactorGraph:
         for plates, own, factor in zip(self.plates, self.factors, factors or self.factors, strict=True):
             factor._pyro_dims = own._pyro_dims  # type: ignore[attr-defined]
             grouped.setdefault(plates, []).append(factor)
-        ring = _LogSpace(largest)
+        # A plate of one datum leaves no dimension behind that would tell its size.
+        ring = _LogSpace(largest, {self.data: self.size})
         with pyro.validation_enabled(False):
             total = contract_to_tensor(
                 grouped, set(self.latents), target_ordinal=frozenset({self.data}), ring=ring
@@ -110,8 +111,8 @@ def enumerate_latents(pair: Pair, batch: batches.Batch, depth: int | None = None
 class _LogSpace(LogRing):
     """Sums of products term by term in log space: nothing underflows, however far apart the terms are."""
 
-    def __init__(self, largest: bool) -> None:
-        super().__init__()
+    def __init__(self, largest: bool, sizes: dict[str, int]) -> None:
+        super().__init__(dim_to_size=sizes)
         self.largest = largest
 
     def sumproduct(self, terms: list[Any], dims: set[str]) -> Tensor:

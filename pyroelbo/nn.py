@@ -43,10 +43,16 @@ NORMS = ("batch", "layer", "none")
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalization of the last dimension, over any number of leading ones."""
+    """Batch normalization of the last dimension, over any number of leading ones; a single row, which has no spread
+    of its own, takes the running averages."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and len(rows) == 1:
+            out = nn.functional.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias)
+        else:
+            out = super().forward(rows)
+        return out.reshape(x.shape)
 
 
 class Dense(nn.Module):

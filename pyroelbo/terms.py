@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -225,19 +225,21 @@ class Evaluator:
             for done in range(0, particles, step):
                 yield slice(start, min(start + rows, self.size)), min(step, particles - done)
 
-    def draws(self, particles: int) -> Terms:
-        """Like :meth:`draw`, chunked by memory; the result is whole."""
+    def draws(self, particles: int, *, latents: bool = True) -> Terms:
+        """Like :meth:`draw`, chunked by memory; the result is whole. Without ``latents`` it does not hold them: those
+        of a thousand sites would fill the memory that the chunks save."""
         by_rows: dict[int, list[Terms]] = {}
         for rows, count in self.chunks(particles):
-            by_rows.setdefault(rows.start, []).append(self.draw(count, rows))
+            part = self.draw(count, rows)
+            by_rows.setdefault(rows.start, []).append(part if latents else replace(part, latents={}))
         blocks = [_concatenate(block, 0, self) for block in by_rows.values()]
         return _concatenate(blocks, 1, self)
 
     def refuse_scales(self, method: str) -> None:
-        """ValueError where a site carries a scale within its datum, which importance weights and sums over
+        """:class:`Unavailable` where a site carries a scale within its datum, which importance weights and sums over
         latents cannot have."""
         if self.scaled_site is not None:
-            raise ValueError(
+            raise Unavailable(
                 f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
                 f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
             )
@@ -616,5 +618,6 @@ def _concatenate(terms: list[Terms], dim: int, evaluator: Evaluator) -> Terms:
     latents = {
         k: torch.cat([t.latents[k] for t in terms], 0 if dim == 0 else 1 + len(site.plate_shape))
         for k, site in evaluator.latents.items()
+        if k in terms[0].latents
     }
     return Terms(joined("log_model"), joined("log_guide"), terms[0].observed, latents)

@@ -146,6 +146,11 @@ TABLE = {
     "ppca": (lambda: models.PPCA(5, 2), lambda n: torch.randn(n, 5)),
     "ppca-mean-field": (lambda: models.PPCA(5, 2, guide="mean_field"), lambda n: torch.randn(n, 5)),
     "mixture": (lambda: models.GaussianMixture(3, 4), lambda n: torch.randn(n, 3)),
+    "mixture-full": (lambda: models.GaussianMixture(3, 2, "full"), lambda n: torch.randn(n, 3)),
+    "mixture-map": (
+        lambda: models.GaussianMixture(3, 4, "full", smoothing=0.7, spread=0.6),
+        lambda n: torch.randn(n, 3),
+    ),
     "mixture-encoder": (lambda: models.GaussianMixture(3, 4, guide="encoder"), lambda n: torch.randn(n, 3)),
     "bernoulli_mixture": (lambda: models.BernoulliMixture(4, 3), lambda n: binary(n, 4)),
     "bernoulli_mixture-encoder": (
@@ -155,6 +160,7 @@ TABLE = {
     "ppca-diagonal": (lambda: models.PPCA(5, 2, noise="diagonal"), lambda n: torch.randn(n, 5)),
     "hmm-categorical": (lambda: models.HMM(3, 4, steps=5), lambda n: torch.randint(4, (n, 5))),
     "hmm-gaussian": (lambda: models.HMM(3, 2, "gaussian", steps=5), lambda n: torch.randn(n, 5, 2)),
+    "hmm-full_gaussian": (lambda: models.HMM(3, 2, "full_gaussian", steps=5), lambda n: torch.randn(n, 5, 2)),
     "hmm-bernoulli": (
         lambda: models.HMM(3, 2, "bernoulli", steps=5, smoothing=0.5),
         lambda n: binary(n, 10).view(n, 5, 2),
@@ -186,6 +192,10 @@ TABLE = {
         lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
         lambda n: torch.rand(n, 6),
     ),
+    "ladder-vamp": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", prior="vamp", components=3),
+        lambda n: binary(n, 6),
+    ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
     "autoregressive-pixelcnn": (
         lambda: models.Autoregressive((2, 3), width=4, layers=2),
@@ -202,6 +212,8 @@ TABLE = {
 # a row joins the exact pairs, and those whose guide draws from the posterior, by what it makes
 EXACT = tuple(n for n, (make, _) in TABLE.items() if isinstance(make(), ExactPair))
 EXACT_GUIDE = tuple(n for n in EXACT if TABLE[n][0]().exact_guide)
+# those that EM fits: by an M-step of their own, or by marginals of a structured posterior
+EM = tuple(n for n in EXACT_GUIDE if hasattr(TABLE[n][0](), "m_step") or n.startswith("neural"))
 # conditional pairs: what is drawn is a tuple (x, y, lengths)
 CONDITIONAL = {
     "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),

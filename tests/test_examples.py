@@ -15,6 +15,8 @@ ARGUMENTS = {
     "priors": lambda tmp: (["--smoke", "--out", str(tmp / "priors")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
+    "mixtures": lambda tmp: (["--smoke", "--out", str(tmp / "mixtures")],),
+    "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
@@ -77,3 +79,22 @@ def test_the_audit_exposes_the_bad_guide(tmp_path):
     gaps = {name: {g.method.split("-")[0]: g.mean for g in r.gaps} for name, r in results.items()}
     assert gaps["a fifth as wide"]["elbo"] > 5 > 1 > gaps["AutoMultivariateNormal"]["elbo"] > 0
     assert all(abs(g["ais"]) < 0.1 for g in gaps.values())
+
+
+@pytest.mark.slow
+def test_a_learned_grammar_brackets_better_than_trees_that_know_nothing(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    load("grammar").main(["--out", str(tmp_path / "grammar")])
+    rows = re.findall(
+        r"^(learned grammar|right-branching|random trees) .* ([0-9.]+)$", capsys.readouterr().out, re.M
+    )
+    scores = {name: float(score) for name, score in rows}
+    assert scores["learned grammar"] > max(scores["right-branching"], scores["random trees"])
+
+
+@pytest.mark.slow
+def test_digits_are_read_column_by_column(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    load("ctc_digits").main(["--out", str(tmp_path / "ctc")])
+    (rate,) = re.findall(r"^test +[-0-9.]+ +([0-9.]+)%$", capsys.readouterr().out, re.M)
+    assert float(rate) < 10

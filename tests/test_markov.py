@@ -448,6 +448,11 @@ def test_a_layered_loss_keeps_scales_and_masks():
     torch.testing.assert_close(seeded(Layered_ELBO(), masked, y), seeded(TraceMeanField_ELBO(), masked, y))
 
 
+def test_a_last_batch_of_one_row_trains():
+    run = fit(models.Ladder(6, (3, 2), (8, 6)), binary(9, 6), batch_size=4, epochs=2, progress=False)
+    assert all(math.isfinite(loss) for loss in run.losses)
+
+
 def test_fit_anneals_the_layered_weight():
     pair, y = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1), binary(64, 6)
     objective = Layered_ELBO(free_bits=0.1, balance=True)
@@ -623,3 +628,22 @@ def test_pictures_of_what_is_decoded(name):
     pair, y = make(), draw(4)
     picture = pair.reconstruct(y)
     assert picture.shape == y.shape and picture.min() >= 0 and picture.max() <= 1
+
+
+@pytest.mark.parametrize("prior", ["vamp", "mixture"])
+def test_a_ladder_may_stand_on_any_prior(prior):
+    """A VampPrior is the mixture of the ladder's own top encoder."""
+    pair = models.Ladder.for_data(
+        binary(9, 6), (6,), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
+    )
+    y = binary(5, 6)
+    terms = Evaluator(pair, y).draw(3)
+    z = terms.latents["z_2"]
+    if prior == "vamp":
+        q = pair.encode_top(pair.prior.prior.pseudo_inputs)
+        mixed = torch.logsumexp(q.log_prob(z[..., None, :]), -1) - math.log(4)
+        torch.testing.assert_close(terms.log_model["z_2"], mixed)
+    run = fit(pair, binary(30, 6), epochs=2, objective="layered", progress=False)
+    assert all(math.isfinite(loss) for loss in run.losses)
+    with pytest.raises(ValueError, match="the latent 'z_2' 2"):
+        models.Ladder(6, (3, 2), (8, 6), prior=StandardNormal(3))

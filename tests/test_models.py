@@ -72,6 +72,7 @@ def test_mixture_is_the_sum_it_says():
 def test_initial_values_come_from_the_data():
     train = data.load("digits")["train"]
     mixture = models.build("mixture", "digits", {"components": 3}, train)
+    mixture.initialize(train, start="random")
     assert all((row == train).all(1).any() for row in mixture.generator.loc.detach())
     assert math.isfinite(float(mixture.log_evidence(train).mean().detach()))
 

@@ -130,6 +130,14 @@ def test_em_of_a_grammar_finds_what_simulated_sentences_know():
     torch.testing.assert_close(pair.generator.words.softmax(1).amax(1), torch.ones(2), atol=1e-2, rtol=0)
 
 
+def test_a_grammar_whose_derivations_never_end_can_be_audited():
+    """Nothing asks its prior for a tree."""
+    pair, y = models.PCFG(3, 1, 5, "mean_field"), sentences(5, 6)
+    with pytest.raises(ValueError, match="outgrows"):
+        pair.simulate(20, like=y.repeat(4, 1))
+    assert audit(pair, y, particles=10).reference == "exact"
+
+
 def test_brackets_have_the_most_expected_hits():
     make, _ = TABLE["pcfg-smoothed"]
     pair, y = make(), sentences(8, 5)

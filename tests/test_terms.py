@@ -269,3 +269,14 @@ def test_one_datum_without_its_batch_dimension_is_refused():
 
     with pytest.raises(ValueError, match="no dimension left to run over data"):
         evidence.elbo(Pair.of(model, plain_guide), torch.randn(4))
+
+
+def test_draws_without_their_latents_are_the_same_draws():
+    pair, y = Nonlinear(), torch.randn(7, 4)
+    evaluator = Evaluator(pair, y)
+    found = []
+    for latents in (True, False):
+        pyro.set_rng_seed(3)
+        found.append(evaluator.draws(5, latents=latents))
+    assert torch.equal(found[0].log_weight, found[1].log_weight)
+    assert set(found[0].latents) == {"z"} and not found[1].latents

@@ -81,7 +81,7 @@ def _blocks(rules: Tensor, n: int) -> Blocks:
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
     """``x [n, B, K] @ matrix [G, K, M]``; one large product where the batch shares the matrix."""
     if matrix.shape[0] == 1:
-        return (x.reshape(-1, x.shape[-1]) @ matrix[0]).view(*x.shape[:-1], -1)
+        return (x.flatten(0, 1) @ matrix[0]).view(*x.shape[:-1], matrix.shape[-1])
     return torch.bmm(x.transpose(0, 1), matrix).transpose(0, 1)
 
 

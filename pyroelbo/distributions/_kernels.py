@@ -23,6 +23,7 @@ from pyroelbo.distributions._vectors import (
     lesser,
     load,
     multiply_add,
+    scalar,
     store,
     total,
 )
@@ -132,6 +133,21 @@ def _product1(x, matrix, y):
         store(y, j + 2 * LANES, c)
         store(y, j + 3 * LANES, d)
         j += 4 * LANES
+    if j + 2 * LANES <= padded:
+        a = b = c = d = none
+        for i in range(0, size - 1, 2):
+            p, q, at = fill(x[0, i]), fill(x[0, i + 1]), i * padded + j
+            a = multiply_add(p, load(matrix, at), a)
+            b = multiply_add(p, load(matrix, at + LANES), b)
+            c = multiply_add(q, load(matrix, at + padded), c)
+            d = multiply_add(q, load(matrix, at + padded + LANES), d)
+        if size % 2:
+            p, at = fill(x[0, size - 1]), (size - 1) * padded + j
+            a = multiply_add(p, load(matrix, at), a)
+            b = multiply_add(p, load(matrix, at + LANES), b)
+        store(y, j, add(a, c))
+        store(y, j + LANES, add(b, d))
+        j += 2 * LANES
     while j < padded:
         a = b = none
         for i in range(0, size - 1, 2):
@@ -365,12 +381,64 @@ def evidence(initial, transition, observation, lengths, floor, like):
 
 
 @_compile
-def backward(turned, observation, lengths, alpha, scale, gamma, flow):
-    """Scaled backward pass: fills the posterior ``gamma`` of each state, ``flow`` = weight · beta / scale.
+def _pairs(alpha, at, ahead, first, steps, out):
+    """Adds to ``out [R,N]`` the sum over steps of alpha (from ``at`` on) times ``ahead`` (whole vectors)."""
+    rows, padded = out.shape
+    size = alpha.shape[2]
+    for i in range(0, rows, 4):
+        j = 0
+        while j < padded:
+            a0, b0, c0, d0 = (
+                load(out, i * padded + j),
+                load(out, (i + 1) * padded + j),
+                load(out, (i + 2) * padded + j),
+                load(out, (i + 3) * padded + j),
+            )
+            if j + LANES < padded:
+                k = j + LANES
+                a1, b1, c1, d1 = (
+                    load(out, i * padded + k),
+                    load(out, (i + 1) * padded + k),
+                    load(out, (i + 2) * padded + k),
+                    load(out, (i + 3) * padded + k),
+                )
+                for t in range(steps):
+                    here, there = at + t * size + i, (first + t) * padded + j
+                    x, y = load(ahead, there), load(ahead, there + LANES)
+                    p, q = fill(scalar(alpha, here)), fill(scalar(alpha, here + 1))
+                    a0, a1 = multiply_add(p, x, a0), multiply_add(p, y, a1)
+                    b0, b1 = multiply_add(q, x, b0), multiply_add(q, y, b1)
+                    p, q = fill(scalar(alpha, here + 2)), fill(scalar(alpha, here + 3))
+                    c0, c1 = multiply_add(p, x, c0), multiply_add(p, y, c1)
+                    d0, d1 = multiply_add(q, x, d0), multiply_add(q, y, d1)
+                store(out, i * padded + k, a1)
+                store(out, (i + 1) * padded + k, b1)
+                store(out, (i + 2) * padded + k, c1)
+                store(out, (i + 3) * padded + k, d1)
+            else:
+                for t in range(steps):
+                    here, x = at + t * size + i, load(ahead, (first + t) * padded + j)
+                    p, q = fill(scalar(alpha, here)), fill(scalar(alpha, here + 1))
+                    a0, b0 = multiply_add(p, x, a0), multiply_add(q, x, b0)
+                    p, q = fill(scalar(alpha, here + 2)), fill(scalar(alpha, here + 3))
+                    c0, d0 = multiply_add(p, x, c0), multiply_add(q, x, d0)
+            store(out, i * padded + j, a0)
+            store(out, (i + 1) * padded + j, b0)
+            store(out, (i + 2) * padded + j, c0)
+            store(out, (i + 3) * padded + j, d0)
+            j += 2 * LANES
 
-    ``turned`` is ``powers`` transposed (to, from). The posterior of a step into time t is
-    alpha[t-1] · powers · flow[t]; flow[0] is zero, and both are zero beyond the sequences. The weights
-    are computed once more, which costs less than memory to keep them.
+
+@_compile
+def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, count):
+    """Scaled backward pass: fills the posterior ``gamma`` of each state, and what steps are made of, times
+    ``grad [B]``.
+
+    With flow = weight · beta / scale the posterior of a step into time t is alpha[t-1] · powers · flow[t].
+    Either ``count [C,S,S]``, zero on entry, gets the sum of alpha[t-1] · flow[t] over time, C being 1 for the sum
+    over rows or B; or, where C is 0, ``flow [B,T,S]`` is filled: zero at the first step and beyond the sequences.
+    ``turned`` is ``powers`` transposed (to, from). The weights are computed once more, which costs less than
+    memory to keep them.
     """
     rows, steps, size = observation.shape
     shared = turned.shape[0] == 1
@@ -383,6 +451,10 @@ def backward(turned, observation, lengths, alpha, scale, gamma, flow):
     beta = np.zeros((4, padded), turned.dtype)
     out = np.zeros((4, padded), turned.dtype)
     room = np.zeros((size, padded), turned.dtype)
+    fused = count.shape[0] > 0
+    # rows and columns beyond the states collect what nobody reads
+    ahead = np.zeros((width * chunk, padded) if fused else (1, padded), turned.dtype)
+    sums = np.zeros((-(-size // 4) * 4 if fused else 0, padded), turned.dtype)
     kind = turned.dtype.type
     none, tail = fill(kind(0)), size - LANES
     for start in range(0, rows, width):
@@ -400,28 +472,37 @@ def backward(turned, observation, lengths, alpha, scale, gamma, flow):
                     if t >= lengths[b]:
                         for j in range(size):
                             gamma[b, t, j] = 0
-                            flow[b, t, j] = 0
                             out[r, j] = 0
+                            if not fused:
+                                flow[b, t, j] = 0
                         continue
                     if t == lengths[b] - 1:
                         for j in range(size):
                             beta[r, j] = 1
                     at = (r * chunk + t - begin) * size
                     inverse = kind(1) / scale[b, t] if t > 0 and scale[b, t] > 0 else kind(0)
+                    place, own = (r * chunk + t - begin) * padded, kind(grad[b])
                     if tail < 0:
                         for j in range(size):
-                            gamma[b, t, j] = alpha[b, t, j] * beta[r, j]
+                            gamma[b, t, j] = alpha[b, t, j] * beta[r, j] * own
                             out[r, j] = weight[at + j] * beta[r, j] * inverse
-                            flow[b, t, j] = out[r, j]
+                            if fused:
+                                ahead[r * chunk + t - begin, j] = out[r, j] * own
+                            else:
+                                flow[b, t, j] = out[r, j] * own
                         continue
-                    factor, row = fill(inverse), (b * steps + t) * size
+                    factor, times, row = fill(inverse), fill(own), (b * steps + t) * size
                     for k in range(0, size, LANES):
                         j = min(k, tail)
-                        ahead = load(beta, r * padded + j)
-                        store(gamma, row + j, multiply_add(load(alpha, row + j), ahead, none))
-                        value = multiply_add(load(weight, at + j), multiply_add(ahead, factor, none), none)
+                        coming = load(beta, r * padded + j)
+                        share = multiply_add(load(alpha, row + j), coming, none)
+                        store(gamma, row + j, multiply_add(share, times, none))
+                        value = multiply_add(load(weight, at + j), multiply_add(coming, factor, none), none)
                         store(out, r * padded + j, value)
-                        store(flow, row + j, value)
+                        if fused:
+                            store(ahead, place + j, multiply_add(value, times, none))
+                        else:
+                            store(flow, row + j, multiply_add(value, times, none))
                 if t > 0:
                     if not still:
                         matrix = _padded(turned, 0 if shared else start, t - 1, room)
@@ -429,6 +510,20 @@ def backward(turned, observation, lengths, alpha, scale, gamma, flow):
                         _product4(out, matrix, beta)
                     else:
                         _product1(out, matrix, beta)
+            if fused:
+                for b in range(start, stop):
+                    if begin < lengths[b]:
+                        t, r = max(begin, 1), b - start
+                        each = min(begin + chunk, lengths[b]) - t
+                        if count.shape[0] > 1:
+                            sums[:] = 0
+                        _pairs(alpha, (b * steps + t - 1) * size, ahead, r * chunk + t - begin, each, sums)
+                        if count.shape[0] > 1:
+                            for i in range(size):
+                                for j in range(size):
+                                    count[b, i, j] += sums[i, j]
+    if count.shape[0] == 1:
+        count[0] += sums[:size, :size]
 
 
 @_compile
@@ -488,6 +583,21 @@ def _best1(scores, at, matrix, y):
         store(y, j + 2 * LANES, c)
         store(y, j + 3 * LANES, d)
         j += 4 * LANES
+    if j + 2 * LANES <= padded:
+        a = b = c = d = none
+        for i in range(0, size - 1, 2):
+            p, q, place = fill(scores[at + i]), fill(scores[at + i + 1]), i * padded + j
+            a = greater(add(p, load(matrix, place)), a)
+            b = greater(add(p, load(matrix, place + LANES)), b)
+            c = greater(add(q, load(matrix, place + padded)), c)
+            d = greater(add(q, load(matrix, place + padded + LANES)), d)
+        if size % 2:
+            p, place = fill(scores[at + size - 1]), (size - 1) * padded + j
+            a = greater(add(p, load(matrix, place)), a)
+            b = greater(add(p, load(matrix, place + LANES)), b)
+        store(y, j, greater(a, c))
+        store(y, j + LANES, greater(b, d))
+        j += 2 * LANES
     while j < padded:
         a = b = none
         for i in range(0, size - 1, 2):

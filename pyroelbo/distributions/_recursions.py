@@ -28,10 +28,21 @@ from torch.autograd.function import once_differentiable
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
-__all__ = ["Problem", "Solution", "best_path", "draw_paths", "expectations", "log_partition", "solve"]
+__all__ = [
+    "Problem",
+    "Solution",
+    "best_path",
+    "draw_paths",
+    "expectations",
+    "log_partition",
+    "smoothed",
+    "solve",
+]
 
 # fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
 _GROUP = 1 << 17
+# up to so many states the compiled loops add up the counts of steps themselves
+_NARROW = 128
 _NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
@@ -47,7 +58,11 @@ def _compiled() -> ModuleType | None:
 
 
 def kernels(x: Tensor) -> Any:
-    return _compiled() if x.is_cpu else None
+    return _compiled() if x.is_cpu and x.dtype in _NONE else None
+
+
+def _rows_together(steps: int, states: int) -> int:
+    return max(4, _GROUP // (steps * states) // 4 * 4)
 
 
 class Problem(NamedTuple):
@@ -87,34 +102,37 @@ class Scaled(NamedTuple):
     def take(self, rows: Tensor) -> Scaled:
         return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
 
-    def expected(self, grad: Tensor | None, apart: bool) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
         _, powers, observation, lengths = self.problem
         rows, steps, states = observation.shape
-        turned = _turned(powers)
-        if grad is not None:
-            grad = grad.to(powers.dtype)[:, None, None]
-        gamma = torch.empty_like(self.alpha)
+        turned, still = _turned(powers), powers.shape[1] == 1
+        weight = powers.new_ones(rows) if grad is None else grad.to(powers.dtype)
+        fits = room is not None and room.dtype == self.alpha.dtype and room.is_contiguous()
+        gamma = room if room is not None and fits else torch.empty_like(self.alpha)
+        if still and states <= _NARROW and kernels(observation) is not None:
+            count = powers.new_zeros(rows if apart else 1, states, states)
+            flow = powers.new_empty(0, 0, 0)
+            _backward(turned, observation, lengths, self.alpha, self.scale, weight, gamma, flow, count)
+            return Expected(gamma[:, 0], count.unsqueeze(1).mul_(powers), gamma)
         counts: list[Tensor] = []
-        group = max(4, _GROUP // (steps * states) // 4 * 4)
-        flow = powers.new_empty(min(group, rows), steps, states)
+        group = _rows_together(steps, states)
+        flow, none = powers.new_empty(min(group, rows), steps, states), powers.new_empty(0, 0, 0)
         for start in range(0, rows, group):
             part = slice(start, min(start + group, rows))
             alpha, out = self.alpha[part], flow[: part.stop - start]
             mine = turned if len(turned) == 1 else turned[part]
-            _backward(mine, observation[part], lengths[part], alpha, self.scale[part], gamma[part], out)
-            if grad is not None:
-                out *= grad[part]
-            if powers.shape[1] != 1:
+            given = observation[part], lengths[part], alpha, self.scale[part], weight[part]
+            _backward(mine, *given, gamma[part], out, none)
+            if not still and apart:
                 count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
+            elif not still:
+                count = (alpha[:, :-1].permute(1, 2, 0) @ out[:, 1:].transpose(0, 1)).unsqueeze(0)
             elif apart:
                 count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
             else:
                 # flow is zero at each first step, so that rows may follow one another without a seam
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
-                count = count if not counts else count + counts.pop()
-            counts.append(count)
-        if grad is not None:
-            gamma *= grad
+            counts.append(count if apart or not counts else count + counts.pop())
         count = counts[0] if len(counts) == 1 else torch.cat(counts)
         return Expected(gamma[:, 0], count.mul_(powers), gamma)
 
@@ -136,7 +154,7 @@ class Exact(NamedTuple):
     alpha: Tensor
     log_z: Tensor
 
-    def expected(self, grad: Tensor | None, apart: bool) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
         _, transition, observation, lengths = self.problem
         rows, steps, _ = observation.shape
         possible = (self.log_z > -math.inf)[:, None]
@@ -190,7 +208,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
         part = problem if pending is None else problem.take(pending)
         scaled, least = _forward(part, dtype, 0.0, keep)
         limit = _LEAST[dtype]
-        if float(least.min()) >= limit:
+        if not len(least) or (least if len(least) == 1 else least.min()).item() >= limit:
             return _finish(log_z, passes, pending, scaled)
         trusted = least >= limit
         if dtype == torch.float64:
@@ -291,15 +309,18 @@ def _backward(
     lengths: Tensor,
     alpha: Tensor,
     scale: Tensor,
+    grad: Tensor,
     gamma: Tensor,
     flow: Tensor,
+    count: Tensor,
 ) -> None:
-    """Fills the posterior of each state and the backward flow, ``[B,T,S]`` each; see
+    """Fills the posterior of each state ``[B,T,S]``, and the flow or the counts; see
     ``_kernels.backward``.
     """
     run = kernels(observation)
     if run is not None:
-        run.backward(*_arrays(turned, observation.contiguous(), lengths, alpha, scale, gamma, flow))
+        given = turned, observation.contiguous(), lengths, alpha, scale, grad, gamma, flow, count
+        run.backward(*_arrays(*given))
         return
     weight = _exponential(observation, turned.dtype)[0]
     flow[:, 0] = 0
@@ -312,6 +333,8 @@ def _backward(
             flow[:, t] = out
             step = turned[:, min(t - 1, turned.shape[1] - 1)]
             beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
+    for filled in (gamma, flow):
+        filled *= grad[:, None, None]
 
 
 def _exact(problem: Problem, keep: bool) -> Exact:
@@ -377,21 +400,29 @@ def best_path(problem: Problem) -> Tensor:
         score = delta[t].expand_as(observation[:, 0])
         if t + 1 < steps:
             step = turned[:, min(t, turned.shape[1] - 1)]
-            into = step[each if step.shape[0] > 1 else 0, z[:, t + 1]]
+            into = step[0 if step.shape[0] == 1 else each, z[:, t + 1]]
             score = torch.where((lengths > t + 1).unsqueeze(-1), score + into, score)
         z[:, t] = torch.where(lengths > t, score.argmax(-1), 0)
     return z
 
 
-def expectations(problem: Problem, passes: Passes, grad: Tensor | None) -> Expected:
-    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials; None is all ones."""
+def expectations(
+    problem: Problem, passes: Passes, grad: Tensor | None, room: Tensor | None = None
+) -> Expected:
+    """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials; None is all ones.
+
+    ``room [B,T,S]`` may be used for the states'.
+    """
     potentials, count = problem[:3], problem.observation.shape[0]
     apart = problem.transition.shape[0] == count
+    if not count:
+        return Expected(*(torch.zeros_like(x) for x in problem[:3]))
     if grad is not None and bool((grad == 1).all()):
         grad = None
     total: list[Tensor] = []
     for rows, done in passes:
-        found = done.expected(grad if rows is None or grad is None else grad[rows], apart)
+        given = grad if rows is None or grad is None else grad[rows]
+        found = done.expected(given, apart, room if rows is None else None)
         parts = [
             (x if potential.shape[0] == count or x.shape[0] == 1 else x.sum(0, keepdim=True)).to(
                 potential.dtype
@@ -407,6 +438,25 @@ def expectations(problem: Problem, passes: Passes, grad: Tensor | None) -> Expec
             else:
                 out[rows] = part
     return Expected(*total)
+
+
+def smoothed(problem: Problem) -> Expected:
+    """``expectations`` of a problem whose potentials all have B rows, a few sequences at a time: what a pass keeps
+    then stays in the cache.
+    """
+    rows, steps, states = problem.observation.shape
+    group = _rows_together(steps, states)
+    if rows <= group or problem.transition.shape[1] > 1:
+        return expectations(problem, solve(problem, keep=True).passes, None)
+    found = Expected(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem[:3]))
+    for start in range(0, rows, group):
+        part = slice(start, start + group)
+        some = Problem(*(x[part] for x in problem))
+        room = found.observation[part]
+        for out, x in zip(found, expectations(some, solve(some, keep=True).passes, None, room), strict=True):
+            if out[part].data_ptr() != x.data_ptr():
+                out[part] = x
+    return found
 
 
 class _LogPartition(torch.autograd.Function):

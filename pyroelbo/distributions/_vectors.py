@@ -23,6 +23,7 @@ __all__ = [
     "lesser",
     "load",
     "multiply_add",
+    "scalar",
     "store",
     "total",
 ]
@@ -68,6 +69,17 @@ def load(typing: Any, array: Any, offset: Any) -> Any:
         return builder.load(place, align=size)
 
     return _Vector(array.dtype)(array, types.intp), code
+
+
+@intrinsic
+def scalar(typing: Any, array: Any, offset: Any) -> Any:
+    """The entry at ``offset``."""
+
+    def code(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return array.dtype(array, types.intp), code
 
 
 @intrinsic

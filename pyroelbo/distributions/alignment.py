@@ -236,7 +236,8 @@ def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, emission, q, exact):
-        kernel = _compiled() if emission.device.type == "cpu" else None
+        known = emission.device.type == "cpu" and emission.dtype in (torch.float32, torch.float64)
+        kernel = _compiled() if known else None
         if kernel is None:
             value, occupancy = _alpha_beta(q, emission)
         else:
@@ -330,7 +331,9 @@ class CTC(TorchDistribution):
                 raise ValueError(f"y at index {first_index(long)} is longer than its input")
         emission = self.log_probs.expand(*shape, steps, symbols)
         target = y.expand(*shape, y.shape[-1])
-        return Alignment(emission, target, lengths.expand(shape), self.blank, validate_args=False)
+        path = Alignment(emission, target, lengths.expand(shape), self.blank, validate_args=False)
+        path._validate_args = self._validate_args
+        return path
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Targets ``[*sample, *B, T]``, padded with -1: independent symbols a frame, then collapsed."""

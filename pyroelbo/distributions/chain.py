@@ -20,6 +20,7 @@ from pyroelbo.distributions._recursions import (
     draw_paths,
     expectations,
     log_partition,
+    smoothed,
     solve,
 )
 from pyroelbo.distributions.structured import (
@@ -111,6 +112,9 @@ class LinearChain(StructuredDistribution):
             new.lengths = self.lengths.expand(new.batch_shape)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_solution": None}
+
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         initial, transition, observation = parts
         alpha = semiring.mul(initial, observation[..., 0, :])
@@ -157,7 +161,8 @@ class LinearChain(StructuredDistribution):
     def _marginals(self) -> ChainParts:
         parts = self._full(self.potentials)
         full = self._flat(parts)
-        found = expectations(full, self._kept().passes, None)
+        kept = self._solution
+        found = smoothed(full) if kept is None else expectations(full, kept.passes, None)
         return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
     def _mode(self) -> Tensor:
@@ -298,6 +303,8 @@ class HMM(TorchDistribution):
     def posterior(self, value: Tensor) -> LinearChain:
         """p(z | y), a ``LinearChain`` whose log partition is ln p(y) and whose values are state sequences."""
         steps = self._check_value(value)
+        own = value.shape[: value.dim() - len(self.event_shape)]
+        value = value.reshape((1,) * (len(self.batch_shape) - len(own)) + value.shape)
         observation = self._observation(value)
         pad = (1,) * (observation.dim() - 2 - len(self.batch_shape))
         initial, transition = _normalize(self.initial), _normalize(self.transition)
@@ -387,7 +394,7 @@ class HMM(TorchDistribution):
                 raise ValueError(
                     f"y has {value[~good][0].tolist()} at index {index}: outside its emission's support"
                 )
-        products = _by_products(self.emission, value)
+        products = _by_products(self.emission, value) if len(self.emission.batch_shape) == rank + 1 else None
         if products is not None:
             return products
         if rank == 0 or len(self.emission.batch_shape) == rank + 2:
@@ -398,11 +405,11 @@ class HMM(TorchDistribution):
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:
-    """ln p(y_t | state) as one matrix product, for vectors of Bernoulli or Poisson variables whose S
-    parameters all share; None for other emissions. Saves a factor D of memory over the plain way.
+    """ln p(y_t | state) as a matrix product, for vectors of Bernoulli or Poisson variables of batch shape
+    [*B,S]; None for other emissions. Saves a factor D of memory over the plain way.
     """
     base = getattr(emission, "base_dist", None)
-    if len(emission.event_shape) != 1 or emission.batch_shape[:-1].numel() != 1:
+    if len(emission.event_shape) != 1:
         return None
     if isinstance(base, torch.distributions.Bernoulli):
         slope = base.logits
@@ -414,8 +421,7 @@ def _by_products(emission: Any, value: Tensor) -> Tensor | None:
         return None
     if not bool(slope.detach().isfinite().all()):
         return None
-    slope, constant = (x.reshape(x.shape[-2:]) for x in (slope, constant))
-    total = value.to(slope.dtype) @ slope.T + constant.sum(-1)
+    total = value.to(slope.dtype) @ slope.mT + constant.sum(-1).unsqueeze(-2)
     return total if own is None else total - own
 
 

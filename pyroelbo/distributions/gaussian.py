@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -52,11 +53,13 @@ class LinearGaussianChain(TorchDistribution):
     ``Normal(...).to_event(1)``) of batch shapes ``[*B]``, ``[*B]`` or ``[*B,T-1]``, ``[*B]`` or ``[*B,T]``,
     with means as they please; ``transition_matrix`` is ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from),
     ``observation_matrix [*B,O,H]`` or ``[*B,T,O,H]``. Values are ``[*B,T,O]``; ``lengths [*B]`` shortens
-    sequences: what lies beyond is ignored, and zero in samples. Sampling needs a known T: from
-    ``num_steps`` or a parameter that varies in time.
+    sequences: what lies beyond is ignored, and zero in samples. A coordinate that is NaN is missing: it is
+    integrated over, the step's others count. Sampling needs a known T: from ``num_steps`` or a parameter that
+    varies in time.
 
     ``log_prob(y)`` is the evidence, ``posterior(y)`` the ``GaussianChain`` of states given y.
-    Cost: O(B·T·H²) and, once for a batch that shares its parameters, O(T·(H + O)³), also for the gradient.
+    Cost: O(B·T·H²) and, once for a batch that shares its parameters and misses nothing, O(T·(H + O)³), also for
+    the gradient.
     Source: Kalman (1960); the score by the recursion of de Jong (1989), Koopman and Shephard (1992).
     """
 
@@ -145,17 +148,17 @@ class LinearGaussianChain(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The evidence ln p(y), ``[*sample, *B]``."""
-        new, value, lengths = self._aligned(value)
-        return _log_evidence(value, lengths, new.parameters)
+        new, value, lengths, constant = self._aligned(value)
+        return _log_evidence(value, lengths, new.parameters, constant)
 
     def posterior(self, y: Tensor) -> GaussianChain:
         """p(z | y), a ``GaussianChain`` whose ``log_partition`` is ln p(y)."""
-        new, y, lengths = self._aligned(y)
-        return GaussianChain(new.parameters, y, lengths, validate_args=self._validate_args)
+        new, y, lengths, constant = self._aligned(y)
+        return GaussianChain(new.parameters, y, lengths, constant, validate_args=self._validate_args)
 
     def filter(self, y: Tensor) -> Filtered:
         """The states' distributions given the past, with and without the present. Cost: O(T) steps."""
-        new, y, _ = self._aligned(y)
+        new, y, _, _ = self._aligned(y)
         return _filtered(new.parameters, y)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -177,8 +180,10 @@ class LinearGaussianChain(TorchDistribution):
         y = _apply(p.read, torch.stack(z, -2)) + p.offset + _apply(torch.linalg.cholesky(p.error), noise)
         return y if self.lengths is None else torch.where(_within(self.lengths, steps)[..., None], y, 0.0)
 
-    def _aligned(self, value: Tensor) -> tuple[LinearGaussianChain, Tensor, Tensor]:
-        """This distribution, the value and its lengths, all with the same number of batch dimensions."""
+    def _aligned(self, value: Tensor) -> tuple[LinearGaussianChain, Tensor, Tensor, Tensor | None]:
+        """This distribution, the value and its lengths, all with the same number of batch dimensions; and what
+        missing coordinates add to ln p(y), where there are any.
+        """
         if value.dim() < 2 or value.shape[-1] != self.event_shape[-1] or not value.shape[-2]:
             raise ValueError(
                 f"y has shape {tuple(value.shape)}: it takes [*B,T,{self.event_shape[-1]}] with T > 0"
@@ -194,12 +199,18 @@ class LinearGaussianChain(TorchDistribution):
             value = torch.where(_within(lengths, steps)[..., None], value, 0.0)
         if self._validate_args:
             check_lengths(lengths, steps)
-            if not value.isfinite().all():
-                bad = ~value.isfinite()
+            bad = value.isinf()
+            if bad.any():
                 raise ValueError(
-                    f"y has {value[bad][0].item()} at index {first_index(bad)}: it takes finite numbers"
+                    f"y has {value[bad][0].item()} at index {first_index(bad)}: it takes finite numbers, and NaN "
+                    "where one is missing"
                 )
-        return new, value, lengths
+        missing = value.isnan()
+        if not missing.any():
+            return new, value, lengths, None
+        new.parameters = _without(new.parameters, missing)
+        constant = 0.5 * math.log(2 * math.pi) * missing.sum((-1, -2))
+        return new, torch.where(missing, 0.0, value), lengths, constant.to(value.dtype)
 
 
 class GaussianChain(TorchDistribution):
@@ -216,9 +227,14 @@ class GaussianChain(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, parameters: Parameters, y: Tensor, lengths: Tensor, validate_args: bool | None = None
+        self,
+        parameters: Parameters,
+        y: Tensor,
+        lengths: Tensor,
+        constant: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
-        self.parameters, self.y, self.lengths = parameters, y, lengths
+        self.parameters, self.y, self.lengths, self.constant = parameters, y, lengths, constant
         event_shape = torch.Size((y.shape[-2], parameters.start.shape[-1]))
         super().__init__(y.shape[:-2], event_shape, validate_args=validate_args)
 
@@ -229,12 +245,13 @@ class GaussianChain(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GaussianChain:
         parameters = _padded(self.parameters, len(batch_shape) - len(self.batch_shape))
         y = self.y.expand(*batch_shape, *self.y.shape[-2:])
-        return GaussianChain(parameters, y, self.lengths.expand(batch_shape), self._validate_args)
+        constant = None if self.constant is None else self.constant.expand(batch_shape)
+        return GaussianChain(parameters, y, self.lengths.expand(batch_shape), constant, self._validate_args)
 
     @functools.cached_property
     def log_partition(self) -> Tensor:
         """ln p(y), ``[*B]``."""
-        return _log_evidence(self.y, self.lengths, self.parameters)
+        return _log_evidence(self.y, self.lengths, self.parameters, self.constant)
 
     @functools.cached_property
     def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,6 +351,17 @@ def _padded(p: Parameters, dims: int) -> Parameters:
     return Parameters(*(x.reshape((1,) * dims + x.shape) for x in p))
 
 
+def _without(p: Parameters, missing: Tensor) -> Parameters:
+    """Missing coordinates ``[*B,T,O]`` made to say nothing: each is noise of its own around zero, of variance one."""
+    apart = missing[..., :, None] | missing[..., None, :]
+    own = torch.diag_embed(missing.to(p.error.dtype))
+    return p._replace(
+        read=torch.where(missing[..., None], 0.0, p.read),
+        offset=torch.where(missing, 0.0, p.offset),
+        error=torch.where(apart, own, p.error),
+    )
+
+
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
@@ -419,10 +447,12 @@ def _scan(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
     return first.event_logsumexp().to(dtype)
 
 
-def _log_evidence(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
+def _log_evidence(y: Tensor, lengths: Tensor, p: Parameters, constant: Tensor | None) -> Tensor:
     if y.device.type != "cpu" or _kernels() is None:
-        return _scan(y, lengths, p)
-    return _LogEvidence.apply(y, lengths, *p)
+        value = _scan(y, lengths, p)
+    else:
+        value = _LogEvidence.apply(y, lengths, *p)
+    return value if constant is None else value + constant
 
 
 class _LogEvidence(torch.autograd.Function):

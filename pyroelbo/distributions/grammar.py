@@ -18,6 +18,7 @@ from pyroelbo.distributions._inside import inside, outside
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
     check_finite_or_minus_inf,
+    check_integers,
     check_lengths,
     first_index,
 )
@@ -259,7 +260,9 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
     possible = None
-    if any(x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))):
+    if any(
+        x.numel() and x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))
+    ):
         top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
         possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
     return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
@@ -413,6 +416,7 @@ def without_padding(y: Tensor) -> Tensor:
 
 def check_padded(name: str, y: Tensor, count: int) -> None:
     """Refuse labels outside 0..count-1, and -1 anywhere but at the end."""
+    check_integers(name, y)
     bad = (y < -1) | (y >= count)
     bad[..., 1:] |= (y[..., 1:] >= 0) & (y[..., :-1] < 0)
     if bad.any():
@@ -504,7 +508,9 @@ class PCFG(TorchDistribution):
         leaves = torch.where(present[..., None], leaves, 0.0)
         leaves = leaves.view((1,) * (len(shape) + 2 - leaves.dim()) + leaves.shape)
         # A sentence without words (only unvalidated) has no tree either, as one of a single word.
-        return ParseTree(root, rules, leaves, lengths=lengths.clamp(min=1).expand(shape), validate_args=False)
+        tree = ParseTree(root, rules, leaves, lengths=lengths.clamp(min=1).expand(shape), validate_args=False)
+        tree._validate_args = self._validate_args
+        return tree
 
     @property
     def prior(self) -> Derivation:

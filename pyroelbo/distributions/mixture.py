@@ -28,7 +28,8 @@ class GaussianStatistics:
     """Expected sufficient statistics of M Gaussians: ``count [M]``, ``mean [M,D]``, and ``scatter``.
 
     ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter /
-    count is the covariance of the M-step. The statistics of two parts of the data add up with ``+``; ``*`` weighs them.
+    count is the covariance of the M-step. All may have dimensions in front. The statistics of two parts of the
+    data add up with ``+``; ``*`` weighs them.
 
     Source: Dempster, Laird, Rubin (1977); Chan, Golub, LeVeque (1979) for ``+``.
     """
@@ -39,28 +40,28 @@ class GaussianStatistics:
 
     @classmethod
     def weighted(cls, y: Tensor, share: Tensor, diagonal: bool = True) -> GaussianStatistics:
-        """Those of data ``y [N,D]`` that belong to M components by ``share [N,M]``, in float64. Cost:
+        """Those of data ``y [N,D]`` that belong to M components by ``share [*R,N,M]``, in float64. Cost:
         O(N·M·D), full O(N·M·D²)."""
         found = []
-        y = y.double()
-        for r in share.double().t():
-            count = r.sum()
-            mean = (r @ y) / torch.where(count > 0, count, 1.0)
-            apart = y - mean
-            weighted = r[:, None] * apart
-            found.append((count, mean, (weighted * apart).sum(0) if diagonal else weighted.t() @ apart))
-        return cls(*(torch.stack(x) for x in zip(*found, strict=True)))
+        y, shape = y.double(), share.shape[:-2] + share.shape[-1:]
+        for r in share.double().mT.reshape(-1, len(y)).split(max(1, ROOM // y.numel())):
+            count = r.sum(-1)
+            mean = (r @ y) / torch.where(count > 0, count, 1.0)[:, None]
+            apart = y - mean[:, None]
+            weighted = r[..., None] * apart
+            found.append((count, mean, (weighted * apart).sum(1) if diagonal else weighted.mT @ apart))
+        return cls(*(torch.cat(x).view(*shape, *x[0].shape[1:]) for x in zip(*found, strict=True)))
 
     def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
         count = self.count + other.count
         share = torch.where(count > 0, other.count / count, 0.0)
-        apart = other.mean - self.mean
-        spread = apart if self.scatter.dim() == 2 else apart[:, None, :]
-        product = spread * (apart if self.scatter.dim() == 2 else apart[:, :, None])
-        weight = (self.count * share).view(-1, *(1,) * (self.scatter.dim() - 1))
-        return GaussianStatistics(
-            count, self.mean + share[:, None] * apart, self.scatter + other.scatter + weight * product
-        )
+        apart, weight = other.mean - self.mean, (self.count * share)[..., None]
+        if self.scatter.dim() == self.mean.dim():
+            product = weight * apart.square()
+        else:
+            product = (weight * apart)[..., None] * apart[..., None, :]
+        mean = self.mean + share[..., None] * apart
+        return GaussianStatistics(count, mean, self.scatter + other.scatter + product)
 
     def __mul__(self, weight: float) -> GaussianStatistics:
         """Those of data that count ``weight`` times each."""
@@ -139,63 +140,93 @@ class Mixture(TorchDistribution):
             index = which.view(*batch, 1, *(1,) * self.event_dim).expand(*batch, 1, *self.event_shape)
             return every.gather(len(batch), index).squeeze(len(batch))
 
-    def expected_statistics(self, y: Tensor) -> tuple[Tensor, GaussianStatistics]:
-        """One E-step over data ``y [N,D]``: ln p(y_n) ``[N]`` and the components' expected statistics,
+    def expected_statistics(self, y: Tensor, *, hard: bool = False) -> tuple[Tensor, GaussianStatistics]:
+        """One E-step over data ``y [N,D]``: ln p(y_n) ``[*R,N]`` and the components' expected statistics,
         without gradients.
 
-        For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``),
-        and a mixture without batch dimensions. Arithmetic is in float64. Cost: O(N·M·D²), diagonal O(N·M·D).
+        For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``); a
+        batch ``*R`` of mixtures, of one dimension at most, shares the data. With ``hard`` the best component
+        has all of a datum, and ln p(y_n, m) is in ln p(y_n)'s place. Arithmetic is in float64. Cost:
+        O(R·N·M·D²), diagonal O(R·N·M·D).
         """
         gaussian = _moments(self.components)
-        if gaussian is None or self.batch_shape:
+        if gaussian is None or len(self.batch_shape) > 1:
             raise ValueError(
-                f"expected_statistics takes a mixture of Gaussians without batch dimensions, not of "
+                f"expected_statistics takes a mixture of Gaussians with one batch dimension at most, not of "
                 f"{type(self.components).__name__} with batch shape {tuple(self.batch_shape)}"
             )
         if y.dim() != 2 or not len(y):
             raise ValueError(f"y has shape {tuple(y.shape)}: it takes [N,D] with N > 0")
         with torch.no_grad():
-            evidence, statistics, error = self._by_features(y, *gaussian)
+            evidence, statistics, error = self._by_features(y, *gaussian, hard)
             if not error < 1e-9:
-                evidence, statistics = self._by_component(y, diagonal=gaussian[1].dim() == 2)
+                evidence, statistics = self._by_component(y, gaussian[1].dim() == gaussian[0].dim(), hard)
             return evidence.to(y.dtype), statistics
 
-    def _by_features(self, y, mean, precision, log_det):
+    def _by_features(self, y, mean, precision, log_det, hard):
         """Quadratic forms as inner products with y y', and a bound on what is lost so."""
         center = y[: ROOM // y.shape[-1]].mean(0, dtype=torch.float64)
-        mean = mean - center
-        count, dims = mean.shape
+        shape, logits = mean.shape, self.logits.reshape(-1)
+        lead, count, dims = shape[:-2], len(logits), shape[-1]
+        mean, log_det = mean.reshape(count, dims) - center, log_det.reshape(count)
+        precision = precision.reshape(count, *precision.shape[len(shape) - 1 :])
         features = _Features(dims, diagonal=precision.dim() == 2)
         linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
         weights = torch.cat([features.fold(precision), linear], -1)
-        constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + self.logits
-        rows = max(64, ROOM // weights.shape[-1])
+        constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + logits
+        rows = max(64, ROOM // max(count, weights.shape[-1]))
         room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
         sums, total = torch.zeros_like(weights), weights.new_zeros(count)
-        evidence, low, high = y.new_empty(len(y), dtype=torch.float64), y[0], y[0]
-        for part, out in zip(y.split(rows), evidence.split(rows), strict=True):
+        evidence = y.new_empty(*lead, len(y), dtype=torch.float64)
+        low, high = y[0], y[0]
+        for part, out in zip(y.split(rows), evidence.split(rows, -1), strict=True):
             phi = features.fill(room[: len(part)], part, center)
             low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
-            share = torch.addmm(constant[:, None].double(), weights, phi.t())
-            peak = share.amax(0, keepdim=True)
-            norm = share.sub_(peak).exp_().sum(0, keepdim=True)
-            torch.add(norm.log()[0], peak[0], out=out)
-            share /= norm
-            total += share.sum(-1)
-            sums.addmm_(share, phi)
+            flat = torch.addmm(constant[:, None].double(), weights, phi.t())
+            share = flat.view(*lead, shape[-2], len(part))
+            peak = share.amax(-2, keepdim=True)
+            if hard:
+                best = share.argmax(-2, keepdim=True)
+                out.copy_(peak.squeeze(-2))
+                share.zero_().scatter_(-2, best, 1.0)
+            else:
+                norm = share.sub_(peak).exp_().sum(-2, keepdim=True)
+                torch.add(norm.log().squeeze(-2), peak.squeeze(-2), out=out)
+                share /= norm
+            total += flat.sum(-1)
+            sums.addmm_(flat, phi)
         average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]
         square = features.unfold(sums)
         outer = average.square() if features.diagonal else average[:, :, None] * average[:, None, :]
         scatter = square - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
         reach = torch.maximum(high - center, center - low).square().sum()
         error = torch.finfo(torch.float64).eps * dims * reach * precision.abs().amax()
-        return evidence, GaussianStatistics(total, average + center, scatter), error
+        found = (x.view(*lead, shape[-2], *x.shape[1:]) for x in (total, average + center, scatter))
+        return evidence, GaussianStatistics(*found), error
 
-    def _by_component(self, y, diagonal):
+    def _by_component(self, y, diagonal, hard):
+        if self.batch_shape:
+            alone = [self._one(r)._by_component(y, diagonal, hard) for r in range(self.batch_shape[0])]
+            found = zip(*((v.count, v.mean, v.scatter) for _, v in alone), strict=True)
+            return torch.stack([v for v, _ in alone]), GaussianStatistics(*map(torch.stack, found))
         joint = self._joint(y).double()
-        evidence = logsumexp(joint)
-        share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
+        if hard:
+            evidence, best = joint.max(-1)
+            share = torch.zeros_like(joint).scatter_(-1, best[:, None], 1.0)
+        else:
+            evidence = logsumexp(joint)
+            share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
         return evidence, GaussianStatistics.weighted(y, share, diagonal)
+
+    def _one(self, row: int) -> Mixture:
+        """One mixture of a batch of Gaussian ones."""
+        c = self.components
+        if isinstance(c, torch.distributions.MultivariateNormal):
+            return Mixture(
+                self.logits[row], dist.MultivariateNormal(c.loc[row], scale_tril=c.scale_tril[row])
+            )
+        base = c.base_dist
+        return Mixture(self.logits[row], dist.Normal(base.loc[row], base.scale[row]).to_event(1))
 
 
 class DiagonalMixture(TorchDistribution):

@@ -15,7 +15,14 @@ from torch.distributions import register_kl
 
 from pyroelbo.semiring import KBest, Log, Max, Relative, Sample, Semiring
 
-__all__ = ["StructuredDistribution", "broadcast", "check_finite_or_minus_inf", "check_lengths", "first_index"]
+__all__ = [
+    "StructuredDistribution",
+    "broadcast",
+    "check_finite_or_minus_inf",
+    "check_integers",
+    "check_lengths",
+    "first_index",
+]
 
 
 def broadcast(*shapes: torch.Size) -> torch.Size:
@@ -33,9 +40,14 @@ def first_index(bad: Tensor) -> str:
 
 
 def check_finite_or_minus_inf(**arguments: Tensor) -> None:
-    """Refuse NaN and +inf among log potentials or logits, naming the argument and the offending index."""
+    """Refuse NaN and +inf among log potentials or logits, naming the argument and the offending index; and integers."""
+    for name, value in arguments.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name} is of dtype {value.dtype}: it takes floating-point numbers")
     # a sum is one pass without a temporary; only where it looks bad are the numbers looked at one by one
-    if sum(value.detach().sum().item() for value in arguments.values()) < math.inf:
+    with torch.no_grad():
+        total = sum(value.sum().item() for value in arguments.values())
+    if total < math.inf:
         return
     for name, value in arguments.items():
         bad = value.isnan() | (value == math.inf)
@@ -44,8 +56,15 @@ def check_finite_or_minus_inf(**arguments: Tensor) -> None:
             raise ValueError(f"{name} has {got} at index {index}: it takes finite numbers and -inf")
 
 
+def check_integers(name: str, value: Tensor) -> None:
+    """Refuse labels or lengths of another kind."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} is of dtype {value.dtype}: it takes integers")
+
+
 def check_lengths(lengths: Tensor, longest: int) -> None:
     """Refuse lengths outside 1..longest, naming the offending index."""
+    check_integers("lengths", lengths)
     bad = (lengths < 1) | (lengths > longest)
     if bad.any():
         raise ValueError(
@@ -174,8 +193,15 @@ class StructuredDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(z), ``[*sample, *B]``; -inf for a structure of weight zero."""
         if self._validate_args:
+            check_integers("z", value)
+            low, high = self.support.base_constraint.lower_bound, self.support.base_constraint.upper_bound
+            bad = (value < low) | (value > high)
+            if bad.any():
+                raise ValueError(
+                    f"z has {value[bad][0].item()} at index {first_index(bad)}: it takes integers from {low} to {high}"
+                )
             self._validate_sample(value)
-        return _minus_inf_aware(self.score(value), self.log_partition)
+        return _minus_inf_aware(self.score(value.long()), self.log_partition)
 
     def score(self, value: Tensor) -> Tensor:
         """The unnormalized log weight of ``z``: ln p(z) + ln Z."""
@@ -207,6 +233,10 @@ class StructuredDistribution(TorchDistribution):
         pad = len(new._batch_shape) - len(self._batch_shape)
         new.potentials = self._like(x.reshape((1,) * pad + x.shape) for x in self.potentials)
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy or a pickle computes anew: results may hang on a graph, which neither takes along
+        return {**self.__dict__, "_cache": {}}
 
     # ---- what a fast subclass replaces
 

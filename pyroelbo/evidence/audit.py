@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from pyroelbo import data as batches
+from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
+from pyroelbo.joint import Joint
 from pyroelbo.pair import Pair
 from pyroelbo.records import Audit, Bound
-from pyroelbo.terms import Unavailable
+from pyroelbo.terms import Evaluator, Unavailable
 
 __all__ = ["audit"]
 
@@ -113,14 +116,15 @@ def audit(
             particles = plan.particles(found)
             notes.append(plan.note(particles, found))
         bounds = list(found)
-        try:
-            for estimator in (elbo, iwae):
-                tell(f"{estimator.__name__} of {particles} draws")
+        for estimator in (elbo, iwae):
+            tell(f"{estimator.__name__} of {particles} draws")
+            try:
                 bounds.append(estimator(pair, batch, particles, scope=scope))
-        except Unavailable as reason:
-            if not found:
-                raise
-            notes.append(f"no elbo and iwae: {reason}")
+            except Unavailable as reason:
+                if not bounds:
+                    raise
+                notes.append(f"no {estimator.__name__} value: {reason}")
+    notes += _uncovered(pair, batch, scope)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
@@ -132,3 +136,37 @@ def _check(bound: Bound, size: int, scope: str) -> None:
             f"references holds {bound.method!r}, {bound.scope} values of shape {tuple(bound.value.shape)}: this audit "
             f"is of {size} data, scope={scope!r}"
         )
+
+
+@torch.no_grad()
+def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
+    """A note for each site where the guide's support leaves out draws of the prior: weights that stay finite do
+    not tell."""
+    whole: Any = Joint(pair) if scope == "joint" else pair
+    try:
+        evaluator = Evaluator(whole, batch)
+        trace = evaluator.guide_trace()
+        sites = {name: trace.nodes[name]["fn"] for name in evaluator.latents}
+    except Unavailable:
+        return []
+    # a finite set or a structure's labels do not say what has mass; nor need a prior over these be drawn from
+    sites = {
+        name: fn
+        for name, fn in sites.items()
+        if type(fn).__name__ != "Delta"
+        and not isinstance(fn, StructuredDistribution)
+        and not getattr(fn, "has_enumerate_support", False)
+    }
+    if not sites:
+        return []
+    prior = Evaluator(whole, batch, with_guide=False)
+    draws = prior.draw(min(64, max(1, prior.cells // prior.size))).latents
+    notes = []
+    for name, fn in sites.items():
+        share = float((~fn.support.check(draws[name])).double().mean())
+        if share > 0:
+            notes.append(
+                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "
+                "ELBO, IWAE and AIS started from it, and their errors do not show it"
+            )
+    return notes

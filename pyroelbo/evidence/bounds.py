@@ -41,7 +41,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     ``particles`` evaluations a datum.
     """
     evaluator = Evaluator(pair, y)
-    log_w = evaluator.draws(count_of(particles)).log_weight.double()
+    log_w = evaluator.draws(count_of(particles), latents=False).log_weight.double()
     if particles > 1:
         stderr = log_w.std(0) / math.sqrt(particles)
     else:
@@ -66,7 +66,7 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("iwae")
-    log_w = evaluator.draws(count_of(particles)).log_weight.double()
+    log_w = evaluator.draws(count_of(particles), latents=False).log_weight.double()
     return weighted(f"iwae-{particles}", log_w)
 
 
@@ -82,7 +82,7 @@ def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """
     evaluator = Evaluator(pair, y, with_guide=False)
     evaluator.refuse_scales("prior_monte_carlo")
-    terms = evaluator.draws(count_of(particles))
+    terms = evaluator.draws(count_of(particles), latents=False)
     log_w = torch.stack([v for k, v in terms.log_model.items() if k in terms.observed]).sum(0).double()
     return weighted(f"prior-{particles}", log_w)
 
@@ -114,7 +114,7 @@ def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -
         raise Unavailable(f"guide site {name!r} is auxiliary: q(z | y) has no density then")
     cost = count_of(particles) * evaluator.size
     if draws == "weights":
-        log_w = evaluator.draws(particles).log_weight.double()
+        log_w = evaluator.draws(particles, latents=False).log_weight.double()
         ess, notes = effective_sample_size(log_w), _outside(log_w)
         share = log_w.softmax(0)
         finite = torch.where(share > 0, log_w, torch.zeros_like(log_w))
@@ -162,7 +162,7 @@ def cubo(pair: Pair, y: Any, particles: int = 64, order: float = 2.0) -> Bound:
         raise ValueError(f"order takes a number of at least 1, got {order!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("cubo")
-    log_w = evaluator.draws(count_of(particles)).log_weight.double()
+    log_w = evaluator.draws(count_of(particles), latents=False).log_weight.double()
     found = weighted(f"cubo-{order:g}", order * log_w, "estimate")
     note = "the logarithm of a sampled mean errs low: no upper bound"
     return replace(found, value=found.value / order, stderr=found.stderr / order, notes=(*found.notes, note))

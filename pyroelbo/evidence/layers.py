@@ -104,7 +104,11 @@ def _mean(x: Tensor, other: Tensor | None = None) -> Estimate:
 def _inner(evaluator: Evaluator, given: dict[str, Tensor], particles: int, inner: int) -> Tensor:
     """Log weights of ``inner`` draws of the sites that are not given, for each given draw: [particles, inner, B]."""
     if not given:
-        return evaluator.draws(particles * inner).log_weight.double().reshape(particles, inner, -1)
+        return (
+            evaluator.draws(particles * inner, latents=False)
+            .log_weight.double()
+            .reshape(particles, inner, -1)
+        )
     given = {k: v.repeat_interleave(inner, 0) for k, v in given.items()}
     blocks: dict[int, list[Tensor]] = {}
     for rows, count in evaluator.chunks(particles * inner):

@@ -109,7 +109,7 @@ REGISTRY: dict[str, Entry] = {
         "probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2
     ),
     "mixture": Entry(
-        "Gaussian mixture, exact; guide=exact|encoder",
+        "Gaussian mixture, exact; covariance=diagonal|full, guide=exact|encoder",
         GaussianMixture.for_data,
         lambda settings: "grey",
         50,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
-from pyroelbo.models.families import FAMILIES, Categorical, log_shares
+from pyroelbo.models.families import FAMILIES, AnyGaussian, Categorical, log_shares
 from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["HMM"]
@@ -20,8 +20,9 @@ __all__ = ["HMM"]
 class HMM(ExactPair):
     """p(z) = p(z_1) Π p(z_{t+1} | z_t) over S states, p(y | z) = Π_t p(y_t | z_t). Batches ``y`` or ``(y, lengths)``.
 
-    ``emission``: ``categorical`` over ``dims`` symbols, y LongTensor [B, T]; ``gaussian`` (diagonal, scales
-    above ``floor``), ``bernoulli`` (0 or 1) or ``poisson`` (counts) in ``dims`` coordinates, y [B, T, dims].
+    ``emission``: ``categorical`` over ``dims`` symbols, y LongTensor [B, T]; ``gaussian`` (diagonal) or
+    ``full_gaussian`` (scales above ``floor``), ``bernoulli`` (0 or 1) or ``poisson`` (counts) in ``dims``
+    coordinates, y [B, T, dims].
     ``lengths [B]`` shortens sequences: what lies beyond is ignored, though it must be in the support. The
     latent site ``z`` is the whole path, LongTensor [B, T].
 
@@ -56,8 +57,9 @@ class HMM(ExactPair):
         self.prior = nn.Module()
         self.prior.register_parameter("initial", nn.Parameter(0.1 * torch.randn(states)))
         self.prior.register_parameter("transition", nn.Parameter(torch.randn(states, states)))
-        option = floor if emission == "gaussian" else smoothing
-        self.generator = FAMILIES[emission](states, dims, option)  # type: ignore[call-arg]
+        family = FAMILIES[emission]
+        option = floor if issubclass(family, AnyGaussian) else smoothing
+        self.generator = family(states, dims, option)  # type: ignore[call-arg]
         self.encoder = nn.Linear(dims, states) if guide == "mean_field" else None
 
     @property
@@ -76,7 +78,12 @@ class HMM(ExactPair):
 
     def _hmm(self, steps: int, lengths: Tensor | None) -> ped.HMM:
         p = self.prior
-        return ped.HMM(p.initial, p.transition, self.generator.distribution(), steps, lengths)
+        if p.initial.dim() == 1:
+            return ped.HMM(p.initial, p.transition, self.generator.distribution(), steps, lengths)
+        # starts of EM side by side: [R, 1] beside the data's [1, B]
+        stack = (slice(None), None)
+        emission = self.generator.distribution(stack)
+        return ped.HMM(p.initial[stack], p.transition[stack], emission, steps, lengths)
 
     @staticmethod
     def _within(y: Tensor, lengths: Tensor | None) -> Tensor:
@@ -109,7 +116,10 @@ class HMM(ExactPair):
 
     def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.LinearChain:
         """p(z | y), a chain over paths; its ``log_partition`` is ln p(y)."""
-        return self._hmm(self._check(y, lengths).shape[1], lengths).posterior(y)
+        return self._hmm(self._check(y, lengths).shape[1], lengths).posterior(self._beside(y))
+
+    def _beside(self, y: Tensor) -> Tensor:
+        return y if self.prior.initial.dim() == 1 else y[None]
 
     def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
         prior, q = (
@@ -133,9 +143,17 @@ class HMM(ExactPair):
         """ln p(y) [B] (``hard``: ln p(y, z*) of the best path) and the statistics of :meth:`m_step`."""
         evidence, used = self.posterior(y, lengths).expected_parts(hard=hard)
         initial, transition, visits = used
-        inside = self._within(y, lengths).expand(y.shape[:2])
-        emitted = self.generator.statistics(visits[inside], y[inside])
-        return evidence, {"initial": initial[0], "transition": transition[0], **emitted}
+        if lengths is None:
+            visits, seen = visits.flatten(-3, -2), y.flatten(0, 1)
+        else:
+            inside = self._within(y, lengths)
+            visits, seen = visits[..., inside, :], y[inside]
+        emitted = self.generator.statistics(visits, seen)
+        return evidence, {"initial": initial[..., 0, :], "transition": transition[..., 0, :, :], **emitted}
+
+    def stacks(self, y: Tensor, lengths: Tensor | None = None) -> bool:
+        """Whether parameters may be stacked, one start of EM each, and are the faster for it."""
+        return len(y) <= 4 and y.shape[1] * self.states <= 2**14
 
     @torch.no_grad()
     def m_step(self, statistics: dict[str, Any]) -> None:
@@ -147,21 +165,22 @@ class HMM(ExactPair):
 
     def log_prior(self) -> Tensor:
         """The log density, up to a constant, that ``smoothing`` stands for."""
-        total = self.generator.log_prior()
+        total, p = self.generator.log_prior(), self.prior
         if self.smoothing:
-            for logits in (self.prior.initial, self.prior.transition):
-                total = total + self.smoothing * logits.log_softmax(-1).sum()
+            for logits in (p.initial, p.transition):
+                total = total + self.smoothing * logits.log_softmax(-1).flatten(p.initial.dim() - 1).sum(-1)
         return total
 
     @torch.no_grad()
-    def initialize(self, y: Tensor, lengths: Tensor | None = None) -> None:
-        """A random start: uniform first state, moves near uniform, emissions from data at random."""
+    def initialize(self, y: Tensor, lengths: Tensor | None = None, start: str | None = None) -> None:
+        """A start drawn from data: uniform first state, moves near uniform, emissions ``"random"`` or, the default
+        of Gaussian ones, at the centres of ``"k-means"``."""
         inside = self._within(self._check(y, lengths), lengths).expand(y.shape[:2])
         if int(inside.sum()) < self.states:
             raise ValueError(f"{self.states} states take at least as many steps, got {int(inside.sum())}")
         self.prior.initial.zero_()
         self.prior.transition.normal_()
-        self.generator.initialize(y[inside])
+        self.generator.initialize(y[inside], start)
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         if self.steps is None:

@@ -10,10 +10,10 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pyroelbo import priors
 from pyroelbo.models.markov import ImageChain, PixelLink, bounded, check_widths, join, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Dense
-from pyroelbo.priors import StandardNormal
 
 __all__ = ["Ladder"]
 
@@ -30,6 +30,9 @@ class Ladder(ImageChain):
     ``merge="network"``: q(z_l | …) = N(μ_p + s_p·Δ, s_p·r) with Δ and ln r from a network of (h, d_l), almost
     zero at the start, so that training begins near KL 0. ``merge="precision"``: d_l gives N(m, v²), and q is its
     product with p, renormalized: precision 1/s_p² + 1/v², mean weighted by the precisions.
+
+    ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
+    of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
 
     ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
     encoder's view of the pixels: in training alone, where each is one more draw of the guide's own.
@@ -48,7 +51,8 @@ class Ladder(ImageChain):
         norm: str = "batch",
         dropout: float = 0.0,
         noise: float = 0.0,
-        prior: nn.Module | None = None,
+        prior: str | priors.Prior = "standard",
+        components: int = 50,
     ) -> None:
         dims = shape if isinstance(shape, int) else math.prod(shape)
         check_widths("latent", latent)
@@ -62,6 +66,7 @@ class Ladder(ImageChain):
         pixels = Pixels(dims, likelihood, levels)
         cell = {"norm": norm, "dropout": dropout}
         depth = len(latent)
+        top = priors.build(prior, latent[-1], components, self.encode_top, (dims,), f"z_{depth}")
         links = [PathLink(hidden[i + 1], latent[i], hidden[i], cell) for i in range(depth - 1)]
         if merge == "network":
             merges: list[nn.Module] = [
@@ -71,7 +76,7 @@ class Ladder(ImageChain):
         else:
             merges = [PrecisionMerge(hidden[i], latent[i]) for i in range(depth)]
         super().__init__(
-            TopLink(StandardNormal(latent[-1]) if prior is None else prior, latent[-1], hidden[-1], cell),
+            TopLink(top, latent[-1], hidden[-1], cell),
             links,
             PixelLink(
                 nn.Sequential(Dense(hidden[0], hidden[0], **cell), nn.Linear(hidden[0], pixels.outputs)),
@@ -84,9 +89,16 @@ class Ladder(ImageChain):
         )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
 
+    def encode_top(self, y: Tensor) -> dist.TorchDistribution:
+        """q(z_N | y), event shape [latent[-1]]."""
+        return self.encoder.links[-1](None, self.encoder.features(y)[-1], None)
+
     @classmethod
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Ladder:
-        return cls(shape, levels=levels, **settings)
+        pair = cls(shape, levels=levels, **settings)
+        if train is not None:
+            pair.prior.prior.initialize(train)
+        return pair
 
 
 class Features(nn.Module):

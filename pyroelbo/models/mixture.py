@@ -9,11 +9,10 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
-from pyroelbo.models.families import Bernoulli, Family, Gaussian, log_shares
+from pyroelbo.models.families import AnyGaussian, Bernoulli, Family, FullGaussian, Gaussian, log_shares
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["BernoulliMixture", "GaussianMixture"]
@@ -49,8 +48,10 @@ class _Mixture(ExactPair):
 
     @property
     def mixture(self) -> ped.Mixture:
-        """p(y), the sum over components."""
-        return ped.Mixture(self.generator.logits, self.generator.distribution())
+        """p(y), the sum over components; of batch shape [R, 1] where parameters are stacked."""
+        stack = (slice(None), None) if self.generator.logits.dim() > 1 else None
+        logits = self.generator.logits
+        return ped.Mixture(logits if stack is None else logits[stack], self.generator.distribution(stack))
 
     def model(self, y: Tensor) -> None:
         with pyro.plate(PLATE, len(self._check(y))):
@@ -72,15 +73,23 @@ class _Mixture(ExactPair):
 
     def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Any]]:
         """ln p(y) [B] (``hard``: ln p(y, z*)) and the statistics of :meth:`m_step`."""
-        mixture = self.mixture
-        if not hard and isinstance(self.generator, Gaussian):
-            evidence, moments = mixture.expected_statistics(self._check(y))
+        self._check(y)
+        if isinstance(self.generator, AnyGaussian):
+            mixture = ped.Mixture(self.generator.logits, self.generator.distribution())
+            evidence, moments = mixture.expected_statistics(y, hard=hard)
             return evidence, {"share": moments.count, "moments": moments}
-        posterior = mixture.posterior(self._check(y))
-        joint = mixture.log_prob(y)[:, None] + posterior.logits
-        share = F.one_hot(joint.argmax(-1), self.components).to(joint.dtype) if hard else posterior.probs
-        evidence = joint.amax(-1) if hard else mixture.log_prob(y)
-        return evidence, {"share": share.sum(0), **self.generator.statistics(share, y)}
+        mixture = self.mixture
+        evidence, posterior = mixture.log_prob(y), mixture.posterior(y)
+        share = posterior.probs
+        if hard:
+            best, at = posterior.logits.max(-1, keepdim=True)
+            share = torch.zeros_like(share).scatter_(-1, at, 1.0)
+            evidence = evidence + best.squeeze(-1)
+        return evidence, {"share": share.sum(-2), **self.generator.statistics(share, y)}
+
+    def stacks(self, y: Tensor) -> bool:
+        """Whether parameters may be stacked, one start of EM each, and are the faster for it."""
+        return isinstance(self.generator, AnyGaussian) or y.numel() * self.components < 2**18
 
     @torch.no_grad()
     def m_step(self, statistics: dict[str, Any]) -> None:
@@ -91,16 +100,17 @@ class _Mixture(ExactPair):
 
     def log_prior(self) -> Tensor:
         g = self.generator
-        weights = g.smoothing * g.logits.log_softmax(0).sum() if g.smoothing else 0.0
+        weights = g.smoothing * g.logits.log_softmax(-1).sum(-1) if g.smoothing else 0.0
         return g.log_prior() + weights
 
     @torch.no_grad()
-    def initialize(self, y: Tensor) -> None:
-        """A random start: equal weights, components at data drawn at random."""
+    def initialize(self, y: Tensor, start: str | None = None) -> None:
+        """A start drawn from data, with equal weights: components at the centres of ``"k-means"`` (the default of
+        Gaussian ones), or ``"random"``, at data drawn at random."""
         if len(self._check(y)) < self.components:
             raise ValueError(f"{self.components} components take at least as many data, got {len(y)}")
+        self.generator.initialize(y, start)
         self.generator.logits.zero_()
-        self.generator.initialize(y)
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.blank(n)
@@ -114,20 +124,35 @@ class _Mixture(ExactPair):
 
 
 class GaussianMixture(_Mixture):
-    """p(z) = Categorical(π) over M components, p(y | z) = N(loc_z, diag scale_z²). Data [B, D].
+    """p(z) = Categorical(π) over M components, p(y | z) = N(loc_z, Σ_z). Data [B, D].
 
-    ln p(y) = logsumexp_z [ln π_z + ln N(y; loc_z, diag scale_z²)] and p(z | y) are the responsibilities.
-    ``guide="exact"`` draws from them; ``"encoder"`` is an amortized linear-softmax guide q(z | y). A scale
-    never falls below ``floor``: without one the likelihood of a component on a single datum has no upper end.
+    ln p(y) = logsumexp_z [ln π_z + ln N(y; loc_z, Σ_z)] and p(z | y) are the responsibilities.
+    ``covariance`` is ``"diagonal"`` or ``"full"``. ``guide="exact"`` draws from the responsibilities;
+    ``"encoder"`` is an amortized linear-softmax guide q(z | y). No variance ever falls below ``floor``², in any
+    direction: without one the likelihood of a component on a single datum has no upper end. ``smoothing`` = a
+    makes EM MAP, with a pseudo-counts for every weight and a pseudo-data of variance ``spread``² for every
+    covariance (inverse Gamma or inverse Wishart).
 
-    Parts: ``generator`` (logits [M], loc [M, D], log_scale [M, D]), ``encoder`` (amortized only).
-    Cost: O(B·M·D), an epoch of EM too. Source: Dempster, Laird, Rubin (1977).
+    Parts: ``generator`` (logits [M], loc [M, D], log_scale [M, D] or root [M, D, D]), ``encoder`` (amortized only).
+    Cost: O(B·M·D), full O(B·M·D² + M·D³), an epoch of EM too. Source: Dempster, Laird, Rubin (1977).
     """
 
     form = "grey"
 
-    def __init__(self, dims: int, components: int = 10, guide: str = "exact", floor: float = 1e-3) -> None:
-        super().__init__(Gaussian(components, dims, floor), guide)
+    def __init__(
+        self,
+        dims: int,
+        components: int = 10,
+        covariance: str = "diagonal",
+        guide: str = "exact",
+        floor: float = 1e-3,
+        smoothing: float = 0.0,
+        spread: float = 1.0,
+    ) -> None:
+        if covariance not in ("diagonal", "full"):
+            raise ValueError(f"covariance takes 'diagonal' or 'full', got {covariance!r}")
+        family = Gaussian if covariance == "diagonal" else FullGaussian
+        super().__init__(family(components, dims, floor, smoothing, spread), guide)
 
 
 class BernoulliMixture(_Mixture):

@@ -5,7 +5,10 @@ A subclass is parametrized by ``case``, a name; ``make(case, seed)`` builds its 
 enumerates datum b by ``oracles``. Names that contain "sparse" have -inf among their potentials.
 """
 
+import copy
 import math
+import pickle
+import re
 
 import pyro
 import pytest
@@ -223,6 +226,29 @@ class StructuredContract:
         site = trace.nodes["z"]
         assert site["value"].shape == (3, *q.batch_shape, *q.event_shape)
         torch.testing.assert_close(site["log_prob"], q.log_prob(site["value"]))
+
+    def test_copies_of_a_used_one(self, q):
+        value = q.log_partition
+        q.sample()
+        fixed = self.construct(q, q._like(x.detach() for x in q.potentials))
+        with torch.enable_grad():
+            fixed.potentials[0].requires_grad_()
+            assert fixed.log_partition.requires_grad
+        for twin in (copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
+            torch.testing.assert_close(twin.log_partition, value, rtol=0, atol=1e-12)
+
+    def test_labels_that_do_not_exist_are_refused(self, q):
+        z = q.mode
+        last = int(q.support.base_constraint.upper_bound)
+        assert torch.equal(q.log_prob(z.int()), q.log_prob(z))
+        with pytest.raises(ValueError, match=r"z is of dtype torch.float64: it takes integers"):
+            q.log_prob(z.double())
+        z[1].view(-1)[0] = last + 1
+        index = (1, *[0] * len(q.event_shape))
+        with pytest.raises(
+            ValueError, match=re.escape(f"z has {last + 1} at index {index}: it takes integers from")
+        ):
+            q.log_prob(z)
 
     def test_nan_is_refused(self, q):
         for i, name in enumerate(q.potentials._fields):

@@ -230,6 +230,62 @@ def test_lengths_cut_sequences():
     assert (d.posterior(y).sample((20,))[:, 1, 2:] == 0).all()
 
 
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_one_value_under_a_batch_of_models(steps):
+    """Also where there are as many models as steps, so that a mistaken axis would broadcast."""
+    initial, transition, location = randn(0, 3, 2, 2), randn(1, 3, 2, 2, 2), randn(2, 3, 2, 2)
+    y = torch.randn(steps)
+    value = HMM(initial, transition, dist.Normal(location, 1.0)).log_prob(y)
+    assert value.shape == (3, 2)
+    for a in range(3):
+        for b in range(2):
+            own = HMM(initial[a, b], transition[a, b], dist.Normal(location[a, b], 1.0)).log_prob(y)
+            torch.testing.assert_close(value[a, b], own)
+    some = HMM(initial[:, 0], transition[:, 0], dist.Normal(location[:, 0], 1.0)).log_prob(y)
+    torch.testing.assert_close(some, value[:, 0])
+
+
+def test_evidence_beside_enumerated_sites():
+    """The chain is summed inside, what it depends on by Pyro: the same as all by hand."""
+    y = torch.randn(3, 4)
+    initial, transition, location = randn(0, 2), randn(1, 2, 2), randn(2, 2)
+
+    def chain(shift):
+        lead = shift.shape
+        parts = initial.expand(*lead, 2), transition.expand(*lead, 2, 2)
+        return HMM(*parts, dist.Normal(location + shift.unsqueeze(-1), 1.0))
+
+    @config_enumerate
+    def model():
+        w = pyro.sample("w", dist.Bernoulli(0.3))
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("y", chain(w + 2 * k), obs=y)
+
+    total = torch.tensor(-math.inf)
+    for w, p in ((0.0, 0.7), (1.0, 0.3)):
+        each = [chain(torch.tensor(w + 2 * k)).log_prob(y) + math.log(q) for k, q in ((0, 0.4), (1, 0.6))]
+        total = torch.logaddexp(total, torch.logaddexp(*each).sum() + math.log(p))
+    torch.testing.assert_close(
+        -TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, lambda: None), total
+    )
+
+
+@pytest.mark.usefixtures("engine")
+def test_an_empty_batch_and_half_precision():
+    q = LinearChain(torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(0, 5, 3))
+    assert q.log_partition.shape == (0,) and q.mode.shape == (0, 5) and q.sample((2,)).shape == (2, 0, 5)
+    assert [x.shape for x in q.marginals] == [x.shape for x in q.potentials]
+    assert HMM(torch.zeros(3), torch.zeros(3, 3), dist.Normal(torch.zeros(3), 1.0)).log_prob(
+        torch.zeros(0, 5)
+    ).shape == (0,)
+    parts = [randn(0, 1, 3), randn(1, 1, 3, 3), randn(2, 1, 5, 3)]
+    half = LinearChain(*(x.detach().bfloat16() for x in parts))
+    exact = LinearChain(*(x.detach().bfloat16().double() for x in parts))
+    torch.testing.assert_close(half.log_partition.double(), exact.log_partition, rtol=2**-8, atol=0)
+
+
 def test_samples_follow_the_evidence():
     d = HMM(randn(0, 3), randn(1, 3, 3), dist.Bernoulli(logits=randn(2, 3)), num_steps=4)
     y = torch.cartesian_prod(*[torch.arange(2.0)] * 4)
@@ -300,11 +356,16 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
         weights = torch.arange(1.0, rows + 1, dtype=dtype)
         gradients = torch.autograd.grad((q.log_partition * weights).sum(), potentials)
         pyro.set_rng_seed(3)
-        answers.append((q.log_partition.detach(), gradients, q.mode, q.sample((2,))))
-    (value, gradients, mode, z), (value2, gradients2, mode2, z2) = answers
+        fixed = LinearChain(*(x.detach() for x in potentials), lengths)
+        answers.append((q.log_partition.detach(), gradients, q.mode, q.sample((2,)), fixed.marginals))
+    (value, gradients, mode, z, marginals), (value2, gradients2, mode2, z2, marginals2) = answers
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
     torch.testing.assert_close(value, value2, **close)
     torch.testing.assert_close(gradients, gradients2, **close)
+    torch.testing.assert_close(tuple(marginals), tuple(marginals2), **close)
+    # a sequence of n steps has n states and n - 1 moves
+    torch.testing.assert_close(marginals.observation.sum((-1, -2)), lengths.to(dtype), **close)
+    torch.testing.assert_close(marginals.transition.sum((-1, -2)), lengths.to(dtype) - 1, **close)
     assert torch.equal(mode, mode2)
     # the same uniform numbers choose the same states, but for a rounding at the edge of one
     assert (z == z2).double().mean() > (0.999 if dtype == torch.float32 else 1 - 1e-9)
@@ -427,7 +488,7 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
             lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4, 3)).log_prob(
                 torch.tensor([0, 1, 3, 0])
             ),
-            "support",
+            r"z has 3 at index \(2,\): it takes integers from 0 to 2",
         ),
         (
             lambda: SemiMarkov(torch.zeros(3), torch.zeros(3, 3), torch.zeros(2, 4), torch.zeros(4, 3)),

@@ -64,15 +64,16 @@ def joint(parts, steps):
     def at(x, t, dims):
         return x if x.dim() == dims else x[t]
 
-    mean, response = [start], torch.eye(steps * hidden)
+    mean, unit = [start], torch.eye(steps * hidden)
+    response = [unit[:hidden]]
     sources = [spread]
     for t in range(1, steps):
         a = at(move, t - 1, 2)
         mean.append(a @ mean[-1] + at(drift, t - 1, 1))
         rows = slice(t * hidden, (t + 1) * hidden)
-        response[rows] += a @ response[(t - 1) * hidden : t * hidden]
+        response.append(unit[rows] + a @ response[-1])
         sources.append(at(noise, t - 1, 2))
-    covariance = response @ torch.block_diag(*sources) @ response.T
+    covariance = torch.cat(response) @ torch.block_diag(*sources) @ torch.cat(response).T
     read = torch.block_diag(*(at(read, t, 2) for t in range(steps)))
     error = torch.block_diag(*(at(error, t, 2) for t in range(steps)))
     offset = torch.cat([at(offset, t, 1) for t in range(steps)])
@@ -88,6 +89,45 @@ def conditioned(parts, y):
     evidence = MVN(read @ mean + offset, seen).log_prob(y.flatten())
     left = covariance - gain @ read @ covariance
     return evidence, mean + gain @ apart, (left + left.T) / 2
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 3, 2]])
+@pytest.mark.parametrize("rows", [(), (3,)])
+@pytest.mark.parametrize("varying", [False, True])
+def test_missing_coordinates_are_integrated_over(varying, rows, lengths):
+    steps, hidden = 5, 2
+    parts = [x.requires_grad_() for x in parameters(rows, varying=varying)]
+    y = torch.randn(3, steps, 3)
+    y[0, 1] = y[0, 0, 2] = y[1, :, 1] = y[1, 2, 0] = math.nan
+    d = chain(parts, lengths=None if lengths is None else torch.tensor(lengths))
+    value, q = d.log_prob(y), d.posterior(y)
+    assert torch.equal(value, q.log_partition)
+    right = []
+    for b in range(3):
+        own = [x[b] for x in parts] if rows else parts
+        length = steps if lengths is None else lengths[b]
+        mean, covariance, read, offset, error = joint(own, length)
+        seen = ~y[b, :length].flatten().isnan()
+        read, offset, error = read[seen], offset[seen], error[seen][:, seen]
+        centre, spread = read @ mean + offset, read @ covariance @ read.T + error
+        given = y[b, :length].flatten()[seen]
+        right.append(MVN(centre, spread).log_prob(given))
+        gain = covariance @ read.T @ torch.linalg.inv(spread)
+        torch.testing.assert_close(q.mean[b, :length].flatten(), mean + gain @ (given - centre))
+        left = covariance - gain @ read @ covariance
+        for t in range(length):
+            at = slice(t * hidden, (t + 1) * hidden)
+            torch.testing.assert_close(q.covariance[b, t], left[at, at])
+    torch.testing.assert_close(value, torch.stack(right), rtol=0, atol=1e-10)
+    weight = torch.tensor([1.0, 2.0, -0.5])
+    ours = torch.autograd.grad(value @ weight, parts)
+    theirs = torch.autograd.grad(torch.stack(right) @ weight, parts)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    # where no coordinate is missing nothing changes, and a chain of nothing but missing ones has evidence one
+    torch.testing.assert_close(
+        value[2], chain(parts, lengths=d.lengths).log_prob(torch.where(y.isnan(), 0.0, y))[2]
+    )
+    torch.testing.assert_close(d.log_prob(torch.full_like(y, math.nan)), torch.zeros(3), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("lengths", [None, [5, 3, 1]])
@@ -329,7 +369,7 @@ def test_expand():
     ("change", "message"),
     [
         ({"y": torch.zeros(2, 5, 2)}, r"y has shape \(2, 5, 2\)"),
-        ({"y": torch.full((2, 5, 3), math.nan)}, r"y has nan at index \(0, 0, 0\)"),
+        ({"y": torch.full((2, 5, 3), math.inf)}, r"y has inf at index \(0, 0, 0\)"),
         ({"y": torch.zeros(2, 0, 3)}, r"y has shape \(2, 0, 3\)"),
         ({"lengths": torch.tensor([5, 6])}, r"lengths has 6 at index \(1,\)"),
         ({"num_steps": 4}, "y has 5 steps"),

@@ -363,6 +363,11 @@ def test_unused_and_dead_symbols():
     assert all(g.isfinite().all() for g in torch.autograd.grad(d.log_prob(y), parts))
 
 
+def test_an_empty_batch():
+    d = PCFG(torch.zeros(2), torch.zeros(2, 5, 5), torch.zeros(3, 4))
+    assert d.log_prob(torch.zeros(0, 3, dtype=torch.long)).shape == (0,)
+
+
 def test_expand_and_plates():
     d = pcfg((3,), max_length=300)
     y = torch.tensor([[0, 1, 2]] * 3)

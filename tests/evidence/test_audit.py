@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence
+from pyroelbo.records import Bound
 from tests.pairs import EXACT, TABLE, Nonlinear
 
 
@@ -116,6 +117,23 @@ def test_a_budget_of_time():
     assert time.monotonic() - start < 60 and "evaluations a second chose" in str(result)
 
 
+def test_the_pilot_looks_past_what_each_call_costs(monkeypatch):
+    """A clock of our own: 10 ms a call and a microsecond an evaluation."""
+    from pyroelbo.evidence import budget as module
+
+    now = [0.0]
+
+    def fake(pair, batch, particles, scope):
+        now[0] += 0.01 + 1e-6 * particles * len(batch)
+        value = torch.zeros(len(batch))
+        return Bound("elbo", value, value, "lower", cost=particles * len(batch))
+
+    monkeypatch.setattr(module, "elbo", fake)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    plan = module.Budget("10s", Nonlinear(), torch.randn(20, 4), "datum")
+    assert 5e5 < plan.speed <= 1e6 and now[0] < 3
+
+
 @pytest.mark.parametrize("budget", ["soon", "0s", "1 year", 0, True, 2.5, "-1s"])
 def test_what_is_no_budget(budget):
     with pytest.raises(ValueError, match="budget takes a time"):
@@ -125,3 +143,56 @@ def test_what_is_no_budget(budget):
 def test_a_budget_too_small_is_refused():
     with pytest.raises(ValueError, match="too small for any estimate of 40 data, which takes 640"):
         audit(Nonlinear(), torch.randn(40, 4), budget=100)
+
+
+@pytest.mark.parametrize("budget", [None, 3000, "0.2s"])
+def test_a_scale_within_the_datum_leaves_the_elbo(budget):
+    import pyro
+    import pyro.distributions as dist
+
+    from pyroelbo import Pair, within_datum
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            with within_datum(2.0):
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y / 2, 0.8))
+
+    result = audit(Pair.of(model, guide), torch.randn(3), budget=budget)
+    assert [b.method for b in result.bounds] == ["elbo"] and "no iwae value: site 'y' carries a scale" in str(
+        result
+    )
+
+
+def test_a_budget_for_latents_that_no_guide_draws():
+    from pyroelbo import Pair
+    from pyroelbo.models import GaussianMixture
+
+    mixture, y = GaussianMixture(3, 2), torch.randn(4, 3)
+    result = audit(Pair.of(mixture.model, lambda y: None), y, budget="0.2s")
+    assert [b.method for b in result.bounds] == ["exact"]
+
+
+def test_a_guide_that_leaves_out_part_of_the_support_is_told():
+    import pyro
+    import pyro.distributions as dist
+
+    from pyroelbo import Pair
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Uniform(torch.zeros(len(y)), 1.0))
+
+    result = audit(Pair.of(model, guide), torch.randn(40))
+    assert result["iwae-64"].k_hat.nanmedian() < 0.7  # the weights look well
+    assert any("the guide cannot draw 6" in note for note in result.notes)  # 66 %
+    assert "cannot draw" not in str(audit(Nonlinear(), torch.randn(3, 4)))

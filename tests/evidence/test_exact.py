@@ -39,6 +39,8 @@ def test_a_chain_is_summed_exactly():
     y = torch.randn(4, 5)
     bound = evidence.exact(chain(first, following, 5), y)
     torch.testing.assert_close(bound.value, by_hand(first, following, y), rtol=1e-12, atol=1e-12)
+    alone = evidence.exact(chain(first, following, 5), y[:1])
+    torch.testing.assert_close(alone.value, bound.value[:1], rtol=1e-12, atol=1e-12)
     assert bound.kind == "exact" and bound.scope == "datum"
 
 

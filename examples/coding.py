@@ -1,0 +1,185 @@
+"""Codes as latents: the lecture's inequality for the hard ELBO, and the consistency of the ELBO, both without any sampling
+error.
+
+First, Shannon's code. A population Pop(y) has few members, z(y) is the code word of y, of |z| = ⌈-log₂ Pop(y)⌉
+bits, and the prior gives every word P(z) = 2^-|z|. The encoder is deterministic, the generator reads the word
+back, so the loss -ln P(z) P(y | z) is the length of the code, and H <= loss < H + ln 2.
+
+Then, another generator over the same population. Over all guides the smallest loss of the ELBO is the cross-entropy
+H(Pop, P), if the family of guides holds the posterior. A family that does not leaves an excess: the smallest mean KL
+to the posterior that it can reach. The hard ELBO drops the guide's entropy and stays above.
+"""
+
+import argparse
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from torch import nn
+
+from pyroelbo import ExactPair, Pair, audit
+from pyroelbo.objectives import Hard_ELBO
+from pyroelbo.runs import fresh
+
+LN2 = 0.6931471805599453
+
+
+class ShannonCode(Pair):
+    """Words are numbered as the members are; one more stands for all words that no member has."""
+
+    def __init__(self, population):
+        super().__init__()
+        length = (-population.log2() - 1e-9).ceil()
+        # Kraft's inequality: the words' shares sum to one at most. What is left has no member.
+        left = (1 - (2.0**-length).sum()).clamp_min(0)
+        self.prior = nn.Parameter(torch.cat([-length * LN2, left.log()[None]]), requires_grad=False)
+        reads = torch.cat([torch.eye(len(population)), torch.ones(1, len(population))])
+        self.reads = nn.Parameter(reads.log(), requires_grad=False)  # -inf: never
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(logits=self.prior))
+            pyro.sample("y", dist.Categorical(logits=self.reads[z]), obs=y)
+
+    def guide(self, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(logits=self.reads.T[y, :-1].log_softmax(-1)))
+
+
+class Table(ExactPair):
+    """p(z) and p(y | z) are tables of random numbers; the guide is a table for every y, or one row for all."""
+
+    def __init__(self, members, codes, guide):
+        super().__init__()
+        self.top = nn.Parameter(torch.randn(codes), requires_grad=False)
+        self.below = nn.Parameter(2 * torch.randn(codes, members), requires_grad=False)
+        self.encoder = nn.Parameter(torch.zeros(members if guide == "table" else 1, codes))
+
+    def joint(self):
+        """ln p(z, y), [members, codes]."""
+        return (self.top.log_softmax(0)[:, None] + self.below.log_softmax(1)).T
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(logits=self.top))
+            pyro.sample("y", dist.Categorical(logits=self.below[z]), obs=y)
+
+    def q(self):
+        """The guide's probabilities, [members, codes]."""
+        return self.encoder.softmax(-1).expand(self.below.shape[1], -1)
+
+    def guide(self, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(probs=self.q()[y]))
+
+    def posterior(self, y):
+        return dist.Categorical(logits=self.joint()[y])
+
+    def log_evidence(self, y):
+        return self.joint().logsumexp(-1)[y]
+
+
+def code_length(counts):
+    """(H, loss of the ELBO, loss of the hard ELBO) of Shannon's code, in nats, for a population of so many of each."""
+    population = counts / counts.sum()
+    y = torch.arange(len(counts)).repeat_interleave(counts)  # every member as often as it is met
+    pair = ShannonCode(population)
+    losses = [objective.loss(pair.model, pair.guide, y) / len(y) for objective in (Trace_ELBO(), Hard_ELBO())]
+    return float(-(population * population.log()).sum()), *losses
+
+
+def best_loss(pair, population, hard=False, steps=2000):
+    """The smallest loss over the pair's guides. Everything is a short sum, so this is plain gradient descent on it."""
+    optimizer = torch.optim.Adam([pair.encoder], lr=0.05)
+    for _ in range(steps):
+        q = pair.q()
+        loss = -(q * pair.joint()).sum(-1)
+        if not hard:  # the ELBO's loss has the guide's entropy too
+            loss = loss + (q * q.clamp_min(1e-30).log()).sum(-1)
+        loss = population @ loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def draw(band, bars, path):
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    entropy, loss = zip(*sorted(band), strict=True)
+    left.fill_between(entropy, entropy, [h + LN2 for h in entropy], alpha=0.2, label="[H, H + ln 2)")
+    left.plot(entropy, loss, ".", label="hard ELBO of Shannon's code")
+    left.set(xlabel="entropy H of the population, nats", ylabel="nats per datum")
+    left.legend()
+    names, values = zip(*bars.items(), strict=True)
+    shown = right.barh(names, values, color=["0.7", "0.5", "C0", "C1", "C2"])
+    right.bar_label(shown, fmt="%.4f", padding=3)
+    right.set_xlim(0, 1.2 * max(values))
+    right.invert_yaxis()
+    right.set_xlabel("smallest loss, nats per datum")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-n", "--num-epochs", type=int, default=2000, help="steps of gradient descent")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cuda", action="store_true", help="taken for uniformity: tables this small stay on the CPU"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="a new directory for the picture; runs/coding if left out"
+    )
+    options = parser.parse_args(arguments)
+    steps = 300 if options.smoke else options.num_epochs
+    torch.manual_seed(options.seed)
+
+    counts = torch.tensor([30, 20, 15, 10, 8, 6, 5, 3, 2, 1])
+    entropy, soft, hard = code_length(counts)
+    print(f"Shannon's code: H {entropy:.4f} <= loss {hard:.4f} < H + ln 2 {entropy + LN2:.4f} nats per datum")
+    print(f"a deterministic encoder has no entropy to drop: ELBO loss {soft:.4f}\n")
+    band = []
+    for _ in range(20 if options.smoke else 200):
+        some = (torch.rand(10).pow(4) * 100).long() + 1
+        h, _, loss = code_length(some)
+        assert h - 1e-5 <= loss < h + LN2
+        band.append((h, loss))
+
+    population = counts / counts.sum()
+    y = torch.arange(len(counts)).repeat_interleave(counts)
+    bars, results = {"entropy H(Pop)": entropy}, {}
+    for family in ("table", "one row"):
+        torch.manual_seed(options.seed + 1)  # the same generator for both
+        pair = Table(len(counts), 3, family)
+        loss = best_loss(pair, population, steps=steps)
+        results[family] = audit(pair, y, particles=256)
+        posterior = pair.joint().log_softmax(-1)
+        if family == "table":
+            cross = -float(population @ pair.joint().logsumexp(-1))
+            bars |= {"cross-entropy H(Pop, P)": cross, "ELBO, a row for each y": loss}
+            bars["hard ELBO, the same"] = best_loss(pair, population, hard=True, steps=steps)
+        else:
+            bars["ELBO, one row for all y"] = loss
+            # the best single row is the normalized geometric mean of the posteriors, which tells its excess
+            excess = -float((population @ posterior).logsumexp(0))
+            print(
+                f"one row for all: excess {loss - cross:.4f}, the smallest mean KL to the posterior {excess:.4f}\n"
+            )
+        print(f"guide: {family}\n{results[family]}\n")
+    for name, value in bars.items():
+        print(f"{name:26}{value:8.4f}")
+    print("picture:", draw(band, bars, (options.out or fresh("runs/coding")) / "coding.png"))
+    return results
+
+
+if __name__ == "__main__":
+    main()
