@@ -27,13 +27,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-n", "--num-epochs", type=int, default=150)
+    parser.add_argument("-n", "--num-epochs", type=int, default=100)
     parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("-lr", "--learning-rate", type=float, default=2e-3)
     parser.add_argument(
         "--components", type=int, default=50, help="Gaussians of the mixture, pseudo-inputs of vamp"
     )
-    parser.add_argument("--num-audit", type=int, default=200, help="test data that the audits look at")
+    parser.add_argument("--num-audit", type=int, default=50, help="test data that the audits look at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
