@@ -17,7 +17,7 @@ from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites
+from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites, sites_beyond
 
 __all__ = ["Joint", "scoped"]
 
@@ -61,6 +61,7 @@ class JointEvaluator(Evaluator):
                     )
         self.depth = depth
         self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
+        self.beyond = sites_beyond(guide, model)
         self._guide_sites = frozenset(k for k, _ in sample_sites(guide))
         self._batch_dims: dict[str, int] = {}
         self.latents = {}

@@ -285,6 +285,7 @@ class Evaluator:
                 scaled = _check_scale(site, program)
                 self.scaled_site = self.scaled_site or (name if scaled else None)
         self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
+        self.beyond = sites_beyond(guide, model)
         if set(frames) != {-1}:
             raise ValueError(f"the plate {PLATE!r} must stand at dim=-1, got dim {sorted(set(frames))}")
         self.depth = depth
@@ -407,8 +408,16 @@ class Evaluator:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._checks and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        if self._checks and program == "model" and name in self.latents:
+        latent = program == "model" and name in self.latents
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except RuntimeError as error:
+            if latent and name in self.beyond and not bool(site["fn"].support.check(site["value"]).all()):
+                raise ValueError(
+                    f"the guide draws values that latent site {name!r} cannot take: {error}"
+                ) from error
+            raise
+        if latent and (name in self.beyond or (self._checks and bool(log_prob.isnan().any()))):
             log_prob = _zero_outside(site, log_prob)
         scale = site.get("within_datum", 1.0) * _inner_plates(site)
         log_prob = log_prob if _is_one(scale) else log_prob * scale
@@ -463,11 +472,10 @@ def _is_one(scale: Any) -> bool:
 
 
 def _zero_outside(site: Any, log_prob: Tensor) -> Tensor:
-    """-inf, not NaN, where the guide draws what the model's latent cannot be."""
-    if not bool(log_prob.isnan().any()):
-        return log_prob
+    """-inf, neither NaN nor a formula's value out of its range (an exponential's is finite below zero), where the
+    guide draws what the model's latent cannot be."""
     inside = site["fn"].support.check(site["value"])
-    return torch.where(inside, log_prob, log_prob.new_tensor(-math.inf))
+    return torch.where(inside, log_prob, -math.inf)
 
 
 def _mask(log_prob: Tensor, mask: Any) -> Tensor:
@@ -600,6 +608,53 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
                 "is not the discrete latent's "
                 "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
             )
+        supports = [_support(s["fn"]) for s in (drawn[name], model.nodes[name])]
+        if kind != "Delta" and all(supports) and supports[0].is_discrete != supports[1].is_discrete:
+            what = [
+                f"a {'discrete' if s.is_discrete else 'continuous'} {k}"
+                for s, k in zip(supports, (kind, own), strict=True)
+            ]
+            raise ValueError(
+                f"guide site {name!r} is {what[0]}, the model's {what[1]}: a probability over a density is no weight, and "
+                "no bound follows from it"
+            )
+
+
+def sites_beyond(guide: Any, model: Any) -> frozenset[str]:
+    """The latent sites whose guide may draw values outside the model's support (point masses of automatic guides
+    are there by construction)."""
+    found = set()
+    for name, site in sample_sites(guide):
+        if name in model.nodes and not site["is_observed"] and type(_base(site["fn"])).__name__ != "Delta":
+            mine, theirs = (_support(s["fn"]) for s in (site, model.nodes[name]))
+            if theirs not in (None, constraints.real) and not _same(mine, theirs):
+                found.add(name)
+    return frozenset(found)
+
+
+def _support(fn: Any) -> Any:
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two supports are of one type, with bounds that are one number each."""
+    if type(mine) is not type(theirs) or vars(mine).keys() != vars(theirs).keys():
+        return False
+    for name, bound in vars(mine).items():
+        both = (bound, vars(theirs)[name])
+        if all(isinstance(x, (int, float, Tensor)) for x in both):
+            values = torch.cat([torch.as_tensor(x).reshape(-1).double() for x in both])
+            if bool((values != values[0]).any()):
+                return False
+        elif both[0] is not both[1]:
+            return False
+    return True
 
 
 def _base(fn: Any) -> Any:

@@ -236,6 +236,37 @@ def test_a_relaxed_guide_is_refused():
         evidence.elbo(Pair.of(model, guide), torch.randn(5))
 
 
+@pytest.mark.parametrize(
+    "prior, guess",
+    [(dist.Bernoulli(0.5), dist.Normal(0.5, 1.0)), (dist.Normal(0.0, 1.0), dist.Bernoulli(0.5))],
+)
+def test_a_probability_over_a_density_is_refused(prior, guess):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", prior), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", guess)
+
+    with pytest.raises(ValueError, match="guide site 'z' is a .*a probability over a density is no weight"):
+        evidence.elbo(Pair.of(model, guide), torch.randn(5))
+
+
+def test_a_guide_with_more_categories_than_the_model_is_refused_by_name():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+            pyro.sample("y", dist.Normal(z.to(y), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(torch.ones(9)))
+
+    with pytest.raises(ValueError, match="values that latent site 'z' cannot take"):
+        evidence.elbo(Pair.of(model, guide), torch.randn(50))
+
+
 def test_an_undeclared_batch_dimension_is_refused():
     def model(y):
         with pyro.plate("data", len(y)):

@@ -289,7 +289,12 @@ class _Annealer:
         if empty:
             notes.append(f"all weights are zero for {empty} of {self.evaluator.size} data")
         if kind == "lower":
-            return weighted(self.method, log_w, kind, self.cost, tuple(notes))
+            return weighted(self.method, log_w, kind, self.cost, tuple(notes), source=self.start)
+        lost = float((log_w == -math.inf).double().mean())
+        if lost:
+            notes.append(
+                f"the {self.start} gives probability zero to where {lost:.1%} of the chains start: a looser bound"
+            )
         if kind == "upper":
             return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
         notes.append("from posterior chains, not exact draws: an upper bound only if they have converged")
