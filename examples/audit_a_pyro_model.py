@@ -93,7 +93,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--particles", type=int, default=20_000)
     parser.add_argument("--temperatures", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

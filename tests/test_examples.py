@@ -76,9 +76,10 @@ def test_the_demos_bounds_are_ordered(tmp_path):
 def test_the_audit_exposes_the_bad_guide(tmp_path):
     torch.set_default_dtype(torch.float32)
     results = load("audit_a_pyro_model").main(["--out", str(tmp_path)])
-    gaps = {name: {g.method.split("-")[0]: g.mean for g in r.gaps} for name, r in results.items()}
-    assert gaps["a fifth as wide"]["elbo"] > 5 > 1 > gaps["AutoMultivariateNormal"]["elbo"] > 0
-    assert all(abs(g["ais"]) < 0.1 for g in gaps.values())
+    gaps = {name: {g.method.split("-")[0]: g for g in r.gaps} for name, r in results.items()}
+    assert gaps["a fifth as wide"]["elbo"].mean > 5 > 1 > gaps["AutoMultivariateNormal"]["elbo"].mean > 0
+    # A z-test of each at 1e-6; AIS from the prior sees the evidence whatever the guide.
+    assert all(abs(g["ais"].mean) < 4.9 * g["ais"].mean_error for g in gaps.values())
 
 
 @pytest.mark.slow
