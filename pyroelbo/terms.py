@@ -609,7 +609,11 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
                 "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
             )
         supports = [_support(s["fn"]) for s in (drawn[name], model.nodes[name])]
-        if kind != "Delta" and all(supports) and supports[0].is_discrete != supports[1].is_discrete:
+        if (
+            not _is_point(drawn[name]["fn"])
+            and all(supports)
+            and supports[0].is_discrete != supports[1].is_discrete
+        ):
             what = [
                 f"a {'discrete' if s.is_discrete else 'continuous'} {k}"
                 for s, k in zip(supports, (kind, own), strict=True)
@@ -625,11 +629,15 @@ def sites_beyond(guide: Any, model: Any) -> frozenset[str]:
     are there by construction)."""
     found = set()
     for name, site in sample_sites(guide):
-        if name in model.nodes and not site["is_observed"] and type(_base(site["fn"])).__name__ != "Delta":
+        if name in model.nodes and not site["is_observed"] and not _is_point(site["fn"]):
             mine, theirs = (_support(s["fn"]) for s in (site, model.nodes[name]))
             if theirs not in (None, constraints.real) and not _same(mine, theirs):
                 found.add(name)
     return frozenset(found)
+
+
+def _is_point(fn: Any) -> bool:
+    return type(_base(fn)).__name__ == "Delta" or getattr(_base(fn), "point_mass", False)
 
 
 def _support(fn: Any) -> Any:

@@ -132,6 +132,12 @@ def bdmc(
         before = annealer.cost
         log_w = annealer.reverse(*annealer.coordinates(draws), bar)
     value, _ = log_mean_exp(log_w)
+    notes = ("valid on data simulated by the model only; its chains share one posterior draw a datum",)
+    beyond = int((value == -math.inf).sum())
+    if beyond:
+        notes += (
+            f"infinite for {beyond} of {size} data: the {start} cannot draw the latents that made them",
+        )
     upper = Bound(
         f"reverse {annealer.method}",
         -value,
@@ -139,7 +145,7 @@ def bdmc(
         "upper",
         draws=particles,
         cost=annealer.cost - before,
-        notes=("valid on data simulated by the model only; its chains share one posterior draw a datum",),
+        notes=notes,
     )
     return Sandwich(pair.name, lower, upper)
 
