@@ -42,6 +42,7 @@ class JointEvaluator(Evaluator):
     def _learn(self, few: Batch) -> None:
         guide, model = self._plain_traces(few)
         check_sites(guide, model, self.with_guide)
+        self._refuse_points(guide, model, few)
         depth = 1
         for program, trace in (("guide", guide), ("model", model)):
             for name, site in sample_sites(trace):

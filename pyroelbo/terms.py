@@ -13,9 +13,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyroelbo import data as batches
@@ -27,6 +28,10 @@ __all__ = ["Evaluator", "Unavailable"]
 
 # Bytes that the largest intermediate tensor of one pass may take; a pass holds a few of that size.
 _BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+_POINT = (
+    "guide site {!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a point is no bound "
+    "on ln p(y)"
+)
 
 
 class Unavailable(ValueError):
@@ -116,6 +121,9 @@ class Evaluator:
         self.with_guide = with_guide
         self.scaled_site: str | None = None
         with torch.no_grad(), self._quiet():
+            encoder = getattr(pair, "encoder", None)
+            if with_guide and isinstance(encoder, AutoGuide) and encoder.prototype_trace is None:
+                batches.call(encoder, self.batch)  # it takes its plates' sizes from its first batch
             try:
                 self._learn(batches.rows(self.batch, slice(0, 3)))
                 self.sliceable = True
@@ -269,6 +277,7 @@ class Evaluator:
         """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
         guide, model = self._plain_traces(few)
         check_sites(guide, model, self.with_guide)
+        self._refuse_points(guide, model, few)
         self.latents: dict[str, LatentSite] = {}
         depth, frames = 1, []
         for program, trace in (("guide", guide), ("model", model)):
@@ -298,6 +307,20 @@ class Evaluator:
                     plates = plates[1:]
                 self.latents[name] = LatentSite.of(name, fn, plates)
         self.strategy, self._elements = self._choose(few)
+
+    def _refuse_points(self, guide: Any, model: Any, few: Batch) -> None:
+        """Refuse continuous latents that a guide, an automatic one, sets to the same value in every draw."""
+        names = [
+            name
+            for name, site in sample_sites(guide)
+            if name in model.nodes and _is_point(site["fn"]) and not _is_point(model.nodes[name]["fn"])
+        ]
+        names = [n for n in names if self.with_guide and not model.nodes[n]["fn"].support.is_discrete]
+        if names:
+            again = batches.call(poutine.trace(self.pair.guide).get_trace, few)
+            for name in names:
+                if torch.equal(guide.nodes[name]["value"], again.nodes[name]["value"]):
+                    raise ValueError(_POINT.format(name))
 
     def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
         if self.with_guide:
@@ -592,14 +615,23 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
         refusal: type[ValueError] = ValueError if drawn else Unavailable
         raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    auxiliary = sorted(set(drawn) - latent)
+    if auxiliary:
+        # A change of variables, as automatic guides make, has as many numbers on one side as on the other.
+        made = [
+            k for k in latent if _is_point(drawn[k]["fn"]) and not model.nodes[k]["fn"].support.is_discrete
+        ]
+        inner = sum(biject_to(model.nodes[k]["fn"].support).inv(drawn[k]["value"]).numel() for k in made)
+        if sum(drawn[k]["value"].numel() for k in auxiliary) > inner:
+            raise Unavailable(
+                f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their density under the "
+                "guide is an integral over it, and no bound follows without a model of it"
+            )
     for name in sorted(latent):
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
         point = kind == "Delta" != own and not any(s["infer"].get("is_auxiliary") for s in drawn.values())
         if point and not model.nodes[name]["fn"].support.is_discrete:
-            raise ValueError(
-                f"guide site {name!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a "
-                "point is no bound on ln p(y)"
-            )
+            raise ValueError(_POINT.format(name))
         if (
             ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
         ) or "StraightThrough" in kind:

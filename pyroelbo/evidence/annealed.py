@@ -132,7 +132,7 @@ def bdmc(
         before = annealer.cost
         log_w = annealer.reverse(*annealer.coordinates(draws), bar)
     value, _ = log_mean_exp(log_w)
-    notes = ("valid on data simulated by the model only; its chains share one posterior draw a datum",)
+    notes = ["valid on data simulated by the model only; its chains share one posterior draw a datum"]
     beyond = int((value == -math.inf).sum())
     if beyond:
         notes += (
@@ -145,7 +145,7 @@ def bdmc(
         "upper",
         draws=particles,
         cost=annealer.cost - before,
-        notes=notes,
+        notes=tuple(notes),
     )
     return Sandwich(pair.name, lower, upper)
 
