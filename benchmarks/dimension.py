@@ -78,14 +78,13 @@ def figure(found, path):
     axes = canvas.subplots()
     for name in dict.fromkeys(r["estimator"] for r in found):
         mine = [r for r in found if r["estimator"] == name]
-        x, value = [r["latent"] for r in mine], [max(r["error"], 1e-4) for r in mine]
-        low = [max(r["error"] - 2 * r["stderr"], 1e-4) for r in mine]
-        high = [max(r["error"] + 2 * r["stderr"], 1e-4) for r in mine]
-        (line,) = axes.plot(x, value, marker="o", label=name)
-        axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+        x = [r["latent"] for r in mine]
+        error, spread = (torch.tensor([r[key] for r in mine]) for key in ("error", "stderr"))
+        (line,) = axes.plot(x, error, marker="o", label=name)
+        axes.fill_between(x, error - 2 * spread, error + 2 * spread, alpha=0.2, color=line.get_color())
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-3)
+    axes.set_yscale("symlog", linthresh=0.1)  # Monte Carlo errors of either sign around zero
+    axes.axhline(0, color="black", lw=0.8)
     axes.set_xticks([r["latent"] for r in found if r["estimator"] == found[0]["estimator"]])
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("latent dimensions")

@@ -96,11 +96,11 @@ def fit(
     first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
     ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
-    out (the rows of metrics count them); ``ema`` is the decay of a moving average of the weights, which is
-    what is validated and kept. ``freeze`` names parts that stay as they are: ``("encoder",)`` is
-    fixed-encoder training. ``compile`` runs loss, gradients and update as one graph
-    (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it takes
-    seconds for each shape of batch.
+    out (the rows of metrics count them); ``ema`` is the decay of a moving average of the weights, which is what
+    is validated and kept (BatchNorm's running statistics are not averaged). ``freeze`` names parts that stay
+    as they are: ``("encoder",)`` is fixed-encoder training. ``compile`` runs loss, gradients and update as one
+    graph (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it
+    takes seconds for each shape of batch.
 
     ``device`` is CUDA where there is one, unless given. ``out`` is a new run directory, with
     ``metrics.jsonl``, a checkpoint every ``checkpoint_seconds`` and the weights at the end; ``resume`` goes
@@ -145,7 +145,7 @@ def fit(
         "compile": compile,
         "freeze": list(freeze),
         "seed": seed,
-        "objective": objective if isinstance(objective, str) else type(objective).__name__,
+        "objective": objective if isinstance(objective, str) else _described(objective),
         "kl_weight": "a function" if callable(kl_weight) else kl_weight,
         "schedule": "a function" if callable(schedule) else schedule,
         # The cosine depends on the last epoch, so such a run cannot be lengthened.
@@ -479,6 +479,13 @@ def _check_settings(
         raise ValueError(f"patience takes a positive number of epochs, got {patience!r}")
     if patience is not None and valid is None:
         raise ValueError("patience looks at the validation bound: give valid=")
+
+
+def _described(objective: ELBO) -> str:
+    """Type and plain settings, so that a resumed run is held to them; the nesting of plates is found, not set."""
+    plain = {k: v for k, v in sorted(vars(objective).items()) if isinstance(v, (bool, int, float, str))}
+    plain.pop("max_plate_nesting", None)
+    return f"{type(objective).__name__}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
 
 
 def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:

@@ -977,6 +977,7 @@ RULES = [
         {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
         lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     ),
+    ({"optimizer": "adamw", "lr": 1e-2}, lambda p: torch.optim.AdamW(p, lr=1e-2)),
     ({"optimizer": "sgd", "lr": 1e-4}, lambda p: torch.optim.SGD(p, lr=1e-4)),
     (
         {"optimizer": "sgd", "lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},

@@ -466,6 +466,9 @@ def test_run_directories_are_never_overwritten(tmp_path):
         quiet(fresh(), y, batch_size=3, out=tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="belongs to another pair"):
         quiet(fresh(latent=3), y, out=tmp_path / "run", resume=True)
+    quiet(fresh(), y, objective=Trace_ELBO(num_particles=2), out=tmp_path / "objective")
+    with pytest.raises(ValueError, match="cannot resume.*num_particles=2"):
+        quiet(fresh(), y, objective=Trace_ELBO(num_particles=3), out=tmp_path / "objective", resume=True)
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: len(content) // 2])

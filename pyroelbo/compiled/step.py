@@ -41,7 +41,8 @@ class CompiledStep:
     :param objective: a Pyro ELBO; ``model`` and ``guide`` are its callables.
     :param parameters: the leaf tensors to train, by name; others that the loss reaches stay as they are.
     :param optimizer: "adam", "adamw" or "sgd", with torch.optim's rules for ``betas``, ``eps``,
-        ``weight_decay`` (L2 for adam and sgd, decoupled for adamw), ``momentum`` and ``nesterov``.
+        ``weight_decay`` (L2 for adam and sgd, decoupled for adamw and 0.01 there by default, as in torch),
+        ``momentum`` and ``nesterov``.
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
     :param skip_norm: where the whole gradient is longer than this, or not finite, the step leaves the parameters
         and the optimizer's state as they are, and ``skipped`` counts it (Child, 2021). None takes every step.
@@ -66,7 +67,7 @@ class CompiledStep:
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         clip_norm: float | None = None,
@@ -94,7 +95,8 @@ class CompiledStep:
             raise ValueError("nesterov: takes a positive momentum")
         self.parameters = dict(parameters)
         self._kind = "differentiable" if hasattr(objective, "differentiable_loss") else "grads"
-        self._rule = (optimizer, betas, eps, weight_decay, momentum, nesterov, clip_norm, ema)
+        decay = (0.01 if optimizer == "adamw" else 0.0) if weight_decay is None else weight_decay
+        self._rule = (optimizer, betas, eps, decay, momentum, nesterov, clip_norm, ema)
         self._skip_norm = skip_norm
         first = next(iter(self.parameters.values()))
         exact = torch.float32 if first.device.type == "mps" else torch.float64
