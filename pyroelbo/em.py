@@ -315,9 +315,10 @@ class _Gradient:
                 gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            value = value.detach()
             if float(value) < best:
                 best, kept = float(value), [p.detach().clone() for p in self.parameters]
-            return value.detach()
+            return value
 
         optimizer.step(loss)
         with torch.no_grad():  # a line search may end at a worse place, or run off where there is no maximum
