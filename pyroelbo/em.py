@@ -316,7 +316,7 @@ class _Gradient:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
             value = value.detach()
-            if float(value) < best:
+            if -math.inf < float(value) < best:
                 best, kept = float(value), [p.detach().clone() for p in self.parameters]
             return value
 
