@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -106,12 +107,18 @@ def fit_em(
 
     Source: Dempster, Laird, Rubin (1977); Neal and Hinton (1998); Cappé and Moulines (2009) for stepwise EM.
     """
-    _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, restarts)
-    if not any(True for _ in pair.parameters()):
-        raise ValueError(f"{pair.name} has no parameters to fit")
+    if not isinstance(pair, Pair):
+        raise TypeError(
+            f"pair takes a Pair, got a {type(pair).__name__}: Pair.of(model, guide) makes one of functions"
+        )
+    _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, restarts, seed)
     if resume and out is None:
         raise ValueError("resume takes the run directory to go on with: give out=")
     closed = isinstance(pair, ClosedForm)
+    if not any(closed or p.requires_grad for p in pair.parameters()):
+        raise ValueError(
+            f"{pair.name} has no parameters to fit: EM takes those of its modules (fit trains those of pyro.param too)"
+        )
     if stepwise is not None and not closed:
         raise ValueError(
             f"stepwise takes a pair with an M-step in closed form; {pair.name} has none: use fit, which takes minibatches"
@@ -141,7 +148,7 @@ def fit_em(
         "start": start,
         "seed": seed,
         "objective": "hard_em" if hard else "em",
-        "data_size": loader.size,
+        "fingerprint": loader.fingerprint(),
     }
     steps = _Closed(pair, hard) if closed else _Gradient(pair, hard, gradient_steps)
     first = batches.to(loader.first(), place)
@@ -299,22 +306,23 @@ class _Gradient:
             self.parameters, max_iter=self.steps, tolerance_change=0.0, line_search_fn="strong_wolfe"
         )
         count = sum(batches.size(batch) for batch, _ in statistics)
-        before = [p.detach().clone() for p in self.parameters]
+        best, kept = math.inf, [p.detach().clone() for p in self.parameters]
 
         def loss() -> Tensor:
+            nonlocal best, kept
             with torch.enable_grad():
                 value = -self._expected_log_joint(statistics) / count
                 gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-            return value.detach()
+            value = value.detach()
+            if -math.inf < float(value) < best:
+                best, kept = float(value), [p.detach().clone() for p in self.parameters]
+            return value
 
-        start = loss()
         optimizer.step(loss)
-        after = loss()
-        if not after <= start:  # a line search that found nothing better, at rounding's end
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, before)
+        with torch.no_grad():  # a line search may end at a worse place, or run off where there is no maximum
+            torch._foreach_copy_(self.parameters, kept)
 
 
 class _Job:
@@ -369,11 +377,15 @@ class _Job:
         self.pair.eval()
         if self.epoch >= epochs:  # a finished run, resumed
             self.stopped = "epochs"
-        with bar, interruptible() as interrupt, unregistered(), pyro.validation_enabled(False):
+        with bar, interruptible() as interrupt, unregistered(), ExitStack() as unchecked:
+            if self.flight:
+                unchecked.enter_context(pyro.validation_enabled(False))
             while self.stopped is None:
                 if not self.flight:
                     self._begin(restarts)
+                    # the first pass also looks whether all data are in the model's support
                     self.values, statistics, count = self._expect()
+                    unchecked.enter_context(pyro.validation_enabled(False))
                     self._record(self.values, count, callbacks, bar)
                 elif statistics is None and stepwise is None:
                     _, statistics, _ = self._expect()
@@ -468,11 +480,15 @@ class _Job:
     def _sum(self, value: Tensor, before: int) -> Tensor:
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
-            row = int(bad.nonzero()[0, -1])
-            raise ValueError(
-                f"{self.pair.name} gives datum {before + row} (of that pass) log probability {float(value[bad][0])} in epoch "
-                f"{self.epoch + 1}: "
+            row, found = int(bad.nonzero()[0, -1]), float(value[bad][0])
+            why = (
                 "no z explains it. Smooth the start, or leave that datum out"
+                if found == -math.inf
+                else "its parameters have run out of range, or are not finite to begin with"
+            )
+            raise ValueError(
+                f"{self.pair.name} gives datum {before + row} (of that pass) log probability {found} in epoch "
+                f"{self.epoch + 1}: {why}"
             )
         return value.double().sum(-1).cpu()
 
@@ -579,7 +595,7 @@ class _Job:
         return {k: type(like[k])(**v) if "" not in v else v[""] for k, v in fields.items()}
 
 
-def _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, restarts) -> None:
+def _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, restarts, seed) -> None:
     counts = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -591,6 +607,8 @@ def _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, res
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed takes a whole number from 0 to 2**32 - 1, got {seed!r}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance takes a number of nats of at least 0, got {tolerance!r}")
     if stepwise is not None and not 0.5 < stepwise <= 1:

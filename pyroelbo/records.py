@@ -351,7 +351,9 @@ class Audit(Json):
                     "" if gap is None else f"{gap.mean:.4f}",
                     "" if gap is None else short(gap.mean_error),
                     "" if b.ess is None else f"{float(b.ess.double().mean()):.1f}/{b.draws}",
-                    "" if b.k_hat is None else f"{float(b.k_hat.double().nanmedian()):.2f}",
+                    ""
+                    if b.k_hat is None
+                    else f"{float(b.k_hat.double().nanmedian()):.2f}".replace("nan", "?"),
                     f"{b.cost:,}",
                 ]
             )

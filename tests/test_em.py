@@ -1,5 +1,6 @@
 """EM: monotone on every exact pair, equal to other people's EM, and what it refuses."""
 
+import copy
 import math
 import os
 import re
@@ -614,3 +615,95 @@ def test_training_closes_the_gap_that_the_audit_shows(name):
     assert before["exact"].mean == after["exact"].mean
     gaps = [r["exact"].mean - r["elbo"].mean for r in (before, after)]
     assert 1e-3 < gaps[1] < 0.9 * gaps[0]
+
+
+def test_a_bad_datum_of_a_later_piece_is_refused():
+    """Each of these would change what is summed without a word: a count of two for a coin, half a count."""
+    for pair, y in (
+        (models.BernoulliMixture(3, 2), torch.ones(60, 3)),
+        (models.HMM(2, 3, "bernoulli"), torch.ones(60, 4, 3)),
+        (models.HMM(2, 3, "poisson"), torch.ones(60, 4, 3)),
+    ):
+        bad = y.clone()
+        bad[-1] = 2.5
+        for settings in ({}, {"batch_size": 7}, {"batch_size": 7, "restarts": 2}):
+            with pytest.raises(ValueError, match="support"):
+                quiet(pair, bad, epochs=2, **settings)
+        with pytest.raises(ValueError, match="outside its support"):
+            quiet(pair, bad, epochs=2, start="random")
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path):
+    pair, y = models.GaussianMixture(2, 2), torch.randn(40, 2)
+    quiet(pair, y, epochs=2, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="fingerprint was"):
+        quiet(pair, y + 1, epochs=4, out=tmp_path / "run", resume=True)
+    assert len(quiet(pair, y, epochs=4, out=tmp_path / "run", resume=True).losses) == 5
+
+
+def test_parameters_that_em_cannot_see_and_a_start_of_one_datum():
+    def program(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(pyro.param("share", torch.tensor(0.5))))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"those of pyro\.param"):
+        quiet(Pair.of(program, program), torch.randn(9))
+    for pair, y in ((models.PPCA(3, 1), torch.randn(1, 3)), (models.StateSpace(3, 1), torch.randn(1, 1, 3))):
+        pair.initialize(y)
+        assert all(p.isfinite().all() for p in pair.parameters()) and pair.log_evidence(y).isfinite()
+    pair = models.GaussianMixture(2, 2)
+    with torch.no_grad():
+        pair.generator.loc.fill_(math.nan)
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="not finite to begin with"):
+        quiet(pair, torch.randn(9, 2))
+
+
+def test_kinds_of_numbers():
+    """Coins may be bools or integers; what a product of matrices cannot mix is named."""
+    y = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    pair = models.BernoulliMixture(3, 2)
+    expected = pair.log_evidence(y.to(torch.get_default_dtype())).detach()
+    for given in (y, y.long()):
+        torch.testing.assert_close(pair.log_evidence(given).detach(), expected)
+        assert audit(pair, given, particles=2)["exact"].mean == pytest.approx(float(expected.mean()))
+        quiet(copy.deepcopy(pair), given, epochs=2, restarts=2)
+    chain, heads = models.HMM(2, 3, "bernoulli"), y.view(6, 5, 3)
+    expected = chain.log_evidence(heads.to(torch.get_default_dtype())).detach()
+    for given in (heads, heads.long()):
+        assert audit(chain, given, particles=2)["exact"].mean == pytest.approx(float(expected.mean()))
+        quiet(copy.deepcopy(chain), given, epochs=2, restarts=2)
+    for pair, shape in ((models.PPCA(3, 1), (5, 3)), (models.StateSpace(3, 1), (5, 4, 3))):
+        with pytest.raises(
+            ValueError, match="y is a torch.float32 tensor and the parameters are torch.float64"
+        ):
+            quiet(pair, torch.zeros(shape, dtype=torch.float32))
+    with pytest.raises(ValueError, match="components takes"):
+        models.GaussianMixture(2, -1)
+    with pytest.raises(TypeError, match="pair takes a Pair"):
+        fit_em(lambda y: None, torch.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed takes"):
+        quiet(models.PPCA(3, 1), torch.randn(5, 3), seed=-1)
+
+
+def test_a_gradient_m_step_without_a_maximum_still_climbs():
+    """A component on a single place has no best scale: the line search runs off, and what it met on its way
+    counts, rather than nothing."""
+
+    class Own(Pair):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor([0.5, 2.0]))
+            self.log_scale = nn.Parameter(torch.zeros(2))
+
+        def model(self, y):
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+                pyro.sample("y", dist.Normal(self.loc[z], self.log_scale[z].exp()), obs=y)
+
+        def guide(self, y):
+            with pyro.plate("data", len(y)):
+                pyro.sample("z", dist.Categorical(torch.ones(2)))
+
+    losses = quiet(Own(), torch.ones(8), epochs=1).losses
+    assert losses[1] < losses[0] - 1

@@ -35,6 +35,8 @@ def test_audit_prints_and_survives_json():
     assert str(again) == str(audit)
     assert torch.equal(again["exact"].value, exact.value) and again["elbo"].notes == ("a note",)
     assert "note: elbo: a note" in str(audit) and "note: another" in str(audit)
+    unknown = Audit("Few draws", (bound(k_hat=torch.full((2,), math.nan)),))
+    assert "nan" not in str(unknown) and "?" in str(unknown)
     joint = Audit("J", (Bound("ais", torch.tensor(-3.0), torch.tensor(0.1), "lower", scope="joint"),))
     assert Audit.from_dict(json.loads(joint.to_json()))["ais"].value.shape == ()
 

@@ -50,6 +50,8 @@ class Family(nn.Module):
 
     def __init__(self, states: int, smoothing: float) -> None:
         super().__init__()
+        if states < 1:
+            raise ValueError(f"components takes a positive number, got {states}")
         if not smoothing >= 0:
             raise ValueError(f"smoothing takes a pseudo-count of at least 0, got {smoothing!r}")
         self.states, self.smoothing = states, smoothing
@@ -71,6 +73,11 @@ class Family(nn.Module):
         start = start or self.starts[0]
         if start not in self.starts:
             raise ValueError(f"start takes one of {self.starts} for a {type(self).__name__}, got {start!r}")
+        good = self.distribution().support.check(y)
+        if not bool(good.all()):
+            raise ValueError(
+                f"y has {y[~good][0].tolist()}, which no {type(self).__name__} gives: outside its support"
+            )
         self._initialize(y, start)
 
     @abstractmethod

@@ -74,7 +74,7 @@ class HMM(ExactPair):
             )
         if lengths is not None and lengths.shape != y.shape[:1]:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
-        return y
+        return y if not event or y.is_floating_point() else y.to(self.prior.initial.dtype)
 
     def _hmm(self, steps: int, lengths: Tensor | None) -> ped.HMM:
         p = self.prior
@@ -91,9 +91,9 @@ class HMM(ExactPair):
         return time < (len(time) if lengths is None else lengths[:, None])
 
     def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
-        steps = self._check(y, lengths).shape[1]
+        y = self._check(y, lengths)
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", self._hmm(steps, lengths).prior)
+            z = pyro.sample("z", self._hmm(y.shape[1], lengths).prior)
             emitted = self.generator.distribution(z)
             if lengths is not None:
                 emitted = emitted.mask(self._within(y, lengths))
@@ -116,12 +116,14 @@ class HMM(ExactPair):
 
     def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.LinearChain:
         """p(z | y), a chain over paths; its ``log_partition`` is ln p(y)."""
-        return self._hmm(self._check(y, lengths).shape[1], lengths).posterior(self._beside(y))
+        y = self._check(y, lengths)
+        return self._hmm(y.shape[1], lengths).posterior(self._beside(y))
 
     def _beside(self, y: Tensor) -> Tensor:
         return y if self.prior.initial.dim() == 1 else y[None]
 
     def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
+        y = self._check(y, lengths)
         prior, q = (
             self.prior,
             self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths),
@@ -141,6 +143,7 @@ class HMM(ExactPair):
         self, y: Tensor, lengths: Tensor | None = None, hard: bool = False
     ) -> tuple[Tensor, dict[str, Any]]:
         """ln p(y) [B] (``hard``: ln p(y, z*) of the best path) and the statistics of :meth:`m_step`."""
+        y = self._check(y, lengths)
         evidence, used = self.posterior(y, lengths).expected_parts(hard=hard)
         initial, transition, visits = used
         if lengths is None:
@@ -175,7 +178,8 @@ class HMM(ExactPair):
     def initialize(self, y: Tensor, lengths: Tensor | None = None, start: str | None = None) -> None:
         """A start drawn from data: uniform first state, moves near uniform, emissions ``"random"`` or, the default
         of Gaussian ones, at the centres of ``"k-means"``."""
-        inside = self._within(self._check(y, lengths), lengths).expand(y.shape[:2])
+        y = self._check(y, lengths)
+        inside = self._within(y, lengths).expand(y.shape[:2])
         if int(inside.sum()) < self.states:
             raise ValueError(f"{self.states} states take at least as many steps, got {int(inside.sum())}")
         self.prior.initial.zero_()

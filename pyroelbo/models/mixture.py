@@ -26,8 +26,6 @@ class _Mixture(ExactPair):
         if guide not in ("exact", "encoder"):
             raise ValueError(f"guide takes 'exact' or 'encoder', got {guide!r}")
         self.components, self.dims = generator.states, generator.event[0]
-        if self.components < 1:
-            raise ValueError(f"components takes a positive number, got {self.components}")
         self.generator = generator
         self.generator.register_parameter("logits", nn.Parameter(0.1 * torch.randn(self.components)))
         self.encoder = nn.Linear(self.dims, self.components) if guide == "encoder" else None
@@ -44,7 +42,7 @@ class _Mixture(ExactPair):
     def _check(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(f"y has shape {tuple(y.shape)}: this mixture takes [B, {self.dims}]")
-        return y
+        return y if y.is_floating_point() else y.to(self.generator.logits.dtype)
 
     @property
     def mixture(self) -> ped.Mixture:
@@ -54,12 +52,12 @@ class _Mixture(ExactPair):
         return ped.Mixture(logits if stack is None else logits[stack], self.generator.distribution(stack))
 
     def model(self, y: Tensor) -> None:
-        with pyro.plate(PLATE, len(self._check(y))):
+        with pyro.plate(PLATE, len(y := self._check(y))):
             z = pyro.sample("z", dist.Categorical(logits=self.generator.logits))
             pyro.sample("y", self.generator.distribution(z), obs=y)
 
     def guide(self, y: Tensor) -> None:
-        with pyro.plate(PLATE, len(y)):
+        with pyro.plate(PLATE, len(y := self._check(y))):
             pyro.sample(
                 "z", self.posterior(y) if self.encoder is None else dist.Categorical(logits=self.encoder(y))
             )
@@ -73,7 +71,7 @@ class _Mixture(ExactPair):
 
     def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Any]]:
         """ln p(y) [B] (``hard``: ln p(y, z*)) and the statistics of :meth:`m_step`."""
-        self._check(y)
+        y = self._check(y)
         if isinstance(self.generator, AnyGaussian):
             mixture = ped.Mixture(self.generator.logits, self.generator.distribution())
             evidence, moments = mixture.expected_statistics(y, hard=hard)
@@ -107,7 +105,7 @@ class _Mixture(ExactPair):
     def initialize(self, y: Tensor, start: str | None = None) -> None:
         """A start drawn from data, with equal weights: components at the centres of ``"k-means"`` (the default of
         Gaussian ones), or ``"random"``, at data drawn at random."""
-        if len(self._check(y)) < self.components:
+        if len(y := self._check(y)) < self.components:
             raise ValueError(f"{self.components} components take at least as many data, got {len(y)}")
         self.generator.initialize(y, start)
         self.generator.logits.zero_()

@@ -71,6 +71,11 @@ class PPCA(ExactPair):
     def _check(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(f"y has shape {tuple(y.shape)}: this PPCA takes [B, {self.dims}]")
+        if y.dtype != self.generator.loc.dtype:
+            raise ValueError(
+                f"y is a {y.dtype} tensor and the parameters are {self.generator.loc.dtype}: convert one, "
+                "y.to(dtype) or pair.to(dtype)"
+            )
         return y
 
     def model(self, y: Tensor) -> None:
@@ -137,7 +142,7 @@ class PPCA(ExactPair):
     @torch.no_grad()
     def initialize(self, y: Tensor) -> None:
         """A random start: a random weight of the data's size, their mean, and their spread as noise."""
-        g, spread = self.generator, self._check(y).std(0).clamp_min(1e-3)
+        g, spread = self.generator, self._check(y).std(0, correction=int(len(y) > 1)).clamp_min(1e-3)
         g.loc.copy_(y.mean(0))
         g.log_scale.copy_(spread.mean().log() if self.noise == "shared" else spread.log())
         g.weight.normal_().mul_(spread.mean() / math.sqrt(self.latent_dims))

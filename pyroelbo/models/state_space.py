@@ -74,6 +74,11 @@ class StateSpace(ExactPair):
             raise ValueError(f"y has shape {tuple(y.shape)}: this model takes [B, T, {self.dims}]")
         if lengths is not None and lengths.shape != y.shape[:1]:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
+        if y.dtype != self.generator.offset.dtype:
+            raise ValueError(
+                f"y is a {y.dtype} tensor and the parameters are {self.generator.offset.dtype}: convert one, "
+                "y.to(dtype) or pair.to(dtype)"
+            )
         return y
 
     def _chain(self, lengths: Tensor | None, blind: bool = False) -> ped.LinearGaussianChain:
@@ -227,7 +232,7 @@ class StateSpace(ExactPair):
         p.log_start.zero_()
         p.log_noise.fill_(-0.5)
         p.move.copy_(0.8 * torch.eye(self.latent_dims) + 0.1 * torch.randn_like(p.move))
-        spread = seen.std(0).clamp_min(10 * self.floor)
+        spread = seen.std(0, correction=int(len(seen) > 1)).clamp_min(10 * self.floor)
         g.read.copy_(torch.randn_like(g.read) * spread[:, None] / self.latent_dims**0.5)
         g.offset.copy_(seen.mean(0))
         g.log_scale.copy_(spread.log())
