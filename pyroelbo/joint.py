@@ -17,7 +17,7 @@ from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites
+from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites, sites_beyond
 
 __all__ = ["Joint", "scoped"]
 
@@ -42,6 +42,7 @@ class JointEvaluator(Evaluator):
     def _learn(self, few: Batch) -> None:
         guide, model = self._plain_traces(few)
         check_sites(guide, model, self.with_guide)
+        self._refuse_points(guide, model, few)
         depth = 1
         for program, trace in (("guide", guide), ("model", model)):
             for name, site in sample_sites(trace):
@@ -61,6 +62,7 @@ class JointEvaluator(Evaluator):
                     )
         self.depth = depth
         self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
+        self.beyond = sites_beyond(guide, model)
         self._guide_sites = frozenset(k for k, _ in sample_sites(guide))
         self._batch_dims: dict[str, int] = {}
         self.latents = {}

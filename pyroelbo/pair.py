@@ -235,16 +235,24 @@ class Pair(PyroModule):
         with evaluation_mode(self):
             observed = self._observed_parts(template)
             seed = int(torch.randint(2**31, ()))
-            latents, batch = self._draw(template, observed, seed)
-            _, again = self._draw(batch, observed, seed)
-        for (name, first), second in zip(
-            batches.parts(batch).items(), batches.parts(again).values(), strict=True
-        ):
-            if not torch.equal(first, second):
-                raise ValueError(
-                    f"{type(self).__name__}.model feeds its observations forward ({name} changes what is drawn); "
-                    "plain simulation would be wrong: override simulate(self, n, *given)"
-                )
+            latents, batch, scores = self._draw(template, observed, seed)
+            _, again, rescores = self._draw(batch, observed, seed)
+        changed = [
+            name
+            for (name, first), second in zip(
+                batches.parts(batch).items(), batches.parts(again).values(), strict=True
+            )
+            if not torch.equal(first, second)
+        ]
+        # Discrete draws may come out equal from distributions that are not.
+        changed += [
+            k for k, v in scores.items() if not torch.allclose(v, rescores[k], rtol=1e-6, equal_nan=True)
+        ]
+        if changed:
+            raise ValueError(
+                f"{type(self).__name__}.model feeds its observations forward (they change how {changed[0]} is drawn); "
+                "plain simulation would be wrong: override simulate(self, n, *given)"
+            )
         return latents, batch
 
     def _observed_parts(self, batch: Batch) -> dict[str, int]:
@@ -265,7 +273,10 @@ class Pair(PyroModule):
                 )
         return found
 
-    def _draw(self, template: Batch, observed: dict[str, int], seed: int) -> tuple[dict[str, Tensor], Batch]:
+    def _draw(
+        self, template: Batch, observed: dict[str, int], seed: int
+    ) -> tuple[dict[str, Tensor], Batch, dict[str, Tensor]]:
+        """Latents by site, the batch drawn, and the log probability of each site's draw."""
         cuda = [t.device for t in self.parameters() if t.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
@@ -277,9 +288,14 @@ class Pair(PyroModule):
         latents = {
             k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
         }
+        scores = {
+            k: s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"])
+            for k, s in trace.nodes.items()
+            if s["type"] == "sample"
+        }
         if isinstance(template, dict):
-            return latents, dict(zip(template, tensors, strict=True))
-        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0]
+            return latents, dict(zip(template, tensors, strict=True)), scores
+        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0], scores
 
 
 class ExactPair(Pair):

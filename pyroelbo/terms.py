@@ -13,9 +13,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyroelbo import data as batches
@@ -27,6 +28,10 @@ __all__ = ["Evaluator", "Unavailable"]
 
 # Bytes that the largest intermediate tensor of one pass may take; a pass holds a few of that size.
 _BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+_POINT = (
+    "guide site {!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a point is no bound "
+    "on ln p(y)"
+)
 
 
 class Unavailable(ValueError):
@@ -116,6 +121,9 @@ class Evaluator:
         self.with_guide = with_guide
         self.scaled_site: str | None = None
         with torch.no_grad(), self._quiet():
+            encoder = getattr(pair, "encoder", None)
+            if with_guide and isinstance(encoder, AutoGuide) and encoder.prototype_trace is None:
+                batches.call(encoder, self.batch)  # it takes its plates' sizes from its first batch
             try:
                 self._learn(batches.rows(self.batch, slice(0, 3)))
                 self.sliceable = True
@@ -269,6 +277,7 @@ class Evaluator:
         """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
         guide, model = self._plain_traces(few)
         check_sites(guide, model, self.with_guide)
+        self._refuse_points(guide, model, few)
         self.latents: dict[str, LatentSite] = {}
         depth, frames = 1, []
         for program, trace in (("guide", guide), ("model", model)):
@@ -285,6 +294,7 @@ class Evaluator:
                 scaled = _check_scale(site, program)
                 self.scaled_site = self.scaled_site or (name if scaled else None)
         self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
+        self.beyond = sites_beyond(guide, model)
         if set(frames) != {-1}:
             raise ValueError(f"the plate {PLATE!r} must stand at dim=-1, got dim {sorted(set(frames))}")
         self.depth = depth
@@ -297,6 +307,20 @@ class Evaluator:
                     plates = plates[1:]
                 self.latents[name] = LatentSite.of(name, fn, plates)
         self.strategy, self._elements = self._choose(few)
+
+    def _refuse_points(self, guide: Any, model: Any, few: Batch) -> None:
+        """Refuse continuous latents that a guide, an automatic one, sets to the same value in every draw."""
+        names = [
+            name
+            for name, site in sample_sites(guide)
+            if name in model.nodes and _is_point(site["fn"]) and not _is_point(model.nodes[name]["fn"])
+        ]
+        names = [n for n in names if self.with_guide and not model.nodes[n]["fn"].support.is_discrete]
+        if names:
+            again = batches.call(poutine.trace(self.pair.guide).get_trace, few)
+            for name in names:
+                if torch.equal(guide.nodes[name]["value"], again.nodes[name]["value"]):
+                    raise ValueError(_POINT.format(name))
 
     def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
         if self.with_guide:
@@ -407,8 +431,16 @@ class Evaluator:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._checks and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        if self._checks and program == "model" and name in self.latents:
+        latent = program == "model" and name in self.latents
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except RuntimeError as error:
+            if latent and name in self.beyond and not bool(site["fn"].support.check(site["value"]).all()):
+                raise ValueError(
+                    f"the guide draws values that latent site {name!r} cannot take: {error}"
+                ) from error
+            raise
+        if latent and (name in self.beyond or (self._checks and bool(log_prob.isnan().any()))):
             log_prob = _zero_outside(site, log_prob)
         scale = site.get("within_datum", 1.0) * _inner_plates(site)
         log_prob = log_prob if _is_one(scale) else log_prob * scale
@@ -463,11 +495,10 @@ def _is_one(scale: Any) -> bool:
 
 
 def _zero_outside(site: Any, log_prob: Tensor) -> Tensor:
-    """-inf, not NaN, where the guide draws what the model's latent cannot be."""
-    if not bool(log_prob.isnan().any()):
-        return log_prob
+    """-inf, neither NaN nor a formula's value out of its range (an exponential's is finite below zero), where the
+    guide draws what the model's latent cannot be."""
     inside = site["fn"].support.check(site["value"])
-    return torch.where(inside, log_prob, log_prob.new_tensor(-math.inf))
+    return torch.where(inside, log_prob, -math.inf)
 
 
 def _mask(log_prob: Tensor, mask: Any) -> Tensor:
@@ -584,14 +615,23 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
         refusal: type[ValueError] = ValueError if drawn else Unavailable
         raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    auxiliary = sorted(set(drawn) - latent)
+    if auxiliary:
+        # A change of variables, as automatic guides make, has as many numbers on one side as on the other.
+        made = [
+            k for k in latent if _is_point(drawn[k]["fn"]) and not model.nodes[k]["fn"].support.is_discrete
+        ]
+        inner = sum(biject_to(model.nodes[k]["fn"].support).inv(drawn[k]["value"]).numel() for k in made)
+        if sum(drawn[k]["value"].numel() for k in auxiliary) > inner:
+            raise Unavailable(
+                f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their density under the "
+                "guide is an integral over it, and no bound follows without a model of it"
+            )
     for name in sorted(latent):
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
         point = kind == "Delta" != own and not any(s["infer"].get("is_auxiliary") for s in drawn.values())
         if point and not model.nodes[name]["fn"].support.is_discrete:
-            raise ValueError(
-                f"guide site {name!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a "
-                "point is no bound on ln p(y)"
-            )
+            raise ValueError(_POINT.format(name))
         if (
             ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
         ) or "StraightThrough" in kind:
@@ -600,6 +640,61 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
                 "is not the discrete latent's "
                 "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
             )
+        supports = [_support(s["fn"]) for s in (drawn[name], model.nodes[name])]
+        if (
+            not _is_point(drawn[name]["fn"])
+            and all(supports)
+            and supports[0].is_discrete != supports[1].is_discrete
+        ):
+            what = [
+                f"a {'discrete' if s.is_discrete else 'continuous'} {k}"
+                for s, k in zip(supports, (kind, own), strict=True)
+            ]
+            raise ValueError(
+                f"guide site {name!r} is {what[0]}, the model's {what[1]}: a probability over a density is no weight, and "
+                "no bound follows from it"
+            )
+
+
+def sites_beyond(guide: Any, model: Any) -> frozenset[str]:
+    """The latent sites whose guide may draw values outside the model's support (point masses of automatic guides
+    are there by construction)."""
+    found = set()
+    for name, site in sample_sites(guide):
+        if name in model.nodes and not site["is_observed"] and not _is_point(site["fn"]):
+            mine, theirs = (_support(s["fn"]) for s in (site, model.nodes[name]))
+            if theirs not in (None, constraints.real) and not _same(mine, theirs):
+                found.add(name)
+    return frozenset(found)
+
+
+def _is_point(fn: Any) -> bool:
+    return type(_base(fn)).__name__ == "Delta" or getattr(_base(fn), "point_mass", False)
+
+
+def _support(fn: Any) -> Any:
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two supports are of one type, with bounds that are one number each."""
+    if type(mine) is not type(theirs) or vars(mine).keys() != vars(theirs).keys():
+        return False
+    for name, bound in vars(mine).items():
+        both = (bound, vars(theirs)[name])
+        if all(isinstance(x, (int, float, Tensor)) for x in both):
+            values = torch.cat([torch.as_tensor(x).reshape(-1).double() for x in both])
+            if bool((values != values[0]).any()):
+                return False
+        elif both[0] is not both[1]:
+            return False
+    return True
 
 
 def _base(fn: Any) -> Any:

@@ -7,7 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 
 from pyroelbo import ExactPair, Pair, audit, evidence
 from pyroelbo.joint import Joint
@@ -202,6 +208,24 @@ def test_what_is_no_joint_bound(data):
         evidence.elbo(Pair.of(scaled, guide), data, scope="joint")
     with pytest.raises(ValueError, match="scope takes"):
         evidence.elbo(Pair.of(regression, guide), data, scope="global")
+
+
+@pytest.mark.parametrize("which", ["laplace", "list"])
+def test_a_point_behind_auxiliary_sites_is_refused_too(data, which):
+    """Before its curvature is asked for, a Laplace guide draws its mode; in a list, others make the auxiliary sites."""
+
+    def model(x, y):
+        pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        regression(x, y)
+
+    guide = AutoLaplaceApproximation(model)
+    if which == "list":
+        guide = AutoGuideList(model)
+        guide.append(AutoNormal(poutine.block(model, hide=["w"])))
+        guide.append(AutoDelta(poutine.block(model, hide=["scale"])))
+    guide(*data)
+    with pytest.raises(ValueError, match="point mass"):
+        evidence.elbo(Pair.of(model, guide), data, scope="joint")
 
 
 def test_a_point_is_no_guide_of_a_continuous_latent(data):

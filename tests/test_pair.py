@@ -106,6 +106,17 @@ def test_simulating_a_model_that_feeds_observations_forward_is_refused():
     with pytest.raises(ValueError, match="feeds its observations forward"):
         Pair.of(whole, lambda y: None).simulate(3, like=torch.randn(3, 2))
 
+    def weak(y):
+        with pyro.plate("data", len(y)):
+            logits = torch.stack([torch.zeros(len(y)), 0.1 * y[:, 0]], -1)
+            pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    # The draws come out the same whatever the first bit is, the distribution does not.
+    pyro.set_rng_seed(0)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="feeds its observations forward"):
+            Pair.of(weak, lambda y: None).simulate(30, like=torch.zeros(30, 2))
+
 
 def test_autoguides_and_modules_as_a_pair():
     def model(y):

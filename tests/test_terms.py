@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyroelbo import Pair, evidence, within_datum
@@ -234,6 +235,65 @@ def test_a_relaxed_guide_is_refused():
 
     with pytest.raises(ValueError, match="hard counterpart"):
         evidence.elbo(Pair.of(model, guide), torch.randn(5))
+
+
+@pytest.mark.parametrize(
+    "prior, guess",
+    [(dist.Bernoulli(0.5), dist.Normal(0.5, 1.0)), (dist.Normal(0.0, 1.0), dist.Bernoulli(0.5))],
+)
+def test_a_probability_over_a_density_is_refused(prior, guess):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", prior), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", guess)
+
+    with pytest.raises(ValueError, match="guide site 'z' is a .*a probability over a density is no weight"):
+        evidence.elbo(Pair.of(model, guide), torch.randn(5))
+
+
+def test_auxiliary_draws_that_the_latents_do_not_determine_are_refused():
+    """Their weights would have the mean Σ_u p(y), not p(y)."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            u = pyro.sample("u", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(y / 2 + u - 0.5, 1.0))
+
+    with pytest.raises(
+        evidence.Unavailable, match="guide site 'u' is auxiliary and the latents are no function of it"
+    ):
+        evidence.iwae(Pair.of(model, guide), torch.randn(5))
+
+
+def test_an_automatic_guide_learns_its_size_from_the_whole_batch():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    assert evidence.elbo(Pair.of(model, AutoNormal(model)), torch.randn(7)).value.shape == (7,)
+
+
+def test_a_guide_with_more_categories_than_the_model_is_refused_by_name():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+            pyro.sample("y", dist.Normal(z.to(y), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(torch.ones(9)))
+
+    with pytest.raises(ValueError, match="values that latent site 'z' cannot take"):
+        evidence.elbo(Pair.of(model, guide), torch.randn(50))
 
 
 def test_an_undeclared_batch_dimension_is_refused():

@@ -132,6 +132,12 @@ def bdmc(
         before = annealer.cost
         log_w = annealer.reverse(*annealer.coordinates(draws), bar)
     value, _ = log_mean_exp(log_w)
+    notes = ["valid on data simulated by the model only; its chains share one posterior draw a datum"]
+    beyond = int((value == -math.inf).sum())
+    if beyond:
+        notes += (
+            f"infinite for {beyond} of {size} data: the {start} cannot draw the latents that made them",
+        )
     upper = Bound(
         f"reverse {annealer.method}",
         -value,
@@ -139,7 +145,7 @@ def bdmc(
         "upper",
         draws=particles,
         cost=annealer.cost - before,
-        notes=("valid on data simulated by the model only; its chains share one posterior draw a datum",),
+        notes=tuple(notes),
     )
     return Sandwich(pair.name, lower, upper)
 
@@ -289,7 +295,12 @@ class _Annealer:
         if empty:
             notes.append(f"all weights are zero for {empty} of {self.evaluator.size} data")
         if kind == "lower":
-            return weighted(self.method, log_w, kind, self.cost, tuple(notes))
+            return weighted(self.method, log_w, kind, self.cost, tuple(notes), source=self.start)
+        lost = float((log_w == -math.inf).double().mean())
+        if lost:
+            notes.append(
+                f"the {self.start} gives probability zero to where {lost:.1%} of the chains start: a looser bound"
+            )
         if kind == "upper":
             return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
         notes.append("from posterior chains, not exact draws: an upper bound only if they have converged")

@@ -84,7 +84,7 @@ def prior_monte_carlo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     evaluator.refuse_scales("prior_monte_carlo")
     terms = evaluator.draws(count_of(particles), latents=False)
     log_w = torch.stack([v for k, v in terms.log_model.items() if k in terms.observed]).sum(0).double()
-    return weighted(f"prior-{particles}", log_w)
+    return weighted(f"prior-{particles}", log_w, source="prior")
 
 
 @scoped
@@ -185,10 +185,16 @@ def _span(rows: slice) -> tuple[int, int]:
 
 
 def weighted(
-    method: str, log_w: Tensor, kind: str = "lower", cost: int | None = None, notes: tuple[str, ...] = ()
+    method: str,
+    log_w: Tensor,
+    kind: str = "lower",
+    cost: int | None = None,
+    notes: tuple[str, ...] = (),
+    *,
+    source: str = "guide",
 ) -> Bound:
     """The bound of log weights [K, B] whose mean is p(y), or for an upper bound 1/p(y), with what tells
-    whether to trust it."""
+    whether to trust it; ``source`` says what made the draws."""
     particles, size = log_w.shape
     value, stderr = log_mean_exp(log_w)
     k_hat = pareto_k_hat(log_w)
@@ -204,7 +210,7 @@ def weighted(
         cost=particles * size if cost is None else cost,
         ess=effective_sample_size(log_w),
         k_hat=k_hat,
-        notes=notes + _outside(log_w),
+        notes=notes + (_outside(log_w) if source == "guide" and kind != "upper" else ()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ def gap(
     )
     local = _elbo(evaluator, family, best, particles, "local", spent + 3 * particles * evaluator.size, notes)
     amortized = _elbo(evaluator, family, starts[0], particles)
+    if bool((amortized.value == -math.inf).any()):
+        raise Unavailable(
+            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+        )
     return Decomposition(pair.name, anchor, local, amortized, iwae(pair, evaluator.batch, particles))
 
 

@@ -78,7 +78,8 @@ def layers(
         rest, total = _mean(level - values[0], error), _mean(level - log_w, error)
     notes = [f"shares are estimates from {inner} weights; the least mean ESS is {least:.1f}"]
     if anchor is not None and anchor.kind != "exact":
-        notes.append(f"{anchor.method} is {'an' if anchor.kind[0] in 'aeiou' else 'a'} {anchor.kind}")
+        what = {"lower": "a lower bound", "upper": "an upper bound"}.get(anchor.kind, "an estimate")
+        notes.append(f"{anchor.method} is {what}: so are the rest and the total")
     return Layers(
         name=pair.name,
         sites=sites,

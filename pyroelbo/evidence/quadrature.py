@@ -51,8 +51,10 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
             f"the latents of one datum have {space.dims} dimensions, quadrature takes one or two"
         )
     work = _Integrand(space)
-    guide = space.unconstrain(evaluator.draws(_DRAWS).latents)
     prior = space.unconstrain(Evaluator(pair, y, with_guide=False).draws(_DRAWS).latents)
+    guessed = evaluator.draws(_DRAWS).latents
+    # Where the guide reaches beyond the support, the prior's draws stand in.
+    guide = torch.where(space.inside(guessed).unsqueeze(-1), space.unconstrain(guessed), prior)
     grid, change = _adaptive_grid(work, torch.cat([prior, guide]), guide, tolerance)
     hermite = _gauss_hermite(work, guide, prior, tolerance)
     resolution = (grid - hermite).abs() + change

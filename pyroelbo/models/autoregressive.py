@@ -42,6 +42,7 @@ class Prefix(TorchDistribution):
     """All mass on one sequence, ``prefix`` [*, t], event shape [t]: what dropping the last tokens gives."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+    point_mass = True
 
     def __init__(self, prefix: Tensor) -> None:
         self.prefix = prefix

@@ -269,6 +269,18 @@ def test_a_guide_wider_than_the_support_weighs_zero_there():
     assert (z_scores(evidence.ais(pair, y, 4, 3000, leapfrog=2), exact).abs() < Z_LIMIT).all()
 
 
+def test_latents_beyond_the_guides_reach_make_the_simulated_upper_bound_infinite_and_say_so():
+    pair = pair_of(
+        lambda y: dist.Normal(torch.zeros(len(y)), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Uniform(torch.full((len(y),), -0.5), 0.5),
+    )
+    found = evidence.bdmc(pair, 20, 3, 4, leapfrog=1, like=torch.zeros(20), progress=False)
+    lost = int(found.upper.value.isinf().sum())
+    assert 0 < lost < 20  # 38 % of the prior lies within
+    assert f"infinite for {lost} of 20 data" in found.upper.notes[-1]
+
+
 def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="no exact posterior"):
         evidence.ais(Nonlinear(), torch.randn(2, 4), reverse=True)

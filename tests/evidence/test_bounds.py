@@ -142,6 +142,51 @@ def test_a_guide_outside_the_models_support_gives_minus_infinity():
     assert ((bound.value - exact).abs() < 6 * bound.stderr).all()
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [dist.Exponential(1.0), dist.Gamma(1.0, 1.0), dist.Beta(1.0, 1.0)],
+    ids=lambda d: type(d).__name__,
+)
+def test_a_density_whose_formula_goes_on_beyond_its_support_is_zero_there(prior):
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", prior), 0.5), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+
+    pair, y = Pair.of(model, guide), torch.tensor([0.2, 0.9])
+    grid = (torch.arange(100_000) + 0.5) / 100_000 * min(float(prior.mean) * 12, 12.0)
+    grid = grid[prior.support.check(grid)]
+    exact = (dist.Normal(grid[:, None], 0.5).log_prob(y) + prior.log_prob(grid)[:, None]).logsumexp(0)
+    exact = exact + (grid[1] - grid[0]).log()
+    assert (evidence.elbo(pair, y, particles=200).value == -math.inf).all()
+    for bound in (evidence.iwae(pair, y, 40_000), evidence.ais(pair, y, 4, 2000, leapfrog=2, progress=False)):
+        ratio = (bound.value - exact).expm1() / ((bound.value - exact).exp() * bound.stderr)
+        assert (ratio.abs() < Z_LIMIT).all()
+
+
+def test_draws_outside_the_support_are_told_of_the_guide_only():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Poisson(z.relu()), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    pair, y = Pair.of(model, guide), torch.tensor([1.0, 2.0])
+    for bound, told in (
+        (evidence.iwae(pair, y, 200), True),
+        (evidence.prior_monte_carlo(pair, y, 200), False),
+        (evidence.ais(pair, y, 3, 50, progress=False), True),
+        (evidence.ais(pair, y, 3, 50, start="prior", progress=False), False),
+    ):
+        assert any("the guide draws" in note for note in bound.notes) == told
+
+
 @pytest.mark.parametrize("name", ["ppca", "mixture"])
 def test_draws_from_the_prior_are_unbiased(name):
     make, draw = TABLE[name]

@@ -120,3 +120,16 @@ def test_what_it_does_not_take():
 
     with pytest.raises(evidence.Unavailable, match="'b' depends on other draws"):
         evidence.gap(Pair.of(model, guide), torch.randn(2))
+
+
+def test_a_guide_that_leaves_the_support_has_no_gap_to_split():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Exponential(1.0)), 0.5), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 2.0))
+
+    with pytest.raises(evidence.Unavailable, match="the ELBO is -inf"):
+        evidence.gap(Pair.of(model, guide), torch.rand(3), 50, steps=2)

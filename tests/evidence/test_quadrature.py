@@ -186,3 +186,19 @@ def test_masked_latents_integrate_to_one():
     two = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y[0])
     value = evidence.quadrature(pair, (y, lengths)).value
     torch.testing.assert_close(value, torch.stack([two, one, torch.tensor(0.0)]), atol=1e-5, rtol=0)
+
+
+def test_a_guide_that_leaves_the_support_is_no_hindrance():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Poisson(pyro.sample("z", dist.Gamma(2.0, 1.5))), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(y, 2.0))
+
+    y = torch.tensor([0.0, 1.0, 9.0])
+    bound = evidence.quadrature(Pair.of(model, guide), y)
+    exact = torch.lgamma(y + 2) - torch.lgamma(y + 1) + 2 * math.log(0.6) - y * math.log(2.5)
+    assert (bound.value - exact).abs().max() < 1e-6
+    assert bound.resolution.max() < 1e-4
