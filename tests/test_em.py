@@ -673,6 +673,10 @@ def test_kinds_of_numbers():
     for given in (heads, heads.long()):
         assert audit(chain, given, particles=2)["exact"].mean == pytest.approx(float(expected.mean()))
         quiet(copy.deepcopy(chain), given, epochs=2, restarts=2)
+    rates = models.HMM(2, 3, "poisson")
+    for own, like in ((pair, y), (pair, y.long()), (chain, heads.long()), (rates, heads.long())):
+        drawn = own.simulate(len(like), like=like)[1]
+        assert drawn.dtype == like.dtype and drawn.shape == like.shape
     for pair, shape in ((models.PPCA(3, 1), (5, 3)), (models.StateSpace(3, 1), (5, 4, 3))):
         with pytest.raises(
             ValueError, match="y is a torch.float32 tensor and the parameters are torch.float64"

@@ -130,6 +130,13 @@ class Categorical(Family):
         return torch.zeros(shape, dtype=torch.long, device=self.logits.device)
 
 
+class _Coins(dist.Bernoulli):
+    """Bernoulli variables whose values may be bools or integers too."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value if value.is_floating_point() else value.to(self.logits.dtype))
+
+
 class Bernoulli(Family):
     """p(y | z) = Π_d Bernoulli(y_d; σ(log_odds_zd)), y in {0, 1}^D. Prior Beta(1 + a, 1 + a); log-odds stay
     within ±30."""
@@ -140,7 +147,7 @@ class Bernoulli(Family):
         self.log_odds = nn.Parameter(torch.randn(states, dims))
 
     def distribution(self, z: Any = None) -> Any:
-        return dist.Bernoulli(logits=self._at(self.log_odds, z)).to_event(1)
+        return _Coins(logits=self._at(self.log_odds, z)).to_event(1)
 
     def statistics(self, share: Tensor, y: Tensor) -> dict[str, Any]:
         return {"on": share.mT @ y.to(share.dtype), "count": share.sum(-2)}

@@ -91,9 +91,9 @@ class HMM(ExactPair):
         return time < (len(time) if lengths is None else lengths[:, None])
 
     def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
-        y = self._check(y, lengths)
+        steps = self._check(y, lengths).shape[1]
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", self._hmm(y.shape[1], lengths).prior)
+            z = pyro.sample("z", self._hmm(steps, lengths).prior)
             emitted = self.generator.distribution(z)
             if lengths is not None:
                 emitted = emitted.mask(self._within(y, lengths))

@@ -52,7 +52,7 @@ class _Mixture(ExactPair):
         return ped.Mixture(logits if stack is None else logits[stack], self.generator.distribution(stack))
 
     def model(self, y: Tensor) -> None:
-        with pyro.plate(PLATE, len(y := self._check(y))):
+        with pyro.plate(PLATE, len(self._check(y))):
             z = pyro.sample("z", dist.Categorical(logits=self.generator.logits))
             pyro.sample("y", self.generator.distribution(z), obs=y)
 
