@@ -431,16 +431,18 @@ class Evaluator:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._checks and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
-        latent = program == "model" and name in self.latents
+        latent, beyond = name in self.latents, (program, name) in self.beyond
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except RuntimeError as error:
-            if latent and name in self.beyond and not bool(site["fn"].support.check(site["value"]).all()):
-                raise ValueError(
-                    f"the guide draws values that latent site {name!r} cannot take: {error}"
+            if latent and beyond and not bool(site["fn"].support.check(site["value"]).all()):
+                other = "guide" if program == "model" else "model"
+                raise Unavailable(
+                    f"the {other} draws values that latent site {name!r} cannot take in the {program}: {error}"
                 ) from error
             raise
-        if latent and (name in self.beyond or (self._checks and bool(log_prob.isnan().any()))):
+        checked = self._checks and program == "model"
+        if latent and (beyond or (checked and bool(log_prob.isnan().any()))):
             log_prob = _zero_outside(site, log_prob)
         scale = site.get("within_datum", 1.0) * _inner_plates(site)
         log_prob = log_prob if _is_one(scale) else log_prob * scale
@@ -668,15 +670,15 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
             )
 
 
-def sites_beyond(guide: Any, model: Any) -> frozenset[str]:
-    """The latent sites whose guide may draw values outside the model's support (point masses of automatic guides
-    are there by construction)."""
+def sites_beyond(guide: Any, model: Any) -> frozenset[tuple[str, str]]:
+    """(program, site) of the latents that may be asked for the density of values outside their support, as guide and
+    model do not have the same (point masses of automatic guides are there by construction)."""
     found = set()
     for name, site in sample_sites(guide):
         if name in model.nodes and not site["is_observed"] and not _is_point(site["fn"]):
-            mine, theirs = (_support(s["fn"]) for s in (site, model.nodes[name]))
-            if theirs not in (None, constraints.real) and not _same(mine, theirs):
-                found.add(name)
+            supports = {p: _support(s["fn"]) for p, s in (("guide", site), ("model", model.nodes[name]))}
+            if None in supports.values() or not _same(*supports.values()):
+                found |= {(p, name) for p, v in supports.items() if v not in (None, constraints.real)}
     return frozenset(found)
 
 

@@ -315,7 +315,7 @@ def test_a_guide_with_more_categories_than_the_model_is_refused_by_name():
         with pyro.plate("data", len(y)):
             pyro.sample("z", dist.Categorical(torch.ones(9)))
 
-    with pytest.raises(ValueError, match="values that latent site 'z' cannot take"):
+    with pytest.raises(ValueError, match="values that latent site 'z' cannot take in the model"):
         evidence.elbo(Pair.of(model, guide), torch.randn(50))
 
 

@@ -71,6 +71,10 @@ def audit(
     batch = batches.as_batch(y, "y")
     if scope not in ("datum", "joint"):
         raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
+    if isinstance(references, (str, Bound)):
+        raise ValueError(
+            f"references takes a sequence, such as ('ais',), got a {type(references).__name__} alone"
+        )
     notes: list[str] = []
     found: list[Bound] = []
     with tqdm(total=None, bar_format="{desc}", leave=False, disable=None if progress else True) as bar:

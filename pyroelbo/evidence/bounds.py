@@ -120,6 +120,8 @@ def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -
         finite = torch.where(share > 0, log_w, torch.zeros_like(log_w))
         value = (share * finite).sum(0)
         stderr = (share.square() * (finite - value).square()).sum(0).sqrt()
+        if particles == 1:  # one draw cannot tell
+            stderr = torch.full_like(stderr, math.nan)
         note = "self-normalized weights of the guide's draws: it can lie on either side of ln p(y)"
         return Bound(
             "eubo",

@@ -156,10 +156,11 @@ def _elbo(
     step = max(1, min(particles, evaluator.cells // evaluator.size))
     counts = [min(step, particles - done) for done in range(0, particles, step)]
     log_w = torch.cat([_log_weight(evaluator, family, free, count) for count in counts]).double()
+    stderr = log_w.std(0) / particles**0.5 if particles > 1 else torch.full_like(log_w[0], math.nan)
     return Bound(
         method,
         log_w.mean(0),
-        log_w.std(0) / particles**0.5,
+        stderr,
         "lower",
         draws=particles,
         cost=particles * evaluator.size if cost is None else cost,

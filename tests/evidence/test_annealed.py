@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyroelbo import Pair, evidence, terms
+from pyroelbo import Pair, audit, evidence, terms
 from pyroelbo.evidence import annealed, potential
 from pyroelbo.models import PPCA
 from tests.pairs import TABLE, Convolutional, Nonlinear
@@ -279,6 +279,29 @@ def test_latents_beyond_the_guides_reach_make_the_simulated_upper_bound_infinite
     lost = int(found.upper.value.isinf().sum())
     assert 0 < lost < 20  # 38 % of the prior lies within
     assert f"infinite for {lost} of 20 data" in found.upper.notes[-1]
+
+
+def test_a_guide_whose_formula_goes_on_beyond_its_support_is_no_density_there():
+    """An exponential's is finite below zero: the upper bound of latents there fell below ln p(y)."""
+    pair = pair_of(
+        lambda y: dist.Normal(torch.zeros(len(y)), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Exponential(torch.ones(len(y))),
+    )
+    found = evidence.bdmc(pair, 40, 1, 2, like=torch.zeros(40), progress=False)
+    assert 8 < int(found.upper.value.isinf().sum()) < 32  # half of them, six standard deviations at most
+
+
+def test_a_guide_with_fewer_categories_than_the_model_is_started_from_the_prior():
+    pair = pair_of(
+        lambda y: dist.Categorical(torch.ones(3)),
+        lambda z: dist.Normal(z.double(), 1.0),
+        lambda y: dist.Categorical(torch.ones(len(y), 2)),
+    )
+    y = torch.tensor([0.3, 2.0])
+    bound = audit(pair, y, references=("ais",), temperatures=4, progress=False)["ais-4"]
+    assert any("started from the prior" in note for note in bound.notes)
+    assert (z_scores(bound, evidence.exact(pair, y).value).abs() < Z_LIMIT).all()
 
 
 def test_what_it_does_not_take():

@@ -140,6 +140,11 @@ def test_what_is_no_budget(budget):
         audit(Nonlinear(), torch.randn(2, 4), budget=budget)
 
 
+def test_one_reference_is_still_a_sequence():
+    with pytest.raises(ValueError, match="references takes a sequence"):
+        audit(Nonlinear(), torch.randn(2, 4), references="ais")
+
+
 def test_a_budget_too_small_is_refused():
     with pytest.raises(ValueError, match="too small for any estimate of 40 data, which takes 640"):
         audit(Nonlinear(), torch.randn(40, 4), budget=100)

@@ -133,3 +133,10 @@ def test_a_guide_that_leaves_the_support_has_no_gap_to_split():
 
     with pytest.raises(evidence.Unavailable, match="the ELBO is -inf"):
         evidence.gap(Pair.of(model, guide), torch.rand(3), 50, steps=2)
+
+
+def test_one_draw_tells_no_error():
+    pair, y = Nonlinear(), torch.randn(2, 4)
+    assert evidence.eubo(pair, y, 1, draws="weights").stderr.isnan().all()
+    reference = evidence.iwae(pair, y, 50)
+    assert evidence.gap(pair, y, 1, steps=1, reference=reference).local.stderr.isnan().all()
