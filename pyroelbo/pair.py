@@ -261,8 +261,13 @@ class Pair(PyroModule):
         tensors = list(batches.parts(batch).values())
         found = {}
         for name, site in trace.nodes.items():
-            if site["type"] != "sample" or not site["is_observed"] or type(site["fn"]).__name__ == "Unit":
+            if site["type"] != "sample" or not site["is_observed"]:
                 continue
+            if type(site["fn"]).__name__ == "Unit":
+                raise ValueError(
+                    f"the factor {name!r} weights what is drawn, and plain simulation would leave it out: "
+                    f"{type(self).__name__} must override simulate(self, n, *given)"
+                )
             for i, part in enumerate(tensors):
                 if site["value"].data_ptr() == part.data_ptr() and site["value"].numel() == part.numel():
                     found[name] = i

@@ -118,6 +118,28 @@ def test_simulating_a_model_that_feeds_observations_forward_is_refused():
             Pair.of(weak, lambda y: None).simulate(30, like=torch.zeros(30, 2))
 
 
+def test_simulating_past_a_factor_is_refused():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+            pyro.factor("penalty", -z.square())
+
+    with pytest.raises(ValueError, match="the factor 'penalty' weights what is drawn"):
+        Pair.of(model, lambda y: None).simulate(3, like=torch.randn(3))
+
+
+def test_nothing_to_anneal_or_split_without_latents():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(len(y)), 1.0), obs=y)
+
+    pair, y = Pair.of(model, lambda y: None), torch.randn(3)
+    for estimate in (evidence.ais, evidence.gap, evidence.layers):
+        with pytest.raises(evidence.Unavailable, match="no latents"):
+            estimate(pair, y)
+
+
 def test_autoguides_and_modules_as_a_pair():
     def model(y):
         with pyro.plate("data", len(y)):

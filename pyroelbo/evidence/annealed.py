@@ -193,6 +193,8 @@ class _Annealer:
         self.start, self.leapfrog = start, leapfrog
         self.evaluator = Evaluator(pair, y, with_guide=start == "guide")
         self.evaluator.refuse_scales("AIS")
+        if not self.evaluator.latents:
+            raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
         if self.evaluator.auxiliary:
             name = min(self.evaluator.auxiliary)
             raise Unavailable(

@@ -60,6 +60,8 @@ def gap(
         raise ValueError(f"learning_rate takes a positive number, got {learning_rate!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("gap")
+    if not evaluator.latents:
+        raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
     family = Family(evaluator)
     anchor = _reference(pair, evaluator) if reference is None else reference
     if anchor.value.shape != (evaluator.size,):

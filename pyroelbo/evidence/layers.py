@@ -39,6 +39,8 @@ def layers(
         raise ValueError(f"inner takes a positive number of draws, got {inner!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("layers")
+    if not evaluator.latents:
+        raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
     if evaluator.auxiliary:
         raise Unavailable(
             f"guide site {min(evaluator.auxiliary)!r} is auxiliary: it has no place in the model"
