@@ -627,7 +627,19 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
                 f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their density under the "
                 "guide is an integral over it, and no bound follows without a model of it"
             )
+    watched = sorted(k for k, s in sample_sites(guide) if s["is_observed"])
+    if watched and not auxiliary:
+        # Beside auxiliary sites a factor may be the Jacobian of what was made of them.
+        raise ValueError(
+            f"guide site {watched[0]!r} is observed (a factor?): it would enter q(z | y), which is no density then, and no "
+            "bound follows"
+        )
     for name in sorted(latent):
+        shapes = [tuple(s["fn"].event_shape) for s in (drawn[name], model.nodes[name])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"guide site {name!r} draws events of shape {shapes[0]}, the model's are of shape {shapes[1]}"
+            )
         kind, own = type(_base(drawn[name]["fn"])).__name__, type(_base(model.nodes[name]["fn"])).__name__
         point = kind == "Delta" != own and not any(s["infer"].get("is_auxiliary") for s in drawn.values())
         if point and not model.nodes[name]["fn"].support.is_discrete:

@@ -254,6 +254,29 @@ def test_a_probability_over_a_density_is_refused(prior, guess):
         evidence.elbo(Pair.of(model, guide), torch.randn(5))
 
 
+def test_a_guide_with_a_factor_or_another_event_shape_is_refused():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    def factor(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y), 2), 1.0).to_event(1))
+            pyro.factor("penalty", -z.square().sum(-1), has_rsample=True)
+
+    def narrow(y):  # it would broadcast
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y), 1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="guide site 'penalty' is observed"):
+        evidence.elbo(Pair.of(model, factor), torch.randn(5))
+    with pytest.raises(
+        ValueError, match=r"guide site 'z' draws events of shape \(1,\), the model's are of shape \(2,\)"
+    ):
+        evidence.elbo(Pair.of(model, narrow), torch.randn(5))
+
+
 def test_auxiliary_draws_that_the_latents_do_not_determine_are_refused():
     """Their weights would have the mean Σ_u p(y), not p(y)."""
 

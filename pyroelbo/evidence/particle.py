@@ -154,6 +154,8 @@ def _walk(pair: Pair, evaluator: Evaluator, rows: slice | None, proposal: str) -
     chain = batches.call(pair.latent_path, batch) if evaluator.size == batches.size(evaluator.batch) else None
     if chain is not None:
         return _Path(chain, batches.size(batch), proposal)
+    if not evaluator.latents:
+        raise Unavailable(f"{type(pair).__name__} has no latents to filter: its log probability is exact")
     if len(evaluator.latents) < 2:
         raise Unavailable(
             f"{type(pair).__name__} has one latent site, {next(iter(evaluator.latents))!r}, and no latent_path(self, *batch) "

@@ -286,3 +286,12 @@ def test_what_it_does_not_take():
     ):
         with pytest.raises(ValueError, match=message):
             evidence.smc(make(), draw(2), **options)
+
+
+def test_nothing_to_filter():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(len(y)), 1.0), obs=y)
+
+    with pytest.raises(evidence.Unavailable, match="no latents to filter"):
+        evidence.smc(Pair.of(model, lambda y: None), torch.randn(3))
