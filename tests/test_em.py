@@ -589,6 +589,7 @@ def test_what_the_hmm_refuses():
         (lambda: models.HMM(2, 3, smoothing=-1.0), "smoothing takes"),
         (lambda: models.HMM(2, 3).simulate(2), "steps is None"),
         (lambda: models.HMM(2, 3).log_evidence(torch.zeros(2, 3).long(), torch.ones(3)), "lengths has shape"),
+        (lambda: models.HMM(2, 3).log_evidence(torch.zeros(2, 3)), "takes symbols, integers"),
         (lambda: models.HMM(9, 3).initialize(torch.zeros(2, 3).long()), "9 states take"),
         (lambda: models.PPCA(3, 1, noise="x"), "noise takes"),
         (lambda: models.PPCA(3, 1, noise="diagonal").solve(torch.zeros(3, 3)), "no closed form"),
@@ -673,6 +674,10 @@ def test_kinds_of_numbers():
     for given in (heads, heads.long()):
         assert audit(chain, given, particles=2)["exact"].mean == pytest.approx(float(expected.mean()))
         quiet(copy.deepcopy(chain), given, epochs=2, restarts=2)
+    symbols = models.HMM(2, 2, guide="mean_field")
+    for kind in (torch.uint8, torch.int32):
+        quiet(symbols, y.to(kind), epochs=2, start="random", restarts=2)
+        assert math.isfinite(audit(symbols, y.to(kind), particles=2)["elbo"].mean)
     rates = models.HMM(2, 3, "poisson")
     for own, like in ((pair, y), (pair, y.long()), (chain, heads.long()), (rates, heads.long())):
         drawn = own.simulate(len(like), like=like)[1]

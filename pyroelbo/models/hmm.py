@@ -74,7 +74,11 @@ class HMM(ExactPair):
             )
         if lengths is not None and lengths.shape != y.shape[:1]:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
-        return y if not event or y.is_floating_point() else y.to(self.prior.initial.dtype)
+        if not event and y.is_floating_point():
+            raise ValueError(f"y is a {y.dtype} tensor: this HMM takes symbols, integers [B, T]")
+        if event:
+            return y if y.is_floating_point() else y.to(self.prior.initial.dtype)
+        return y.long()
 
     def _hmm(self, steps: int, lengths: Tensor | None) -> ped.HMM:
         p = self.prior
@@ -104,7 +108,7 @@ class HMM(ExactPair):
             pyro.sample("z", self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths))
 
     def _encode(self, y: Tensor, lengths: Tensor | None) -> ped.LinearChain:
-        seen = F.one_hot(y, self.dims) if isinstance(self.generator, Categorical) else y
+        seen = F.one_hot(y.long(), self.dims) if isinstance(self.generator, Categorical) else y
         assert self.encoder is not None
         local = self.encoder(seen.to(self.encoder.weight.dtype))
         flat = local.new_zeros(self.states, self.states)
