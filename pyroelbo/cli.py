@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of a pipe (`| head`) has gone; what was to be written to files has been.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("pyroelbo: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         print(f"pyroelbo: {error}", file=sys.stderr)
         return 1

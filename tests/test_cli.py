@@ -153,3 +153,12 @@ def test_audit_against_ais(run, capsys):
         == 0
     )
     assert "ais-2" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_tells_it_in_one_line(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyroelbo.cli._models", interrupted)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "pyroelbo: interrupted\n"
