@@ -76,7 +76,7 @@ def main(arguments=None):
         results[prior] = audit(pair, test)
         # q(z) is an explicit mixture over the training data, so everything about it is exact but the average over draws.
         parts[prior] = evidence.diagnostics(pair, train, draws=2 if options.smoke else 8)
-        planes[prior] = densities(pair, train)
+        planes[prior] = densities(pair, train, parts[prior])
         print(f"\n{prior}:\n{results[prior]}")
 
     print(f"\nTraining data ({len(train)} digits), nats per datum:")
@@ -87,21 +87,20 @@ def main(arguments=None):
         best = results[prior]["quadrature"].mean
         cells = [prior, *(f"{float(v):.3f}" for v in numbers), f"{float(d.holes):.1%}", f"{best:.2f}"]
         print(" | ".join(f"{c:>15}" for c in cells))
-    print("\npicture:", report.plot_planes(planes, EXTENT, out / "holes.png"))
+    print("\npicture:", report.plot_planes(planes, out / "holes.png"))
     return results
 
 
-EXTENT = 4.5
-
-
 @torch.no_grad()
-def densities(pair, train, ticks=160):
-    """ln p(z) and ln q(z) on a square of the latent plane, [ticks, ticks] each; rows run along z[1]."""
-    line = torch.linspace(-EXTENT, EXTENT, ticks, device=pair.device)
+def densities(pair, train, found, ticks=160):
+    """ln p(z) and ln q(z) on a square of the latent plane, [ticks, ticks] each, and half its side; rows run along z[1]."""
+    # Only the standard normal fixes a scale: a learned prior lets the codes spread as far as they like.
+    half = 1.2 * float(found.guide_draws.abs().quantile(0.995))
+    line = torch.linspace(-half, half, ticks, device=pair.device)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
     q = pair.encode(train.to(pair.device)).base_dist
     codes = DiagonalMixture(q.loc.new_zeros(len(q.loc)), q.loc, q.scale)
-    return pair.prior().log_prob(grid), torch.cat([codes.log_prob(row) for row in grid.split(10)])
+    return pair.prior().log_prob(grid), torch.cat([codes.log_prob(row) for row in grid.split(10)]), half
 
 
 if __name__ == "__main__":

@@ -283,28 +283,27 @@ def plot_holes(diagnostics: Diagnostics, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def plot_planes(planes: Mapping[str, tuple[Tensor, Tensor]], extent: float, path: str | Path) -> Path:
-    """For each name ln p(z) and ln q(z) on a square grid [n, n] of the latent plane, [-extent, extent]² with
-    rows along z[1]: both densities, and below them ln p - ln q with the holes, above 3, outlined.
+def plot_planes(planes: Mapping[str, tuple[Tensor, Tensor, float]], path: str | Path) -> Path:
+    """For each name ln p(z) and ln q(z) on a square grid [n, n] of the latent plane with rows along z[1], and the
+    side's half: both densities on [-half, half]², and below them ln p - ln q with the holes, above 3, outlined.
 
     The ratio is left white where both densities are below e^-6 of their highest values on the grid.
     """
     figure, axes = _figure(2.3 * len(planes) + 1.2, 7.2, len(planes), 3)
     axes = np.asarray(axes).reshape(3, len(planes))
-    box = (-extent, extent, -extent, extent)
-    common = {"origin": "lower", "extent": box, "interpolation": "nearest"}
     shown = None
-    for column, (name, (log_p, log_q)) in zip(axes.T, planes.items(), strict=True):
+    for column, (name, (log_p, log_q, half)) in zip(axes.T, planes.items(), strict=True):
         p, q = (np.asarray(t.detach().cpu().double()) for t in (log_p, log_q))
+        common = {"origin": "lower", "extent": (-half, half, -half, half), "interpolation": "nearest"}
         column[0].imshow(np.exp(p), cmap="Greys", **common)
         column[1].imshow(np.exp(q), cmap="Greys", **common)
         empty = (p < p.max() - 6) & (q < q.max() - 6)
         ratio = np.where(empty, np.nan, np.clip(p - q, -6, 6))
         shown = column[2].imshow(ratio, cmap="coolwarm", vmin=-6, vmax=6, **common)
         if np.nanmax(ratio) > 3 > np.nanmin(ratio):
-            ticks = np.linspace(-extent, extent, len(p))
+            ticks = np.linspace(-half, half, len(p))
             column[2].contour(ticks, ticks, ratio, levels=[3], colors="black", linewidths=0.8)
-        column[0].set_title(name)
+        column[0].set_title(f"{name}\n±{half:.1f}")
         for axis in column:
             axis.set(xticks=[], yticks=[])
     for axis, label in zip(axes[:, 0], ("prior p(z)", "codes q(z)", "ln p - ln q"), strict=True):
