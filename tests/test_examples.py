@@ -15,7 +15,7 @@ ARGUMENTS = {
     "priors": lambda tmp: (["--smoke", "--out", str(tmp / "priors")],),
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
-    "mixtures": lambda tmp: (["--smoke", "--out", str(tmp / "mixtures")],),
+    "model_choice": lambda tmp: (["--smoke", "--out", str(tmp / "model_choice")],),
     "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),

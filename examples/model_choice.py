@@ -76,7 +76,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.smoke:
         options.num_epochs, options.most, options.folds, options.restarts = 3, 2, 2, 1
-    out = options.out or fresh("runs/mixtures")
+    out = options.out or fresh("runs/model_choice")
 
     from matplotlib.figure import Figure
     from sklearn.metrics import adjusted_rand_score
@@ -130,8 +130,8 @@ def main(arguments=None):
         results[name] = result
     figure.axes[0].set_ylabel("ln p(y), nats a row")
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "mixtures.png", dpi=120)
-    print("picture:", out / "mixtures.png")
+    figure.savefig(out / "model_choice.png", dpi=120)
+    print("picture:", out / "model_choice.png")
     return results
 
 
