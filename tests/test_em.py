@@ -24,7 +24,7 @@ from pyroelbo.em import NotMonotone
 from pyroelbo.evidence import exact
 from pyroelbo.models.kmeans import k_means
 from pyroelbo.runs import RunDirectory
-from tests.pairs import EM, EXACT, EXACT_GUIDE, TABLE
+from tests.pairs import CONDITIONAL, EM, EXACT, EXACT_GUIDE, TABLE
 
 # fitted by EM, beside a guide that is not the posterior
 OTHER_GUIDE = [n for n in EXACT if n not in EXACT_GUIDE and hasattr(TABLE[n][0](), "m_step")]
@@ -45,9 +45,9 @@ def assert_climbs(run, slack=1e-9):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("name", EM)
+@pytest.mark.parametrize("name", [*EM, "ctc"])
 def test_em_is_monotone(name, hard):
-    make, draw = TABLE[name]
+    make, draw = {**TABLE, **CONDITIONAL}[name]
     pair, y = make(), draw(60)
     # the noise of a continuous latent runs to zero where its best value stands for all
     epochs = 1 if hard and name.startswith(("ppca", "state_space")) else 12
@@ -59,7 +59,8 @@ def test_em_is_monotone(name, hard):
         range(len(run.metrics))
     )
     if not hard:
-        assert run.losses[-1] == pytest.approx(-float(pair.log_evidence(y).mean().detach()), rel=1e-10)
+        evidence = pair.log_evidence(*y) if isinstance(y, tuple) else pair.log_evidence(y)
+        assert run.losses[-1] == pytest.approx(-float(evidence.mean().detach()), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", [n for n in EM if hasattr(TABLE[n][0](), "m_step")])
