@@ -115,6 +115,11 @@ def rows(batch: Batch, index: Any) -> Batch:
     return _map(lambda t: t[index], batch)
 
 
+def same_memory(a: Any, b: Tensor) -> bool:
+    """Whether ``a`` is a view of all the numbers of ``b``, whatever its shape."""
+    return isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
 def fingerprint(batch: Batch) -> str:
     """A checksum of all numbers of a batch, to tell other data of the same size."""
     total = 0

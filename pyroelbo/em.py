@@ -22,6 +22,7 @@ from pyroelbo import data as batches
 from pyroelbo.data import Batch, Minibatches
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.enumeration import Unavailable, enumerate_latents
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, choose_device, copy_into, group, interruptible
@@ -603,10 +604,8 @@ def _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, res
         "restarts": restarts,
     }
     for name, value in counts.items():
-        if name == "batch_size" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+        if name != "batch_size" or value is not None:
+            positive_count(name, value, "whole number")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed takes a whole number from 0 to 2**32 - 1, got {seed!r}")
     if not tolerance >= 0:

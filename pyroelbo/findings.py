@@ -20,6 +20,13 @@ class Estimate:
     value: Tensor
     stderr: Tensor
 
+    @classmethod
+    def of(cls, draws: Tensor) -> Estimate:
+        """Mean over draws and data [K, N, *] and its standard error, the data being fixed."""
+        count, size = draws.shape[:2]
+        error = draws.var(0).mean(0).div(count * size).sqrt() if count > 1 else draws[0, 0] * math.nan
+        return cls(draws.mean((0, 1)), error)
+
     def __float__(self) -> float:
         return float(self.value)
 

@@ -19,7 +19,7 @@ from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
 from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites, sites_beyond
 
-__all__ = ["Joint", "scoped"]
+__all__ = ["Joint", "scoped", "view"]
 
 
 class JointEvaluator(Evaluator):
@@ -161,17 +161,22 @@ class Joint(View):
         return getattr(self.pair, name)
 
 
+def view(pair: Pair, scope: str) -> Any:
+    """The pair as an evaluator of this ``scope`` takes it, ``"datum"`` or ``"joint"``."""
+    if scope not in ("datum", "joint"):
+        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
+    return Joint(pair) if scope == "joint" else pair
+
+
 def scoped(estimator: Callable[..., Bound]) -> Callable[..., Bound]:
     """Give an estimator of ``ln p(y)`` per datum the keyword ``scope``: with ``"joint"`` the whole batch is one
     datum."""
 
     @functools.wraps(estimator)
     def run(pair: Any, y: Any, *arguments: Any, scope: str = "datum", **options: Any) -> Bound:
+        bound = estimator(view(pair, scope), y, *arguments, **options)
         if scope == "datum":
-            return estimator(pair, y, *arguments, **options)
-        if scope != "joint":
-            raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
-        bound = estimator(Joint(pair), y, *arguments, **options)
+            return bound
         parts: dict[str, Any] = {"scope": "joint"}
         for name in ("value", "stderr", "ess", "k_hat", "resolution"):
             part = getattr(bound, name)

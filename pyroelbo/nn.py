@@ -6,10 +6,21 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "BatchNorm", "Conv", "ConvCell", "ConvDecoder", "ConvEncoder", "Dense", "GatedMLP"]
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "Conv",
+    "ConvCell",
+    "ConvDecoder",
+    "ConvEncoder",
+    "Dense",
+    "GatedMLP",
+    "LinearNormal",
+]
 
 
 class MLP(nn.Sequential):
@@ -22,6 +33,18 @@ class MLP(nn.Sequential):
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
+
+
+class LinearNormal(nn.Linear):
+    """N(W x + b, diag s²): a mean that is linear in x, and scales s = exp(log_scale) of their own."""
+
+    def __init__(self, takes: int, out: int) -> None:
+        super().__init__(takes, out)
+        self.log_scale = nn.Parameter(torch.zeros(out))
+
+    def distribution(self, x: Tensor) -> dist.Normal:
+        """Of batch shape [*, out]."""
+        return dist.Normal(self(x), self.log_scale.exp())
 
 
 class GatedMLP(nn.Sequential):

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["bits_per_dim", "effective_sample_size", "log_mean_exp", "logsumexp", "nats_to_bits"]
+__all__ = [
+    "bits_per_dim",
+    "effective_sample_size",
+    "log_mean_exp",
+    "logsumexp",
+    "nats_to_bits",
+    "positive_count",
+]
+
+
+def positive_count(name: str, value: Any, what: str = "number") -> int:
+    """``value``, an integer above zero; ValueError names the argument and says what it takes."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} takes a positive {what}, got {value!r}")
+    return value
 
 
 def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:

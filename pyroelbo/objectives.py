@@ -3,6 +3,7 @@ alike."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -214,10 +215,8 @@ class Layered_ELBO(Trace_ELBO, Annealed):
             )
         kl = None
         if not _drawn_later(name, model, guide):
-            try:
+            with suppress(NotImplementedError):  # torch does not know every form
                 kl = kl_divergence(drawn["fn"], site["fn"])
-            except NotImplementedError:
-                kl = None
         if kl is None:
             kl = drawn["fn"].log_prob(drawn["value"]) - site["fn"].log_prob(site["value"])
         scale, mask = drawn["scale"], drawn["mask"]

@@ -269,7 +269,7 @@ class Pair(PyroModule):
                     f"{type(self).__name__} must override simulate(self, n, *given)"
                 )
             for i, part in enumerate(tensors):
-                if site["value"].data_ptr() == part.data_ptr() and site["value"].numel() == part.numel():
+                if batches.same_memory(site["value"], part):
                     found[name] = i
             if name not in found:
                 raise ValueError(

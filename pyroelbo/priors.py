@@ -18,7 +18,7 @@ from torch.nn.functional import pad, softplus
 
 from pyroelbo.distributions import DiagonalMixture, Mixture
 from pyroelbo.nn import MLP
-from pyroelbo.numerics import logsumexp
+from pyroelbo.numerics import logsumexp, positive_count
 
 __all__ = [
     "PRIORS",
@@ -41,11 +41,7 @@ class Prior(nn.Module):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-            raise ValueError(
-                f"{type(self).__name__}: dims takes a positive number of dimensions, got {dims!r}"
-            )
-        self.dims = dims
+        self.dims = positive_count(f"{type(self).__name__}: dims", dims, "number of dimensions")
 
     @property
     def out(self) -> int:
@@ -417,5 +413,4 @@ def build(
 
 
 def _positive(owner: nn.Module, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{type(owner).__name__}: {name} takes a positive whole number, got {value!r}")
+    positive_count(f"{type(owner).__name__}: {name}", value, "whole number")

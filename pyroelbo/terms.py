@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +36,14 @@ _POINT = (
 
 class Unavailable(ValueError):
     """This pair has no such value; the message says why."""
+
+
+def refuse_infinite(elbo: Tensor) -> None:
+    """:class:`Unavailable` where an ELBO, or a log weight, has no finite parts."""
+    if bool(elbo.isinf().any()):
+        raise Unavailable(
+            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+        )
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,35 @@ class Evaluator:
             by_rows.setdefault(rows.start, []).append(part if latents else replace(part, latents={}))
         blocks = [_concatenate(block, 0, self) for block in by_rows.values()]
         return _concatenate(blocks, 1, self)
+
+    def in_chunks(
+        self,
+        what: Callable[[dict[str, Tensor], slice | None], Tensor],
+        latents: Mapping[str, Tensor],
+    ) -> Tensor:
+        """``what(latents, rows)`` [k, b] of given latents {site: [K, *plates, B, *event]}, chunked by memory; the
+        result is whole, [K, B], in float64."""
+        by_rows: dict[int, list[Tensor]] = {}
+        for rows, count in self.chunks(len(next(iter(latents.values())))):
+            done = sum(map(len, by_rows.setdefault(rows.start, [])))
+            piece = {
+                k: v[done : done + count].narrow(
+                    1 + len(self.latents[k].plate_shape), rows.start, rows.stop - rows.start
+                )
+                for k, v in latents.items()
+            }
+            by_rows[rows.start].append(what(piece, rows if self.sliceable else None).double())
+        return torch.cat([torch.cat(block) for block in by_rows.values()], 1)
+
+    def refuse_empty(self) -> None:
+        """:class:`Unavailable` for a model without latents."""
+        if not self.latents:
+            raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
+
+    def refuse_auxiliary(self, why: str = "q(z | y) has no density then") -> None:
+        """:class:`Unavailable`, naming the site and saying why, for guide sites that the model lacks."""
+        if self.auxiliary:
+            raise Unavailable(f"guide site {min(self.auxiliary)!r} is auxiliary: {why}")
 
     def refuse_scales(self, method: str) -> None:
         """:class:`Unavailable` where a site carries a scale within its datum, which importance weights and sums over
@@ -527,15 +564,8 @@ def _data_frame(site: Any, program: str) -> Any:
 def observed_part(site: Any, batch: Batch) -> str | None:
     """The name of the part of the batch that an observed site looks at, by shared memory; None if it is none
     as it is."""
-    value = site["value"]
-    for name, part in batches.parts(batch).items():
-        if (
-            isinstance(value, Tensor)
-            and value.data_ptr() == part.data_ptr()
-            and value.numel() == part.numel()
-        ):
-            return name
-    return None
+    found = (k for k, part in batches.parts(batch).items() if batches.same_memory(site["value"], part))
+    return next(found, None)
 
 
 def check_observation(site: Any, batch: Batch) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from pyroelbo import data as batches
 from pyroelbo import evidence
 from pyroelbo.data import Batch, Minibatches
+from pyroelbo.numerics import positive_count
 from pyroelbo.objectives import (
     Annealed,
     Exact_ELBO,
@@ -465,8 +466,7 @@ def _check_settings(
     epochs, batch_size, learning_rate, particles, clip_norm, skip_norm, ema, patience, valid, seed
 ) -> None:
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("particles", particles)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} takes a positive whole number, got {value!r}")
+        positive_count(name, value, "whole number")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed takes a whole number, got {seed!r}")
     positive = (("learning_rate", learning_rate), ("clip_norm", clip_norm), ("skip_norm", skip_norm))

@@ -16,7 +16,7 @@ from pyroelbo.evidence.lattice import Lattice
 from pyroelbo.evidence.potential import Potential
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.joint import scoped
-from pyroelbo.numerics import log_mean_exp
+from pyroelbo.numerics import log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair
 from pyroelbo.records import Bound, Sandwich
 from pyroelbo.terms import Evaluator, Unavailable
@@ -186,20 +186,13 @@ class _Annealer:
     def __init__(self, pair: Pair, y: Any, temperatures: int, leapfrog: int, start: str) -> None:
         if start not in ("guide", "prior"):
             raise ValueError(f"start takes 'guide' or 'prior', got {start!r}")
-        if isinstance(temperatures, bool) or not isinstance(temperatures, int) or temperatures < 1:
-            raise ValueError(f"temperatures takes a positive number of steps, got {temperatures!r}")
-        if isinstance(leapfrog, bool) or not isinstance(leapfrog, int) or leapfrog < 1:
-            raise ValueError(f"leapfrog takes a positive number of steps, got {leapfrog!r}")
+        positive_count("temperatures", temperatures, "number of steps")
+        positive_count("leapfrog", leapfrog, "number of steps")
         self.start, self.leapfrog = start, leapfrog
         self.evaluator = Evaluator(pair, y, with_guide=start == "guide")
         self.evaluator.refuse_scales("AIS")
-        if not self.evaluator.latents:
-            raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
-        if self.evaluator.auxiliary:
-            name = min(self.evaluator.auxiliary)
-            raise Unavailable(
-                f"guide site {name!r} is auxiliary: q(z | y) has no density then; take start='prior'"
-            )
+        self.evaluator.refuse_empty()
+        self.evaluator.refuse_auxiliary("q(z | y) has no density then; take start='prior'")
         self.space = Unconstrained(self.evaluator, partial=True)
         self.lattice = Lattice(self.evaluator)
         self.potential = Potential(self.evaluator, self.space, self.lattice, start)

@@ -16,7 +16,7 @@ from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
-from pyroelbo.joint import Joint
+from pyroelbo.joint import view
 from pyroelbo.pair import Pair
 from pyroelbo.records import Audit, Bound
 from pyroelbo.terms import Evaluator, Unavailable
@@ -69,8 +69,7 @@ def audit(
     ``print(audit(pair, y))`` is a table. Cost: 2 ``particles`` evaluations a datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
-    if scope not in ("datum", "joint"):
-        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
+    whole = view(pair, scope)
     if isinstance(references, (str, Bound)):
         raise ValueError(
             f"references takes a sequence, such as ('ais',), got a {type(references).__name__} alone"
@@ -128,7 +127,7 @@ def audit(
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
-    notes += _uncovered(pair, batch, scope)
+    notes += _uncovered(whole, batch)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
@@ -143,10 +142,9 @@ def _check(bound: Bound, size: int, scope: str) -> None:
 
 
 @torch.no_grad()
-def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
+def _uncovered(whole: Any, batch: Any) -> list[str]:
     """A note for each site where the guide's support leaves out draws of the prior: weights that stay finite do
     not tell."""
-    whole: Any = Joint(pair) if scope == "joint" else pair
     try:
         evaluator = Evaluator(whole, batch)
         trace = evaluator.guide_trace()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyroelbo import data as batches
 from pyroelbo.evidence.diagnostics import pareto_k_hat
-from pyroelbo.joint import Joint, scoped
-from pyroelbo.numerics import effective_sample_size, log_mean_exp
+from pyroelbo.joint import scoped, view
+from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode
 from pyroelbo.records import Bound, Terms
 from pyroelbo.terms import Evaluator, Unavailable
@@ -24,10 +24,7 @@ __all__ = ["cubo", "draws", "elbo", "eubo", "iwae", "prior_monte_carlo"]
 def draws(pair: Pair, y: Any, particles: int = 64, *, scope: str = "datum") -> Terms:
     """``particles`` draws of the guide for each datum, with every site's log probability under model and guide,
     [K, B], in nats, unscaled but masked. Raises and costs what :func:`elbo` does."""
-    if scope not in ("datum", "joint"):
-        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
-    whole: Any = Joint(pair) if scope == "joint" else pair
-    return Evaluator(whole, y).draws(count_of(particles))
+    return Evaluator(view(pair, scope), y).draws(count_of(particles))
 
 
 @scoped
@@ -42,12 +39,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
     """
     evaluator = Evaluator(pair, y)
     log_w = evaluator.draws(count_of(particles), latents=False).log_weight.double()
-    if particles > 1:
-        stderr = log_w.std(0) / math.sqrt(particles)
-    else:
-        stderr = torch.full_like(log_w[0], math.nan)
-    cost = particles * evaluator.size
-    return Bound("elbo", log_w.mean(0), stderr, "lower", draws=particles, cost=cost, notes=_outside(log_w))
+    return averaged("elbo", log_w, notes=_outside(log_w))
 
 
 @scoped
@@ -109,9 +101,7 @@ def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -
         )
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("eubo")
-    if evaluator.auxiliary:
-        name = min(evaluator.auxiliary)
-        raise Unavailable(f"guide site {name!r} is auxiliary: q(z | y) has no density then")
+    evaluator.refuse_auxiliary()
     cost = count_of(particles) * evaluator.size
     if draws == "weights":
         log_w = evaluator.draws(particles, latents=False).log_weight.double()
@@ -134,18 +124,8 @@ def eubo(pair: Pair, y: Any, particles: int = 64, *, draws: str = "posterior") -
             notes=(note, *notes),
         )
     latents = posterior_draws(pair, evaluator, particles)  # type: ignore[arg-type]
-    blocks: dict[int, list[Tensor]] = {}
-    for rows, count in evaluator.chunks(particles):
-        done = sum(len(b) for b in blocks.get(rows.start, []))
-        part = {
-            k: v[done : done + count].narrow(1 + len(evaluator.latents[k].plate_shape), *_span(rows))
-            for k, v in latents.items()
-        }
-        found = evaluator.terms(part, rows if evaluator.sliceable else None).log_weight.double()
-        blocks.setdefault(rows.start, []).append(found)
-    log_w = torch.cat([torch.cat(block) for block in blocks.values()], 1)
-    stderr = log_w.std(0) / math.sqrt(particles) if particles > 1 else torch.full_like(log_w[0], math.nan)
-    return Bound("eubo", log_w.mean(0), stderr, "upper", draws=particles, cost=cost)
+    log_w = evaluator.in_chunks(lambda z, rows: evaluator.terms(z, rows).log_weight, latents)
+    return averaged("eubo", log_w, "upper")
 
 
 @scoped
@@ -182,8 +162,17 @@ def posterior_draws(pair: ExactPair, evaluator: Evaluator, particles: int) -> di
     return {pair.latent: value.reshape(particles, *site.plate_shape, evaluator.size, *site.event_shape)}
 
 
-def _span(rows: slice) -> tuple[int, int]:
-    return rows.start, rows.stop - rows.start
+def averaged(
+    method: str, log_w: Tensor, kind: str = "lower", cost: int | None = None, notes: tuple[str, ...] = ()
+) -> Bound:
+    """The bound that is the mean of log weights [K, B] itself, with its standard error."""
+    particles, size = log_w.shape
+    if particles > 1:
+        stderr = log_w.std(0) / math.sqrt(particles)
+    else:
+        stderr = torch.full_like(log_w[0], math.nan)
+    cost = particles * size if cost is None else cost
+    return Bound(method, log_w.mean(0), stderr, kind, draws=particles, cost=cost, notes=notes)
 
 
 def weighted(
@@ -226,6 +215,4 @@ def _outside(log_w: Tensor) -> tuple[str, ...]:
 
 
 def count_of(particles: int) -> int:
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles takes a positive number of draws, got {particles!r}")
-    return particles
+    return positive_count("particles", particles, "number of draws")

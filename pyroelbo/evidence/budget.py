@@ -14,7 +14,7 @@ from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.unconstrained import Unconstrained
-from pyroelbo.joint import Joint
+from pyroelbo.joint import view
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
 from pyroelbo.terms import Evaluator, Unavailable
@@ -70,9 +70,8 @@ class Budget:
         except Unavailable as reason:
             notes = [f"no exact value: {reason}"]
         each = _SHARE * self.evaluations / self.data
-        pair: Any = Joint(self.pair) if self.scope == "joint" else self.pair
         try:
-            dims = Unconstrained(Evaluator(pair, self.batch)).dims
+            dims = Unconstrained(Evaluator(view(self.pair, self.scope), self.batch)).dims
         except Unavailable:
             dims = 0
         if dims in _QUADRATURE:

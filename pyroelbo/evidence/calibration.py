@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.findings import Calibration
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import Pair
 from pyroelbo.terms import Evaluator
 
@@ -36,9 +37,8 @@ def calibration(
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); Modrák et al. (2023) for the log joint.
     """
-    for name, count in (("num_data", num_data), ("draws", draws)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} takes a positive number, got {count!r}")
+    positive_count("num_data", num_data)
+    positive_count("draws", draws)
     most = min(_MOST_BINS, num_data // _LEAST_EACH)
     bins = max((b for b in range(2, most + 1) if (draws + 1) % b == 0), default=1)
     if bins < 2:
@@ -60,7 +60,7 @@ def calibration(
             if bool((flat[..., d] != flat[0, 0, d]).any()):
                 names.append(name if flat.shape[-1] == 1 else f"{name}[{d}]")
                 ranks.append(_rank(flat[..., d].double(), 0.0))
-    log_joint = _log_joint(evaluator, everything, draws + 1)
+    log_joint = evaluator.in_chunks(evaluator.score, everything)
     names.append("log joint")
     # The same point may be scored with another rounding elsewhere in a pass.
     tolerance = (
@@ -85,19 +85,3 @@ def _rank(values: Tensor, tolerance: float) -> Tensor:
     return below + (
         torch.rand(len(true), device=true.device, dtype=torch.float64) * (ties + 1)
     ).long().clamp_max(ties)
-
-
-def _log_joint(evaluator: Evaluator, latents: dict[str, Tensor], count: int) -> Tensor:
-    """ln p(y, z) of latents {site: [count, *plates, B, *event]}, [count, B], float64, chunked by memory."""
-    blocks: dict[int, list[Tensor]] = {}
-    for rows, step in evaluator.chunks(count):
-        done = sum(len(b) for b in blocks.get(rows.start, []))
-        piece = {
-            name: value[done : done + step].narrow(
-                1 + len(evaluator.latents[name].plate_shape), rows.start, rows.stop - rows.start
-            )
-            for name, value in latents.items()
-        }
-        score = evaluator.score(piece, rows if evaluator.sliceable else None).double()
-        blocks.setdefault(rows.start, []).append(score)
-    return torch.cat([torch.cat(block) for block in blocks.values()], 1)

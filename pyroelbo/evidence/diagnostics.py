@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyroelbo.findings import Diagnostics, Estimate
-from pyroelbo.numerics import logsumexp
+from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.terms import Evaluator, Unavailable, refuse_infinite
 
 __all__ = ["diagnostics", "pareto_k_hat"]
 
@@ -88,15 +88,11 @@ def diagnostics(
     Source: Hoffman and Johnson (2016); Chen, Li, Grosse and Duvenaud (2018), equation 2, for the split by
     coordinates; Burda, Grosse and Salakhutdinov (2016), section 5, for active units.
     """
-    for name, count in (("draws", draws), ("points", points)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} takes a positive number, got {count!r}")
+    positive_count("draws", draws)
+    positive_count("points", points)
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("diagnostics")
-    if evaluator.auxiliary:
-        raise Unavailable(
-            f"guide site {min(evaluator.auxiliary)!r} is auxiliary: q(z | y) has no density then"
-        )
+    evaluator.refuse_auxiliary()
     sites = tuple(evaluator.latents) if site is None else (site,)
     if not set(sites) <= set(evaluator.latents):
         raise ValueError(f"site takes one of {sorted(evaluator.latents)}, got {site!r}")
@@ -106,10 +102,7 @@ def diagnostics(
     log_q = torch.stack([terms.log_guide[name] for name in sites]).sum(0).double()
     log_p = torch.stack([terms.log_model[name] for name in sites]).sum(0).double()
     log_w = terms.log_weight.double()
-    if bool(log_w.isinf().any()):
-        raise Unavailable(
-            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
-        )
+    refuse_infinite(log_w)
     flat = {name: _points(evaluator, name, value) for name, value in z.items()}
     log_mix = _log_mixture(evaluator, flat).reshape(draws, evaluator.size)
 
@@ -126,13 +119,13 @@ def diagnostics(
         sites=sites,
         num_data=evaluator.size,
         draws=draws,
-        elbo=_mean(log_w),
-        reconstruction=_mean(log_w - log_p + log_q),
-        cross_entropy=_mean(-log_p),
-        entropy=_mean(-log_q),
-        kl=_mean(log_q - log_p),
-        information=_mean(log_q - log_mix),
-        marginal_kl=_mean(log_mix - log_p),
+        elbo=Estimate.of(log_w),
+        reconstruction=Estimate.of(log_w - log_p + log_q),
+        cross_entropy=Estimate.of(-log_p),
+        entropy=Estimate.of(-log_q),
+        kl=Estimate.of(log_q - log_p),
+        information=Estimate.of(log_q - log_mix),
+        marginal_kl=Estimate.of(log_mix - log_p),
         holes=Estimate(share, (share * (1 - share) / len(excess)).sqrt()),
         activity=_activity(torch.cat(codes, -1) if codes else log_q.new_empty(draws, evaluator.size, 0)),
         unit_information=split.get("information"),
@@ -143,12 +136,6 @@ def diagnostics(
         guide_draws=_side_by_side(flat)[:points],
         notes=notes,
     )
-
-
-def _mean(x: Tensor) -> Estimate:
-    """Mean over draws and data [K, N, *] and its standard error, the data being fixed."""
-    error = x.var(0).mean(0).div(x.shape[0] * x.shape[1]).sqrt() if len(x) > 1 else x[0, 0] * math.nan
-    return Estimate(x.mean((0, 1)), error)
 
 
 def _activity(z: Tensor) -> Estimate:
@@ -261,9 +248,9 @@ def _by_coordinate(
         mixed.append(logsumexp(density.reshape(len(piece), size, dims), 1))
     log_m = (torch.cat(mixed) - math.log(size)).reshape(draws, size, dims)
     return {
-        "information": _mean(log_q - log_m),
-        "kl": _mean(log_m - log_p),
-        "total_correlation": _mean(log_mix - log_m.sum(-1)),
+        "information": Estimate.of(log_q - log_m),
+        "kl": Estimate.of(log_m - log_p),
+        "total_correlation": Estimate.of(log_mix - log_m.sum(-1)),
     }, ()
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroelbo.evidence.bounds import count_of, iwae
+from pyroelbo.evidence.bounds import averaged, count_of, iwae
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound, Decomposition
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.terms import Evaluator, Unavailable, refuse_infinite
 from pyroelbo.unamortized import Family
 
 __all__ = ["gap"]
@@ -53,15 +53,13 @@ def gap(
     gradient.
     """
     count_of(particles)
-    for name, number in (("steps", steps), ("draws", draws)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} takes a positive number, got {number!r}")
+    positive_count("steps", steps)
+    positive_count("draws", draws)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate takes a positive number, got {learning_rate!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("gap")
-    if not evaluator.latents:
-        raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
+    evaluator.refuse_empty()
     family = Family(evaluator)
     anchor = _reference(pair, evaluator) if reference is None else reference
     if anchor.value.shape != (evaluator.size,):
@@ -84,10 +82,7 @@ def gap(
     )
     local = _elbo(evaluator, family, best, particles, "local", spent + 3 * particles * evaluator.size, notes)
     amortized = _elbo(evaluator, family, starts[0], particles)
-    if bool((amortized.value == -math.inf).any()):
-        raise Unavailable(
-            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
-        )
+    refuse_infinite(amortized.value)
     return Decomposition(pair.name, anchor, local, amortized, iwae(pair, evaluator.batch, particles))
 
 
@@ -158,13 +153,4 @@ def _elbo(
     step = max(1, min(particles, evaluator.cells // evaluator.size))
     counts = [min(step, particles - done) for done in range(0, particles, step)]
     log_w = torch.cat([_log_weight(evaluator, family, free, count) for count in counts]).double()
-    stderr = log_w.std(0) / particles**0.5 if particles > 1 else torch.full_like(log_w[0], math.nan)
-    return Bound(
-        method,
-        log_w.mean(0),
-        stderr,
-        "lower",
-        draws=particles,
-        cost=particles * evaluator.size if cost is None else cost,
-        notes=notes,
-    )
+    return averaged(method, log_w, cost=cost, notes=notes)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pyroelbo.evidence.bounds import count_of
 from pyroelbo.findings import Estimate, Layers
-from pyroelbo.numerics import effective_sample_size, log_mean_exp
+from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.terms import Evaluator, refuse_infinite
 
 __all__ = ["layers"]
 
@@ -35,16 +35,11 @@ def layers(
     for scales within the datum. Cost: ``particles`` · (1 + ``inner`` · sites) evaluations a datum.
     """
     count_of(particles)
-    if isinstance(inner, bool) or not isinstance(inner, int) or inner < 1:
-        raise ValueError(f"inner takes a positive number of draws, got {inner!r}")
+    positive_count("inner", inner, "number of draws")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("layers")
-    if not evaluator.latents:
-        raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
-    if evaluator.auxiliary:
-        raise Unavailable(
-            f"guide site {min(evaluator.auxiliary)!r} is auxiliary: it has no place in the model"
-        )
+    evaluator.refuse_empty()
+    evaluator.refuse_auxiliary("it has no place in the model")
     guide, model = evaluator.traces()
     sites = tuple(k for k in guide.nodes if k in evaluator.latents)
     order = [k for k in model.nodes if k in evaluator.latents]
@@ -54,10 +49,7 @@ def layers(
     }
     terms = evaluator.draws(particles)
     log_w = terms.log_weight.double()
-    if bool(log_w.isinf().any()):
-        raise Unavailable(
-            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
-        )
+    refuse_infinite(log_w)
     rates = {k: (terms.log_guide[k] - terms.log_model[k]).double() for k in sites}
     values, least = [], math.inf
     for count in range(len(sites)):
@@ -72,12 +64,15 @@ def layers(
         raise ValueError(
             f"reference has shape {tuple(anchor.value.shape)} for {evaluator.size} data: it takes one value each"
         )
-    top = _mean(values[0])
-    rest, total = Estimate(top.value * 0, top.value * 0), _mean(values[0] - log_w)
+    top = Estimate.of(values[0])
+    rest, total = Estimate(top.value * 0, top.value * 0), Estimate.of(values[0] - log_w)
     if anchor is not None:
-        error = torch.tensor(anchor.mean_error, dtype=torch.float64)
+        error = log_w.new_tensor(anchor.mean_error)
         level = anchor.value.double().to(log_w)
-        rest, total = _mean(level - values[0], error), _mean(level - log_w, error)
+        rest, total = (
+            Estimate(found.value, torch.hypot(found.stderr, error))
+            for found in (Estimate.of(level - values[0]), Estimate.of(level - log_w))
+        )
     notes = [f"shares are estimates from {inner} weights; the least mean ESS is {least:.1f}"]
     if anchor is not None and anchor.kind != "exact":
         what = {"lower": "a lower bound", "upper": "an upper bound"}.get(anchor.kind, "an estimate")
@@ -87,21 +82,15 @@ def layers(
         sites=sites,
         num_data=evaluator.size,
         reference=f"iwae-{inner}" if anchor is None else anchor.method,
-        elbo=_mean(log_w),
-        reconstruction=_mean(log_w + sum(rates.values())),
-        rates={k: _mean(v) for k, v in rates.items()},
+        elbo=Estimate.of(log_w),
+        reconstruction=Estimate.of(log_w + sum(rates.values())),
+        rates={k: Estimate.of(v) for k, v in rates.items()},
         kinds=kinds,
-        gaps={k: _mean(values[i] - values[i + 1]) for i, k in enumerate(sites)},
+        gaps={k: Estimate.of(values[i] - values[i + 1]) for i, k in enumerate(sites)},
         rest=rest,
         total=total,
         notes=tuple(notes),
     )
-
-
-def _mean(x: Tensor, other: Tensor | None = None) -> Estimate:
-    """Mean over draws and data [K, N] and its standard error, the data being fixed."""
-    error = x.var(0).mean().div(x.numel()).sqrt() if len(x) > 1 else x.new_tensor(math.nan)
-    return Estimate(x.mean(), error if other is None else torch.hypot(error, other.to(error)))
 
 
 def _inner(evaluator: Evaluator, given: dict[str, Tensor], particles: int, inner: int) -> Tensor:
@@ -113,16 +102,5 @@ def _inner(evaluator: Evaluator, given: dict[str, Tensor], particles: int, inner
             .reshape(particles, inner, -1)
         )
     given = {k: v.repeat_interleave(inner, 0) for k, v in given.items()}
-    blocks: dict[int, list[Tensor]] = {}
-    for rows, count in evaluator.chunks(particles * inner):
-        done = sum(len(b) for b in blocks.get(rows.start, []))
-        piece = {
-            k: v[done : done + count].narrow(
-                1 + len(evaluator.latents[k].plate_shape), rows.start, rows.stop - rows.start
-            )
-            for k, v in given.items()
-        }
-        found = evaluator.terms(piece, rows if evaluator.sliceable else None).log_weight.double()
-        blocks.setdefault(rows.start, []).append(found)
-    log_w = torch.cat([torch.cat(block) for block in blocks.values()], 1)
+    log_w = evaluator.in_chunks(lambda z, rows: evaluator.terms(z, rows).log_weight, given)
     return log_w.reshape(particles, inner, -1)

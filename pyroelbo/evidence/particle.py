@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pyroelbo import data as batches
 from pyroelbo.evidence.bounds import count_of
 from pyroelbo.joint import scoped
-from pyroelbo.numerics import effective_sample_size, log_mean_exp
+from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import LatentPath, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
 from pyroelbo.terms import Evaluator, Unavailable
@@ -57,17 +57,14 @@ def smc(
     weights after adaptive resampling; Maddison et al. (2017) for FIVO.
     """
     count_of(particles)
-    if isinstance(filters, bool) or not isinstance(filters, int) or filters < 1:
-        raise ValueError(f"filters takes a positive number, got {filters!r}")
+    positive_count("filters", filters)
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal takes 'guide' or 'prior', got {proposal!r}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold takes a share of the particles, 0 to 1, got {threshold!r}")
     evaluator = Evaluator(pair, y, with_guide=proposal == "guide")
     evaluator.refuse_scales("SMC")
-    if evaluator.auxiliary:
-        name = min(evaluator.auxiliary)
-        raise Unavailable(f"guide site {name!r} is auxiliary: take proposal='prior'")
+    evaluator.refuse_auxiliary("take proposal='prior'")
     totals: dict[int, list[Tensor]] = {}
     smallest: dict[int, list[Tensor]] = {}
     cost = 0

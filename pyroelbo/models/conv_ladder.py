@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyroelbo.models.markov import ImageChain, PixelLink, bounded
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Conv, ConvCell
+from pyroelbo.numerics import positive_count
 
 __all__ = ["ConvLadder"]
 
@@ -45,9 +46,8 @@ class ConvLadder(ImageChain):
         if isinstance(shape, int) or len(shape) != 2:
             raise ValueError(f"shape takes (height, width), got {shape}")
         sizes = _resolutions(tuple(shape), groups)
-        for name, value in (("latent", latent), ("channels", channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} takes a positive number of maps, got {value!r}")
+        positive_count("latent", latent, "number of maps")
+        positive_count("channels", channels, "number of maps")
         pixels = Pixels(math.prod(shape), likelihood, levels)
         where = [r for r, count in enumerate(groups) for _ in range(count)]  # the resolution of each layer
         cell = {"gain": len(where) ** -0.5, "dropout": dropout}

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from pyroelbo import distributions as ped
 from pyroelbo.distributions.alignment import collapse
+from pyroelbo.models.sequences import check_lengths, within
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["CTC"]
@@ -64,25 +65,19 @@ class CTC(ExactPair):
                 f"y has labels from {int(y.min())} to {int(y.max())}: it takes 1 to {self.labels}, and -1 to the end (0 is the "
                 "blank)"
             )
-        if lengths is not None and lengths.shape != x.shape[:1]:
-            raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(x)}]")
-
-    @staticmethod
-    def _within(x: Tensor, lengths: Tensor | None) -> Tensor:
-        time = torch.arange(x.shape[1], device=x.device)
-        return (time < (len(time) if lengths is None else lengths[:, None])).expand(x.shape[:2])
+        check_lengths(lengths, x)
 
     def logits(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Scores of each frame's symbols, [B, T, labels + 1]."""
-        return self.generator(x, self._within(x, lengths))
+        return self.generator(x, within(x, lengths))
 
     def model(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> None:
         self._check(x, y, lengths)
-        within = self._within(x, lengths)
-        logits = self.generator(x, within)
+        inside = within(x, lengths)
+        logits = self.generator(x, inside)
         with pyro.plate(PLATE, len(x)):
-            z = pyro.sample("z", dist.Categorical(logits=logits).mask(within).to_event(1))
-            pyro.sample("y", _Collapsed(z, within, y.shape[-1], self.labels), obs=y)
+            z = pyro.sample("z", dist.Categorical(logits=logits).mask(inside).to_event(1))
+            pyro.sample("y", _Collapsed(z, inside, y.shape[-1], self.labels), obs=y)
 
     def guide(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> None:
         with pyro.plate(PLATE, len(x)):
@@ -103,7 +98,7 @@ class CTC(ExactPair):
     @torch.no_grad()
     def transcribe(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Labels [B, T], padded with -1, by collapsing each frame's likeliest symbol (best path decoding)."""
-        return collapse(self.logits(x, lengths).argmax(-1), self._within(x, lengths), 0)
+        return collapse(self.logits(x, lengths).argmax(-1), within(x, lengths), 0)
 
     def placeholder(self, n: int, *given: Tensor) -> tuple[Tensor, ...]:
         if not given:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
 from pyroelbo.models.families import FAMILIES, AnyGaussian, Categorical, log_shares
+from pyroelbo.models.sequences import check_lengths, within
 from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["HMM"]
@@ -72,8 +73,7 @@ class HMM(ExactPair):
             raise ValueError(
                 f"y has shape {tuple(y.shape)}: this HMM takes [B, T{''.join(f', {d}' for d in event)}]"
             )
-        if lengths is not None and lengths.shape != y.shape[:1]:
-            raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
+        check_lengths(lengths, y)
         if not event and y.is_floating_point():
             raise ValueError(f"y is a {y.dtype} tensor: this HMM takes symbols, integers [B, T]")
         if event:
@@ -89,18 +89,13 @@ class HMM(ExactPair):
         emission = self.generator.distribution(stack)
         return ped.HMM(p.initial[stack], p.transition[stack], emission, steps, lengths)
 
-    @staticmethod
-    def _within(y: Tensor, lengths: Tensor | None) -> Tensor:
-        time = torch.arange(y.shape[1], device=y.device)
-        return time < (len(time) if lengths is None else lengths[:, None])
-
     def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
         steps = self._check(y, lengths).shape[1]
         with pyro.plate(PLATE, len(y)):
             z = pyro.sample("z", self._hmm(steps, lengths).prior)
             emitted = self.generator.distribution(z)
             if lengths is not None:
-                emitted = emitted.mask(self._within(y, lengths))
+                emitted = emitted.mask(within(y, lengths))
             pyro.sample("y", emitted.to_event(1), obs=y)
 
     def guide(self, y: Tensor, lengths: Tensor | None = None) -> None:
@@ -153,7 +148,7 @@ class HMM(ExactPair):
         if lengths is None:
             visits, seen = visits.flatten(-3, -2), y.flatten(0, 1)
         else:
-            inside = self._within(y, lengths)
+            inside = within(y, lengths)
             visits, seen = visits[..., inside, :], y[inside]
         emitted = self.generator.statistics(visits, seen)
         return evidence, {"initial": initial[..., 0, :], "transition": transition[..., 0, :, :], **emitted}
@@ -183,7 +178,7 @@ class HMM(ExactPair):
         """A start drawn from data: uniform first state, moves near uniform, emissions ``"random"`` or, the default
         of Gaussian ones, at the centres of ``"k-means"``."""
         y = self._check(y, lengths)
-        inside = self._within(y, lengths).expand(y.shape[:2])
+        inside = within(y, lengths)
         if int(inside.sum()) < self.states:
             raise ValueError(f"{self.states} states take at least as many steps, got {int(inside.sum())}")
         self.prior.initial.zero_()

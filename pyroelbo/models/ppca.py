@@ -12,6 +12,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyroelbo.models.sequences import check_dtype
+from pyroelbo.nn import LinearNormal
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["PPCA"]
@@ -59,10 +61,9 @@ class PPCA(ExactPair):
         self.generator.register_parameter(
             "log_scale", nn.Parameter(torch.zeros(() if noise == "shared" else dims))
         )
-        self.encoder: nn.Module | None = None
+        self.encoder: LinearNormal | None = None
         if guide == "mean_field":
-            self.encoder = nn.Linear(dims, latent)
-            self.encoder.register_parameter("log_scale", nn.Parameter(torch.zeros(latent)))
+            self.encoder = LinearNormal(dims, latent)
 
     @property
     def exact_guide(self) -> bool:
@@ -71,11 +72,7 @@ class PPCA(ExactPair):
     def _check(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(f"y has shape {tuple(y.shape)}: this PPCA takes [B, {self.dims}]")
-        if y.dtype != self.generator.loc.dtype:
-            raise ValueError(
-                f"y is a {y.dtype} tensor and the parameters are {self.generator.loc.dtype}: convert one, "
-                "y.to(dtype) or pair.to(dtype)"
-            )
+        check_dtype(y, self.generator.loc)
         return y
 
     def model(self, y: Tensor) -> None:
@@ -90,7 +87,7 @@ class PPCA(ExactPair):
             if self.encoder is None:
                 pyro.sample("z", self.posterior(y))
             else:
-                pyro.sample("z", dist.Normal(self.encoder(y), self.encoder.log_scale.exp()).to_event(1))
+                pyro.sample("z", self.encoder.distribution(y).to_event(1))
 
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln N(y; μ, W Wᵀ + σ² I), [B], in nats."""

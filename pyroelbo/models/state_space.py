@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
+from pyroelbo.models.sequences import check_dtype, check_lengths, within
+from pyroelbo.nn import LinearNormal
 from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["StateSpace"]
@@ -60,10 +62,9 @@ class StateSpace(ExactPair):
         self.generator.register_parameter("read", nn.Parameter(torch.randn(dims, latent)))
         self.generator.register_parameter("offset", nn.Parameter(torch.zeros(dims)))
         self.generator.register_parameter("log_scale", nn.Parameter(torch.zeros(dims)))
-        self.encoder: nn.Module | None = None
+        self.encoder: LinearNormal | None = None
         if guide == "mean_field":
-            self.encoder = nn.Linear(dims, latent)
-            self.encoder.register_parameter("log_scale", nn.Parameter(torch.zeros(latent)))
+            self.encoder = LinearNormal(dims, latent)
 
     @property
     def exact_guide(self) -> bool:
@@ -72,13 +73,8 @@ class StateSpace(ExactPair):
     def _check(self, y: Tensor, lengths: Tensor | None) -> Tensor:
         if y.dim() != 3 or y.shape[-1] != self.dims:
             raise ValueError(f"y has shape {tuple(y.shape)}: this model takes [B, T, {self.dims}]")
-        if lengths is not None and lengths.shape != y.shape[:1]:
-            raise ValueError(f"lengths has shape {tuple(lengths.shape)}: it takes [{len(y)}]")
-        if y.dtype != self.generator.offset.dtype:
-            raise ValueError(
-                f"y is a {y.dtype} tensor and the parameters are {self.generator.offset.dtype}: convert one, "
-                "y.to(dtype) or pair.to(dtype)"
-            )
+        check_lengths(lengths, y)
+        check_dtype(y, self.generator.offset)
         return y
 
     def _chain(self, lengths: Tensor | None, blind: bool = False) -> ped.LinearGaussianChain:
@@ -98,11 +94,6 @@ class StateSpace(ExactPair):
             lengths=lengths,
         )
 
-    @staticmethod
-    def _within(y: Tensor, lengths: Tensor | None) -> Tensor:
-        time = torch.arange(y.shape[1], device=y.device)
-        return (time < (len(time) if lengths is None else lengths[:, None])).expand(y.shape[:2])
-
     def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
         self._check(y, lengths)
         g = self.generator
@@ -110,7 +101,7 @@ class StateSpace(ExactPair):
             z = pyro.sample("z", self._chain(lengths, blind=True).posterior(torch.zeros_like(y)))
             emitted = dist.Normal(z @ g.read.T + g.offset, g.log_scale.exp())
             if lengths is not None:
-                emitted = emitted.mask(self._within(y, lengths)[..., None])
+                emitted = emitted.mask(within(y, lengths)[..., None])
             pyro.sample("y", emitted.to_event(2), obs=y)
 
     def guide(self, y: Tensor, lengths: Tensor | None = None) -> None:
@@ -118,8 +109,8 @@ class StateSpace(ExactPair):
             if self.encoder is None:
                 pyro.sample("z", self.posterior(y, lengths))
                 return
-            local = dist.Normal(self.encoder(y), self.encoder.log_scale.exp())
-            pyro.sample("z", local.mask(self._within(y, lengths)[..., None]).to_event(2))
+            local = self.encoder.distribution(y)
+            pyro.sample("z", local.mask(within(y, lengths)[..., None]).to_event(2))
 
     def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
         """ln p(y), [B], in nats, by the Kalman filter."""
@@ -151,8 +142,8 @@ class StateSpace(ExactPair):
     def _smoother(self, y: Tensor, lengths: Tensor | None) -> Callable[[int, Tensor | None], Any]:
         """q(z_t | z_{t-1}) of the exact posterior, from the means and covariances of neighbours."""
         q = self.posterior(y, lengths)
-        within = self._within(y, lengths)[..., None, None]
-        mean, covariance = q.mean, torch.where(within, q.covariance, torch.eye(self.latent_dims).to(y))
+        inside = within(y, lengths)[..., None, None]
+        mean, covariance = q.mean, torch.where(inside, q.covariance, torch.eye(self.latent_dims).to(y))
         gain = torch.linalg.solve(covariance[:, :-1], q.lagged).mT
         rest = covariance[:, 1:] - gain @ q.lagged
         root = torch.linalg.cholesky(torch.cat([covariance[:, :1], (rest + rest.mT) / 2], 1))
@@ -171,7 +162,7 @@ class StateSpace(ExactPair):
         """ln p(y) [B] (``hard``: ln p(y, z*) of the most probable path) and the statistics of :meth:`m_step`."""
         q = self.posterior(y, lengths)
         evidence = q.log_partition
-        within = self._within(y, lengths).double()
+        inside = within(y, lengths).double()
         z = q.mean.double()
         square = z[..., :, None] * z[..., None, :]
         lagged = z[:, 1:, :, None] * z[:, :-1, None, :]
@@ -180,13 +171,13 @@ class StateSpace(ExactPair):
         else:
             square = square + q.covariance.double()
             lagged = lagged + q.lagged.mT.double()
-        follows = within[:, 1:, None, None]
-        code = torch.cat([z, torch.ones_like(z[..., :1])], -1) * within[..., None]
-        y = y.double() * within[..., None]
+        follows = inside[:, 1:, None, None]
+        code = torch.cat([z, torch.ones_like(z[..., :1])], -1) * inside[..., None]
+        y = y.double() * inside[..., None]
         whole = code.flatten(0, 1).T @ code.flatten(0, 1)
-        whole[:-1, :-1] = (square * within[..., None, None]).sum((0, 1))
+        whole[:-1, :-1] = (square * inside[..., None, None]).sum((0, 1))
         return evidence, {
-            "count": within[:, :1].sum(),
+            "count": inside[:, :1].sum(),
             "first": z[:, 0].sum(0),
             "first_power": square[:, 0].diagonal(0, -1, -2).sum(0),
             "moves": follows.sum(),
@@ -226,7 +217,7 @@ class StateSpace(ExactPair):
     @torch.no_grad()
     def initialize(self, y: Tensor, lengths: Tensor | None = None) -> None:
         """A random start: slow states, a random look at them, the data's mean and spread."""
-        seen = self._check(y, lengths)[self._within(y, lengths)]
+        seen = self._check(y, lengths)[within(y, lengths)]
         p, g = self.prior, self.generator
         p.start.zero_()
         p.log_start.zero_()
