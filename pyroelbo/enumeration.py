@@ -19,7 +19,8 @@ from torch import Tensor
 from pyroelbo import data as batches
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["FactorGraph", "enumerate_latents"]
 

@@ -17,7 +17,8 @@ from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View, check_sites, sample_sites, sites_beyond
+from pyroelbo.sites import check_sites, sample_sites, sites_beyond
+from pyroelbo.terms import Evaluator, LargestTensor, LatentSite, View
 
 __all__ = ["Joint", "scoped", "view"]
 

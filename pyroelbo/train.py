@@ -38,8 +38,8 @@ from pyroelbo.objectives import (
 from pyroelbo.pair import PLATE, ExactPair, Pair, unregistered
 from pyroelbo.records import Run
 from pyroelbo.runs import RunDirectory, choose_device, copy_into, group, interruptible
+from pyroelbo.sites import check_observation, check_support, observed_part
 from pyroelbo.stepping import OPTIMIZERS, EagerStep, PerDatum
-from pyroelbo.terms import check_observation, check_support, observed_part
 
 if TYPE_CHECKING:
     from pyroelbo.compiled import CompiledStep

@@ -15,7 +15,8 @@ from torch.distributions import transform_to
 from pyroelbo import data as batches
 from pyroelbo.data import Batch
 from pyroelbo.pair import ExactPair, Pair
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["Family", "unamortized"]
 

@@ -12,7 +12,7 @@ ROOT = Path(pyroelbo.__file__).parent
 LAYERS = [
     ["_version", "numerics", "records", "findings"],
     ["semiring", "nn", "causal", "data", "runs", "coder"],
-    ["distributions", "pair", "terms", "joint", "enumeration"],
+    ["distributions", "pair", "sites", "terms", "joint", "enumeration"],
     ["priors", "objectives", "stepping", "compiled", "em", "unamortized"],
     ["models", "evidence"],
     ["train"],

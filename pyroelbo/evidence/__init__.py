@@ -11,7 +11,7 @@ from pyroelbo.evidence.gap import gap
 from pyroelbo.evidence.layers import layers
 from pyroelbo.evidence.particle import smc
 from pyroelbo.evidence.quadrature import quadrature
-from pyroelbo.terms import Unavailable
+from pyroelbo.sites import Unavailable
 
 __all__ = [
     "Unavailable",

@@ -19,7 +19,8 @@ from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair
 from pyroelbo.records import Bound, Sandwich
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["ais", "bdmc"]
 

@@ -19,7 +19,8 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.joint import view
 from pyroelbo.pair import Pair
 from pyroelbo.records import Audit, Bound
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["audit"]
 

@@ -15,7 +15,8 @@ from pyroelbo.joint import scoped, view
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode
 from pyroelbo.records import Bound, Terms
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["cubo", "draws", "elbo", "eubo", "iwae", "prior_monte_carlo"]
 

@@ -17,7 +17,8 @@ from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.joint import view
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["Budget"]
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.evidence.lattice import is_discrete
 from pyroelbo.findings import Diagnostics, Estimate
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.terms import Evaluator, Unavailable, refuse_infinite
+from pyroelbo.sites import Unavailable, refuse_infinite
+from pyroelbo.terms import Evaluator
 
 __all__ = ["diagnostics", "pareto_k_hat"]
 
@@ -112,7 +114,9 @@ def diagnostics(
     excess = log_prior - _log_mixture(evaluator, fresh)
     share = (excess > _HOLE).double().mean()
 
-    codes = [v.reshape(draws, evaluator.size, -1) for k, v in flat.items() if _continuous(evaluator, k)]
+    codes = [
+        v.reshape(draws, evaluator.size, -1) for k, v in flat.items() if not is_discrete(evaluator.latents[k])
+    ]
     split, notes = _by_coordinate(evaluator, sites, z, log_mix)
     return Diagnostics(
         name=pair.name,
@@ -149,11 +153,6 @@ def _activity(z: Tensor) -> Estimate:
     spread = (mean - mean.mean(0)).square()
     error = (4 * (spread * noise).sum(0) + 2 * noise.square().sum(0)).sqrt() / (size - 1)
     return Estimate(value, error)
-
-
-def _continuous(evaluator: Evaluator, name: str) -> bool:
-    support = evaluator.latents[name].support
-    return support is not None and not support.is_discrete
 
 
 def _points(evaluator: Evaluator, name: str, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pyroelbo import data as batches
 from pyroelbo.enumeration import enumerate_latents
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
-from pyroelbo.terms import Unavailable
+from pyroelbo.sites import Unavailable
 
 __all__ = ["exact"]
 

@@ -13,7 +13,8 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound, Decomposition
-from pyroelbo.terms import Evaluator, Unavailable, refuse_infinite
+from pyroelbo.sites import Unavailable, refuse_infinite
+from pyroelbo.terms import Evaluator
 from pyroelbo.unamortized import Family
 
 __all__ = ["gap"]

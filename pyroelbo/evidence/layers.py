@@ -13,7 +13,8 @@ from pyroelbo.findings import Estimate, Layers
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, refuse_infinite
+from pyroelbo.sites import refuse_infinite
+from pyroelbo.terms import Evaluator
 
 __all__ = ["layers"]
 

@@ -16,7 +16,8 @@ from pyroelbo.joint import scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import LatentPath, Pair, evaluation_mode, unregistered
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["smc"]
 

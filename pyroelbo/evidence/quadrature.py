@@ -16,7 +16,8 @@ from pyroelbo.joint import scoped
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
 from pyroelbo.records import Bound
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["quadrature"]
 

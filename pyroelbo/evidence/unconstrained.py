@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyroelbo.evidence.lattice import is_discrete
-from pyroelbo.terms import Evaluator, Unavailable
+from pyroelbo.sites import Unavailable
+from pyroelbo.terms import Evaluator
 
 __all__ = ["Unconstrained"]
 

@@ -98,9 +98,9 @@ def test_masked_and_subsampled_agrees_with_exact():
 def test_planted_bugs_are_caught(bug, monkeypatch):
     """The test above must fail if the library makes one of these mistakes."""
     if bug == "a leaked scale":
-        honest = terms._inner_plates
-        monkeypatch.setattr(terms, "_inner_plates", lambda site: honest(site) * 1000 / 5)
-        monkeypatch.setattr(terms, "_check_scale", lambda site, program: False)
+        honest = terms.inner_plates
+        monkeypatch.setattr(terms, "inner_plates", lambda site: honest(site) * 1000 / 5)
+        monkeypatch.setattr(terms, "check_scale", lambda site, program: False)
     elif bug == "a forgotten mask":
         monkeypatch.setattr(terms, "_mask", lambda log_prob, mask: log_prob)
     else:
