@@ -43,8 +43,8 @@ def gated_vae(**settings):
 
 
 def ladder(**settings):
-    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
-    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+    shape = {"latent": (40, 40), "hidden": (300, 300), "network": "gated", "norm": "none", "prior": "vamp"}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
 
 
 # VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
@@ -57,15 +57,30 @@ SYSTEMS = {
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
     "ladder": System(
-        "ladder 48-24-12-8, MLP 384-192-96-64",
+        "ladder 40-40, gated 784-300-300, VampPrior-250",
         ladder(),
-        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        {
+            "objective": "layered",
+            "batch_size": 250,
+            "learning_rate": 1e-3,
+            "ema": 0.9995,
+            "warmup": 15,
+            "bf16": True,
+        },
         samples=1000,
     ),
-    "ladder-vamp": System(
-        "the same, layer norm, VampPrior-500",
-        ladder(norm="layer", prior="vamp", components=500),
-        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+    "ladder-iwae": System(
+        "the same, then trained by IW-10",
+        ladder(),
+        {
+            "objective": "iwae",
+            "particles": 10,
+            "batch_size": 200,
+            "learning_rate": 5e-4,
+            "ema": 0.9995,
+            "warmup": 1,
+            "bf16": True,
+        },
         samples=1000,
     ),
     "conv_ladder": System(
@@ -112,21 +127,22 @@ def train(options, system, images, folder):
     resume = (folder / "config.json").exists()
     if options.start and not resume:
         load(pair, options.start)
-    run = fit(
-        pair,
-        images["train"],
-        valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
-        kl_weight=kl_weight,
-        schedule=schedule,
-        seed=options.seed,
-        out=folder,
-        resume=resume,
-        checkpoint_seconds=60.0,
-        config={"system": options.system, "settings": options.fit, "start": str(options.start)},
-        progress=False,
-        callbacks=[lambda row: print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)],
-        **settings,
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
+        run = fit(
+            pair,
+            images["train"],
+            valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
+            kl_weight=kl_weight,
+            schedule=schedule,
+            seed=options.seed,
+            out=folder,
+            resume=resume,
+            checkpoint_seconds=60.0,
+            config={"system": options.system, "settings": options.fit, "start": str(options.start)},
+            progress=False,
+            callbacks=[lambda row: print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)],
+            **settings,
+        )
     print(f"{options.system}: stopped by {run.stopped} after {len(run.metrics)} epochs")
 
 

@@ -39,7 +39,8 @@ class EagerStep:
 
     ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
     others that the loss reaches stay as they are, and no backward pass is spent on them. Where the whole gradient is longer
-    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it.
+    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it. ``buffers``, by
+    name, are averaged as the parameters are.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class EagerStep:
         clip_norm: float | None = None,
         skip_norm: float | None = None,
         ema: float | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.objective, self._model, self._guide = objective, model, guide
         self.parameters = dict(parameters)
@@ -61,7 +63,8 @@ class EagerStep:
         self._optimizer = OPTIMIZERS[optimizer](self._leaves, lr=lr, fused=True)
         self._clip_norm, self._skip_norm, self._ema = clip_norm, skip_norm, ema
         self.skipped = torch.zeros(())
-        self.averages = {} if ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+        self._averaged = {} if ema is None else {**self.parameters, **(buffers or {})}
+        self.averages = {n: t.detach().clone() for n, t in self._averaged.items()}
 
     @property
     def lr(self) -> float:
@@ -90,7 +93,9 @@ class EagerStep:
             leaf.grad = None
         if self._ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), self._leaves, 1 - self._ema)
+                torch._foreach_lerp_(
+                    list(self.averages.values()), list(self._averaged.values()), 1 - self._ema
+                )
         return loss.detach()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.distributions import MultivariateNormal
 from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
-from pyroelbo.objectives import Layered_ELBO, mean_field_fault
+from pyroelbo.objectives import IWAE_ELBO, Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
 from pyroelbo.priors import StandardNormal
 from pyroelbo.stepping import EagerStep
@@ -468,18 +468,34 @@ def test_fit_anneals_the_layered_weight():
     assert [row["kl_weight"] for row in run.metrics] == pytest.approx([0.1 + 0.75, 1.0, 1.0])
 
 
-def test_a_step_of_a_ladder_is_one_graph():
-    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager."""
+@pytest.mark.parametrize(
+    "objective", [Layered_ELBO(0.1, balance=True, weight=0.5), IWAE_ELBO(3, max_plate_nesting=1)]
+)
+def test_a_step_of_a_ladder_is_one_graph(objective):
+    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager; averages of
+    weights and buffers as well."""
     from pyroelbo.compiled import CompiledStep
 
-    objective, y = Layered_ELBO(0.1, balance=True, weight=0.5), binary(8, 6)
-    steps = []
+    y, steps, buffers = binary(8, 6), [], []
     with pyro.validation_enabled(False), unregistered():
         for kind in (EagerStep, functools.partial(CompiledStep, backend="eager")):
             torch.manual_seed(2)
             pair = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1)
             pair.train()
-            steps.append(kind(objective, pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-2))
+            buffers.append({k: v for k, v in pair.named_buffers() if v.is_floating_point()})
+            steps.append(
+                kind(
+                    objective,
+                    pair.model,
+                    pair.guide,
+                    dict(pair.named_parameters()),
+                    lr=1e-2,
+                    ema=0.75,
+                    buffers=buffers[-1],
+                )
+            )
+        name = "encoder.features.layers.0.0.norm.running_var"
+        expected = buffers[0][name].clone()
         for i, weight in enumerate((0.5, 1.0, 0.7)):
             objective.weight = weight
             values = []
@@ -487,7 +503,11 @@ def test_a_step_of_a_ladder_is_one_graph():
                 torch.manual_seed(i)
                 values.append(step(y))
             torch.testing.assert_close(*values)
+            expected = 0.75 * expected + 0.25 * buffers[0][name]
     assert steps[1].counters.compiled_calls == 3
+    torch.testing.assert_close(steps[0].averages, steps[1].averages)
+    torch.testing.assert_close(steps[1].averages[name], expected)
+    assert float((expected - buffers[0][name]).abs().max()) > 1e-4
 
 
 # ------------------------------------------------------------------------------------------ bad input
