@@ -47,6 +47,15 @@ def ladder(**settings):
     return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
 
 
+LADDER = {
+    "objective": "layered",
+    "batch_size": 250,
+    "learning_rate": 1e-3,
+    "ema": 0.9995,
+    "warmup": 15,
+    "bf16": True,
+}
+
 # VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
 #   python -m benchmarks.static_mnist vamp-100 --train
 #   python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
@@ -56,31 +65,17 @@ SYSTEMS = {
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
-    "ladder": System(
-        "ladder 40-40, gated 784-300-300, VampPrior-250",
+    "ladder": System("ladder 40-40, gated 784-300-300, VampPrior-250", ladder(), LADDER, samples=1000),
+    "ladder-distorted": System(
+        "the same, then on distorted images",
         ladder(),
-        {
-            "objective": "layered",
-            "batch_size": 250,
-            "learning_rate": 1e-3,
-            "ema": 0.9995,
-            "warmup": 15,
-            "bf16": True,
-        },
+        LADDER | {"warmup": 1, "distort": 0.75},
         samples=1000,
     ),
     "ladder-iwae": System(
-        "the same, then trained by IW-10",
+        "the same, then by IW-5",
         ladder(),
-        {
-            "objective": "iwae",
-            "particles": 10,
-            "batch_size": 200,
-            "learning_rate": 5e-4,
-            "ema": 0.9995,
-            "warmup": 1,
-            "bf16": True,
-        },
+        LADDER | {"warmup": 1, "distort": 0.5, "objective": "iwae", "particles": 5, "learning_rate": 5e-4},
         samples=1000,
     ),
     "conv_ladder": System(
@@ -99,6 +94,40 @@ DEFAULTS = {
     "warmup": 30,
     "decay": math.inf,
 }
+
+
+class Distorted(torch.utils.data.Dataset):
+    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift): pixels are
+    taken from the nearest one, so that images stay binary. An index is a list of rows, and gives a batch."""
+
+    def __init__(self, images, share):
+        self.images, self.share = images, float(share)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        y = self.images[rows]
+        angle, shear, wide, high, right, down = (2 * torch.rand(6, len(y)) - 1) * torch.tensor(
+            [[0.15], [0.1], [0.06], [0.06], [0.06], [0.06]]
+        )
+        cos, sin = angle.cos(), angle.sin()
+        maps = torch.stack(
+            [
+                torch.stack([(1 + wide) * cos, shear - sin, right], -1),
+                torch.stack([sin, (1 + high) * cos, down], -1),
+            ],
+            1,
+        )
+        maps[torch.rand(len(y)) >= self.share] = torch.eye(2, 3)
+        grid = torch.nn.functional.affine_grid(maps, (len(y), 1, 28, 28), align_corners=False)
+        image = y.view(-1, 1, 28, 28)
+        moved = torch.nn.functional.grid_sample(image, grid, "nearest", align_corners=False)
+        return moved.reshape(-1, 784)
+
+    def batches(self, size):
+        rows = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self), size, drop_last=False)
+        return torch.utils.data.DataLoader(self, sampler=rows, batch_size=None)
 
 
 def schedules(settings):
@@ -127,10 +156,12 @@ def train(options, system, images, folder):
     resume = (folder / "config.json").exists()
     if options.start and not resume:
         load(pair, options.start)
+    share = settings.pop("distort", 0.0)
+    given = Distorted(images["train"], share).batches(settings["batch_size"]) if share else images["train"]
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
         run = fit(
             pair,
-            images["train"],
+            given,
             valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
             kl_weight=kl_weight,
             schedule=schedule,

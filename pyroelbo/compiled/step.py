@@ -151,9 +151,10 @@ class CompiledStep:
             graph, data, state = found
             loss = graph(cache.inputs(graph.plan, data, state))[0]
             cache.counters.compiled_calls += 1
-        if self._buffers:
+        ema = self._rule[7]
+        if self._buffers and ema is not None:
             averages = [self.averages[name] for name in self._buffers]
-            torch._foreach_lerp_(averages, list(self._buffers.values()), 1 - self._rule[7])
+            torch._foreach_lerp_(averages, list(self._buffers.values()), 1 - ema)
         return loss
 
     def _eager(self, args: tuple, kwargs: dict) -> Tensor:
