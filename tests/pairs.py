@@ -187,6 +187,14 @@ TABLE = {
         lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    "hierarchy-vamp": (
+        lambda: models.Hierarchy(6, (3, 2, 2), 8, prior="vamp", components=3),
+        lambda n: binary(n, 6),
+    ),
+    "hierarchy-top-down-autoregressive": (
+        lambda: models.Hierarchy(6, (3, 2), 8, order="top-down", prior="autoregressive"),
+        lambda n: binary(n, 6),
+    ),
     "ladder": (lambda: models.Ladder(6, (3, 2, 2), (8, 6, 5)), lambda n: binary(n, 6)),
     "ladder-precision": (
         lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
@@ -197,6 +205,10 @@ TABLE = {
         lambda n: binary(n, 6),
     ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
+    "conv_ladder-vamp": (
+        lambda: models.ConvLadder((4, 4), (1, 1), 1, 4, prior="vamp", components=3),
+        lambda n: binary(n, 16),
+    ),
     "autoregressive-pixelcnn": (
         lambda: models.Autoregressive((2, 3), width=4, layers=2),
         lambda n: binary(n, 6),

@@ -19,7 +19,7 @@ from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
 from pyroelbo.objectives import Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
-from pyroelbo.priors import StandardNormal
+from pyroelbo.priors import PRIORS, StandardNormal
 from pyroelbo.stepping import EagerStep
 from pyroelbo.terms import Evaluator
 from tests.pairs import TABLE, binary
@@ -630,20 +630,82 @@ def test_pictures_of_what_is_decoded(name):
     assert picture.shape == y.shape and picture.min() >= 0 and picture.max() <= 1
 
 
-@pytest.mark.parametrize("prior", ["vamp", "mixture"])
-def test_a_ladder_may_stand_on_any_prior(prior):
-    """A VampPrior is the mixture of the ladder's own top encoder."""
-    pair = models.Ladder.for_data(
-        binary(9, 6), (6,), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
-    )
-    y = binary(5, 6)
+# family: the chain for 4x4 images on a prior, of two layers, the upper of 2 (maps: 2x2) numbers
+STANDING = {
+    "hierarchy": lambda prior, **s: models.Hierarchy.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, prior=prior, components=4
+    ),
+    "hierarchy-top-down": lambda prior, **s: models.Hierarchy.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, order="top-down", prior=prior, components=4
+    ),
+    "ladder": lambda prior, **s: models.Ladder.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
+    ),
+    "conv_ladder": lambda prior, **s: models.ConvLadder.for_data(
+        s.get("train"), (4, 4), 2, groups=(1, 1), latent=1, channels=4, prior=prior, components=4
+    ),
+}
+
+
+def standing(family, prior, train=None):
+    torch.manual_seed(0)
+    return STANDING[family](prior, train=train)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("family", STANDING)
+def test_a_chain_may_stand_on_any_prior(family, prior):
+    """The top site has the prior's own density; its term is closed where a form is known, and the draw's elsewhere."""
+    pair, y = standing(family, prior, binary(9, 16)), binary(5, 16)
+    top = getattr(pair.prior, "prior", pair.prior)
+    with torch.no_grad():
+        for parameter in top.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     terms = Evaluator(pair, y).draw(3)
-    z = terms.latents["z_2"]
-    if prior == "vamp":
-        q = pair.encode_top(pair.prior.prior.pseudo_inputs)
-        mixed = torch.logsumexp(q.log_prob(z[..., None, :]), -1) - math.log(4)
-        torch.testing.assert_close(terms.log_model["z_2"], mixed)
-    run = fit(pair, binary(30, 6), epochs=2, objective="layered", progress=False)
+    torch.testing.assert_close(terms.log_model["z_2"], top().log_prob(terms.latents["z_2"]))
+    pyro.set_rng_seed(1)
+    loss = Layered_ELBO().differentiable_loss(pair.model, pair.guide, y)
+    pyro.set_rng_seed(1)
+    guide = poutine.trace(pair.guide).get_trace(y)
+    model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(y)
+    expected = torch.zeros(())
+    for site in pair.sites:
+        q, p, z = guide.nodes[site]["fn"], model.nodes[site]["fn"], guide.nodes[site]["value"]
+        closed = (family != "hierarchy" or site == "z_2") and (prior == "standard" or site == "z_1")
+        term = torch.distributions.kl_divergence(q, p) if closed else q.log_prob(z) - p.log_prob(z)
+        expected = expected + term.sum()
+    expected = expected - model.nodes["y"]["fn"].log_prob(y).sum()
+    torch.testing.assert_close(loss, expected)
+    before = {k: v.detach().clone() for k, v in top.named_parameters()}
+    run = fit(pair, binary(30, 16), epochs=1, objective="layered", progress=False)
     assert all(math.isfinite(loss) for loss in run.losses)
-    with pytest.raises(ValueError, match="the latent 'z_2' 2"):
-        models.Ladder(6, (3, 2), (8, 6), prior=StandardNormal(3))
+    assert all(not torch.equal(v, before[k]) for k, v in top.named_parameters())
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_vampprior_mixes_the_top_of_the_encoder(family):
+    y = binary(9, 16)
+    pair = standing(family, "vamp", y)
+    top = getattr(pair.prior, "prior", pair.prior)
+    u, z = top.pseudo_inputs, torch.randn(7, top.dims)
+    links = pair.encoder.links
+    if family == "hierarchy":
+        assert u.shape == (4, 3)  # of z_1, which the link of z_2 sees
+        q = links[1](u)
+    else:
+        assert torch.cdist(u.detach(), y).amin(1).max() < 0.2  # rows of the data, with a little noise
+        seen = u if family == "hierarchy-top-down" else pair.encoder.features(u)[-1]
+        q = links[1](None, seen, None)
+    mixed = torch.logsumexp(q.log_prob(z[:, None]), -1) - math.log(4)
+    torch.testing.assert_close(top().log_prob(z), mixed)
+    with pytest.raises(ValueError, match="VampPrior has 4 pseudo-inputs and the data 3 rows"):
+        standing(family, "vamp", binary(3, 16))
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_prior_of_another_size_is_named_with_its_layer(family):
+    dims = 4 if family == "conv_ladder" else 2
+    with pytest.raises(ValueError, match=f"StandardNormal has 5 dimensions, the latent 'z_2' {dims}"):
+        standing(family, StandardNormal(5))
+    with pytest.raises(ValueError, match="prior takes one of .* got 'gumbel'"):
+        standing(family, "gumbel")
