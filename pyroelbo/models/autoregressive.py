@@ -249,7 +249,7 @@ class Autoregressive(ExactPair):
         ahead: _Ahead | None = None  # what one pass says of y, for draws that are known to be its prefixes
         cache: Any = self.generator.begin(torch.Size([]))
         p = self.link(y[:, :0], self.generator.step(cache))
-        with pyro.plate(PLATE, len(y)), Handed() as handed:
+        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
             for site in self.sites:
                 z = pyro.sample(site, p)
                 known = handed.path(site, z)
@@ -275,7 +275,7 @@ class Autoregressive(ExactPair):
         self.check(y)
         with pyro.plate(PLATE, len(y)):
             for layer in range(1, self.length):
-                path: dict[str, Any] = {}
+                path: dict[str, Any] = {"pair": self}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
                 path.update(value=z, grad=torch.is_grad_enabled(), found=y)
 
