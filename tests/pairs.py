@@ -58,6 +58,13 @@ def sentences(n, longest=20):
     return y
 
 
+def texts(n, longest, symbols):
+    """Strings of 0 to ``longest`` symbols, padded with -1."""
+    y = torch.randint(symbols, (n, longest))
+    y[torch.arange(longest) >= torch.randint(longest + 1, (n, 1))] = -1
+    return y
+
+
 def labelled_frames(n, steps=6):
     """(x, y, lengths): frames, labels 1 … 3 padded with -1 (few enough to fit), lengths of the frames."""
     y = torch.randint(1, 4, (n, 2))
@@ -217,6 +224,7 @@ TABLE = {
         lambda: models.Autoregressive(5, 4, "categorical", "transformer", 8, 1),
         lambda n: torch.randint(4, (n, 5)),
     ),
+    "strings": (lambda: models.Strings(5, 3, width=8, layers=1), lambda n: texts(n, 5, 3)),
     "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
-from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.flow import DequantizedFlow, Flow
@@ -44,6 +44,7 @@ __all__ = [
     "Ladder",
     "NeuralPCFG",
     "StateSpace",
+    "Strings",
     "build",
     "load",
 ]
