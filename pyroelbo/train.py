@@ -28,6 +28,7 @@ from pyroelbo.data import Batch, Minibatches
 from pyroelbo.numerics import positive_count
 from pyroelbo.objectives import (
     Annealed,
+    Evidence_ELBO,
     Exact_ELBO,
     Hard_ELBO,
     Layered_ELBO,
@@ -52,6 +53,7 @@ OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "layered": Layered_ELBO,
     "hard": Hard_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+    "evidence": Evidence_ELBO,
 }
 _VALIDATION_SEED = 7
 
@@ -93,7 +95,8 @@ def fit(
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``
     (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they
     are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy),
-    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    ``"enum"``, ``"evidence"`` (-ln p(y) of an ExactPair, without its guide) or any Pyro ELBO that has a
+    ``differentiable_loss``. ``particles`` repeats each batch along its
     first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
     ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
@@ -132,6 +135,8 @@ def fit(
     first = batches.to(loader.first(), place)
     leaves, per_datum = _probe(pair, first, loader)
     _check_mean_field(loss_fn, pair, first)
+    if isinstance(loss_fn, Evidence_ELBO):
+        per_datum = float  # the scale of a subsampled plate is not in it
     trained = _trained(pair, leaves, freeze)
     settings = {
         **(config or {}),
@@ -375,7 +380,10 @@ class _Job:
         cuda = [self.loss_sum.device] if self.loss_sum.is_cuda else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(_VALIDATION_SEED)
-            value = evidence.elbo(self.pair, valid, particles=8).mean
+            if isinstance(self.loss_fn, Evidence_ELBO):
+                value = evidence.exact(self.pair, valid).mean
+            else:
+                value = evidence.elbo(self.pair, valid, particles=8).mean
         _assign(trained, own)
         return value
 
@@ -504,6 +512,13 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
         raise TypeError(
             f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
         )
+    if isinstance(loss, Evidence_ELBO):
+        if not isinstance(pair, ExactPair):
+            raise TypeError(
+                f"objective 'evidence' takes an ExactPair, got a {type(pair).__name__}: take 'elbo'"
+            )
+        if kl_weight != 1.0:
+            raise ValueError(f"kl_weight: objective 'evidence' has no KL to weigh, got {kl_weight!r}")
     if callable(kl_weight):
         if isinstance(loss, Layered_ELBO):
             loss.weight = kl_weight(0.0)

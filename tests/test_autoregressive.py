@@ -17,6 +17,7 @@ from pyroelbo.models.autoregressive import Append, Autoregressive, Prefix, Strin
 from pyroelbo.models.markov import Chain
 from pyroelbo.objectives import Exact_ELBO
 from pyroelbo.terms import Evaluator
+from tests.pairs import TABLE
 
 
 def pixelcnn(shape=(3, 4), symbols=3):
@@ -386,3 +387,13 @@ def test_pyro_does_not_see_the_prefix_as_random():
     link = Append(torch.tensor([1]), torch.zeros(3))
     values = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 0.5], [0.0, 2.0], [1.0, -1.0]])
     torch.testing.assert_close(link.log_prob(values).exp(), torch.tensor([1 / 3, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_the_evidence_in_blocks_is_the_evidence(monkeypatch):
+    make, draw = TABLE["autoregressive-pixelcnn"]
+    pair, y = make(), draw(7)
+    whole = pair.log_evidence(y)
+    monkeypatch.setattr("pyroelbo.models.autoregressive._ROWS", 3)
+    with torch.no_grad():
+        torch.testing.assert_close(pair.log_evidence(y), whole.detach(), rtol=1e-12, atol=1e-12)
+        assert pair.log_evidence(y[:0]).shape == (0,)

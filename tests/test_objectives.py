@@ -7,7 +7,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyroelbo import evidence
-from pyroelbo.objectives import Exact_ELBO, Weighted_ELBO
+from pyroelbo.objectives import Evidence_ELBO, Exact_ELBO, Weighted_ELBO
 from tests.pairs import EM, TABLE, Nonlinear
 from tests.test_examples import load
 
@@ -121,3 +121,28 @@ def test_the_model_stays_evaluable_while_the_objective_is_annealed():
     assert torch.isfinite(evidence.iwae(pair, y).value).all()
     with pytest.raises(ValueError, match="weight takes"):
         objective.weight = -1.0
+
+
+@pytest.mark.parametrize("name", ["hmm-gaussian", "ppca", "autoregressive-pixelcnn"])
+def test_the_evidence_as_an_objective(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(6)
+    ours, drawn = (
+        loss.differentiable_loss(pair.model, pair.guide, y) for loss in (Evidence_ELBO(), Exact_ELBO())
+    )
+    torch.testing.assert_close(ours, drawn, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient(pair, ours), gradient(pair, drawn), rtol=1e-8, atol=1e-8)
+    before = pair.log_evidence(y).sum().detach()
+    svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), Evidence_ELBO())
+    assert svi.evaluate_loss(y) == pytest.approx(-float(before), rel=1e-10)
+    losses = [svi.step(y) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0] == pytest.approx(-float(before), rel=1e-10)
+
+
+def test_the_evidence_takes_exact_pairs_alone():
+    make, draw = TABLE["vae-bernoulli"]
+    pair, y = make(), draw(3)
+    with pytest.raises(TypeError, match="the model of an ExactPair, got that of a VAE"):
+        Evidence_ELBO().differentiable_loss(pair.model, pair.guide, y)
+    with pytest.raises(TypeError, match="ExactPair, got a function"):
+        Evidence_ELBO().differentiable_loss(lambda y: None, None, y)
