@@ -357,6 +357,10 @@ def test_text_in_rows():
             "y holds 2 at row 0, place 2, behind the end of that string",
         ),
         (lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1), "y holds 7 at row 1, place 0"),
+        (
+            lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
+            "y holds 9 at row 300, place 1",
+        ),
         (lambda: strings().model(padded([(1,)], 4)), r"y has shape \(1, 4\): this model takes \[B, 5\]"),
         (lambda: Strings(5, 0), "at least 2 tokens of 2 symbols, got 5 of 1"),
         (

@@ -1,5 +1,6 @@
 """Chains of links: linear-Gaussian and finite ones as oracles, both orders, and what is refused."""
 
+import copy
 import functools
 import itertools
 import math
@@ -789,6 +790,24 @@ def test_a_vampprior_mixes_the_top_of_the_encoder(family):
     torch.testing.assert_close(top().log_prob(z), mixed)
     with pytest.raises(ValueError, match="VampPrior has 4 pseudo-inputs and the data 3 rows"):
         standing(family, "vamp", binary(3, 16))
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_chain_on_a_vampprior_is_copied_whole_and_steps_as_one_graph(family):
+    from pyroelbo.compiled import CompiledStep
+
+    pair, y = standing(family, "vamp"), binary(8, 16)
+    twin = copy.deepcopy(pair)
+    assert getattr(twin.prior, "prior", twin.prior).encode.__self__ is twin
+    step = CompiledStep(
+        Layered_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), backend="eager"
+    )
+    before = [parameter.detach().clone() for parameter in pair.prior.parameters()]
+    with pyro.validation_enabled(False), unregistered():
+        for _ in range(3):
+            step(y)
+    assert step.counters.compiled_calls == 3 and step.counters.fallbacks == 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, pair.prior.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("family", STANDING)

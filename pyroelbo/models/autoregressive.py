@@ -283,6 +283,8 @@ class Autoregressive(ExactPair):
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
         self.check(y)
+        if not torch.is_grad_enabled():
+            self.check_tokens(y)  # a block would tell a row of its own
         blocks = [y] if torch.is_grad_enabled() else y.split(_ROWS)
         found = [
             self.logits(b).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1)) for b in blocks
