@@ -19,9 +19,56 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.pair import ExactPair, Program
 from pyroelbo.sites import check_scale, data_frame, sample_sites
 
-__all__ = ["IWAE_ELBO", "Exact_ELBO", "Hard_ELBO", "Layered_ELBO", "Weighted_ELBO", "mean_field_fault"]
+__all__ = [
+    "IWAE_ELBO",
+    "Evidence_ELBO",
+    "Exact_ELBO",
+    "Hard_ELBO",
+    "Layered_ELBO",
+    "Weighted_ELBO",
+    "mean_field_fault",
+]
+
+
+class Evidence_ELBO(ELBO):
+    """-ln p(y), by the ``log_evidence`` of an :class:`~pyroelbo.ExactPair`, summed over the batch: no guide is run.
+
+    With the exact posterior as guide it is the value and the gradient of :class:`Exact_ELBO`, at the cost of the
+    evidence alone: for an autoregressive model one pass of its network in place of a site for every token. ``model``
+    is that pair's own ``pair.model``. Raises TypeError for other models, ValueError where the evidence is that of a
+    whole batch (latents outside of the data plate).
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise TypeError("Evidence_ELBO draws nothing: it has no traces")
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        pair = getattr(model, "pair", None)
+        if not isinstance(pair, ExactPair):
+            of = f"that of a {type(pair).__name__}" if pair is not None else f"a {type(model).__name__}"
+            raise TypeError(f"Evidence_ELBO takes the model of an ExactPair, got {of}: take Trace_ELBO")
+        # As a program of its pair, so that SVI sees the parameters.
+        value = Program(pair, type(pair).log_evidence)(*args, **kwargs)
+        rows = len(next(iter((*args, *kwargs.values()))))
+        if value.shape != (rows,):
+            raise ValueError(
+                f"Evidence_ELBO: {type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for {rows} data, it "
+                "takes one number for each: take Trace_ELBO for latents outside of the data plate"
+            )
+        return -value.sum()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
 
 
 class Exact_ELBO(Trace_ELBO):

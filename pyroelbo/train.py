@@ -29,6 +29,7 @@ from pyroelbo.numerics import positive_count
 from pyroelbo.objectives import (
     IWAE_ELBO,
     Annealed,
+    Evidence_ELBO,
     Exact_ELBO,
     Hard_ELBO,
     Layered_ELBO,
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "hard": Hard_ELBO,
     "iwae": IWAE_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+    "evidence": Evidence_ELBO,
 }
 _VALIDATION_SEED = 7
 
@@ -95,8 +97,9 @@ def fit(
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``
     (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they
     are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy), ``"iwae"``
-    (the importance-weighted bound of ``particles`` draws, :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"`` or any
-    Pyro ELBO that has a ``differentiable_loss``. With all but ``"iwae"``, ``particles`` repeats each batch along its
+    (the importance-weighted bound of ``particles`` draws, :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"``,
+    ``"evidence"`` (-ln p(y) of an ExactPair, without its guide) or any Pyro ELBO that has a
+    ``differentiable_loss``. With all but ``"iwae"``, ``particles`` repeats each batch along its
     first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
     ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
@@ -136,6 +139,8 @@ def fit(
     first = batches.to(loader.first(), place)
     leaves, per_datum = _probe(pair, first, loader)
     _check_mean_field(loss_fn, pair, first)
+    if isinstance(loss_fn, Evidence_ELBO):
+        per_datum = float  # the scale of a subsampled plate is not in it
     trained = _trained(pair, leaves, freeze)
     settings = {
         **(config or {}),
@@ -384,12 +389,16 @@ class _Job:
         whole = torch.autocast(self.loss_sum.device.type, enabled=False)
         with torch.random.fork_rng(devices=cuda), whole:
             torch.manual_seed(_VALIDATION_SEED)
-            if isinstance(self.loss_fn, IWAE_ELBO):
-                bound = "iwae", evidence.iwae(self.pair, valid, particles=self.loss_fn.num_particles).mean
+            name = "valid_elbo"
+            if isinstance(self.loss_fn, Evidence_ELBO):
+                bound = evidence.exact(self.pair, valid)
+            elif isinstance(self.loss_fn, IWAE_ELBO):
+                name = "valid_iwae"
+                bound = evidence.iwae(self.pair, valid, particles=self.loss_fn.num_particles)
             else:
-                bound = "elbo", evidence.elbo(self.pair, valid, particles=8).mean
+                bound = evidence.elbo(self.pair, valid, particles=8)
         _assign(self.state, own)
-        return "valid_" + bound[0], bound[1]
+        return name, bound.mean
 
     def _postfix(self, row: Mapping[str, Any] | None = None) -> dict[str, str]:
         shown = {"epoch": f"{self.epoch + (row is None)}"}
@@ -519,6 +528,13 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any, particles: int
         raise TypeError(
             f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
         )
+    if isinstance(loss, Evidence_ELBO):
+        if not isinstance(pair, ExactPair):
+            raise TypeError(
+                f"objective 'evidence' takes an ExactPair, got a {type(pair).__name__}: take 'elbo'"
+            )
+        if kl_weight != 1.0:
+            raise ValueError(f"kl_weight: objective 'evidence' has no KL to weigh, got {kl_weight!r}")
     weight = kl_weight(0.0) if callable(kl_weight) else kl_weight
     if not weight >= 0:
         raise ValueError(

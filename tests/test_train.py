@@ -72,6 +72,26 @@ def test_enumeration_in_the_loss():
     assert run.losses[0] == pytest.approx(before)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_by_the_evidence_is_training_by_its_exact_bound(compiled):
+    make, draw = TABLE["autoregressive-pixelcnn"]
+    y = draw(12)
+    settings = {"valid": y[:5], "epochs": 3, "batch_size": 6, "learning_rate": 0.05}
+    runs = [
+        quiet(
+            (pair := make()), y, objective=objective, compile=compiled and objective == "evidence", **settings
+        )
+        for objective in ("elbo", "evidence")
+    ]
+    torch.testing.assert_close(
+        torch.tensor(runs[0].losses), torch.tensor(runs[1].losses), rtol=1e-7, atol=1e-7
+    )
+    # Of the second run: what was validated is the exact evidence of the weights as they were left.
+    assert runs[1].metrics[-1]["valid_elbo"] == pytest.approx(
+        float(pair.log_evidence(y[:5]).mean()), rel=1e-10
+    )
+
+
 def test_particles_reduce_the_noise_and_keep_the_mean():
     y = torch.randn(6, 4)
     few = [quiet(fresh(), y, epochs=1, batch_size=6, seed=s).losses[0] for s in range(40)]
@@ -431,6 +451,14 @@ def model_with_global(y):
         (Nonlinear, torch.zeros(3, 4), {"schedule": "linear"}, ValueError, "schedule takes"),
         (Nonlinear, torch.zeros(3, 4), {"kl_weight": -1.0}, ValueError, "kl_weight takes"),
         (Nonlinear, torch.zeros(3, 4), {"resume": True}, ValueError, "give out="),
+        (Nonlinear, torch.zeros(3, 4), {"objective": "evidence"}, TypeError, "'evidence' takes an ExactPair"),
+        (
+            TABLE["ppca"][0],
+            torch.zeros(3, 5),
+            {"objective": "evidence", "kl_weight": 0.5},
+            ValueError,
+            "no KL to weigh",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_training(pair, y, settings, error, message, tmp_path):

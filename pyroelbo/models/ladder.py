@@ -93,17 +93,6 @@ class Ladder(ImageChain):
         )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
 
-    def encode_top(self, y: Tensor) -> dist.TorchDistribution:
-        """q(z_N | y), event shape [latent[-1]]."""
-        return self.encoder.links[-1](None, self.encoder.features(y)[-1], None)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Ladder:
-        pair = cls(shape, levels=levels, **settings)
-        if train is not None:
-            pair.prior.prior.initialize(train)
-        return pair
-
 
 class Features(nn.Module):
     """y → (d_1, …, d_N): each layer a cell on the one below, and a residual one on top of it."""
