@@ -230,9 +230,8 @@ def curve(folder):
     )
     rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
-        print(
-            f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {-r.get('valid_elbo', r.get('valid_iwae')):.2f} |"
-        )
+        valid = -r.get("valid_elbo", r.get("valid_iwae"))
+        print(f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {valid:.2f} |")
 
 
 def load(pair, folder):
