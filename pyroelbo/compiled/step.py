@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
+from pyroelbo.stepping import averaging
 
 __all__ = ["CompiledStep"]
 
@@ -21,7 +22,7 @@ _SLOTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"),
 
 
 class CompiledStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph.
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 − a)·θ̄ + a·θ, all in one graph.
 
     ::
 
@@ -46,7 +47,7 @@ class CompiledStep:
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
     :param skip_norm: where the whole gradient is longer than this, or not finite, the step leaves the parameters
         and the optimizer's state as they are, and ``skipped`` counts it (Child, 2021). None takes every step.
-    :param ema: decay d of the averaged parameters in ``averages``, or None.
+    :param ema: decay d of the averaged parameters in ``averages``, or None: a = max(1 − d, 9/(9 + t)) at step t.
     :param backend: "inductor", or "eager": the captured graph run operation by operation.
 
     The loss is in nats, as the objective's. To anneal the KL's weight, give ``Weighted_ELBO`` and set its
@@ -201,6 +202,7 @@ class CompiledStep:
         # A view puts the number into memory; Inductor would else raise to powers anew for every 16 elements.
         rate = (lr * long / (1 - beta1**time)).as_strided((), ())
         small = (eps * long).as_strided((), ())
+        newest = averaging(ema, time).as_strided((), ()) if ema is not None else None
         for i, (p, g) in enumerate(zip(params, self._clip(gradients), strict=True)):
             if kind == "adamw":
                 p.mul_(1 - lr * decay)
@@ -216,7 +218,7 @@ class CompiledStep:
                 square = slots[1][i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 p.sub_(rate * mean / (square.sqrt() + small))
             if ema is not None:
-                slots[-1][i].lerp_(p, 1 - ema)
+                slots[-1][i].lerp_(p, newest)
 
     def _fused_update(
         self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor], skip: Tensor | None
@@ -263,7 +265,11 @@ class CompiledStep:
                 found_inf=skip,
             )
         if ema is not None:
-            torch._foreach_lerp_(slots[-1], params, 1 - ema)
+            newest = averaging(ema, clock.to(lr.dtype))
+            if lr.is_cuda:  # nothing waits for the device
+                torch._foreach_lerp_(slots[-1], params, [newest.to(p.dtype) for p in params])
+            else:
+                torch._foreach_lerp_(slots[-1], params, newest.item())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's state as one flat dict of copied tensors: "step", "lr", "exp_avg.NAME", ..."""

@@ -283,7 +283,11 @@ class Autoregressive(ExactPair):
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
         self.check(y)
-        blocks = [y] if torch.is_grad_enabled() else y.split(_ROWS)
+        if torch.is_grad_enabled():
+            blocks = [y]
+        else:
+            self.check_tokens(y)  # of all rows, so that an error counts them from the first
+            blocks = y.split(_ROWS)
         found = [
             self.logits(b).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1)) for b in blocks
         ]
