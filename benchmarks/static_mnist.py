@@ -47,8 +47,18 @@ def gated_vae(**settings):
 
 
 def ladder(**settings):
-    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
-    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+    shape = {"latent": (40, 40), "hidden": (300, 300), "network": "gated", "norm": "none", "prior": "vamp"}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
+
+
+LADDER = {
+    "objective": "layered",
+    "batch_size": 250,
+    "learning_rate": 1e-3,
+    "ema": 0.9995,
+    "warmup": 15,
+    "bf16": True,
+}
 
 
 class HalfPixelCNN(PixelCNN):
@@ -79,16 +89,17 @@ SYSTEMS = {
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
-    "ladder": System(
-        "ladder 48-24-12-8, MLP 384-192-96-64",
+    "ladder": System("ladder 40-40, gated 784-300-300, VampPrior-250", ladder(), LADDER, samples=1000),
+    "ladder-distorted": System(
+        "the same, then on distorted images",
         ladder(),
-        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        LADDER | {"warmup": 1, "distort": 0.75},
         samples=1000,
     ),
-    "ladder-vamp": System(
-        "the same, layer norm, VampPrior-500",
-        ladder(norm="layer", prior="vamp", components=500),
-        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+    "ladder-iwae": System(
+        "the same, then by IW-5",
+        ladder(),
+        LADDER | {"warmup": 1, "distort": 0.5, "objective": "iwae", "particles": 5, "learning_rate": 5e-4},
         samples=1000,
     ),
     "conv_ladder": System(
@@ -129,6 +140,40 @@ DEFAULTS = {
 }
 
 
+class Distorted(torch.utils.data.Dataset):
+    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift): pixels are
+    taken from the nearest one, so that images stay binary. An index is a list of rows, and gives a batch."""
+
+    def __init__(self, images, share):
+        self.images, self.share = images, float(share)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        y = self.images[rows]
+        angle, shear, wide, high, right, down = (2 * torch.rand(6, len(y)) - 1) * torch.tensor(
+            [[0.15], [0.1], [0.06], [0.06], [0.06], [0.06]]
+        )
+        cos, sin = angle.cos(), angle.sin()
+        maps = torch.stack(
+            [
+                torch.stack([(1 + wide) * cos, shear - sin, right], -1),
+                torch.stack([sin, (1 + high) * cos, down], -1),
+            ],
+            1,
+        )
+        maps[torch.rand(len(y)) >= self.share] = torch.eye(2, 3)
+        grid = torch.nn.functional.affine_grid(maps, (len(y), 1, 28, 28), align_corners=False)
+        image = y.view(-1, 1, 28, 28)
+        moved = torch.nn.functional.grid_sample(image, grid, "nearest", align_corners=False)
+        return moved.reshape(-1, 784)
+
+    def batches(self, size):
+        rows = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self), size, drop_last=False)
+        return torch.utils.data.DataLoader(self, sampler=rows, batch_size=None)
+
+
 def schedules(settings):
     """The KL's weight and the factor on the learning rate, functions of the epoch: a linear warm-up, and a halving every
     ``decay`` epochs, or with ``tail`` = (start, length) a cosine to zero that begins at epoch start."""
@@ -156,21 +201,24 @@ def train(options, system, images, folder):
     resume = (folder / "config.json").exists()
     if options.start and not resume:
         load(pair, options.start)
-    run = fit(
-        pair,
-        images["train"],
-        valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
-        kl_weight=1.0 if exact else kl_weight,
-        schedule=schedule,
-        seed=options.seed,
-        out=folder,
-        resume=resume,
-        checkpoint_seconds=60.0,
-        config={"system": options.system, "settings": options.fit, "start": str(options.start)},
-        progress=False,
-        callbacks=[Minutes(folder / "curve.jsonl")],
-        **settings,
-    )
+    share = settings.pop("distort", 0.0)
+    given = Distorted(images["train"], share).batches(settings["batch_size"]) if share else images["train"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
+        run = fit(
+            pair,
+            given,
+            valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
+            kl_weight=1.0 if exact else kl_weight,
+            schedule=schedule,
+            seed=options.seed,
+            out=folder,
+            resume=resume,
+            checkpoint_seconds=60.0,
+            config={"system": options.system, "settings": options.fit, "start": str(options.start)},
+            progress=False,
+            callbacks=[Minutes(folder / "curve.jsonl")],
+            **settings,
+        )
     print(f"{options.system}: stopped by {run.stopped} after {len(run.metrics)} epochs")
 
 
@@ -196,9 +244,8 @@ def curve(folder):
     )
     rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
-        print(
-            f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {-r['valid_elbo']:.2f} |"
-        )
+        valid = -r.get("valid_elbo", r.get("valid_iwae"))
+        print(f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {valid:.2f} |")
 
 
 def load(pair, folder):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyroelbo.numerics import positive_count
+
 __all__ = ["CausalTransformer", "PixelCNN"]
 
 
@@ -34,6 +36,7 @@ class CausalTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        positive_count("width", width, "number of features")
         if width % heads:
             raise ValueError(f"width takes a multiple of heads={heads}, got {width}")
         self.symbols, self.length = symbols, length
@@ -133,6 +136,8 @@ class PixelCNN(nn.Module):
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape takes (height, width), got {tuple(shape)}")
+        positive_count("width", channels, "number of channels")
+        positive_count("layers", layers, "number of layers")  # with none a pixel would see itself
         self.symbols, self.shape, self.channels = symbols, tuple(shape), channels
         self.blocks = nn.ModuleList(
             _Gated(2 if i == 0 else channels, channels, reach, i == 0, dropout) for i in range(layers)

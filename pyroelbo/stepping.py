@@ -50,7 +50,8 @@ class EagerStep:
 
     ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
     others that the loss reaches stay as they are, and no backward pass is spent on them. Where the whole gradient is longer
-    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it.
+    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it. ``buffers``, by
+    name, are averaged as the parameters are.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EagerStep:
         clip_norm: float | None = None,
         skip_norm: float | None = None,
         ema: float | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.objective, self._model, self._guide = objective, model, guide
         self.parameters = dict(parameters)
@@ -73,7 +75,8 @@ class EagerStep:
         self._clip_norm, self._skip_norm, self._ema = clip_norm, skip_norm, ema
         self.skipped = torch.zeros(())
         self._clock = 0
-        self.averages = {} if ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+        self._averaged = {} if ema is None else {**self.parameters, **(buffers or {})}
+        self.averages = {n: t.detach().clone() for n, t in self._averaged.items()}
 
     @property
     def lr(self) -> float:
@@ -104,7 +107,7 @@ class EagerStep:
         if self._ema is not None:
             weight = averaging(self._ema, self._clock)
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), self._leaves, weight)
+                torch._foreach_lerp_(list(self.averages.values()), list(self._averaged.values()), weight)
         return loss.detach()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -337,6 +337,9 @@ def test_text_in_rows():
         (lambda: Autoregressive(8), r"shape takes \(height, width\), got \(8,\)"),
         (lambda: Autoregressive((2, 2), network="lstm"), "network takes one of"),
         (lambda: Autoregressive(8, network="transformer", width=30), "width takes a multiple of heads"),
+        (lambda: Autoregressive(8, network="transformer", width=0), "width takes a positive number"),
+        (lambda: Autoregressive((2, 2), width=0), "width takes a positive number of channels, got 0"),
+        (lambda: Autoregressive((2, 2), layers=0), "layers takes a positive number of layers, got 0"),
         (lambda: Autoregressive(1, network="transformer"), "at least 2 tokens"),
         (lambda: transformer().model(torch.zeros(2, 5)), r"y has shape \(2, 5\): this model takes \[B, 7\]"),
         (lambda: evidence.exact(transformer(), torch.full((2, 7), 3)).value, "takes values in"),
@@ -354,6 +357,10 @@ def test_text_in_rows():
             "y holds 2 at row 0, place 2, behind the end of that string",
         ),
         (lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1), "y holds 7 at row 1, place 0"),
+        (
+            lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
+            "y holds 9 at row 300, place 1",
+        ),
         (lambda: strings().model(padded([(1,)], 4)), r"y has shape \(1, 4\): this model takes \[B, 5\]"),
         (lambda: Strings(5, 0), "at least 2 tokens of 2 symbols, got 5 of 1"),
         (

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -54,6 +55,7 @@ def test_train_audit_and_sample(words, tmp_path, capsys):
     assert main(["sample", out, "-n", "5"]) == 0
     printed = capsys.readouterr().out
     assert "nats per datum" in printed and "(5, 64)" in printed
+    assert ("the layers' rates" in printed) == words.startswith(("hierarchy", "ladder", "conv_ladder"))
     for file in (
         "config.json",
         "metrics.jsonl",
@@ -64,7 +66,13 @@ def test_train_audit_and_sample(words, tmp_path, capsys):
         "curve.png",
     ):
         assert (tmp_path / "run" / file).stat().st_size > 0
-    assert json.loads((tmp_path / "run" / "audit.json").read_text())["unit"] == "nats"
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["unit"] == "nats"
+    rows = {row["method"]: row for row in found["bounds"]}
+    ordered = [rows[method] for method in ("exact", "quadrature", "iwae-4", "elbo") if method in rows]
+    for above, below in itertools.pairwise(ordered):
+        error = above["mean_error"] + below["mean_error"]  # of four draws a datum
+        assert above["mean"] > below["mean"] - 8 * error - 1e-3
 
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):

@@ -250,7 +250,7 @@ class Autoregressive(ExactPair):
         ahead: _Ahead | None = None  # what one pass says of y, for draws that are known to be its prefixes
         cache: Any = self.generator.begin(torch.Size([]))
         p = self.link(y[:, :0], self.generator.step(cache))
-        with pyro.plate(PLATE, len(y)), Handed() as handed:
+        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
             for site in self.sites:
                 z = pyro.sample(site, p)
                 known = handed.path(site, z)
@@ -276,18 +276,16 @@ class Autoregressive(ExactPair):
         self.check(y)
         with pyro.plate(PLATE, len(y)):
             for layer in range(1, self.length):
-                path: dict[str, Any] = {}
+                path: dict[str, Any] = {"pair": self}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
                 path.update(value=z, grad=torch.is_grad_enabled(), found=y)
 
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
         self.check(y)
-        if torch.is_grad_enabled():
-            blocks = [y]
-        else:
-            self.check_tokens(y)  # of all rows, so that an error counts them from the first
-            blocks = y.split(_ROWS)
+        if not torch.is_grad_enabled():
+            self.check_tokens(y)  # a block would tell a row of its own
+        blocks = [y] if torch.is_grad_enabled() else y.split(_ROWS)
         found = [
             self.logits(b).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1)) for b in blocks
         ]

@@ -100,7 +100,7 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), Handed() as handed:
+        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
             state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
@@ -133,7 +133,7 @@ class Chain(Pair):
                         f"layer {layer}: the encoder gives z_{layer} the shape {tuple(q.event_shape)}, "
                         f"the generator {tuple(p.event_shape)}"
                     )
-                path: dict[str, Any] = {}
+                path: dict[str, Any] = {"pair": self}
                 z = pyro.sample(f"z_{layer}", q, infer={"path": path})
                 if layer > 1:
                     state, p = self._advance(layer, state, z, p)
@@ -190,16 +190,19 @@ class Chain(Pair):
 
 
 class Handed(Messenger):
-    """Collects what the guide handed on with its draws, as ``infer={"path": {"value", "grad", "found"}}``; replay
-    gives the model the guide's ``infer``."""
+    """Collects what the guide of ``pair`` handed on with its draws, as ``infer={"path": {"pair", "value", "grad",
+    "found"}}``; replay gives the model the guide's ``infer``."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: Pair) -> None:
         super().__init__()
+        self.pair = pair
         self._paths: dict[str, dict[str, Any]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if "path" in msg["infer"]:
-            self._paths[msg["name"]] = msg["infer"]["path"]
+        path = msg["infer"].get("path")
+        # Another pair's guide walked along another generator.
+        if path is not None and path["pair"] is self.pair:
+            self._paths[msg["name"]] = path
 
     def path(self, site: str, z: Tensor) -> Any:
         """What the guide found below this very draw, under the same grad mode; else None."""
@@ -356,6 +359,7 @@ class ImageChain(Chain):
     def initialize(self, y: Tensor) -> None:
         """Start the prior from data [N, D], where it looks at data: at y itself, or bottom-up at draws of the
         z_{N-1} that the top of the encoder sees."""
+        self.check(y)
         top: Any = getattr(self.prior, "prior", self.prior)
         if self.order == "bottom-up":
             for link in self.encoder.links[:-1]:
@@ -429,6 +433,8 @@ class Hierarchy(ImageChain):
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
     """ValueError for a layer without units, by its number."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence):
+        raise ValueError(f"{name} takes a width for each layer, such as ({widths!r},), got {widths!r}")
     if not widths:
         raise ValueError(f"{name} takes at least one layer, got none")
     for layer, width in enumerate(widths, 1):
