@@ -216,6 +216,7 @@ class _Gated(nn.Module):
         for conv in (self.down, self.across, self.link, self.out):
             # A gate about halves what it gets; torch's own start would make deep vertical features vanish.
             nn.init.normal_(conv.weight, std=_GAIN / conv.weight[0].numel() ** 0.5)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:

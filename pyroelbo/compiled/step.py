@@ -214,7 +214,7 @@ class CompiledStep:
         # A view puts the number into memory; Inductor would else raise to powers anew for every 16 elements.
         rate = (lr * long / (1 - beta1**time)).as_strided((), ())
         small = (eps * long).as_strided((), ())
-        newest = averaging(ema, time).as_strided((), ()) if ema is not None else None
+        newest = averaging(ema or 0.0, time).as_strided((), ())
         for i, (p, g) in enumerate(zip(params, self._clip(gradients), strict=True)):
             if kind == "adamw":
                 p.mul_(1 - lr * decay)
@@ -280,7 +280,7 @@ class CompiledStep:
             self._average(slots[-1], params, clock, lr)
 
     def _average(self, averages: list[Tensor], tensors: list[Tensor], clock: Tensor, lr: Tensor) -> None:
-        newest = averaging(self._rule[-1], clock.to(lr.dtype))
+        newest = averaging(self._rule[-1] or 0.0, clock.to(lr.dtype))
         if lr.is_cuda:  # nothing waits for the device
             torch._foreach_lerp_(averages, tensors, [newest.to(t.dtype) for t in tensors])
         else:
