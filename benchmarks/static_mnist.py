@@ -70,6 +70,12 @@ class HalfPixelCNN(PixelCNN):
         return logits.float()
 
 
+def conv_ladder(train):
+    """With the channels of its weights side by side, which makes steps a fifth faster on a CPU. (Not for `SVI`: Pyro's
+    parameter store would train contiguous copies.)"""
+    return models.ConvLadder((28, 28), (2, 2, 2), 2, 24).to(memory_format=torch.channels_last)
+
+
 def pixelcnn(train):
     return models.Autoregressive((28, 28), network=HalfPixelCNN(2, (28, 28), channels=32, layers=5))
 
@@ -98,8 +104,16 @@ SYSTEMS = {
     ),
     "conv_ladder": System(
         "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
-        lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
-        {"objective": "layered", "batch_size": 64, "clip_norm": 200.0, "skip_norm": 1e4, "warmup": 15},
+        conv_ladder,
+        {
+            "objective": "layered",
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "clip_norm": 200.0,
+            "skip_norm": 1e4,
+            "warmup": 1,
+            "compile": False,
+        },
         samples=1000,
     ),
     "autoregressive": System(
@@ -108,7 +122,7 @@ SYSTEMS = {
         {
             "objective": "evidence",
             "batch_size": 64,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "clip_norm": 50.0,
             "ema": 0.998,
             "compile": False,

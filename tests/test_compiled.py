@@ -954,7 +954,7 @@ def reference_steps(module, batches, make_optimizer, clip=None, ema=None, cast=F
     loss, optimizer = Trace_ELBO(), make_optimizer(module.parameters())
     averages = [p.detach().clone() for p in module.parameters()]
     values = []
-    for y in batches:
+    for t, y in enumerate(batches, 1):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             values.append(value := loss.differentiable_loss(module.model, module.guide, y))
@@ -963,7 +963,7 @@ def reference_steps(module, batches, make_optimizer, clip=None, ema=None, cast=F
             nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         for a, p in zip(averages, module.parameters(), strict=True):
-            a.lerp_(p.detach(), 1 - (ema or 0.0))
+            a.lerp_(p.detach(), max(1 - (ema or 0.0), 9 / (9 + t)))
     return torch.stack(values).detach(), averages
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
+from pyroelbo.stepping import averaging
 
 __all__ = ["CompiledStep"]
 
@@ -24,7 +25,7 @@ _SLOTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"),
 
 
 class CompiledStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 − d)·θ, all in one graph.
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 − a)·θ̄ + a·θ, all in one graph.
 
     ::
 
@@ -49,7 +50,7 @@ class CompiledStep:
     :param clip_norm: bound on the Euclidean norm of the whole gradient, or None.
     :param skip_norm: where the whole gradient is longer than this, or not finite, the step leaves the parameters
         and the optimizer's state as they are, and ``skipped`` counts it (Child, 2021). None takes every step.
-    :param ema: decay d of the averaged parameters in ``averages``, or None.
+    :param ema: decay d of the averaged parameters in ``averages``, or None: a = max(1 − d, 9/(9 + t)) at step t.
     :param buffers: tensors by name that the loss changes (BatchNorm's running statistics), to be averaged alike.
     :param backend: "inductor", or "eager": the captured graph run operation by operation.
 
@@ -154,7 +155,7 @@ class CompiledStep:
         ema = self._rule[7]
         if self._buffers and ema is not None:
             averages = [self.averages[name] for name in self._buffers]
-            torch._foreach_lerp_(averages, list(self._buffers.values()), 1 - ema)
+            self._average(averages, list(self._buffers.values()), self._clock, self._lr)
         return loss
 
     def _eager(self, args: tuple, kwargs: dict) -> Tensor:
@@ -213,6 +214,7 @@ class CompiledStep:
         # A view puts the number into memory; Inductor would else raise to powers anew for every 16 elements.
         rate = (lr * long / (1 - beta1**time)).as_strided((), ())
         small = (eps * long).as_strided((), ())
+        newest = averaging(ema or 0.0, time).as_strided((), ())
         for i, (p, g) in enumerate(zip(params, self._clip(gradients), strict=True)):
             if kind == "adamw":
                 p.mul_(1 - lr * decay)
@@ -228,7 +230,7 @@ class CompiledStep:
                 square = slots[1][i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
                 p.sub_(rate * mean / (square.sqrt() + small))
             if ema is not None:
-                slots[-1][i].lerp_(p, 1 - ema)
+                slots[-1][i].lerp_(p, newest.to(p.dtype))
 
     def _fused_update(
         self, params: list[Tensor], gradients: list[Tensor], extra: list[Tensor], skip: Tensor | None
@@ -275,7 +277,14 @@ class CompiledStep:
                 found_inf=skip,
             )
         if ema is not None:
-            torch._foreach_lerp_(slots[-1], params, 1 - ema)
+            self._average(slots[-1], params, clock, lr)
+
+    def _average(self, averages: list[Tensor], tensors: list[Tensor], clock: Tensor, lr: Tensor) -> None:
+        newest = averaging(self._rule[-1] or 0.0, clock.to(lr.dtype))
+        if lr.is_cuda:  # nothing waits for the device
+            torch._foreach_lerp_(averages, tensors, [newest.to(t.dtype) for t in tensors])
+        else:
+            torch._foreach_lerp_(averages, tensors, newest.item())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's state as one flat dict of copied tensors: "step", "lr", "exp_avg.NAME", ..."""
