@@ -39,6 +39,7 @@ class System:
     fit: dict = field(default_factory=dict)
     samples: int = 5000  # K of IW-K
     data: str = "binarized_mnist"
+    draws: int = 16  # of the ELBO
 
 
 def gated_vae(**settings):
@@ -115,6 +116,7 @@ SYSTEMS = {
             "compile": False,
         },
         samples=1000,
+        draws=1,
     ),
     "autoregressive": System(
         "gated PixelCNN, 5 layers of 32 channels, windows of 5",
@@ -321,7 +323,8 @@ def evaluate(options, system, images, folder):
         result["exact"] = summary(run("exact", range(len(test)), 500, evidence.exact))
         write(result, images, folder)
         return
-    elbo = run("elbo", range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=16))
+    name = "elbo" if system.draws == 16 else f"elbo-{system.draws}"
+    elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
     iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
     # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn images, added to
