@@ -71,12 +71,6 @@ class HalfPixelCNN(PixelCNN):
         return logits.float()
 
 
-def conv_ladder(train):
-    """With the channels of its weights side by side, which makes steps a fifth faster on a CPU. (Not for `SVI`: Pyro's
-    parameter store would train contiguous copies.)"""
-    return models.ConvLadder((28, 28), (2, 2, 2), 2, 24).to(memory_format=torch.channels_last)
-
-
 def pixelcnn(train):
     return models.Autoregressive((28, 28), network=HalfPixelCNN(2, (28, 28), channels=32, layers=5))
 
@@ -105,7 +99,7 @@ SYSTEMS = {
     ),
     "conv_ladder": System(
         "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
-        conv_ladder,
+        lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
         {
             "objective": "layered",
             "batch_size": 64,
