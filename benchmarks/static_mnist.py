@@ -94,7 +94,7 @@ SYSTEMS = {
     "ladder-iwae": System(
         "the same, then by IW-5",
         ladder(),
-        LADDER | {"warmup": 1, "distort": 0.5, "objective": "iwae", "particles": 5, "learning_rate": 5e-4},
+        LADDER | {"warmup": 1, "distort": 0.6, "objective": "iwae", "particles": 5},
         samples=1000,
     ),
     "conv_ladder": System(

@@ -519,6 +519,8 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any, particles: int
         exact = objective == "elbo" and isinstance(pair, ExactPair) and pair.exact_guide
         loss: ELBO = Exact_ELBO() if exact else OBJECTIVES[objective]()
         if objective == "iwae":
+            if particles == 1:
+                raise ValueError("objective 'iwae' takes particles of at least 2, got 1: one draw is 'elbo'")
             loss = IWAE_ELBO(particles)
     elif isinstance(objective, ELBO):
         loss = objective

@@ -20,6 +20,7 @@ from torch.distributions import MultivariateNormal
 from pyroelbo import Pair, audit, evidence, fit, models
 from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
+from pyroelbo.nn import Dense
 from pyroelbo.objectives import IWAE_ELBO, Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
 from pyroelbo.priors import PRIORS, StandardNormal
@@ -513,6 +514,16 @@ def test_a_step_of_a_ladder_is_one_graph(objective):
     assert float((expected - buffers[0][name]).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_a_gated_cell_is_a_product_of_a_linear_map_and_a_sigmoid(norm):
+    cell, x = Dense(4, 3, norm, gated=True).eval(), torch.randn(5, 2, 4)
+    value, gate = cell.norm(cell.linear(x)).split(3, -1)
+    torch.testing.assert_close(cell(x), value / (1 + (-gate).exp()))
+    square = Dense(4, 4, norm, gated=True).eval()
+    value, gate = square.norm(square.linear(x)).split(4, -1)
+    torch.testing.assert_close(square(x), x + value * torch.sigmoid(gate))
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
@@ -611,6 +622,10 @@ def links(*sizes):
         (lambda: models.Ladder(6, (3, 2), (8,)), "hidden takes a width for each of the 2 layers"),
         (lambda: models.Ladder(6, (3,), (8,), merge="sum"), "merge takes one of"),
         (lambda: models.Ladder(6, (3,), (8,), norm="group"), "norm takes one of"),
+        (
+            lambda: models.Ladder(6, (3,), (8,), network="conv"),
+            "network takes one of .*'gated'.*, got 'conv'",
+        ),
     ],
 )
 def test_links_that_do_not_fit_are_named(build, message):

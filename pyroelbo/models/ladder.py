@@ -35,6 +35,7 @@ class Ladder(ImageChain):
     ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
     of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
 
+    Cells are ``network="mlp"``, SiLU, or ``"gated"``, at twice the cost (:class:`~pyroelbo.nn.Dense`);
     ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
     encoder's view of the pixels: in training alone, where each is one more draw of the guide's own.
 
