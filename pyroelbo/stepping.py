@@ -88,6 +88,7 @@ class EagerStep:
             settings["lr"] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        torch.clear_autocast_cache()  # under a caller's autocast it holds casts of the weights of the step before
         loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         for leaf, gradient in zip(self._leaves, gradients, strict=True):

@@ -191,6 +191,18 @@ def test_clipping_bounds_the_step():
     assert float(norm) == pytest.approx(1e-3, rel=1e-4)
 
 
+def test_eager_training_under_a_callers_autocast_sees_its_own_updates():
+    """Casts of weights are kept until the outermost autocast ends: all steps would see the first one's, without a word."""
+    torch.set_default_dtype(torch.float32)
+    y, found = torch.randn(8, 4), []
+    for keeping in (True, False):
+        pair = fresh()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeping):
+            quiet(pair, y, epochs=4, learning_rate=0.1)
+        found.append(weights(pair))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("ema", [0.999, 0.25])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_the_moving_average_is_what_is_kept(ema, optimizer, tmp_path):
