@@ -315,7 +315,9 @@ class IWAE_ELBO(Trace_ELBO, Annealed):
                 log_w = log_w + log_p
                 continue
             if name not in guide_trace.nodes:
-                raise ValueError(f"model site {name!r} is missing in the guide: its draws would have no weight")
+                raise ValueError(
+                    f"model site {name!r} is missing in the guide: its draws would have no weight"
+                )
             drawn = guide_trace.nodes[name]
             if not drawn["fn"].has_rsample:
                 raise ValueError(
