@@ -39,6 +39,7 @@ class System:
     fit: dict = field(default_factory=dict)
     samples: int = 5000  # K of IW-K
     data: str = "binarized_mnist"
+    draws: int = 16  # of the ELBO
 
 
 def gated_vae(**settings):
@@ -47,8 +48,18 @@ def gated_vae(**settings):
 
 
 def ladder(**settings):
-    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
-    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+    shape = {"latent": (40, 40), "hidden": (300, 300), "network": "gated", "norm": "none", "prior": "vamp"}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
+
+
+LADDER = {
+    "objective": "layered",
+    "batch_size": 250,
+    "learning_rate": 1e-3,
+    "ema": 0.9995,
+    "warmup": 15,
+    "bf16": True,
+}
 
 
 class HalfPixelCNN(PixelCNN):
@@ -73,23 +84,33 @@ SYSTEMS = {
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
-    "ladder": System(
-        "ladder 48-24-12-8, MLP 384-192-96-64",
+    "ladder": System("ladder 40-40, gated 784-300-300, VampPrior-250", ladder(), LADDER, samples=1000),
+    "ladder-distorted": System(
+        "the same, then on distorted images",
         ladder(),
-        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        LADDER | {"warmup": 1, "distort": 0.75},
         samples=1000,
     ),
-    "ladder-vamp": System(
-        "the same, layer norm, VampPrior-500",
-        ladder(norm="layer", prior="vamp", components=500),
-        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+    "ladder-iwae": System(
+        "the same, then by IW-5",
+        ladder(),
+        LADDER | {"warmup": 1, "distort": 0.6, "objective": "iwae", "particles": 5},
         samples=1000,
     ),
     "conv_ladder": System(
         "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
         lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
-        {"objective": "layered", "batch_size": 64, "clip_norm": 200.0, "skip_norm": 1e4, "warmup": 15},
+        {
+            "objective": "layered",
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "clip_norm": 200.0,
+            "skip_norm": 1e4,
+            "warmup": 1,
+            "compile": False,
+        },
         samples=1000,
+        draws=1,
     ),
     "autoregressive": System(
         "gated PixelCNN, 5 layers of 32 channels, windows of 5",
@@ -97,7 +118,7 @@ SYSTEMS = {
         {
             "objective": "evidence",
             "batch_size": 64,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "clip_norm": 50.0,
             "ema": 0.998,
             "compile": False,
@@ -113,6 +134,40 @@ DEFAULTS = {
     "warmup": 30,
     "decay": math.inf,
 }
+
+
+class Distorted(torch.utils.data.Dataset):
+    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift): pixels are
+    taken from the nearest one, so that images stay binary. An index is a list of rows, and gives a batch."""
+
+    def __init__(self, images, share):
+        self.images, self.share = images, float(share)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        y = self.images[rows]
+        angle, shear, wide, high, right, down = (2 * torch.rand(6, len(y)) - 1) * torch.tensor(
+            [[0.15], [0.1], [0.06], [0.06], [0.06], [0.06]]
+        )
+        cos, sin = angle.cos(), angle.sin()
+        maps = torch.stack(
+            [
+                torch.stack([(1 + wide) * cos, shear - sin, right], -1),
+                torch.stack([sin, (1 + high) * cos, down], -1),
+            ],
+            1,
+        )
+        maps[torch.rand(len(y)) >= self.share] = torch.eye(2, 3)
+        grid = torch.nn.functional.affine_grid(maps, (len(y), 1, 28, 28), align_corners=False)
+        image = y.view(-1, 1, 28, 28)
+        moved = torch.nn.functional.grid_sample(image, grid, "nearest", align_corners=False)
+        return moved.reshape(-1, 784)
+
+    def batches(self, size):
+        rows = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self), size, drop_last=False)
+        return torch.utils.data.DataLoader(self, sampler=rows, batch_size=None)
 
 
 def schedules(settings):
@@ -142,21 +197,24 @@ def train(options, system, images, folder):
     resume = (folder / "config.json").exists()
     if options.start and not resume:
         load(pair, options.start)
-    run = fit(
-        pair,
-        images["train"],
-        valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
-        kl_weight=1.0 if exact else kl_weight,
-        schedule=schedule,
-        seed=options.seed,
-        out=folder,
-        resume=resume,
-        checkpoint_seconds=60.0,
-        config={"system": options.system, "settings": options.fit, "start": str(options.start)},
-        progress=False,
-        callbacks=[Minutes(folder / "curve.jsonl")],
-        **settings,
-    )
+    share = settings.pop("distort", 0.0)
+    given = Distorted(images["train"], share).batches(settings["batch_size"]) if share else images["train"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
+        run = fit(
+            pair,
+            given,
+            valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
+            kl_weight=1.0 if exact else kl_weight,
+            schedule=schedule,
+            seed=options.seed,
+            out=folder,
+            resume=resume,
+            checkpoint_seconds=60.0,
+            config={"system": options.system, "settings": options.fit, "start": str(options.start)},
+            progress=False,
+            callbacks=[Minutes(folder / "curve.jsonl")],
+            **settings,
+        )
     print(f"{options.system}: stopped by {run.stopped} after {len(run.metrics)} epochs")
 
 
@@ -182,9 +240,8 @@ def curve(folder):
     )
     rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
-        print(
-            f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {-r['valid_elbo']:.2f} |"
-        )
+        valid = -r.get("valid_elbo", r.get("valid_iwae"))
+        print(f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {valid:.2f} |")
 
 
 def load(pair, folder):
@@ -260,7 +317,8 @@ def evaluate(options, system, images, folder):
         result["exact"] = summary(run("exact", range(len(test)), 500, evidence.exact))
         write(result, images, folder)
         return
-    elbo = run("elbo", range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=16))
+    name = "elbo" if system.draws == 16 else f"elbo-{system.draws}"
+    elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
     iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
     # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn images, added to

@@ -110,6 +110,9 @@ class _Block(nn.Module):
         return x + self.dropout(self.mlp(self.between(x))), (key, value)
 
 
+_GAIN = 1.5  # of a gated layer's weights at the start
+
+
 class PixelCNN(nn.Module):
     """Pixels [*, H·W] of 0 … symbols-1, in rows, to logits [*, H·W, symbols], by gated masked convolutions.
 
@@ -210,6 +213,11 @@ class _Gated(nn.Module):
         self.link = nn.Conv2d(channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout2d(dropout)
+        for conv in (self.down, self.across, self.link, self.out):
+            # A gate about halves what it gets; torch's own start would make deep vertical features vanish.
+            nn.init.normal_(conv.weight, std=_GAIN / conv.weight[0].numel() ** 0.5)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
         r, first = self.reach, int(self.first)

@@ -286,7 +286,8 @@ def _train(options: argparse.Namespace) -> int:
     )
     report.plot_curve(run, options.out / "curve.png")
     last = run.metrics[-1] if run.metrics else {}
-    bound = f", validation ELBO {last['valid_elbo']:.3f}" if "valid_elbo" in last else ""
+    names = {"valid_elbo": "ELBO", "valid_iwae": f"IWAE-{options.particles}"}
+    bound = "".join(f", validation {name} {last[k]:.3f}" for k, name in names.items() if k in last)
     if last:
         print(
             f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"

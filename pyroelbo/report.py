@@ -168,10 +168,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     figure, axis = _figure(5.5, 3.6)
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
-    if any("valid_elbo" in row for row in run.metrics):
-        axis.plot(
-            epochs, [-row.get("valid_elbo", math.nan) for row in run.metrics], label="validation, -ELBO"
-        )
+    for name, label in (("valid_elbo", "-ELBO"), ("valid_iwae", "-IWAE")):
+        if any(name in row for row in run.metrics):
+            axis.plot(epochs, [-row.get(name, math.nan) for row in run.metrics], label=f"validation, {label}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("nats per datum")
     if len(epochs) > 5:

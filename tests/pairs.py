@@ -208,7 +208,7 @@ TABLE = {
         lambda n: torch.rand(n, 6),
     ),
     "ladder-vamp": (
-        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", prior="vamp", components=3),
+        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", network="gated", prior="vamp", components=3),
         lambda n: binary(n, 6),
     ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),

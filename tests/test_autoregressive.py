@@ -401,3 +401,25 @@ def test_the_evidence_in_blocks_is_the_evidence(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(pair.log_evidence(y), whole.detach(), rtol=1e-12, atol=1e-12)
         assert pair.log_evidence(y[:0]).shape == (0,)
+        y[5, 2] = 2
+        with pytest.raises(ValueError, match="holds 2 at row 5, place 2"):
+            pair.log_evidence(y)
+
+
+@torch.no_grad()
+def test_deep_features_tell_images_apart_at_the_start():
+    """The vertical stack has no path around its gates: eight of them with torch's own start would leave 1e-5."""
+    torch.manual_seed(0)
+    net = PixelCNN(2, (12, 12), 16, 8)
+    vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
+    for block in net.blocks:
+        vertical, horizontal = block(vertical, horizontal)
+    spread = [float(x[..., 4:, 2:-2].std(0).mean()) for x in (vertical, horizontal)]
+    assert 0.005 < spread[0] < 1.0 and 0.1 < spread[1] < 3.0
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
+    for block in net.blocks:
+        vertical, horizontal = block(vertical, horizontal)
+    assert float(vertical[..., 4:, 2:-2].std(0).mean()) < 1e-4

@@ -20,7 +20,8 @@ from torch.distributions import MultivariateNormal
 from pyroelbo import Pair, audit, evidence, fit, models
 from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
-from pyroelbo.objectives import Layered_ELBO, mean_field_fault
+from pyroelbo.nn import Dense
+from pyroelbo.objectives import IWAE_ELBO, Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
 from pyroelbo.priors import PRIORS, StandardNormal
 from pyroelbo.stepping import EagerStep
@@ -471,18 +472,34 @@ def test_fit_anneals_the_layered_weight():
     assert [row["kl_weight"] for row in run.metrics] == pytest.approx([0.1 + 0.75, 1.0, 1.0])
 
 
-def test_a_step_of_a_ladder_is_one_graph():
-    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager."""
+@pytest.mark.parametrize(
+    "objective", [Layered_ELBO(0.1, balance=True, weight=0.5), IWAE_ELBO(3, max_plate_nesting=1)]
+)
+def test_a_step_of_a_ladder_is_one_graph(objective):
+    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager; averages of
+    weights and buffers as well."""
     from pyroelbo.compiled import CompiledStep
 
-    objective, y = Layered_ELBO(0.1, balance=True, weight=0.5), binary(8, 6)
-    steps = []
+    y, steps, buffers = binary(8, 6), [], []
     with pyro.validation_enabled(False), unregistered():
         for kind in (EagerStep, functools.partial(CompiledStep, backend="eager")):
             torch.manual_seed(2)
             pair = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1)
             pair.train()
-            steps.append(kind(objective, pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-2))
+            buffers.append({k: v for k, v in pair.named_buffers() if v.is_floating_point()})
+            steps.append(
+                kind(
+                    objective,
+                    pair.model,
+                    pair.guide,
+                    dict(pair.named_parameters()),
+                    lr=1e-2,
+                    ema=0.75,
+                    buffers=buffers[-1],
+                )
+            )
+        name = "encoder.features.layers.0.0.norm.running_var"
+        expected = buffers[0][name].clone()
         for i, weight in enumerate((0.5, 1.0, 0.7)):
             objective.weight = weight
             values = []
@@ -490,7 +507,21 @@ def test_a_step_of_a_ladder_is_one_graph():
                 torch.manual_seed(i)
                 values.append(step(y))
             torch.testing.assert_close(*values)
+            expected = 0.75 * expected + 0.25 * buffers[0][name]
     assert steps[1].counters.compiled_calls == 3
+    torch.testing.assert_close(steps[0].averages, steps[1].averages)
+    torch.testing.assert_close(steps[1].averages[name], expected)
+    assert float((expected - buffers[0][name]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_a_gated_cell_is_a_product_of_a_linear_map_and_a_sigmoid(norm):
+    cell, x = Dense(4, 3, norm, gated=True).eval(), torch.randn(5, 2, 4)
+    value, gate = cell.norm(cell.linear(x)).split(3, -1)
+    torch.testing.assert_close(cell(x), value / (1 + (-gate).exp()))
+    square = Dense(4, 4, norm, gated=True).eval()
+    value, gate = square.norm(square.linear(x)).split(4, -1)
+    torch.testing.assert_close(square(x), x + value * torch.sigmoid(gate))
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -591,6 +622,10 @@ def links(*sizes):
         (lambda: models.Ladder(6, (3, 2), (8,)), "hidden takes a width for each of the 2 layers"),
         (lambda: models.Ladder(6, (3,), (8,), merge="sum"), "merge takes one of"),
         (lambda: models.Ladder(6, (3,), (8,), norm="group"), "norm takes one of"),
+        (
+            lambda: models.Ladder(6, (3,), (8,), network="conv"),
+            "network takes one of .*'gated'.*, got 'conv'",
+        ),
     ],
 )
 def test_links_that_do_not_fit_are_named(build, message):
