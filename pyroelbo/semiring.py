@@ -131,7 +131,7 @@ class Relative(Semiring):
         return torch.stack([potential, potential if other is None else other, torch.zeros_like(potential)])
 
     def unlift(self, value: Tensor) -> Tensor:
-        return torch.where(value[0] > -math.inf, value[2], 0.0)
+        return torch.where(value[0] == -math.inf, 0.0, value[2])
 
     def sum(self, value: Tensor, dim: int) -> Tensor:
         log_p, log_q, inner = value.unbind(0)

@@ -116,14 +116,18 @@ class Mixture(TorchDistribution):
         return new
 
     def _joint(self, y: Tensor) -> Tensor:
-        each = y.unsqueeze(-1 - self.event_dim)
-        good = None
-        if self._validate_args:
-            if y.shape[y.dim() - self.event_dim :] != self.event_shape:
-                raise ValueError(f"y has shape {tuple(y.shape)}: it takes [*B] and {tuple(self.event_shape)}")
+        event = self.event_dim
+        if self._validate_args and y.shape[y.dim() - event :] != self.event_shape:
+            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [*B] and {tuple(self.event_shape)}")
+        each = y.unsqueeze(-1 - event)
+        try:
+            return self.logits + log_prob_within(self.components, each, None)
+        except ValueError:  # a component refuses a value that another may take
             good = within_support(self.components, each)
-        if good is not None and not bool(good.any(-1).all()):
-            bad = ~good.any(-1).expand(y.shape[: y.dim() - self.event_dim])
+            if good is None:
+                raise
+        bad = ~good.any(-1).expand(y.shape[: y.dim() - event])
+        if self._validate_args and bad.any():
             raise ValueError(
                 f"y has {y[bad][0].tolist()} at index {first_index(bad)}: outside the support of every component"
             )

@@ -84,12 +84,12 @@ def within_support(components: Any, value: Tensor) -> Tensor | None:
     if not value.numel():
         return None
     good = components.support.check(value)
-    return None if good.dim() != value.dim() - components.event_dim or bool(good.all()) else good
+    return None if good.dim() != value.dim() - len(components.event_shape) or bool(good.all()) else good
 
 
 def log_prob_within(components: Any, value: Tensor, good: Tensor | None) -> Tensor:
     """ln p(value | component), -inf where ``good``, as of ``within_support``, denies it."""
-    event = components.event_dim
+    event = len(components.event_shape)
     if not value.numel():  # on which torch's sums over events fail
         return torch.zeros(
             broadcast(value.shape[: value.dim() - event], components.batch_shape), device=value.device
@@ -116,7 +116,7 @@ def any_support(components: Any) -> Any:
     while isinstance(base, constraints.independent):
         base = base.base_constraint
     apart = any(isinstance(x, Tensor) and x.dim() for x in vars(base).values())
-    return _AnySupport(components.support, components.event_dim) if apart else components.support
+    return _AnySupport(components.support, len(components.event_shape)) if apart else components.support
 
 
 def check_integers(name: str, value: Tensor) -> None:
@@ -315,7 +315,7 @@ class StructuredDistribution(TorchDistribution):
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         value = self._answer(self._lift(parts, Log()), Log())
         # where no structure has weight, none of its parts has: a sum over independent pieces knows only its own
-        return torch.where(value > -math.inf, value, -math.inf)
+        return torch.where(value == -math.inf, -math.inf, value)
 
     def _marginals(self) -> tuple[Tensor, ...]:
         with torch.enable_grad():

@@ -131,3 +131,8 @@ def test_a_forest_with_an_impossible_tree_has_no_parts():
             q.expected_parts(hard=hard)[1].edge, alone.expected_parts(hard=hard)[1].edge
         )
     assert q.entropy()[0] == 0
+
+
+def test_nan_stays_nan_where_nobody_checks():
+    q = TreeCRF(torch.tensor([-1, 0]), torch.full((2, 3), math.nan), torch.zeros(3, 3), validate_args=False)
+    assert q.log_partition.isnan()
