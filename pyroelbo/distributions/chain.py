@@ -31,6 +31,7 @@ from pyroelbo.distributions.structured import (
     check_lengths,
     first_index,
     log_prob_within,
+    refuse_outside,
     within_support,
 )
 from pyroelbo.numerics import logsumexp
@@ -406,11 +407,7 @@ class HMM(TorchDistribution):
             bad = ~good.any(-1)
             bad = bad.movedim(0, -1) if moved else bad
             bad = bad if skipped is None else bad & ~skipped
-            if bool(bad.any()):
-                bad = bad.expand(value.shape[: value.dim() - event])
-                raise ValueError(
-                    f"y has {value[bad][0].tolist()} at index {first_index(bad)}: outside its emission's support"
-                )
+            refuse_outside(value, bad, event, "its emission's support")
         products = _by_products(self.emission, value) if still and good is None else None
         if products is not None:
             return products

@@ -18,6 +18,7 @@ from pyroelbo.distributions.structured import (
     check_finite_or_minus_inf,
     first_index,
     log_prob_within,
+    refuse_outside,
     within_support,
 )
 from pyroelbo.numerics import logsumexp
@@ -126,11 +127,8 @@ class Mixture(TorchDistribution):
             good = within_support(self.components, each)
             if good is None:
                 raise
-        bad = ~good.any(-1).expand(y.shape[: y.dim() - event])
-        if self._validate_args and bad.any():
-            raise ValueError(
-                f"y has {y[bad][0].tolist()} at index {first_index(bad)}: outside the support of every component"
-            )
+        if self._validate_args:
+            refuse_outside(y, ~good.any(-1), event, "the support of every component")
         return self.logits + log_prob_within(self.components, each, good)
 
     def log_prob(self, value: Tensor) -> Tensor:

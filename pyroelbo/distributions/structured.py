@@ -27,6 +27,7 @@ __all__ = [
     "check_lengths",
     "first_index",
     "log_prob_within",
+    "refuse_outside",
     "within_support",
 ]
 
@@ -100,6 +101,14 @@ def log_prob_within(components: Any, value: Tensor, good: Tensor | None) -> Tens
         stand_in = components.sample().to(value.dtype)
     safe = torch.where(good.reshape(good.shape + (1,) * event), value, stand_in)
     return torch.where(good, components.log_prob(safe), -math.inf)
+
+
+def refuse_outside(value: Tensor, bad: Tensor, event: int, where: str) -> None:
+    """ValueError for the first value that ``bad``, which broadcasts against its batch dimensions, marks."""
+    shape = torch.broadcast_shapes(bad.shape, value.shape[: value.dim() - event])
+    bad, value = bad.expand(shape), value.expand(shape + value.shape[value.dim() - event :])
+    if bool(bad.any()):
+        raise ValueError(f"y has {value[bad][0].tolist()} at index {first_index(bad)}: outside {where}")
 
 
 class _AnySupport(constraints.Constraint):

@@ -524,9 +524,9 @@ def test_divergence_of_what_has_no_structures_in_common_is_refused():
 
 
 APART = {
-    "uniform": (lambda a, b: dist.Uniform(a, b), [0.0, 0.5], [1.0, 2.0], [0.7, 0.2, 1.5]),
-    "binomial": (lambda a, b: dist.Binomial(a, b), [3.0, 10.0], [0.5, 0.2], [2.0, 8.0]),
-    "pareto": (lambda a, b: dist.Pareto(a, b), [1.0, 2.0], [1.0, 3.0], [5.0, 1.5, 3.0]),
+    "uniform": (dist.Uniform, [0.0, 0.5], [1.0, 2.0], [0.7, 0.2, 1.5]),
+    "binomial": (dist.Binomial, [3.0, 10.0], [0.5, 0.2], [2.0, 8.0]),
+    "pareto": (dist.Pareto, [1.0, 2.0], [1.0, 3.0], [5.0, 1.5, 3.0]),
 }
 
 
