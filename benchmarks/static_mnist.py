@@ -4,12 +4,14 @@
     python -m benchmarks.static_mnist vamp --evaluate               # the run so far, on 500 random test images
     python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; each block is kept on disk
     python -m benchmarks.static_mnist --table
+    python -m benchmarks.static_mnist vamp --curve                  # nats against epochs and minutes of processor time
 
 A system is one row of SYSTEMS: how to build its pair, and the settings of `fit` that differ from DEFAULTS. Training stops
 early on the ELBO of some validation images, keeps a moving average of the weights, and can be stopped at any time by
 Ctrl-C. Evaluation draws its test images at random by seed (the split is sorted by class) and prints negative mean bounds:
 the ELBO, IW-K, AIS (all in expectation at least -ln p, so lower is better), and the gap that BDMC leaves open on data that
-the model simulated. Standard errors are those of a mean over data; --seed seeds images and draws.
+the model simulated. Of an autoregressive model the exact -ln p is printed instead, of all test images. Standard errors are
+those of a mean over data; --seed seeds images and draws.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from pathlib import Path
 import pyro
 import torch
 
-from pyroelbo import Pair, data, evidence, fit, models
+from pyroelbo import ExactPair, Pair, data, evidence, fit, models
+from pyroelbo.causal import PixelCNN
 from pyroelbo.runs import RunDirectory, copy_into, group
 
 
@@ -35,6 +38,8 @@ class System:
     make: Callable[[torch.Tensor], Pair]
     fit: dict = field(default_factory=dict)
     samples: int = 5000  # K of IW-K
+    data: str = "binarized_mnist"
+    draws: int = 16  # of the ELBO
 
 
 def gated_vae(**settings):
@@ -43,8 +48,31 @@ def gated_vae(**settings):
 
 
 def ladder(**settings):
-    shape = {"latent": (48, 24, 12, 8), "hidden": (384, 192, 96, 64), "dropout": 0.05, "noise": 0.1}
-    return lambda train: models.Ladder.for_data(train, (28, 28), 2, **shape | settings)
+    shape = {"latent": (40, 40), "hidden": (300, 300), "network": "gated", "norm": "none", "prior": "vamp"}
+    return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
+
+
+LADDER = {
+    "objective": "layered",
+    "batch_size": 250,
+    "learning_rate": 1e-3,
+    "ema": 0.9995,
+    "warmup": 15,
+    "bf16": True,
+}
+
+
+class HalfPixelCNN(PixelCNN):
+    """In training bfloat16 convolutions (twice as fast where the processor has them), float32 weights; else float32."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.training):
+            logits = super().forward(tokens)
+        return logits.float()
+
+
+def pixelcnn(train):
+    return models.Autoregressive((28, 28), network=HalfPixelCNN(2, (28, 28), channels=32, layers=5))
 
 
 # VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
@@ -56,23 +84,45 @@ SYSTEMS = {
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
     "vamp": System("the same, VampPrior-500", gated_vae(prior="vamp", components=500), {"batch_size": 250}),
-    "ladder": System(
-        "ladder 48-24-12-8, MLP 384-192-96-64",
+    "ladder": System("ladder 40-40, gated 784-300-300, VampPrior-250", ladder(), LADDER, samples=1000),
+    "ladder-distorted": System(
+        "the same, then on distorted images",
         ladder(),
-        {"objective": "mean_field", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+        LADDER | {"warmup": 1, "distort": 0.75},
         samples=1000,
     ),
-    "ladder-vamp": System(
-        "the same, layer norm, VampPrior-500",
-        ladder(norm="layer", prior="vamp", components=500),
-        {"objective": "layered", "batch_size": 200, "ema": 0.9995, "clip_norm": 50.0, "warmup": 15},
+    "ladder-iwae": System(
+        "the same, then by IW-5",
+        ladder(),
+        LADDER | {"warmup": 1, "distort": 0.6, "objective": "iwae", "particles": 5},
         samples=1000,
     ),
     "conv_ladder": System(
         "convolutional ladder, 2+2+2 groups of 2 maps, 24 channels",
         lambda train: models.ConvLadder((28, 28), (2, 2, 2), 2, 24),
-        {"objective": "layered", "batch_size": 64, "clip_norm": 200.0, "skip_norm": 1e4, "warmup": 15},
+        {
+            "objective": "layered",
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "clip_norm": 200.0,
+            "skip_norm": 1e4,
+            "warmup": 1,
+            "compile": False,
+        },
         samples=1000,
+        draws=1,
+    ),
+    "autoregressive": System(
+        "gated PixelCNN, 5 layers of 32 channels, windows of 5",
+        pixelcnn,
+        {
+            "objective": "evidence",
+            "batch_size": 64,
+            "learning_rate": 3e-3,
+            "clip_norm": 50.0,
+            "ema": 0.998,
+            "compile": False,
+        },
     ),
 }
 DEFAULTS = {
@@ -84,6 +134,40 @@ DEFAULTS = {
     "warmup": 30,
     "decay": math.inf,
 }
+
+
+class Distorted(torch.utils.data.Dataset):
+    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift): pixels are
+    taken from the nearest one, so that images stay binary. An index is a list of rows, and gives a batch."""
+
+    def __init__(self, images, share):
+        self.images, self.share = images, float(share)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        y = self.images[rows]
+        angle, shear, wide, high, right, down = (2 * torch.rand(6, len(y)) - 1) * torch.tensor(
+            [[0.15], [0.1], [0.06], [0.06], [0.06], [0.06]]
+        )
+        cos, sin = angle.cos(), angle.sin()
+        maps = torch.stack(
+            [
+                torch.stack([(1 + wide) * cos, shear - sin, right], -1),
+                torch.stack([sin, (1 + high) * cos, down], -1),
+            ],
+            1,
+        )
+        maps[torch.rand(len(y)) >= self.share] = torch.eye(2, 3)
+        grid = torch.nn.functional.affine_grid(maps, (len(y), 1, 28, 28), align_corners=False)
+        image = y.view(-1, 1, 28, 28)
+        moved = torch.nn.functional.grid_sample(image, grid, "nearest", align_corners=False)
+        return moved.reshape(-1, 784)
+
+    def batches(self, size):
+        rows = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self), size, drop_last=False)
+        return torch.utils.data.DataLoader(self, sampler=rows, batch_size=None)
 
 
 def schedules(settings):
@@ -109,25 +193,55 @@ def train(options, system, images, folder):
     kl_weight, schedule = schedules(settings)
     pyro.set_rng_seed(options.seed)
     pair = system.make(images["train"])
+    exact = settings.get("objective") == "evidence"
     resume = (folder / "config.json").exists()
     if options.start and not resume:
         load(pair, options.start)
-    run = fit(
-        pair,
-        images["train"],
-        valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
-        kl_weight=kl_weight,
-        schedule=schedule,
-        seed=options.seed,
-        out=folder,
-        resume=resume,
-        checkpoint_seconds=60.0,
-        config={"system": options.system, "settings": options.fit, "start": str(options.start)},
-        progress=False,
-        callbacks=[lambda row: print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)],
-        **settings,
-    )
+    share = settings.pop("distort", 0.0)
+    given = Distorted(images["train"], share).batches(settings["batch_size"]) if share else images["train"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
+        run = fit(
+            pair,
+            given,
+            valid=images["valid"][subset(images["valid"], options.num_valid, 0)],
+            kl_weight=1.0 if exact else kl_weight,
+            schedule=schedule,
+            seed=options.seed,
+            out=folder,
+            resume=resume,
+            checkpoint_seconds=60.0,
+            config={"system": options.system, "settings": options.fit, "start": str(options.start)},
+            progress=False,
+            callbacks=[Minutes(folder / "curve.jsonl")],
+            **settings,
+        )
     print(f"{options.system}: stopped by {run.stopped} after {len(run.metrics)} epochs")
+
+
+class Minutes:
+    """Prints each epoch's row of metrics, and notes it with the minutes of processor time so far, those of the epochs
+    noted before a resumption included."""
+
+    def __init__(self, file):
+        self.file = file
+        self.before = json.loads(file.read_text().splitlines()[-1])["minutes"] if file.exists() else 0.0
+
+    def __call__(self, row):
+        row = row | {"minutes": round(self.before + time.process_time() / 60, 2)}
+        with open(self.file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(time.strftime("%H:%M:%S"), json.dumps(row), flush=True)
+
+
+def curve(folder):
+    """The validation bound (or exact nats) of the moving average after each epoch."""
+    print(
+        "| epoch | steps | minutes of processor time | training loss | validation, nats |\n|---|---|---|---|---|"
+    )
+    rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
+        valid = -r.get("valid_elbo", r.get("valid_iwae"))
+        print(f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {valid:.2f} |")
 
 
 def load(pair, folder):
@@ -195,13 +309,16 @@ def evaluate(options, system, images, folder):
         "parameters": sum(p.numel() for p in pair.parameters()),
     }
 
-    def file(method):
-        return stem.with_name(f"{stem.name}-{method}.jsonl")
-
     def run(name, index, rows, bound):
-        return in_blocks(name, pair, test, index, rows, bound, file(name))
+        record = stem.with_name(f"{stem.name}-{name}.jsonl")
+        return in_blocks(name, pair, test, index, rows, bound, record)
 
-    elbo = run("elbo", range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=16))
+    if isinstance(pair, ExactPair):
+        result["exact"] = summary(run("exact", range(len(test)), 500, evidence.exact))
+        write(result, images, folder)
+        return
+    name = "elbo" if system.draws == 16 else f"elbo-{system.draws}"
+    elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
     iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
     # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn images, added to
@@ -222,6 +339,14 @@ def evaluate(options, system, images, folder):
             "value": round(float(sandwich.mean_gap), 4),
             "error": round(sandwich.mean_gap_error, 4),
         }
+    write(result, images, folder)
+
+
+def write(result, images, folder):
+    """The result with its unit: bits a pixel = nats / (pixels · ln 2), for grey levels."""
+    best = result["exact"] if "exact" in result else result["iw of all"]
+    if images["levels"] > 2:
+        result["bits/dim"] = round(best["value"] / (images["test"].shape[1] * math.log(2)), 4)
     result |= {"torch": torch.__version__, "machine": platform.machine()}
     (folder / "evaluation.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
@@ -229,30 +354,53 @@ def evaluate(options, system, images, folder):
 
 def table(folder):
     print(
-        "| system | epochs | -ELBO, all images | -IW-K, drawn images | -IW-K, all by difference | -AIS (-IW-K) | BDMC gap |"
+        "| system | epochs | -ELBO, all images | -IW-K, drawn images | -IW-K, all by difference, or exact | -AIS (-IW-K) "
+        "| BDMC gap | bits/dim |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for file in sorted(folder.glob("*/evaluation.json")):
         r = json.loads(file.read_text())
 
         def show(name, r=r):
             return f"{r[name]['value']:.2f} ± {r[name]['error']:.2f}" if name in r else ""
 
-        drawn = f"{show('iw')} ({r['iw']['data']}, K={r['K']})"
+        drawn = f"{show('iw')} ({r['iw']['data']}, K={r['K']})" if "iw" in r else ""
         ais = f"{show('ais')} ({show('iw beside ais')}; {r['ais']['data']})" if "ais" in r else ""
-        cells = (r["about"], r["epoch"], show("elbo"), drawn, show("iw of all"), ais, show("bdmc gap"))
+        of_all = f"{show('exact')} exact" if "exact" in r else show("iw of all")
+        cells = (
+            r["about"],
+            r["epoch"],
+            show("elbo"),
+            drawn,
+            of_all,
+            ais,
+            show("bdmc gap"),
+            r.get("bits/dim", ""),
+        )
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def main():
+def load_images(name, root):
+    """Splits of a data set by name, and its number of ``levels``. Omniglot's grey levels are drawn as coin flips once, by
+    seed 0, as static MNIST's were."""
+    form = {"omniglot": "grey", "freyfaces": "bytes"}.get(name, "binary")
+    images = data.load(name, form=form, root=root)
+    if form == "grey":
+        generator = torch.Generator().manual_seed(0)
+        images = {split: data.binarize(x, generator) for split, x in images.items()}
+    return images | {"levels": data.levels(name) if form == "bytes" else 2}
+
+
+def main(systems=SYSTEMS, out="runs/static_mnist", description=__doc__):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("system", nargs="?", choices=tuple(SYSTEMS))
+    parser.add_argument("system", nargs="?", choices=tuple(systems))
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--curve", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/static_mnist"))
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("PYROELBO_DATA"))
     parser.add_argument(
         "--fit", default="{}", help='settings that replace the system\'s, as JSON: {"batch_size": 100}'
@@ -272,12 +420,15 @@ def main():
     parser.add_argument("--name", default=None, help="folder of the run, if not the system's name")
     options = parser.parse_args()
     if options.system:
-        system, folder = SYSTEMS[options.system], options.out / (options.name or options.system)
-        images = data.load("binarized_mnist", form="binary", root=options.data_dir)
+        system, folder = systems[options.system], options.out / (options.name or options.system)
+        if options.train or options.evaluate:
+            images = load_images(system.data, options.data_dir)
         if options.train:
             train(options, system, images, folder)
         if options.evaluate:
             evaluate(options, system, images, folder)
+        if options.curve:
+            curve(folder)
     if options.table:
         table(options.out)
 

@@ -1,4 +1,4 @@
-"""Why the upper layers of a hierarchy go unused, and how a ladder uses them: the same three layers of latents, thrice.
+"""Why the upper layers of a hierarchy go unused, and how a ladder uses them: the same three layers of latents, twice.
 
 A chain y ⇄ z_1 ⇄ z_2 ⇄ z_3 has one generator, p(z_3) p(z_2 | z_3) p(z_1 | z_2) p(y | z_1), and two natural encoders:
 
@@ -10,8 +10,8 @@ Both bounds are right. But bottom-up, z_1 alone can carry everything, the upper 
 The ladder shares the generator's own path with the encoder, so that every layer adds what is still missing. Even so a
 layer whose neighbours are enough may fall idle; free bits, a nat that each layer has for nothing, keep it in use.
 
-The numbers that show it: the rate of each layer, E_q[ln q - ln p] in nats, and how many of its units are active, that
-is, have a rate of their own above 0.01 nats.
+The numbers that show it: the rate of each layer, E_q[ln q - ln p] in nats; how many of its units are active, that
+is, have a rate of their own above 0.1 nats; and what is lost without the upper layers, by a model that has only the lowest.
 
     python examples/hierarchy.py --num-epochs 200 --out runs/my-hierarchy
 """
@@ -32,6 +32,7 @@ LATENT, HIDDEN = (8, 6, 4), 64
 def systems():
     ladder = {"shape": (8, 8), "latent": LATENT, "hidden": (HIDDEN,) * 3, "norm": "layer"}
     return {
+        "one layer": (models.Hierarchy((8, 8), LATENT[:1], HIDDEN), Layered_ELBO()),
         "bottom-up": (models.Hierarchy((8, 8), LATENT, HIDDEN), Layered_ELBO()),
         "ladder": (models.Ladder(**ladder), Layered_ELBO()),
         "ladder, free bits": (models.Ladder(**ladder), Layered_ELBO(free_bits=1.0)),
@@ -40,7 +41,7 @@ def systems():
 
 @torch.no_grad()
 def active_units(pair, y, draws=16):
-    """How many coordinates of each layer have E_q[ln q(z_d | …) - ln p(z_d | …)] above 0.01 nats.
+    """How many coordinates of each layer have E_q[ln q(z_d | …) - ln p(z_d | …)] above 0.1 nats.
 
     (The usual count, of posterior means that move with the data, is made for one layer: in an upper layer's shadow a lower
     one moves even if it only repeats what the generator says anyway.)
@@ -55,7 +56,7 @@ def active_units(pair, y, draws=16):
         # Both are diagonal Gaussians: without their event dimension the coordinates' log densities come one by one.
         q, p = guide.nodes[site]["fn"].base_dist, model.nodes[site]["fn"].base_dist
         rate = (q.log_prob(z) - p.log_prob(z)).mean(0)
-        found[site] = (int((rate > 0.01).sum()), z.shape[-1])
+        found[site] = (int((rate > 0.1).sum()), z.shape[-1])
     return found
 
 
@@ -83,7 +84,7 @@ def main(arguments=None):
         options.num_epochs, test = 2, test[:10]
 
     torch.manual_seed(options.seed)
-    audits, found, wide = {}, {}, (16 if options.smoke else 64)
+    audits, found, units, wide = {}, {}, {}, (16 if options.smoke else 64)
     for name, (pair, objective) in systems().items():
         fit(
             pair,
@@ -105,10 +106,24 @@ def main(arguments=None):
         audits[name] = audit(pair, test, particles=wide)
         found[name] = evidence.layers(pair, test, particles=wide // 4, inner=wide // 4)
         print(f"\n=== {name}\n{audits[name]}\n\n{found[name]}")
-        units = active_units(pair, test)
-        print("active units:", ", ".join(f"{k} {a} of {n}" for k, (a, n) in units.items()))
+        units[name] = active_units(pair, test)
 
-    print("\npicture:", report.plot_rates(found, out / "rates.png"))
+    sites = [f"z_{layer}" for layer in range(1, len(LATENT) + 1)]
+    print(
+        f"\nTest digits: bounds in nats, and for each layer its rate in nats and its active units\n{'':18}",
+        end="",
+    )
+    print("".join(f"{head:>16}" for head in ("ELBO", f"iwae-{wide}", *sites)))
+    for name, result in audits.items():
+        bounds = [f"{result[method].mean:.2f}" for method in ("elbo", f"iwae-{wide}")]
+        layers = [
+            f"{float(found[name].rates[site].value):.2f} ({active} of {size})" if size else "-"
+            for site, (active, size) in ((site, units[name].get(site, (0, 0))) for site in sites)
+        ]
+        print(f"{name:18}" + "".join(f"{cell:>16}" for cell in (*bounds, *layers)))
+
+    named = {f"{name}: ELBO {audits[name]['elbo'].mean:.2f}": layers for name, layers in found.items()}
+    print("\npicture:", report.plot_rates(named, out / "rates.png"))
     return audits
 
 

@@ -76,7 +76,8 @@ def main(arguments=None):
         results[prior] = audit(pair, test)
         # q(z) is an explicit mixture over the training data, so everything about it is exact but the average over draws.
         parts[prior] = evidence.diagnostics(pair, train, draws=2 if options.smoke else 8)
-        planes[prior] = densities(pair, train, parts[prior])
+        holes = float(parts[prior].holes)
+        planes[f"{prior}\n{holes:.1%} of it in holes"] = densities(pair, train, parts[prior])
         print(f"\n{prior}:\n{results[prior]}")
 
     print(f"\nTraining data ({len(train)} digits), nats per datum:")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyroelbo.numerics import positive_count
+
 __all__ = ["CausalTransformer", "PixelCNN"]
 
 
@@ -34,6 +36,7 @@ class CausalTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        positive_count("width", width, "number of features")
         if width % heads:
             raise ValueError(f"width takes a multiple of heads={heads}, got {width}")
         self.symbols, self.length = symbols, length
@@ -107,6 +110,9 @@ class _Block(nn.Module):
         return x + self.dropout(self.mlp(self.between(x))), (key, value)
 
 
+_GAIN = 1.5  # of a gated layer's weights at the start
+
+
 class PixelCNN(nn.Module):
     """Pixels [*, H·W] of 0 … symbols-1, in rows, to logits [*, H·W, symbols], by gated masked convolutions.
 
@@ -130,6 +136,8 @@ class PixelCNN(nn.Module):
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"shape takes (height, width), got {tuple(shape)}")
+        positive_count("width", channels, "number of channels")
+        positive_count("layers", layers, "number of layers")  # with none a pixel would see itself
         self.symbols, self.shape, self.channels = symbols, tuple(shape), channels
         self.blocks = nn.ModuleList(
             _Gated(2 if i == 0 else channels, channels, reach, i == 0, dropout) for i in range(layers)
@@ -205,6 +213,11 @@ class _Gated(nn.Module):
         self.link = nn.Conv2d(channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout2d(dropout)
+        for conv in (self.down, self.across, self.link, self.out):
+            # A gate about halves what it gets; torch's own start would make deep vertical features vanish.
+            nn.init.normal_(conv.weight, std=_GAIN / conv.weight[0].numel() ** 0.5)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
         r, first = self.reach, int(self.first)

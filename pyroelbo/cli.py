@@ -13,7 +13,7 @@ import torch
 
 from pyroelbo import data, models, report
 from pyroelbo._version import __version__
-from pyroelbo.evidence import audit
+from pyroelbo.evidence import audit, draws
 from pyroelbo.runs import RunDirectory
 from pyroelbo.train import OBJECTIVES, OPTIMIZERS, fit
 
@@ -38,6 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyroelbo",
@@ -52,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model into a run directory",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     train.add_argument("model", help=f"one of: {', '.join(models.REGISTRY)}")
     train.add_argument(
@@ -70,12 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of the model, such as latent=8 (see `pyroelbo models`)",
     )
     _data_options(train)
-    train.add_argument("--objective", default="elbo", choices=tuple(OBJECTIVES))
-    train.add_argument("--optimizer", default="adam", choices=tuple(OPTIMIZERS))
+    train.add_argument(
+        "--objective",
+        default="elbo",
+        choices=tuple(OBJECTIVES),
+        help="what is maximized: elbo, by draws; layered, with closed-form KLs where they are the bound's own terms (chains); "
+        "the others are told by help(pyroelbo.fit)",
+    )
+    train.add_argument("--optimizer", default="adam", choices=tuple(OPTIMIZERS), help="from torch.optim")
     train.add_argument(
         "-n", "--num-epochs", type=int, default=None, help="epochs; the model's own default if left out"
     )
-    train.add_argument("-b", "--batch-size", type=int, default=128)
+    train.add_argument("-b", "--batch-size", type=int, default=128, help="data in a step")
     train.add_argument(
         "-lr",
         "--learning-rate",
@@ -83,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="step size; the model's own default if left out",
     )
-    train.add_argument("--schedule", default="constant", choices=("constant", "cosine"))
+    train.add_argument(
+        "--schedule",
+        default="constant",
+        choices=("constant", "cosine"),
+        help="of the step size over the training",
+    )
     train.add_argument("--particles", type=int, default=1, help="draws of the latents per datum and step")
     train.add_argument(
         "--kl-warmup",
@@ -115,28 +135,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PART",
         help="leave a part as it is: generator, encoder, ...",
     )
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, help="of parameters, order of the data and draws")
     train.add_argument(
         "--cuda", action="store_true", help="insist on a GPU (one is used anyway where there is one)"
     )
-    train.add_argument("--checkpoint-seconds", type=float, default=10.0)
+    train.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=10.0,
+        help="time between checkpoints, which --resume goes on from",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
 
     judge = commands.add_parser(
         "audit",
         help="how tight is the bound of a trained run?",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
-    judge.add_argument("path", type=Path, metavar="RUN")
-    judge.add_argument("--particles", type=int, default=64)
+    judge.add_argument("path", type=Path, metavar="RUN", help="a run directory of `pyroelbo train`")
+    judge.add_argument("--particles", type=int, default=64, help="draws of the latents per datum")
     judge.add_argument(
         "--num-data",
         type=int,
         default=200,
         help="data of the split, drawn at random with the seed; 0 for all",
     )
-    judge.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    judge.add_argument("--split", default="test", choices=("train", "valid", "test"), help="part of the data")
     judge.add_argument(
         "--reference",
         action="append",
@@ -154,15 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
     )
-    judge.add_argument("--seed", type=int, default=0)
+    judge.add_argument(
+        "--seed", type=int, default=0, help="of the draws, and of the data where not all are taken"
+    )
     judge.set_defaults(run=_audit)
 
-    sample = commands.add_parser(
-        "sample", help="draw data from a trained run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    sample.add_argument("path", type=Path, metavar="RUN")
-    sample.add_argument("-n", "--num-samples", type=int, default=64)
-    sample.add_argument("--seed", type=int, default=0)
+    sample = commands.add_parser("sample", help="draw data from a trained run", formatter_class=_Help)
+    sample.add_argument("path", type=Path, metavar="RUN", help="a run directory of `pyroelbo train`")
+    sample.add_argument("-n", "--num-samples", type=int, default=64, help="number of data to draw")
+    sample.add_argument("--seed", type=int, default=0, help="of the draws")
     sample.set_defaults(run=_sample)
     return parser
 
@@ -184,11 +209,12 @@ def _budget(text: str) -> str | int:
 
 
 def _models(options: argparse.Namespace) -> int:
+    wide = max(map(len, models.REGISTRY))
     for name, entry in models.REGISTRY.items():
-        print(f"{name:<10} {entry.about}")
+        print(f"{name:<{wide}}  {entry.about}")
         settings = [f"{k}={p.default}" for k, p in models.settings_of(name).items()]
         settings = [s.replace("=(", "=").replace(")", "").replace(", ", ",") for s in settings]
-        print(f"{'':<10} settings: {', '.join(settings)}\n")
+        print(f"{'':<{wide}}  settings: {', '.join(settings)}\n")
     return 0
 
 
@@ -260,7 +286,8 @@ def _train(options: argparse.Namespace) -> int:
     )
     report.plot_curve(run, options.out / "curve.png")
     last = run.metrics[-1] if run.metrics else {}
-    bound = f", validation ELBO {last['valid_elbo']:.3f}" if "valid_elbo" in last else ""
+    names = {"valid_elbo": "ELBO", "valid_iwae": f"IWAE-{options.particles}"}
+    bound = "".join(f", validation {name} {last[k]:.3f}" for k, name in names.items() if k in last)
     if last:
         print(
             f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"
@@ -296,6 +323,8 @@ def _audit(options: argparse.Namespace) -> int:
     )
     print(f"{config['model']} of {options.path}, {config['data']} {options.split} split, seed {options.seed}")
     print(result)
+    if isinstance(pair, models.Chain):
+        print("\n" + _rates(pair, y, options.particles))
     if form != "grey":
         print("\n" + report.bits_table(result, y.shape[-1]))
     run = RunDirectory(options.path)
@@ -304,6 +333,17 @@ def _audit(options: argparse.Namespace) -> int:
     _pictures(pair, config, y, options.path)
     print(f"\nwritten: {options.path / 'audit.json'}, {figure}")
     return 0
+
+
+def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
+    """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
+    terms = draws(pair, y, particles)
+    parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
+    told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
+    return (
+        f"ELBO = reconstruction {terms.log_model['y'].mean():.3f} minus the layers' rates E[ln q - ln p], nats per datum: "
+        + ", ".join(told)
+    )
 
 
 def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) -> None:

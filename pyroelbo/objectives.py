@@ -3,6 +3,7 @@ alike."""
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,57 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["Exact_ELBO", "Hard_ELBO", "Layered_ELBO", "Weighted_ELBO", "mean_field_fault"]
+from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.pair import ExactPair, Program
+from pyroelbo.sites import check_scale, data_frame, sample_sites
+
+__all__ = [
+    "IWAE_ELBO",
+    "Evidence_ELBO",
+    "Exact_ELBO",
+    "Hard_ELBO",
+    "Layered_ELBO",
+    "Weighted_ELBO",
+    "mean_field_fault",
+]
+
+
+class Evidence_ELBO(ELBO):
+    """-ln p(y), by the ``log_evidence`` of an :class:`~pyroelbo.ExactPair`, summed over the batch: no guide is run.
+
+    With the exact posterior as guide it is the value and the gradient of :class:`Exact_ELBO`, at the cost of the
+    evidence alone: for an autoregressive model one pass of its network in place of a site for every token. ``model``
+    is that pair's own ``pair.model``. Raises TypeError for other models, ValueError where the evidence is that of a
+    whole batch (latents outside of the data plate).
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise TypeError("Evidence_ELBO draws nothing: it has no traces")
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        pair = getattr(model, "pair", None)
+        if not isinstance(pair, ExactPair):
+            of = f"that of a {type(pair).__name__}" if pair is not None else f"a {type(model).__name__}"
+            raise TypeError(f"Evidence_ELBO takes the model of an ExactPair, got {of}: take Trace_ELBO")
+        # As a program of its pair, so that SVI sees the parameters.
+        value = Program(pair, type(pair).log_evidence)(*args, **kwargs)
+        rows = len(next(iter((*args, *kwargs.values()))))
+        if value.shape != (rows,):
+            raise ValueError(
+                f"Evidence_ELBO: {type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for {rows} data, it "
+                "takes one number for each: take Trace_ELBO for latents outside of the data plate"
+            )
+        return -value.sum()
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
 
 
 class Exact_ELBO(Trace_ELBO):
@@ -224,6 +275,75 @@ class Layered_ELBO(Trace_ELBO, Annealed):
         mean = scale_and_mask(kl, 1.0, mask).sum() / counted.sum().clamp_min(1)
         floor = scale_and_mask(self.free_bits * counted, scale).sum()
         return scale_and_mask(kl, scale, mask).sum(), mean, floor
+
+
+class IWAE_ELBO(Trace_ELBO, Annealed):
+    """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the guide, in nats.
+
+    ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate "data", whose
+    scale (subsampling) multiplies the bound and never the weights. The draws come as one vectorized plate, so that what
+    does not stand on them (features of y) is computed once. With ``weight`` 1 it is a lower bound on ln p(y), at least
+    the ELBO and monotone in K; K = 1 is the ELBO. A generator trained by it may leave to the weights what the guide
+    cannot follow; the guide's own gradient loses against its noise as K grows (Rainforth et al., 2018), so take few
+    draws, or take it for a last phase.
+
+    Raises ValueError, naming the site, for latents that are not reparametrized, sites outside the data plate, and
+    scales other than the plate's own, which would enter the weights. Cost: K evaluations a datum.
+
+    Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
+    """
+
+    def __init__(self, num_particles: int = 5, weight: float = 1.0, **options: Any) -> None:
+        count = positive_count("num_particles", num_particles, "number of draws")
+        super().__init__(num_particles=count, vectorize_particles=True, **options)
+        self.scale = torch.tensor(1.0)
+        self.weight = weight
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The objective's value, a float."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        log_w: Any = 0.0
+        outer = 1.0
+        for name, site in sample_sites(model_trace):
+            frame = data_frame(site, "model")
+            outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
+            log_p = self._per_datum(site, frame, outer, "model")
+            if name not in guide_trace.nodes or site["is_observed"]:
+                log_w = log_w + log_p
+                continue
+            drawn = guide_trace.nodes[name]
+            if not drawn["fn"].has_rsample:
+                raise ValueError(
+                    f"guide site {name!r} is a {type(drawn['fn']).__name__}, which is not reparametrized: "
+                    "IWAE_ELBO takes pathwise gradients, use Trace_ELBO"
+                )
+            log_w = log_w + self.scale * (log_p - self._per_datum(drawn, frame, outer, "guide"))
+        for name, site in sample_sites(guide_trace):
+            if name not in model_trace.nodes:
+                frame = data_frame(site, "guide")
+                log_w = log_w - self.scale * self._per_datum(site, frame, outer, "guide")
+        particles = self.num_particles
+        bound = log_w if particles == 1 else logsumexp(log_w, 0) - math.log(particles)
+        # Of all particles' sum Trace_ELBO takes the mean.
+        loss = -outer * particles * bound.sum()
+        return loss.detach(), loss
+
+    def _per_datum(self, site: Any, frame: Any, outer: float, program: str) -> Tensor:
+        """ln p of one site, unscaled but masked, [K, B] (K = 1: [B])."""
+        scale = site["scale"]
+        if isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
+            check_scale(site, program)
+            raise ValueError(
+                f"{program} site {site['name']!r} has a scale within the datum, which would enter its weights: "
+                "IWAE_ELBO takes whole data, Trace_ELBO estimates of them"
+            )
+        terms = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+        keep = {terms.dim() + frame.dim} | ({0} if self.num_particles > 1 else set())
+        inner = [i for i in range(terms.dim()) if i not in keep]
+        return terms.sum(inner) if inner else terms
 
 
 def _latents(trace: Any) -> list[str]:

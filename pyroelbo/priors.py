@@ -399,16 +399,16 @@ def build(
                 f"prior: {type(prior).__name__} has {prior.dims} dimensions, the latent {site!r} {dims}"
             )
         return prior
-    if prior in _PLAIN:
-        return _PLAIN[prior](dims)
-    if prior == "mixture":
-        return GaussianMixturePrior(dims, components)
-    if prior == "vamp":
-        if components < 1:
-            raise ValueError(
-                f"VampPrior: components takes a positive number of pseudo-inputs, got {components}"
-            )
-        return VampPrior(dims, encode, torch.rand(components, *shape))
+    try:
+        if prior in _PLAIN:
+            return _PLAIN[prior](dims)
+        if prior == "mixture":
+            return GaussianMixturePrior(dims, components)
+        if prior == "vamp":
+            positive_count("VampPrior: components", components, "number of pseudo-inputs")
+            return VampPrior(dims, encode, torch.rand(components, *shape))
+    except ValueError as error:
+        raise ValueError(f"the prior of {site!r}, {prior!r}: {error}") from error
     raise ValueError(f"prior takes one of {PRIORS} or a Prior, got {prior!r}")
 
 

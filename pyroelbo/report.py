@@ -168,10 +168,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     figure, axis = _figure(5.5, 3.6)
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
-    if any("valid_elbo" in row for row in run.metrics):
-        axis.plot(
-            epochs, [-row.get("valid_elbo", math.nan) for row in run.metrics], label="validation, -ELBO"
-        )
+    for name, label in (("valid_elbo", "-ELBO"), ("valid_iwae", "-IWAE")):
+        if any(name in row for row in run.metrics):
+            axis.plot(epochs, [-row.get(name, math.nan) for row in run.metrics], label=f"validation, {label}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("nats per datum")
     if len(epochs) > 5:
@@ -190,14 +189,16 @@ def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
     """
     figure, axis = _figure(6.4, 3.6)
     width = 0.8 / len(layers)
+    # z_2 before z_10; a pair may have fewer layers than another
+    sites = sorted({site for found in layers.values() for site in found.rates}, key=lambda s: (len(s), s))
     for i, (name, found) in enumerate(layers.items()):
-        sites = sorted(found.rates)
-        rates = [float(found.rates[site].value) for site in sites]
-        errors = [float(found.rates[site].stderr) for site in sites]
-        place = np.arange(len(sites)) + (i - (len(layers) - 1) / 2) * width
+        own = [site for site in sites if site in found.rates]
+        rates = [float(found.rates[site].value) for site in own]
+        errors = [float(found.rates[site].stderr) for site in own]
+        place = np.array([sites.index(site) for site in own]) + (i - (len(layers) - 1) / 2) * width
         bars = axis.bar(place, rates, width, yerr=errors, label=name, color=_SHADES[i % len(_SHADES)])
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-        axis.set_xticks(range(len(sites)), sites)
+    axis.set_xticks(range(len(sites)), sites)
     axis.axhline(0.0, color="black", lw=0.8)
     axis.set_ylabel("E ln q - ln p, nats per datum")
     axis.legend(fontsize=8)
@@ -303,10 +304,11 @@ def plot_planes(planes: Mapping[str, tuple[Tensor, Tensor, float]], path: str | 
         if np.nanmax(ratio) > 3 > np.nanmin(ratio):
             ticks = np.linspace(-half, half, len(p))
             column[2].contour(ticks, ticks, ratio, levels=[3], colors="black", linewidths=0.8)
-        column[0].set_title(f"{name}\n±{half:.1f}")
+        column[0].set_title(f"{name}\nside ±{half:.1f}", fontsize=10)
         for axis in column:
             axis.set(xticks=[], yticks=[])
-    for axis, label in zip(axes[:, 0], ("prior p(z)", "codes q(z)", "ln p - ln q"), strict=True):
+    rows = ("prior p(z)", "codes q(z)", "ln p - ln q\nholes outlined, > 3")
+    for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label)
     if shown is not None:
         figure.colorbar(shown, ax=axes[2].tolist(), label="nats (cut at ±6)")

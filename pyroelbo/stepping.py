@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from pyroelbo.objectives import WrappedELBO
 from pyroelbo.runs import group
 
-__all__ = ["OPTIMIZERS", "EagerStep", "PerDatum"]
+__all__ = ["OPTIMIZERS", "EagerStep", "PerDatum", "averaging"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+def averaging(decay: float, clock: Any) -> Any:
+    """The weight of the newest parameters in their moving average at step ``clock`` = 1, 2, …: 1 - decay, but 9/(9 + clock)
+    as long as that is more, so that the first parameters are soon forgotten (after t steps their share is below (9/t)⁹,
+    where decay^t would still be 0.45 after 800 steps of 0.999).
+
+    A float for a number, a tensor for a tensor.
+    """
+    early = 9 / (9 + clock)
+    return early.clamp(min=1 - decay) if isinstance(early, Tensor) else max(1 - decay, early)
 
 
 class PerDatum(WrappedELBO):
@@ -35,11 +46,12 @@ class PerDatum(WrappedELBO):
 
 
 class EagerStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← d·θ̄ + (1 - d)·θ.
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 - a)·θ̄ + a·θ, a by :func:`averaging`.
 
     ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
     others that the loss reaches stay as they are, and no backward pass is spent on them. Where the whole gradient is longer
-    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it.
+    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it. ``buffers``, by
+    name, are averaged as the parameters are.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class EagerStep:
         clip_norm: float | None = None,
         skip_norm: float | None = None,
         ema: float | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.objective, self._model, self._guide = objective, model, guide
         self.parameters = dict(parameters)
@@ -61,7 +74,9 @@ class EagerStep:
         self._optimizer = OPTIMIZERS[optimizer](self._leaves, lr=lr, fused=True)
         self._clip_norm, self._skip_norm, self._ema = clip_norm, skip_norm, ema
         self.skipped = torch.zeros(())
-        self.averages = {} if ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
+        self._clock = 0
+        self._averaged = {} if ema is None else {**self.parameters, **(buffers or {})}
+        self.averages = {n: t.detach().clone() for n, t in self._averaged.items()}
 
     @property
     def lr(self) -> float:
@@ -73,6 +88,7 @@ class EagerStep:
             settings["lr"] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        torch.clear_autocast_cache()  # under a caller's autocast it holds casts of the weights of the step before
         loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         for leaf, gradient in zip(self._leaves, gradients, strict=True):
@@ -88,9 +104,11 @@ class EagerStep:
             self.skipped += 1
         for leaf in self._leaves:
             leaf.grad = None
+        self._clock += int(take)
         if self._ema is not None:
+            weight = averaging(self._ema, self._clock)
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), self._leaves, 1 - self._ema)
+                torch._foreach_lerp_(list(self.averages.values()), list(self._averaged.values()), weight)
         return loss.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -100,6 +118,7 @@ class EagerStep:
             f"{k}.{i}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)
         }
         flat |= {"skipped": self.skipped} if self._skip_norm is not None else {}
+        flat |= {"clock": torch.tensor(self._clock)} if self.averages else {}
         return flat | {f"ema.{n}": v for n, v in self.averages.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -108,11 +127,13 @@ class EagerStep:
         if averages.keys() != self.averages.keys():
             odd = sorted(averages.keys() ^ self.averages.keys())[0]
             raise ValueError(f"tensors: the average of {odd!r} is missing or unknown")
+        # Checkpoints of before there was a clock have Adam's.
+        self._clock = int(tensors.get("clock", tensors.get("step.0", 0)))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key == "skipped":
                 self.skipped.copy_(value)
-            elif not key.startswith("ema."):
+            elif key != "clock" and not key.startswith("ema."):
                 name, index = key.rsplit(".", 1)
                 state.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]

@@ -27,7 +27,9 @@ from pyroelbo import evidence
 from pyroelbo.data import Batch, Minibatches
 from pyroelbo.numerics import positive_count
 from pyroelbo.objectives import (
+    IWAE_ELBO,
     Annealed,
+    Evidence_ELBO,
     Exact_ELBO,
     Hard_ELBO,
     Layered_ELBO,
@@ -51,7 +53,9 @@ OBJECTIVES: dict[str, Callable[[], ELBO]] = {
     "mean_field": TraceMeanField_ELBO,
     "layered": Layered_ELBO,
     "hard": Hard_ELBO,
+    "iwae": IWAE_ELBO,
     "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
+    "evidence": Evidence_ELBO,
 }
 _VALIDATION_SEED = 7
 
@@ -87,18 +91,20 @@ def fit(
     """Train ``pair`` in place on ``data`` by stochastic gradients of an ELBO; losses are nats per datum.
 
     ``data`` is a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader,
-    which brings its own batches. ``valid``, a batch, gets an ELBO after each epoch; with ``patience``
-    training stops after so many epochs without a better one, and the best weights are kept.
+    which brings its own batches. ``valid``, a batch, gets an ELBO after each epoch (``"iwae"``: that bound); with
+    ``patience`` training stops after so many epochs without a better one, and the best weights are kept.
 
     ``objective``: ``"elbo"`` (Trace_ELBO; for an exact guide ln w alone is differentiated), ``"mean_field"``
     (closed-form KLs; refused where they are not the bound's terms), ``"layered"`` (closed form where they
-    are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy),
-    ``"enum"`` or any Pyro ELBO that has a ``differentiable_loss``. ``particles`` repeats each batch along its
+    are; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the encoder's entropy), ``"iwae"``
+    (the importance-weighted bound of ``particles`` draws, :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"``,
+    ``"evidence"`` (-ln p(y) of an ExactPair, without its guide) or any Pyro ELBO that has a
+    ``differentiable_loss``. With all but ``"iwae"``, ``particles`` repeats each batch along its
     first dimension. ``kl_weight`` and ``schedule`` (``"constant"``, ``"cosine"`` to zero over all epochs) may
     be functions of the epoch, a float, that give the weight of the KL and a factor on ``learning_rate``.
     ``clip_norm`` bounds the gradient's norm, and a step whose gradient is longer than ``skip_norm`` is left
     out (the rows of metrics count them); ``ema`` is the decay of a moving average of the weights, which is what
-    is validated and kept (BatchNorm's running statistics are not averaged). ``freeze`` names parts that stay
+    is validated and kept (BatchNorm's running statistics are averaged alike). ``freeze`` names parts that stay
     as they are: ``("encoder",)`` is fixed-encoder training. ``compile`` runs loss, gradients and update as one
     graph (:class:`~pyroelbo.compiled.CompiledStep`), which pays off after some thousand steps: building it
     takes seconds for each shape of batch.
@@ -128,10 +134,13 @@ def fit(
     held_out = None if valid is None else batches.to(batches.as_batch(valid, "valid"), place)
     pyro.set_rng_seed(seed)
     pair.to(place)
-    loss_fn = _objective(objective, pair, kl_weight)
+    loss_fn = _objective(objective, pair, kl_weight, particles)
+    repeats = 1 if isinstance(loss_fn, IWAE_ELBO) else particles
     first = batches.to(loader.first(), place)
     leaves, per_datum = _probe(pair, first, loader)
     _check_mean_field(loss_fn, pair, first)
+    if isinstance(loss_fn, Evidence_ELBO):
+        per_datum = float  # the scale of a subsampled plate is not in it
     trained = _trained(pair, leaves, freeze)
     settings = {
         **(config or {}),
@@ -159,7 +168,7 @@ def fit(
     pyro.set_rng_seed(seed)
     plan = _Plan(
         epochs,
-        particles,
+        repeats,
         factor,
         kl_weight if callable(kl_weight) else None,
         held_out,
@@ -184,6 +193,7 @@ def fit(
         clip_norm=clip_norm,
         skip_norm=skip_norm,
         ema=ema,
+        buffers={k: v for k, v in pair.named_buffers() if v.is_floating_point()},
     )
     job = _Job(pair, loss_fn, leaves, stepper, run)
     if resume:
@@ -358,9 +368,10 @@ class _Job:
         self.position, self.loss_count = 0, 0
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if plan.valid is not None:
-            row["valid_elbo"] = self._validate(plan.valid)
-            if row["valid_elbo"] > self.best_value:
-                self.best_value, self.best_epoch = row["valid_elbo"], self.epoch
+            name, value = self._validate(plan.valid)
+            row[name] = value
+            if value > self.best_value:
+                self.best_value, self.best_epoch = value, self.epoch
                 if plan.patience is not None:
                     self.best = {k: v.detach().clone() for k, v in self.kept().items()}
         self.metrics.append(row)
@@ -368,16 +379,26 @@ class _Job:
             self.run.append_metrics(row)
         return row
 
-    def _validate(self, valid: Batch) -> float:
-        averages, trained = self.stepper.averages, self.stepper.parameters
-        own = {k: trained[k].detach().clone() for k in averages}
-        _assign(trained, averages)
+    def _validate(self, valid: Batch) -> tuple[str, float]:
+        """The mean bound of the held-out data under the weights to keep, and its name: the bound that is trained."""
+        averages = self.stepper.averages
+        own = {k: self.state[k].detach().clone() for k in averages}
+        _assign(self.state, averages)
         cuda = [self.loss_sum.device] if self.loss_sum.is_cuda else []
-        with torch.random.fork_rng(devices=cuda):
+        # Under a caller's autocast, casts of weights are kept, and would be those of an earlier epoch.
+        whole = torch.autocast(self.loss_sum.device.type, enabled=False)
+        with torch.random.fork_rng(devices=cuda), whole:
             torch.manual_seed(_VALIDATION_SEED)
-            value = evidence.elbo(self.pair, valid, particles=8).mean
-        _assign(trained, own)
-        return value
+            name = "valid_elbo"
+            if isinstance(self.loss_fn, Evidence_ELBO):
+                bound = evidence.exact(self.pair, valid)
+            elif isinstance(self.loss_fn, IWAE_ELBO):
+                name = "valid_iwae"
+                bound = evidence.iwae(self.pair, valid, particles=self.loss_fn.num_particles)
+            else:
+                bound = evidence.elbo(self.pair, valid, particles=8)
+        _assign(self.state, own)
+        return name, bound.mean
 
     def _postfix(self, row: Mapping[str, Any] | None = None) -> dict[str, str]:
         shown = {"epoch": f"{self.epoch + (row is None)}"}
@@ -386,8 +407,9 @@ class _Job:
         last = row or (self.metrics[-1] if self.metrics else {})
         if "loss" not in shown and last:
             shown["loss"] = f"{last['loss']:.3f}"
-        if "valid_elbo" in last:
-            shown["valid"] = f"{last['valid_elbo']:.3f}"
+        for name in ("valid_elbo", "valid_iwae"):
+            if name in last:
+                shown["valid"] = f"{last[name]:.3f}"
         return shown
 
     def kept(self) -> dict[str, Tensor]:
@@ -488,7 +510,7 @@ def _described(objective: ELBO) -> str:
     return f"{type(objective).__name__}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
 
 
-def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
+def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any, particles: int) -> ELBO:
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             raise ValueError(
@@ -496,6 +518,10 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
             )
         exact = objective == "elbo" and isinstance(pair, ExactPair) and pair.exact_guide
         loss: ELBO = Exact_ELBO() if exact else OBJECTIVES[objective]()
+        if objective == "iwae":
+            if particles == 1:
+                raise ValueError("objective 'iwae' takes particles of at least 2, got 1: one draw is 'elbo'")
+            loss = IWAE_ELBO(particles)
     elif isinstance(objective, ELBO):
         loss = objective
     else:
@@ -504,16 +530,23 @@ def _objective(objective: str | ELBO, pair: Pair, kl_weight: Any) -> ELBO:
         raise TypeError(
             f"objective {type(loss).__name__} has no differentiable_loss: train it with pyro.infer.SVI"
         )
-    if callable(kl_weight):
-        if isinstance(loss, Layered_ELBO):
-            loss.weight = kl_weight(0.0)
-            return loss
-        return Weighted_ELBO(loss, kl_weight(0.0))
-    if not kl_weight >= 0:
+    if isinstance(loss, Evidence_ELBO):
+        if not isinstance(pair, ExactPair):
+            raise TypeError(
+                f"objective 'evidence' takes an ExactPair, got a {type(pair).__name__}: take 'elbo'"
+            )
+        if kl_weight != 1.0:
+            raise ValueError(f"kl_weight: objective 'evidence' has no KL to weigh, got {kl_weight!r}")
+    weight = kl_weight(0.0) if callable(kl_weight) else kl_weight
+    if not weight >= 0:
         raise ValueError(
             f"kl_weight takes a number of at least 0 or a function of the epoch, got {kl_weight!r}"
         )
-    return loss if kl_weight == 1.0 else Weighted_ELBO(loss, kl_weight)
+    if isinstance(loss, (IWAE_ELBO, Layered_ELBO)):
+        if callable(kl_weight) or weight != 1.0:
+            loss.weight = weight
+        return loss
+    return Weighted_ELBO(loss, weight) if callable(kl_weight) or weight != 1.0 else loss
 
 
 def _check_mean_field(loss: ELBO, pair: Pair, batch: Batch) -> None:

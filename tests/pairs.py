@@ -58,6 +58,13 @@ def sentences(n, longest=20):
     return y
 
 
+def texts(n, longest, symbols):
+    """Strings of 0 to ``longest`` symbols, padded with -1."""
+    y = torch.randint(symbols, (n, longest))
+    y[torch.arange(longest) >= torch.randint(longest + 1, (n, 1))] = -1
+    return y
+
+
 def labelled_frames(n, steps=6):
     """(x, y, lengths): frames, labels 1 … 3 padded with -1 (few enough to fit), lengths of the frames."""
     y = torch.randint(1, 4, (n, 2))
@@ -187,16 +194,28 @@ TABLE = {
         lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    "hierarchy-vamp": (
+        lambda: models.Hierarchy(6, (3, 2, 2), 8, prior="vamp", components=3),
+        lambda n: binary(n, 6),
+    ),
+    "hierarchy-top-down-autoregressive": (
+        lambda: models.Hierarchy(6, (3, 2), 8, order="top-down", prior="autoregressive"),
+        lambda n: binary(n, 6),
+    ),
     "ladder": (lambda: models.Ladder(6, (3, 2, 2), (8, 6, 5)), lambda n: binary(n, 6)),
     "ladder-precision": (
         lambda: models.Ladder(6, (3, 2), (8, 6), "l2", merge="precision", norm="none", dropout=0.1),
         lambda n: torch.rand(n, 6),
     ),
     "ladder-vamp": (
-        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", prior="vamp", components=3),
+        lambda: models.Ladder(6, (3, 2), (8, 6), norm="layer", network="gated", prior="vamp", components=3),
         lambda n: binary(n, 6),
     ),
     "conv_ladder": (lambda: models.ConvLadder((4, 4), (2, 1, 1), 2, 4), lambda n: binary(n, 16)),
+    "conv_ladder-vamp": (
+        lambda: models.ConvLadder((4, 4), (1, 1), 1, 4, prior="vamp", components=3),
+        lambda n: binary(n, 16),
+    ),
     "autoregressive-pixelcnn": (
         lambda: models.Autoregressive((2, 3), width=4, layers=2),
         lambda n: binary(n, 6),
@@ -205,6 +224,7 @@ TABLE = {
         lambda: models.Autoregressive(5, 4, "categorical", "transformer", 8, 1),
         lambda n: torch.randint(4, (n, 5)),
     ),
+    "strings": (lambda: models.Strings(5, 3, width=8, layers=1), lambda n: texts(n, 5, 3)),
     "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),

@@ -12,10 +12,12 @@ from torch import nn
 
 from pyroelbo import audit, data, evidence, fit
 from pyroelbo.causal import CausalTransformer, PixelCNN
-from pyroelbo.models.autoregressive import Append, Autoregressive, Prefix
+from pyroelbo.compiled import CompiledStep
+from pyroelbo.models.autoregressive import Append, Autoregressive, Prefix, Strings
 from pyroelbo.models.markov import Chain
 from pyroelbo.objectives import Exact_ELBO
 from pyroelbo.terms import Evaluator
+from tests.pairs import TABLE
 
 
 def pixelcnn(shape=(3, 4), symbols=3):
@@ -191,6 +193,133 @@ def test_replay_under_another_grad_mode_is_scored_anew():
     assert model.log_prob_sum().requires_grad
 
 
+# ------------------------------------------------------------------------------------------ strings
+
+
+def strings(length=5, symbols=3):
+    torch.manual_seed(0)
+    net = CausalTransformer(symbols + 1, length, 8, 2, 2)
+    nn.init.normal_(net.places)
+    nn.init.normal_(net.embed.weight)
+    return Strings(length, symbols, net)
+
+
+def every_string(length, symbols):
+    """All strings of 0 to ``length`` symbols, as tuples."""
+    return [s for n in range(length + 1) for s in itertools.product(range(symbols), repeat=n)]
+
+
+def padded(listed, length):
+    return torch.tensor([[*s, *[-1] * (length - len(s))] for s in listed])
+
+
+def by_hand(pair, string):
+    """ln p of one string, token by token, from the network on that string alone, and the last of it the stop's."""
+    tokens = torch.tensor([string], dtype=torch.long)
+    terms = []
+    for t in range(min(len(string) + 1, pair.length)):
+        filled = torch.cat([tokens[:, :t], torch.zeros(1, pair.length - t, dtype=torch.long)], 1)
+        logits = pair.generator(filled)[0, t].log_softmax(-1)
+        terms.append(logits[string[t]] if t < len(string) else logits[-1])
+    return torch.stack(terms)
+
+
+def test_the_probabilities_of_all_strings_sum_to_one():
+    pair = strings(4, 2)
+    listed = every_string(4, 2)
+    p = pair.log_evidence(padded(listed, 4)).exp().detach()
+    assert len(listed) == 31 and float(p.sum()) == pytest.approx(1, abs=1e-12)
+    # The strings of up to two symbols, and what goes on: prefixes of two that do not stop.
+    short = sum(float(p[i]) for i, s in enumerate(listed) if len(s) <= 2)
+    tail = 0.0
+    for prefix in itertools.product(range(2), repeat=2):
+        terms = by_hand(pair, prefix)
+        tail += float((terms[:2].sum().exp() * (1 - terms[2].exp())).detach())
+    assert short + tail == pytest.approx(1, abs=1e-12) and 0.01 < tail < 0.99
+
+
+def test_a_strings_bound_is_its_likelihood_in_any_padded_batch():
+    pair = strings()
+    listed = [(), (0,), (2, 1), (1, 1, 0, 2), (2, 0, 1, 0, 2)]
+    y = padded(listed, 5)
+    terms = Evaluator(pair, y).draw(3)
+    exact = torch.stack([by_hand(pair, s).sum() for s in listed])
+    torch.testing.assert_close(pair.log_evidence(y), exact, atol=1e-10, rtol=0)
+    torch.testing.assert_close(terms.log_weight, exact.expand(3, 5), atol=1e-6, rtol=0)
+    for row, string in enumerate(listed):
+        own = by_hand(pair, string)
+        for t, site in enumerate((*pair.sites, "y")):
+            found = terms.log_model[site][:, row]
+            if t < len(own):
+                torch.testing.assert_close(found, own[t].expand(3))
+            else:
+                assert (found == 0).all()  # padding, to the last bit
+    # By the cache, from copies of the prefixes, as well.
+    copies = {k: v.clone() for k, v in terms.latents.items()}
+    torch.testing.assert_close(Evaluator(pair, y).terms(copies).log_joint, terms.log_joint)
+    exact_slope = torch.autograd.grad(pair.log_evidence(y).sum(), list(pair.parameters()))
+    for loss in (Trace_ELBO(), Exact_ELBO()):
+        value = loss.differentiable_loss(pair.model, pair.guide, y)
+        torch.testing.assert_close(value, -exact.sum())
+        for a, b in zip(torch.autograd.grad(value, list(pair.parameters())), exact_slope, strict=True):
+            torch.testing.assert_close(a, -b)
+
+
+def test_strings_are_drawn_until_the_last_has_ended(monkeypatch):
+    """Pearson's test of 4,000 strings of up to three binary symbols; false-alarm rate 1e-5."""
+    pair = strings(3, 2)
+    _, y = pair.simulate(4000)
+    assert not y.is_floating_point()
+    listed = every_string(3, 2)
+    expected = 4000 * pair.log_evidence(padded(listed, 3)).exp().detach()
+    values, times = y.unique(dim=0, return_counts=True)
+    place = {tuple(row): i for i, row in enumerate(padded(listed, 3).tolist())}
+    counts = torch.zeros(len(listed))
+    for row, count in zip(values.tolist(), times.tolist(), strict=True):
+        counts[place[tuple(row)]] = count
+    assert float(((counts - expected).square() / expected).sum()) < 46.0  # 14 degrees beyond 46: 2.7e-5
+    calls = []
+    net = pair.generator
+    step = net.step
+    monkeypatch.setattr(net, "step", lambda cache: calls.append(1) or step(cache))
+    with torch.no_grad():
+        net.head.bias[-1] = 60.0  # nothing but empty strings
+        y = (
+            poutine.trace(poutine.uncondition(pair.model))
+            .get_trace(padded([(0,)] * 50, 3))
+            .nodes["y"]["value"]
+        )
+    assert (y == -1).all() and len(calls) == 1
+
+
+def test_strings_train_compile_and_audit():
+    y, alphabet = data.strings(["to", "be", "or", "not", "to", "be", "that", "is", "the", "question"])
+    pair = Strings(y.shape[1], len(alphabet), width=16, layers=1)
+    run = fit(pair, y, epochs=20, batch_size=5, learning_rate=0.01, progress=False)
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    a = audit(pair, y, particles=4)
+    assert a["elbo"].mean == pytest.approx(a["exact"].mean, abs=1e-6)
+    step = CompiledStep(Exact_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), backend="eager")
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            step(y)
+    assert step.counters.compiled_calls == 3 and step.counters.fallbacks == 0
+
+
+def test_texts_as_rows():
+    y, alphabet = data.strings(["be", "", "bee"])
+    assert alphabet == "be" and y.tolist() == [[0, 1, -1], [-1, -1, -1], [0, 1, 1]]
+    y, _ = data.strings([b"\x00\xff"], 3, bytes(range(256)))
+    assert y.tolist() == [[0, 255, -1]]
+    for bad, message in (
+        ("be", "texts is one str: it takes a list"),
+        (["a", b"a"], "texts holds bytes and str"),
+        ([3], "texts holds int: it takes all str, or all bytes"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            data.strings(bad)
+
+
 def test_text_in_rows():
     rows, alphabet = data.windows("to be or not", 5)
     assert alphabet == " benort" and rows.shape == (2, 5)
@@ -208,11 +337,38 @@ def test_text_in_rows():
         (lambda: Autoregressive(8), r"shape takes \(height, width\), got \(8,\)"),
         (lambda: Autoregressive((2, 2), network="lstm"), "network takes one of"),
         (lambda: Autoregressive(8, network="transformer", width=30), "width takes a multiple of heads"),
+        (lambda: Autoregressive(8, network="transformer", width=0), "width takes a positive number"),
+        (lambda: Autoregressive((2, 2), width=0), "width takes a positive number of channels, got 0"),
+        (lambda: Autoregressive((2, 2), layers=0), "layers takes a positive number of layers, got 0"),
         (lambda: Autoregressive(1, network="transformer"), "at least 2 tokens"),
         (lambda: transformer().model(torch.zeros(2, 5)), r"y has shape \(2, 5\): this model takes \[B, 7\]"),
         (lambda: evidence.exact(transformer(), torch.full((2, 7), 3)).value, "takes values in"),
         (lambda: fit(transformer(), torch.full((2, 7), -1), epochs=1), "takes values in"),
-        (lambda: evidence.exact(transformer(), torch.full((2, 7), 0.5)), "y holds 0.5: .* integers"),
+        (
+            lambda: evidence.exact(transformer(), torch.full((2, 7), 0.5)),
+            "y holds 0.5 at row 0, place 0: .* integers",
+        ),
+        (
+            lambda: evidence.exact(strings(), padded([(1,), (2, 3)], 5)),
+            "y holds 3 at row 1, place 1: Strings takes .* -1 … 2",
+        ),
+        (
+            lambda: evidence.exact(strings(), padded([(1, -1, 2)], 5)),
+            "y holds 2 at row 0, place 2, behind the end of that string",
+        ),
+        (lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1), "y holds 7 at row 1, place 0"),
+        (
+            lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
+            "y holds 9 at row 300, place 1",
+        ),
+        (lambda: strings().model(padded([(1,)], 4)), r"y has shape \(1, 4\): this model takes \[B, 5\]"),
+        (lambda: Strings(5, 0), "at least 2 tokens of 2 symbols, got 5 of 1"),
+        (
+            lambda: data.strings(["ab", "ac!"], alphabet="abc"),
+            r"texts\[1\] has '!' at place 2, which the alphabet of 3",
+        ),
+        (lambda: data.strings(["ab", "abcd"], 3), r"texts\[1\] has 4 symbols: length=3 is too short"),
+        (lambda: data.strings([]), "texts is empty"),
         (
             lambda: data.windows("abc!", 2, "abc"),
             "text has '!' at place 3, which the alphabet of 3 symbols lacks",
@@ -235,3 +391,35 @@ def test_pyro_does_not_see_the_prefix_as_random():
     link = Append(torch.tensor([1]), torch.zeros(3))
     values = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 0.5], [0.0, 2.0], [1.0, -1.0]])
     torch.testing.assert_close(link.log_prob(values).exp(), torch.tensor([1 / 3, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_the_evidence_in_blocks_is_the_evidence(monkeypatch):
+    make, draw = TABLE["autoregressive-pixelcnn"]
+    pair, y = make(), draw(7)
+    whole = pair.log_evidence(y)
+    monkeypatch.setattr("pyroelbo.models.autoregressive._ROWS", 3)
+    with torch.no_grad():
+        torch.testing.assert_close(pair.log_evidence(y), whole.detach(), rtol=1e-12, atol=1e-12)
+        assert pair.log_evidence(y[:0]).shape == (0,)
+        y[5, 2] = 2
+        with pytest.raises(ValueError, match="holds 2 at row 5, place 2"):
+            pair.log_evidence(y)
+
+
+@torch.no_grad()
+def test_deep_features_tell_images_apart_at_the_start():
+    """The vertical stack has no path around its gates: eight of them with torch's own start would leave 1e-5."""
+    torch.manual_seed(0)
+    net = PixelCNN(2, (12, 12), 16, 8)
+    vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
+    for block in net.blocks:
+        vertical, horizontal = block(vertical, horizontal)
+    spread = [float(x[..., 4:, 2:-2].std(0).mean()) for x in (vertical, horizontal)]
+    assert 0.005 < spread[0] < 1.0 and 0.1 < spread[1] < 3.0
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
+    for block in net.blocks:
+        vertical, horizontal = block(vertical, horizontal)
+    assert float(vertical[..., 4:, 2:-2].std(0).mean()) < 1e-4

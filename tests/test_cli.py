@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -39,15 +40,22 @@ def test_models_are_listed(capsys):
     assert all(name in printed for name in models.REGISTRY) and "latent=2" in printed
 
 
-@pytest.mark.parametrize("name", models.REGISTRY)
-def test_train_audit_and_sample(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        *models.REGISTRY,
+        *(f"{name} --set prior=vamp" for name in ("vae", "hierarchy", "ladder", "conv_ladder")),
+    ],
+)
+def test_train_audit_and_sample(words, tmp_path, capsys):
     torch.set_default_dtype(torch.float32)
     out = str(tmp_path / "run")
-    assert main(["train", name, "--out", out, "-n", "1", "--quiet"]) == 0
+    assert main(["train", *words.split(), "--out", out, "-n", "1", "--quiet"]) == 0
     assert main(["audit", out, "--num-data", "3", "--particles", "4"]) == 0
     assert main(["sample", out, "-n", "5"]) == 0
     printed = capsys.readouterr().out
     assert "nats per datum" in printed and "(5, 64)" in printed
+    assert ("the layers' rates" in printed) == words.startswith(("hierarchy", "ladder", "conv_ladder"))
     for file in (
         "config.json",
         "metrics.jsonl",
@@ -58,7 +66,13 @@ def test_train_audit_and_sample(name, tmp_path, capsys):
         "curve.png",
     ):
         assert (tmp_path / "run" / file).stat().st_size > 0
-    assert json.loads((tmp_path / "run" / "audit.json").read_text())["unit"] == "nats"
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["unit"] == "nats"
+    rows = {row["method"]: row for row in found["bounds"]}
+    ordered = [rows[method] for method in ("exact", "quadrature", "iwae-4", "elbo") if method in rows]
+    for above, below in itertools.pairwise(ordered):
+        error = above["mean_error"] + below["mean_error"]  # of four draws a datum
+        assert above["mean"] > below["mean"] - 8 * error - 1e-3
 
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
@@ -115,6 +129,20 @@ def test_damaged_runs_are_refused(run, capsys):
     (run / "config.json").write_text("{}")
     assert main(["audit", str(run)]) == 1
     assert "not written by pyroelbo" in capsys.readouterr().err
+
+
+def test_a_run_of_other_code_is_refused_by_name(run, capsys):
+    """Such as a VAE from before there were priors: N(0, I) had no buffer then."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(run / "weights.safetensors", "pt") as file:
+        meta = file.metadata()
+        kept = {k: file.get_tensor(k) for k in file.keys() if k != "prior.loc"}  # noqa: SIM118
+    save_file(kept, run / "weights.safetensors", meta)
+    assert main(["audit", str(run)]) == 1
+    message = capsys.readouterr().err
+    assert "lacks 'prior.loc'" in message and "built the model 'vae' otherwise; train it anew" in message
 
 
 def test_help_names_the_options(capsys):

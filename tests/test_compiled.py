@@ -954,7 +954,7 @@ def reference_steps(module, batches, make_optimizer, clip=None, ema=None, cast=F
     loss, optimizer = Trace_ELBO(), make_optimizer(module.parameters())
     averages = [p.detach().clone() for p in module.parameters()]
     values = []
-    for y in batches:
+    for t, y in enumerate(batches, 1):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             values.append(value := loss.differentiable_loss(module.model, module.guide, y))
@@ -963,7 +963,7 @@ def reference_steps(module, batches, make_optimizer, clip=None, ema=None, cast=F
             nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
         for a, p in zip(averages, module.parameters(), strict=True):
-            a.lerp_(p.detach(), 1 - (ema or 0.0))
+            a.lerp_(p.detach(), max(1 - (ema or 0.0), 9 / (9 + t)))
     return torch.stack(values).detach(), averages
 
 
@@ -1071,6 +1071,23 @@ def test_step_under_autocast():
     expected = run("reference", True)
     torch.testing.assert_close(run("step", True), expected, rtol=1e-5, atol=0.0, check_dtype=False)
     assert float((run("step", False) - expected).abs().max()) > 1e-4  # the products were in bfloat16
+
+
+def test_inductors_step_under_autocast_is_taken():
+    """Rounded to bfloat16 in other places than the captured graph, gradients differ by a part in a hundred."""
+    torch.set_default_dtype(torch.float32)
+    module, y = VAE(width=64), data(64, 6)
+    step = CompiledStep(
+        Trace_ELBO(),
+        module.model,
+        module.guide,
+        dict(module.named_parameters()),
+        clip_norm=10.0,
+        skip_norm=1e9,
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [step(y).item() for _ in range(3)]
+    assert step.counters.compiles == 1 and losses[-1] < losses[0] * 1.1
 
 
 def test_step_names_a_python_number_that_always_changes():

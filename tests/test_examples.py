@@ -23,6 +23,7 @@ ARGUMENTS = {
     "regimes": lambda tmp: (["--smoke", "--out", str(tmp / "regimes")],),
     "chorales": lambda tmp: (["--smoke"],),
     "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
+    "words": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
     "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),
     "audit_a_pyro_model": lambda tmp: (["--smoke", "--out", str(tmp / "schools")],),

@@ -1,9 +1,12 @@
 """Chains of links: linear-Gaussian and finite ones as oracles, both orders, and what is refused."""
 
+import copy
 import functools
 import itertools
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -14,12 +17,13 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from pyroelbo import Pair, evidence, fit, models
+from pyroelbo import Pair, audit, evidence, fit, models
 from pyroelbo.models import markov
 from pyroelbo.models.markov import Chain, GaussianLink, TopDownLink
-from pyroelbo.objectives import Layered_ELBO, mean_field_fault
+from pyroelbo.nn import Dense
+from pyroelbo.objectives import IWAE_ELBO, Layered_ELBO, mean_field_fault
 from pyroelbo.pair import unregistered
-from pyroelbo.priors import StandardNormal
+from pyroelbo.priors import PRIORS, StandardNormal
 from pyroelbo.stepping import EagerStep
 from pyroelbo.terms import Evaluator
 from tests.pairs import TABLE, binary
@@ -468,18 +472,34 @@ def test_fit_anneals_the_layered_weight():
     assert [row["kl_weight"] for row in run.metrics] == pytest.approx([0.1 + 0.75, 1.0, 1.0])
 
 
-def test_a_step_of_a_ladder_is_one_graph():
-    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager."""
+@pytest.mark.parametrize(
+    "objective", [Layered_ELBO(0.1, balance=True, weight=0.5), IWAE_ELBO(3, max_plate_nesting=1)]
+)
+def test_a_step_of_a_ladder_is_one_graph(objective):
+    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager; averages of
+    weights and buffers as well."""
     from pyroelbo.compiled import CompiledStep
 
-    objective, y = Layered_ELBO(0.1, balance=True, weight=0.5), binary(8, 6)
-    steps = []
+    y, steps, buffers = binary(8, 6), [], []
     with pyro.validation_enabled(False), unregistered():
         for kind in (EagerStep, functools.partial(CompiledStep, backend="eager")):
             torch.manual_seed(2)
             pair = models.Ladder(6, (3, 2), (8, 6), dropout=0.1, noise=0.1)
             pair.train()
-            steps.append(kind(objective, pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-2))
+            buffers.append({k: v for k, v in pair.named_buffers() if v.is_floating_point()})
+            steps.append(
+                kind(
+                    objective,
+                    pair.model,
+                    pair.guide,
+                    dict(pair.named_parameters()),
+                    lr=1e-2,
+                    ema=0.75,
+                    buffers=buffers[-1],
+                )
+            )
+        name = "encoder.features.layers.0.0.norm.running_var"
+        expected = buffers[0][name].clone()
         for i, weight in enumerate((0.5, 1.0, 0.7)):
             objective.weight = weight
             values = []
@@ -487,7 +507,21 @@ def test_a_step_of_a_ladder_is_one_graph():
                 torch.manual_seed(i)
                 values.append(step(y))
             torch.testing.assert_close(*values)
+            expected = 0.75 * expected + 0.25 * buffers[0][name]
     assert steps[1].counters.compiled_calls == 3
+    torch.testing.assert_close(steps[0].averages, steps[1].averages)
+    torch.testing.assert_close(steps[1].averages[name], expected)
+    assert float((expected - buffers[0][name]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_a_gated_cell_is_a_product_of_a_linear_map_and_a_sigmoid(norm):
+    cell, x = Dense(4, 3, norm, gated=True).eval(), torch.randn(5, 2, 4)
+    value, gate = cell.norm(cell.linear(x)).split(3, -1)
+    torch.testing.assert_close(cell(x), value / (1 + (-gate).exp()))
+    square = Dense(4, 4, norm, gated=True).eval()
+    value, gate = square.norm(square.linear(x)).split(4, -1)
+    torch.testing.assert_close(square(x), x + value * torch.sigmoid(gate))
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -561,9 +595,37 @@ def links(*sizes):
             "latent takes a positive width for each layer, got 0 for layer 2",
         ),
         (lambda: models.Hierarchy(6, ()), "latent takes at least one layer"),
+        (lambda: models.Hierarchy(6, 3), r"latent takes a width for each layer, such as \(3,\), got 3"),
+        (
+            lambda: models.Hierarchy(6, (3, 1), prior="flow"),
+            "the prior of 'z_2', 'flow': .* at least 2, got 1",
+        ),
+        (
+            lambda: models.Ladder(6, (3,), (8,), prior="vamp", components="x"),
+            "the prior of 'z_1', 'vamp': .* got 'x'",
+        ),
+        (
+            lambda: models.Ladder(6, (8,), (8, "a")),
+            "hidden takes a positive width for each layer, got 'a' for layer 2",
+        ),
+        (
+            lambda: models.Hierarchy.for_data(binary(9, 5), (6,), 2, prior="vamp", components=3),
+            r"y has shape \(9, 5\): this Hierarchy takes \[B, 6\]",
+        ),
+        (
+            lambda: models.ConvLadder((12, 12), (1, 1, 1, 1)),
+            "resolution 3: images of 3x3 .* cannot be halved",
+        ),
+        (lambda: models.ConvLadder((4, 4), (1, 0)), "groups takes a positive number of groups"),
+        (lambda: models.ConvLadder(16), r"shape takes \(height, width\), got 16"),
+        (lambda: models.ConvLadder((4, 4), latent=0), "latent takes a positive number of maps, got 0"),
         (lambda: models.Ladder(6, (3, 2), (8,)), "hidden takes a width for each of the 2 layers"),
         (lambda: models.Ladder(6, (3,), (8,), merge="sum"), "merge takes one of"),
         (lambda: models.Ladder(6, (3,), (8,), norm="group"), "norm takes one of"),
+        (
+            lambda: models.Ladder(6, (3,), (8,), network="conv"),
+            "network takes one of .*'gated'.*, got 'conv'",
+        ),
     ],
 )
 def test_links_that_do_not_fit_are_named(build, message):
@@ -607,19 +669,82 @@ def test_a_top_down_model_under_a_bottom_up_guide_is_told_apart():
         fit(same, binary(4, 6), objective="mean_field", epochs=1, progress=False)
 
 
-def test_links_of_the_library_make_a_chain():
-    """The chain of docs/chains.md."""
-    observation = models.Hierarchy(8, (3,), 5).generator.observation
-    pair = Chain(
-        StandardNormal(2),
-        [GaussianLink(2, 3, (5,))],
-        observation,
-        [TopDownLink(2, 8, 3, (5,)), TopDownLink(0, 8, 2, (5,))],
-        event=(8,),
-        order="top-down",
-    )
-    run = fit(pair, binary(30, 8), epochs=2, objective="layered", progress=False)
-    assert all(math.isfinite(loss) for loss in run.losses)
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (
+            "conv_ladder",
+            "ladder",
+            r"layer 2: the encoder gives z_2 of shape \(4, 2\), the generator's .* shape \(4,\)",
+        ),
+        (
+            "ladder",
+            "conv_ladder",
+            r"layer 2: the encoder gives z_2 of shape \(4, 4\), the generator's .* shape \(2,\)",
+        ),
+        (
+            "conv_ladder",
+            "hierarchy",
+            r"layer 2: the encoder gives z_2 of shape \(4, 2\), the generator's .* shape \(4,\)",
+        ),
+        (
+            "hierarchy",
+            "pixels",
+            r"layer 2: the encoder gives z_2 of shape \(4, 14\), the generator's .* \(2,\)",
+        ),
+        ("pixels", "hierarchy", r"model site 'z_1\d' is missing in the guide, which draws"),
+        ("hierarchy", "vae", "guide site 'z' is missing in the model"),
+    ],
+)
+def test_a_guide_of_another_family_is_told_apart(model, guide, message):
+    make = {
+        "hierarchy": lambda: models.Hierarchy((4, 4), (3, 2), 8),
+        "ladder": lambda: models.Ladder((4, 4), (3, 2), (8, 6)),
+        "conv_ladder": lambda: models.ConvLadder((4, 4), (1, 1), 1, 4),
+        "pixels": lambda: models.Autoregressive((4, 4), width=4, layers=1),
+        "vae": lambda: models.VAE((4, 4), 2, (8,)),
+    }
+    with pytest.raises(ValueError, match=message):
+        Evaluator(Pair.of(make[model]().model, make[guide]().guide), binary(4, 16)).draw(1)
+
+
+def test_a_model_is_its_own_under_the_guide_of_another_ladder():
+    """Of the same sizes, whose guide hands on what it found on another generator's path."""
+    one, other, y = ladder(norm="layer"), ladder(norm="layer"), binary(5, 6)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    terms = Evaluator(Pair.of(one.model, other.guide), y).draw(3)
+    torch.testing.assert_close(terms.log_joint, Evaluator(one, y).terms(terms.latents).log_joint)
+    torch.testing.assert_close(terms.log_proposal, Evaluator(other, y).terms(terms.latents).log_proposal)
+
+
+def test_the_chains_of_the_page_run():
+    """The snippets of docs/chains.md: links of the library, and one more in a file of its own."""
+    page = (Path(__file__).parents[1] / "docs" / "chains.md").read_text(encoding="utf-8")
+    known = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, known)
+    pair, heavy, y = known["pair"], known["heavy"], binary(30, 64)
+    # What the new link gives is what the site has, under both programs.
+    terms = Evaluator(heavy, y).draw(2)
+    low, top = terms.latents["z_1"], terms.latents["z_2"]
+    for found, link, given in (
+        (terms.log_model, heavy.generator.links[0], top),
+        (terms.log_guide, heavy.encoder.links[0], y),
+    ):
+        loc, log_scale = link.network(given).chunk(2, -1)
+        expected = -(low - loc).abs() / log_scale.exp() - log_scale - math.log(2)
+        torch.testing.assert_close(found["z_1"], expected.sum(-1))
+    for chain, objective in ((pair, "layered"), (heavy, "layered"), (heavy, "elbo")):
+        run = fit(chain, y, epochs=2, objective=objective, progress=False)
+        assert all(math.isfinite(loss) for loss in run.losses)
+    torch.manual_seed(0)
+    a = audit(heavy, y, particles=100)
+    assert a["iwae-100"].mean > a["elbo"].mean and set(evidence.layers(heavy, y).rates) == {"z_1", "z_2"}
+    with pytest.raises(ValueError, match="layer 1: the generator link of z_1 takes 3 numbers, z_2 has 4"):
+        links_, see = known["LaplaceLink"], heavy.generator.observation
+        Chain(StandardNormal(4), [links_(3, 8)], see, [links_(64, 8), links_(8, 4)], event=(64,))
 
 
 @pytest.mark.parametrize("name", ["hierarchy-top-down", "ladder", "ladder-precision", "conv_ladder"])
@@ -630,20 +755,100 @@ def test_pictures_of_what_is_decoded(name):
     assert picture.shape == y.shape and picture.min() >= 0 and picture.max() <= 1
 
 
-@pytest.mark.parametrize("prior", ["vamp", "mixture"])
-def test_a_ladder_may_stand_on_any_prior(prior):
-    """A VampPrior is the mixture of the ladder's own top encoder."""
-    pair = models.Ladder.for_data(
-        binary(9, 6), (6,), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
-    )
-    y = binary(5, 6)
+# family: the chain for 4x4 images on a prior, of two layers, the upper of 2 (maps: 2x2) numbers
+STANDING = {
+    "hierarchy": lambda prior, **s: models.Hierarchy.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, prior=prior, components=4
+    ),
+    "hierarchy-top-down": lambda prior, **s: models.Hierarchy.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, order="top-down", prior=prior, components=4
+    ),
+    "ladder": lambda prior, **s: models.Ladder.for_data(
+        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
+    ),
+    "conv_ladder": lambda prior, **s: models.ConvLadder.for_data(
+        s.get("train"), (4, 4), 2, groups=(1, 1), latent=1, channels=4, prior=prior, components=4
+    ),
+}
+
+
+def standing(family, prior, train=None):
+    torch.manual_seed(0)
+    return STANDING[family](prior, train=train)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("family", STANDING)
+def test_a_chain_may_stand_on_any_prior(family, prior):
+    """The top site has the prior's own density; its term is closed where a form is known, and the draw's elsewhere."""
+    pair, y = standing(family, prior, binary(9, 16)), binary(5, 16)
+    top = getattr(pair.prior, "prior", pair.prior)
+    with torch.no_grad():
+        for parameter in top.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     terms = Evaluator(pair, y).draw(3)
-    z = terms.latents["z_2"]
-    if prior == "vamp":
-        q = pair.encode_top(pair.prior.prior.pseudo_inputs)
-        mixed = torch.logsumexp(q.log_prob(z[..., None, :]), -1) - math.log(4)
-        torch.testing.assert_close(terms.log_model["z_2"], mixed)
-    run = fit(pair, binary(30, 6), epochs=2, objective="layered", progress=False)
+    torch.testing.assert_close(terms.log_model["z_2"], top().log_prob(terms.latents["z_2"]))
+    pyro.set_rng_seed(1)
+    loss = Layered_ELBO().differentiable_loss(pair.model, pair.guide, y)
+    pyro.set_rng_seed(1)
+    guide = poutine.trace(pair.guide).get_trace(y)
+    model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(y)
+    expected = torch.zeros(())
+    for site in pair.sites:
+        q, p, z = guide.nodes[site]["fn"], model.nodes[site]["fn"], guide.nodes[site]["value"]
+        closed = (family != "hierarchy" or site == "z_2") and (prior == "standard" or site == "z_1")
+        term = torch.distributions.kl_divergence(q, p) if closed else q.log_prob(z) - p.log_prob(z)
+        expected = expected + term.sum()
+    expected = expected - model.nodes["y"]["fn"].log_prob(y).sum()
+    torch.testing.assert_close(loss, expected)
+    before = {k: v.detach().clone() for k, v in top.named_parameters()}
+    run = fit(pair, binary(30, 16), epochs=1, objective="layered", progress=False)
     assert all(math.isfinite(loss) for loss in run.losses)
-    with pytest.raises(ValueError, match="the latent 'z_2' 2"):
-        models.Ladder(6, (3, 2), (8, 6), prior=StandardNormal(3))
+    assert all(not torch.equal(v, before[k]) for k, v in top.named_parameters())
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_vampprior_mixes_the_top_of_the_encoder(family):
+    y = binary(9, 16)
+    pair = standing(family, "vamp", y)
+    top = getattr(pair.prior, "prior", pair.prior)
+    u, z = top.pseudo_inputs, torch.randn(7, top.dims)
+    links = pair.encoder.links
+    if family == "hierarchy":
+        assert u.shape == (4, 3)  # of z_1, which the link of z_2 sees
+        q = links[1](u)
+    else:
+        assert torch.cdist(u.detach(), y).amin(1).max() < 0.2  # rows of the data, with a little noise
+        seen = u if family == "hierarchy-top-down" else pair.encoder.features(u)[-1]
+        q = links[1](None, seen, None)
+    mixed = torch.logsumexp(q.log_prob(z[:, None]), -1) - math.log(4)
+    torch.testing.assert_close(top().log_prob(z), mixed)
+    with pytest.raises(ValueError, match="VampPrior has 4 pseudo-inputs and the data 3 rows"):
+        standing(family, "vamp", binary(3, 16))
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_chain_on_a_vampprior_is_copied_whole_and_steps_as_one_graph(family):
+    from pyroelbo.compiled import CompiledStep
+
+    pair, y = standing(family, "vamp"), binary(8, 16)
+    twin = copy.deepcopy(pair)
+    assert getattr(twin.prior, "prior", twin.prior).encode.__self__ is twin
+    step = CompiledStep(
+        Layered_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), backend="eager"
+    )
+    before = [parameter.detach().clone() for parameter in pair.prior.parameters()]
+    with pyro.validation_enabled(False), unregistered():
+        for _ in range(3):
+            step(y)
+    assert step.counters.compiled_calls == 3 and step.counters.fallbacks == 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, pair.prior.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", STANDING)
+def test_a_prior_of_another_size_is_named_with_its_layer(family):
+    dims = 4 if family == "conv_ladder" else 2
+    with pytest.raises(ValueError, match=f"StandardNormal has 5 dimensions, the latent 'z_2' {dims}"):
+        standing(family, StandardNormal(5))
+    with pytest.raises(ValueError, match="prior takes one of .* got 'gumbel'"):
+        standing(family, "gumbel")

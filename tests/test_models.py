@@ -83,6 +83,8 @@ def test_initial_values_come_from_the_data():
         (lambda: VAE(4, likelihood="poisson"), "likelihood takes one of"),
         (lambda: VAE(4, network="transformer"), "network takes"),
         (lambda: VAE(4, network="conv"), "needs shape"),
+        (lambda: VAE((4, 4), 2, (), network="conv"), r"hidden takes at least one width for network='conv'"),
+        (lambda: VAE(4, likelihood="categorical", levels=1), "levels takes at least two grey levels, got 1"),
         (lambda: VAE(4, 0), "latent takes"),
         (lambda: VAE(4, weight=2.0), "weight belongs"),
         (lambda: VAE(4, 2, (0,)), "sizes takes"),

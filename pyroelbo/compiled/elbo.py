@@ -75,7 +75,7 @@ class Graph:
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            if _autocasting():
+            if _capture.autocasting():
                 with torch.autocast(inputs[0].device.type if inputs else "cpu", enabled=False):
                     outputs = list(self.runner(*inputs))
             else:
@@ -97,12 +97,6 @@ def _shared(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[int, ...]:
             copies.append(i)
         taken.add(pointer)
     return tuple(copies)
-
-
-def _autocasting() -> bool:
-    return torch.is_autocast_enabled("cpu") or (
-        torch.cuda.is_available() and torch.is_autocast_enabled("cuda")
-    )
 
 
 def signature(args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -144,8 +145,8 @@ def _check(bound: Bound, size: int, scope: str) -> None:
 
 @torch.no_grad()
 def _uncovered(whole: Any, batch: Any) -> list[str]:
-    """A note for each site where the guide's support leaves out draws of the prior: weights that stay finite do
-    not tell."""
+    """A note for each site where the guide's support leaves out draws of the prior that may have made the datum:
+    weights that stay finite do not tell."""
     try:
         evaluator = Evaluator(whole, batch)
         trace = evaluator.guide_trace()
@@ -163,10 +164,15 @@ def _uncovered(whole: Any, batch: Any) -> list[str]:
     if not sites:
         return []
     prior = Evaluator(whole, batch, with_guide=False)
-    draws = prior.draw(min(64, max(1, prior.cells // prior.size))).latents
+    terms = prior.draw(min(64, max(1, prior.cells // prior.size)))
+    seen = [term for name, term in terms.log_model.items() if name not in terms.latents]
+    possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to be missed
     notes = []
     for name, fn in sites.items():
-        share = float((~fn.support.check(draws[name])).double().mean())
+        outside = ~fn.support.check(terms.latents[name])
+        plates = [1] * (outside.dim() - possible.dim())
+        counted = possible.reshape(len(possible), *plates, *possible.shape[1:]).expand_as(outside)
+        share = float((outside & counted).sum() / counted.sum().clamp_min(1))
         if share > 0:
             notes.append(
                 f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyroelbo import data
-from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.flow import DequantizedFlow, Flow
@@ -44,6 +44,7 @@ __all__ = [
     "Ladder",
     "NeuralPCFG",
     "StateSpace",
+    "Strings",
     "build",
     "load",
 ]
@@ -71,21 +72,21 @@ REGISTRY: dict[str, Entry] = {
         1e-3,
     ),
     "hierarchy": Entry(
-        "chain of Gaussian latents; order=bottom-up|top-down, likelihood as vae",
+        "chain of Gaussian latents; order=bottom-up|top-down, likelihood and prior (at the top) as vae",
         Hierarchy.for_data,
         Hierarchy.form_of,
         50,
         1e-3,
     ),
     "ladder": Entry(
-        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood as vae",
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood and prior as vae",
         Ladder.for_data,
         Ladder.form_of,
         50,
         1e-3,
     ),
     "conv_ladder": Entry(
-        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood as vae",
+        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood and prior as vae",
         ConvLadder.for_data,
         ConvLadder.form_of,
         30,
@@ -178,5 +179,12 @@ def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
         )
     pair = build(config["model"], config["data"], config["settings"])
     tensors, _ = run.load_weights()
-    copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+    try:
+        copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+    except ValueError as error:
+        # The run names this very model and its settings, so the code is another.
+        raise ValueError(
+            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} otherwise; "
+            "train it anew, or load it with that state of the code"
+        ) from error
     return pair.eval(), config

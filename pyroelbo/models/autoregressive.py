@@ -11,15 +11,17 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import pad
 
 from pyroelbo.causal import CausalTransformer, PixelCNN
 from pyroelbo.models.markov import Handed
 from pyroelbo.models.observation import form_of
 from pyroelbo.pair import PLATE, ExactPair
 
-__all__ = ["Append", "Autoregressive", "Prefix"]
+__all__ = ["Append", "Autoregressive", "Prefix", "Strings"]
 
 NETWORKS = ("pixelcnn", "transformer")
+_ROWS = 128  # in one pass without gradients
 
 
 class CausalNetwork(Protocol):
@@ -65,29 +67,39 @@ class Prefix(TorchDistribution):
 
 class Append(TorchDistribution):
     """p(z | above) that appends one token: ln p(z) = ln softmax(logits)[last token of z] if the rest of z is
-    ``above``, else -inf. ``above`` [*, t], ``logits`` [*, V]; event shape [t + 1].
+    ``above``, else -inf. ``above`` [*, t], ``logits`` [*, V]; event shape [t + 1]. Tokens are ``lowest`` …
+    ``lowest`` + V - 1, and token i has the logit i mod V: a -1 the last one.
 
     ``known`` is a sequence [*, t + 1] that goes on from ``above``, with its log probability [*], already taken.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
 
-    def __init__(self, above: Tensor, logits: Tensor, known: tuple[Tensor, Tensor] | None = None) -> None:
-        self.above, self.logits, self.known = above, logits, known
+    def __init__(
+        self, above: Tensor, logits: Tensor, known: tuple[Tensor, Tensor] | None = None, lowest: int = 0
+    ) -> None:
+        self.above, self.logits, self.known, self.lowest = above, logits, known, lowest
         lead = _broadcast(above.shape[:-1], logits.shape[:-1])
         super().__init__(lead, torch.Size([above.shape[-1] + 1]), validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(constraints.integer_interval(0, self.logits.shape[-1] - 1), 1)
+        tokens = constraints.integer_interval(self.lowest, self._highest)
+        return constraints.independent(tokens, 1)
+
+    @property
+    def _highest(self) -> int:
+        return self.lowest + self.logits.shape[-1] - 1
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> Append:
-        return Append(self.above.expand(*batch_shape, -1), self.logits.expand(*batch_shape, -1), self.known)
+        above, logits = self.above.expand(*batch_shape, -1), self.logits.expand(*batch_shape, -1)
+        return Append(above, logits, self.known, self.lowest)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         shape = (*sample_shape, *self.batch_shape)
         probs = self.logits.softmax(-1).expand(*shape, -1)
         token = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1).reshape(*shape, 1)
+        token = (token - self.lowest) % probs.shape[-1] + self.lowest
         return torch.cat([self.above.expand(*shape, -1), token.to(self.above.dtype)], -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -99,10 +111,10 @@ class Append(TorchDistribution):
         if self.known is not None and _same_place(value, self.known[0]):
             return self.known[1].expand(_broadcast(value.shape[:-1], self.batch_shape))
         last = value[..., -1:]
-        token = last.long().clamp(0, self.logits.shape[-1] - 1)
+        token = last.long().clamp(self.lowest, self._highest)
         lead = _broadcast(token.shape[:-1], self.logits.shape[:-1])
         log_probs = self.logits.log_softmax(-1).expand(*lead, -1)
-        found = log_probs.gather(-1, token.expand(*lead, 1))
+        found = log_probs.gather(-1, (token % log_probs.shape[-1]).expand(*lead, 1))
         found = torch.where(token == last, found, found.new_tensor(-math.inf)).squeeze(-1)
         return _where_equal(value[..., :-1], self.above, found)
 
@@ -138,7 +150,8 @@ class Autoregressive(ExactPair):
     z_l is y without its last l tokens, and every z_l is a latent site: the generator's link p(z_{l-1} | z_l)
     appends one token, with the term ln p(y_{T-l+1} | y_{≤T-l}); the encoder drops the last token, without
     noise. That is the generator's own posterior, so the ELBO is ln p(y), whatever is drawn. The length is
-    given, so no symbol for the end is needed. ``sites`` are "z_{T-1}" (one token) to "z_1".
+    given, so no symbol for the end is needed (:class:`Strings` have one). ``sites`` are "z_{T-1}" (one token) to
+    "z_1".
 
     All terms come from one pass of the network where the guide hands on the data it cut (a replayed model);
     otherwise, as in simulation, tokens are appended one by one with the network's cache.
@@ -152,6 +165,7 @@ class Autoregressive(ExactPair):
     """
 
     latent = "z_1"
+    lowest = 0  # token i has the network's number i mod symbols
 
     def __init__(
         self,
@@ -205,23 +219,38 @@ class Autoregressive(ExactPair):
     def logits(self, y: Tensor) -> Tensor:
         """Of every token, from those before it: [B, T, symbols], in one pass.
 
-        ValueError for other tokens than 0 … symbols-1, looked for outside of training, where nothing waits for
-        values.
+        ValueError, naming the token and its place, for those that the model does not know, looked for outside
+        of training, where nothing waits for values.
         """
         if not torch.is_grad_enabled():
-            wrong = y[(y < 0) | (y >= self.symbols) | (y != y.long())]
-            if len(wrong):
-                raise ValueError(
-                    f"y holds {float(wrong[0]):.6g}: {type(self).__name__} takes values in 0 … {self.symbols - 1}, integers"
-                )
-        return self.generator(y.long())
+            self.check_tokens(y)
+        return self.generator(self.number(y))
+
+    def check_tokens(self, y: Tensor) -> None:
+        """ValueError for what is no token, naming it and its place."""
+        highest = self.lowest + self.symbols - 1
+        wrong = (y < self.lowest) | (y > highest) | (y != y.long())
+        if bool(wrong.any()):
+            row, place = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"y holds {float(y[row, place]):.6g} at row {row}, place {place}: {type(self).__name__} takes values in "
+                f"{self.lowest} … {highest}, integers"
+            )
+
+    def number(self, y: Tensor) -> Tensor:
+        """The network's numbers of tokens, 0 … symbols-1."""
+        return y.long() % self.symbols if self.lowest else y.long()
+
+    def link(self, above: Tensor, logits: Tensor) -> Append:
+        """p(the next prefix | above), from the network's logits of the next token."""
+        return Append(above, logits, lowest=self.lowest)
 
     def model(self, y: Tensor) -> None:
         self.check(y)
         ahead: _Ahead | None = None  # what one pass says of y, for draws that are known to be its prefixes
         cache: Any = self.generator.begin(torch.Size([]))
-        p = Append(y[:, :0], self.generator.step(cache))
-        with pyro.plate(PLATE, len(y)), Handed() as handed:
+        p = self.link(y[:, :0], self.generator.step(cache))
+        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
             for site in self.sites:
                 z = pyro.sample(site, p)
                 known = handed.path(site, z)
@@ -229,32 +258,38 @@ class Autoregressive(ExactPair):
                     ahead, cache = ahead or _Ahead(self, known), None
                     p = ahead.append(z)
                 else:
-                    cache = self._appended(cache, z)
-                    p = Append(z, self.generator.step(cache))
+                    cache, p = self.append(cache, z)
             pyro.sample("y", p, obs=y)
 
-    def _appended(self, cache: Any, z: Tensor) -> Any:
-        """The cache after z, whose last token is the new one; made anew where there is none to go on from."""
-        tokens = z.long()
+    def append(self, cache: Any, z: Tensor) -> tuple[Any, Append]:
+        """The cache after z, whose last token is the new one, and p(the next prefix | z); the cache is made anew where
+        there is none to go on from."""
+        tokens = self.number(z)
         if cache is None or z.shape[-1] == 1:
             cache = self.generator.begin(z.shape[:-1])
             for token in tokens[..., :-1].unbind(-1):
                 cache = self.generator.append(cache, token)
-        return self.generator.append(cache, tokens[..., -1])
+        cache = self.generator.append(cache, tokens[..., -1])
+        return cache, self.link(z, self.generator.step(cache))
 
     def guide(self, y: Tensor) -> None:
         self.check(y)
         with pyro.plate(PLATE, len(y)):
             for layer in range(1, self.length):
-                path: dict[str, Any] = {}
+                path: dict[str, Any] = {"pair": self}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
                 path.update(value=z, grad=torch.is_grad_enabled(), found=y)
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        """ln p(y), [B], in nats."""
+        """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
         self.check(y)
-        found = self.logits(y).log_softmax(-1).gather(-1, y.long()[..., None])
-        return found[..., 0].sum(-1)
+        if not torch.is_grad_enabled():
+            self.check_tokens(y)  # a block would tell a row of its own
+        blocks = [y] if torch.is_grad_enabled() else y.split(_ROWS)
+        found = [
+            self.logits(b).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1)) for b in blocks
+        ]
+        return torch.cat(found)
 
     def posterior(self, y: Tensor) -> Prefix:
         """p(z_1 | y), all on y without its last token; the other prefixes follow from it."""
@@ -278,16 +313,75 @@ class Autoregressive(ExactPair):
         return cls(shape, levels=levels, **settings)
 
 
+class Strings(Autoregressive):
+    """p(y) = Π_t p(y_t | y_<t) · p(stop | y) over strings of 0 … ``length`` symbols 0 … symbols-1.
+
+    Data [B, length], integers, padded with -1 (:func:`pyroelbo.data.strings` makes them). The first -1 is the stop symbol,
+    a token like the others with its own term ln p(stop | y_<t); behind it everything is -1 with probability one, so
+    that padding adds exactly 0. A string of ``length`` symbols ends there, with probability one. The strings'
+    probabilities sum to one, and all else is :class:`Autoregressive`: the sites are the prefixes, and the
+    ELBO is ln p(y).
+
+    ``network``: ``transformer``, of ``layers`` layers of ``width`` features, or a :class:`CausalNetwork` of
+    yours over symbols + 1 tokens, the last of which is the stop symbol. Drawing stops when all strings have ended.
+    ValueError, naming the token, its row and place, for unknown symbols and for a symbol behind a string's end.
+    """
+
+    lowest = -1
+
+    def __init__(
+        self,
+        length: int,
+        symbols: int,
+        network: str | nn.Module = "transformer",
+        width: int = 64,
+        layers: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(length, symbols + 1, "categorical", network, width, layers, dropout)
+
+    def check_tokens(self, y: Tensor) -> None:
+        super().check_tokens(y)
+        late = (y[:, :-1] < 0) & (y[:, 1:] >= 0)
+        if bool(late.any()):
+            row, place = late.nonzero()[0].tolist()
+            raise ValueError(
+                f"y holds {int(y[row, place + 1])} at row {row}, place {place + 1}, behind the end of that string at place "
+                f"{place}: from the first -1 on, all of a row is -1"
+            )
+
+    def logits(self, y: Tensor) -> Tensor:
+        ended = pad(y[..., :-1] < 0, (1, 0))
+        return self._ended(super().logits(y), ended)
+
+    def link(self, above: Tensor, logits: Tensor) -> Append:
+        return super().link(above, self._ended(logits, above[..., -1] < 0) if above.shape[-1] else logits)
+
+    def append(self, cache: Any, z: Tensor) -> tuple[Any, Append]:
+        if not torch.is_grad_enabled() and bool((z[..., -1] < 0).all()):
+            return None, self.link(z, next(self.parameters()).new_zeros(self.symbols))
+        return super().append(cache, z)
+
+    def _ended(self, logits: Tensor, ended: Tensor) -> Tensor:
+        """Logits [*, symbols], with all mass on the end where ``ended`` [*]."""
+        stop = pad(logits.new_full((self.symbols - 1,), -math.inf), (0, 1))
+        return torch.where(ended[..., None], stop, logits)
+
+    def placeholder(self, n: int, *given: Tensor) -> Tensor:
+        return torch.zeros(n, self.length, dtype=torch.long, device=self.device)
+
+
 class _Ahead:
     """The links of all prefixes of y, from one pass of the network."""
 
     def __init__(self, pair: Autoregressive, y: Tensor) -> None:
-        self.y = y
+        self.y, self.lowest = y, pair.lowest
         logits = pair.logits(y)
-        log_probs = logits.log_softmax(-1).gather(-1, y.long()[..., None]).squeeze(-1)
+        log_probs = logits.log_softmax(-1).gather(-1, pair.number(y)[..., None]).squeeze(-1)
         self.logits, self.log_probs = logits.unbind(-2), log_probs.unbind(-1)
 
     def append(self, z: Tensor) -> Append:
         """p(the next prefix | z), z being a prefix of y."""
         place = z.shape[-1]
-        return Append(z, self.logits[place], (self.y[:, : place + 1], self.log_probs[place]))
+        known = self.y[:, : place + 1], self.log_probs[place]
+        return Append(z, self.logits[place], known, self.lowest)

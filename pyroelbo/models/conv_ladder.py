@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyroelbo.models.markov import ImageChain, PixelLink, bounded
+from pyroelbo import priors
+from pyroelbo.models.markov import ImageChain, PixelLink, bounded, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Conv, ConvCell
 from pyroelbo.numerics import positive_count
@@ -26,6 +27,10 @@ class ConvLadder(ImageChain):
     image of ``channels`` features: p(z_l | h) = N of a cell on h; h ← cell(h + z_l), doubled in size behind the
     last group of a resolution; q(z_l | h, d_l) = N(μ_p + s_p·Δ, (s_p·r)²) with Δ and ln r from a cell on h and
     d_l, almost zero at the start. Cells stand on the path with a gain of 1/√N.
+
+    The top maps are one vector, row by row: ``prior`` is p(z_N) over it, by name
+    (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior` of latent · height · width numbers at the
+    coarsest resolution, with its number of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
 
     Data are flat images [B, H·W]; H and W must be even at every resolution but the coarsest. ValueError
     names the resolution that cannot be halved. Train with ``fit(..., clip_norm=..., skip_norm=...)``.
@@ -42,6 +47,8 @@ class ConvLadder(ImageChain):
         likelihood: str = "bernoulli",
         levels: int = 256,
         dropout: float = 0.0,
+        prior: str | priors.Prior = "standard",
+        components: int = 50,
     ) -> None:
         if isinstance(shape, int) or len(shape) != 2:
             raise ValueError(f"shape takes (height, width), got {shape}")
@@ -53,30 +60,25 @@ class ConvLadder(ImageChain):
         cell = {"gain": len(where) ** -0.5, "dropout": dropout}
         small = [min(size) < 3 for size in sizes]
 
-        def link(layer: int) -> nn.Module:
-            r = where[layer]
-            doubled = layer > 0 and where[layer - 1] != r
-            kind = MapLink if layer + 1 < len(where) else TopMap
-            return kind(sizes[r], latent, channels, doubled, {**cell, "small": small[r]})
-
-        links = [link(layer) for layer in range(len(where))]
+        cells = [{**cell, "small": small[r]} for r in where]
+        doubled = [layer > 0 and where[layer - 1] != r for layer, r in enumerate(where)]
+        top, size = len(where) - 1, (latent, *sizes[-1])
+        start = priors.build(
+            prior, math.prod(size), components, self.encode_top, (pixels.dims,), f"z_{len(where)}"
+        )
         super().__init__(
-            links[-1],
-            links[:-1],
+            TopMap(start, size, channels, doubled[top], cells[top]),
+            [MapLink(latent, channels, doubled[i], cells[i]) for i in range(top)],
             PixelLink(_Image(channels, pixels, cell), pixels),
             [
-                MapMerge(latent, channels, layer + 1 < len(where), {**cell, "small": small[r]})
-                for layer, r in enumerate(where)
+                *(MapMerge(latent, channels, cells[i]) for i in range(top)),
+                TopMerge(latent, channels, cells[top]),
             ],
             event=(pixels.dims,),
             order="top-down",
             features=_Features(tuple(shape), groups, channels, pixels.center(), small, cell),
         )
         self.shape = tuple(shape)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> ConvLadder:
-        return cls(shape, levels=levels, **settings)
 
 
 def _resolutions(shape: tuple[int, ...], groups: Sequence[int]) -> list[tuple[int, ...]]:
@@ -128,71 +130,78 @@ class _Features(nn.Module):
         return seen
 
 
-class MapLink(nn.Module):
-    """p(z_l | h) = N of a cell on h, and h ← cell(h + W z_l), doubled in size where the next link is finer."""
+class MapPath(nn.Module):
+    """h ← cell(h + W z_l), doubled in size where the next link is finer (abstract)."""
 
-    def __init__(
-        self, size: tuple[int, ...], latent: int, channels: int, doubled: bool, cell: dict[str, Any]
-    ) -> None:
+    def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
         super().__init__()
         self.doubled = doubled
-        self.head = ConvCell(channels, 2 * latent, **cell)
         self.inwards = Conv(latent, channels, 1)
         self.cell = ConvCell(channels, channels, **cell)
 
-    def forward(self, state: Tensor) -> dist.TorchDistribution:
-        return maps(self.head(state))
-
-    def move(self, state: Tensor | None, z: Tensor) -> Tensor:
-        inwards = self.inwards(z)
-        new = self.cell(inwards if state is None else state + inwards)
+    def move(self, state: Tensor, z: Tensor) -> Tensor:
+        new = self.cell(state + self.inwards(z))
         if not self.doubled:
             return new
         flat = F.interpolate(new.reshape(-1, *new.shape[-3:]), scale_factor=2.0, mode="nearest")
         return flat.reshape(*new.shape[:-3], *flat.shape[1:])
 
 
-class TopMap(MapLink):
-    """p(z_N) = N(0, I) over maps, and the path that begins with them."""
+class MapLink(MapPath):
+    """p(z_l | h) = N of a cell on h, and the path goes on with z_l."""
+
+    def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
+        super().__init__(latent, channels, doubled, cell)
+        self.head = ConvCell(channels, 2 * latent, **cell)
+
+    def forward(self, state: Tensor) -> dist.TorchDistribution:
+        loc, raw = self.head(state).chunk(2, -3)
+        return dist.Normal(loc, bounded(raw).exp()).to_event(3)
+
+
+class TopMap(MapPath):
+    """p(z_N) over the numbers of maps of ``size`` [c, H, W], and the path that begins with them."""
 
     def __init__(
-        self, size: tuple[int, ...], latent: int, channels: int, doubled: bool, cell: dict[str, Any]
+        self, prior: priors.Prior, size: tuple[int, ...], channels: int, doubled: bool, cell: dict[str, Any]
     ) -> None:
-        super().__init__(size, latent, channels, doubled, cell)
-        del self.head
-        self.register_buffer("loc", torch.zeros(latent, *size))
-        self.start = nn.Parameter(torch.zeros(channels, *size))
+        super().__init__(size[0], channels, doubled, cell)
+        self.prior, self.size, self.out = prior, size, prior.dims
+        self.start = nn.Parameter(torch.zeros(channels, *size[1:]))
 
-    def forward(self, state: None = None) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, 1.0).to_event(3)
+    def forward(self) -> dist.TorchDistribution:
+        return self.prior()
 
-    def move(self, state: Tensor | None, z: Tensor) -> Tensor:
-        return super().move(self.start, z)
+    def move(self, state: None, z: Tensor) -> Tensor:  # type: ignore[override]
+        return super().move(self.start, z.unflatten(-1, self.size))
 
 
-class MapMerge(nn.Module):
-    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on both; at the top there is no h."""
+class TopMerge(nn.Module):
+    """q(z_N | d) = N(Δ, r²) over the numbers of maps, Δ and ln r from a cell on d_N, almost zero at the start."""
 
-    def __init__(self, latent: int, channels: int, path: bool, cell: dict[str, Any]) -> None:
+    def __init__(self, latent: int, channels: int, cell: dict[str, Any]) -> None:
         super().__init__()
         self.seen = Conv(channels, channels, 1)
-        self.path = Conv(channels, channels, 1) if path else None
         self.cell = ConvCell(channels, channels, **cell)
         self.head = Conv(channels, 2 * latent, 1)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
-        both = self.seen(seen) if self.path is None else self.seen(seen) + self.path(state)
-        shift, raw = self.head(self.cell(both)).chunk(2, -3)
+    def forward(self, state: None, seen: Tensor, p: Any) -> dist.TorchDistribution:
+        return normal(self.head(self.cell(self.seen(seen))).flatten(-3))
+
+
+class MapMerge(TopMerge):
+    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on both."""
+
+    def __init__(self, latent: int, channels: int, cell: dict[str, Any]) -> None:
+        super().__init__(latent, channels, cell)
+        self.path = Conv(channels, channels, 1)
+
+    def forward(self, state: Tensor, seen: Tensor, p: Any) -> dist.TorchDistribution:  # type: ignore[override]
+        shift, raw = self.head(self.cell(self.seen(seen) + self.path(state))).chunk(2, -3)
         base = p.base_dist
         return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(3)
-
-
-def maps(x: Tensor) -> dist.TorchDistribution:
-    """N(μ, diag s²) over maps from x = (μ, r) [*, 2c, H, W], event shape [c, H, W]."""
-    loc, raw = x.chunk(2, -3)
-    return dist.Normal(loc, bounded(raw).exp()).to_event(3)
 
 
 class _Image(nn.Module):

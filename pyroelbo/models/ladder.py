@@ -18,6 +18,7 @@ from pyroelbo.nn import Dense
 __all__ = ["Ladder"]
 
 MERGES = ("network", "precision")
+NETWORKS = ("mlp", "gated")
 
 
 class Ladder(ImageChain):
@@ -34,6 +35,7 @@ class Ladder(ImageChain):
     ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
     of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
 
+    Cells are ``network="mlp"``, SiLU, or ``"gated"``, at twice the cost (:class:`~pyroelbo.nn.Dense`);
     ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
     encoder's view of the pixels: in training alone, where each is one more draw of the guide's own.
 
@@ -48,6 +50,7 @@ class Ladder(ImageChain):
         likelihood: str = "bernoulli",
         levels: int = 256,
         merge: str = "network",
+        network: str = "mlp",
         norm: str = "batch",
         dropout: float = 0.0,
         noise: float = 0.0,
@@ -63,8 +66,10 @@ class Ladder(ImageChain):
             )
         if merge not in MERGES:
             raise ValueError(f"merge takes one of {MERGES}, got {merge!r}")
+        if network not in NETWORKS:
+            raise ValueError(f"network takes one of {NETWORKS}, got {network!r}")
         pixels = Pixels(dims, likelihood, levels)
-        cell = {"norm": norm, "dropout": dropout}
+        cell = {"norm": norm, "dropout": dropout, "gated": network == "gated"}
         depth = len(latent)
         top = priors.build(prior, latent[-1], components, self.encode_top, (dims,), f"z_{depth}")
         links = [PathLink(hidden[i + 1], latent[i], hidden[i], cell) for i in range(depth - 1)]
@@ -88,17 +93,6 @@ class Ladder(ImageChain):
             features=Features(dims, hidden, pixels.center(), noise, cell),
         )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-
-    def encode_top(self, y: Tensor) -> dist.TorchDistribution:
-        """q(z_N | y), event shape [latent[-1]]."""
-        return self.encoder.links[-1](None, self.encoder.features(y)[-1], None)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Ladder:
-        pair = cls(shape, levels=levels, **settings)
-        if train is not None:
-            pair.prior.prior.initialize(train)
-        return pair
 
 
 class Features(nn.Module):

@@ -14,10 +14,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyroelbo import priors
 from pyroelbo.models.observation import Pixels, form_of
 from pyroelbo.nn import MLP
 from pyroelbo.pair import PLATE, Pair
-from pyroelbo.priors import StandardNormal
 
 __all__ = ["Chain", "GaussianLink", "Hierarchy", "PixelLink", "TopDownLink"]
 
@@ -100,7 +100,7 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), Handed() as handed:
+        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
             state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
@@ -133,7 +133,7 @@ class Chain(Pair):
                         f"layer {layer}: the encoder gives z_{layer} the shape {tuple(q.event_shape)}, "
                         f"the generator {tuple(p.event_shape)}"
                     )
-                path: dict[str, Any] = {}
+                path: dict[str, Any] = {"pair": self}
                 z = pyro.sample(f"z_{layer}", q, infer={"path": path})
                 if layer > 1:
                     state, p = self._advance(layer, state, z, p)
@@ -144,6 +144,12 @@ class Chain(Pair):
         if tuple(y.shape[1:]) != self.event or y.dim() != 1 + len(self.event):
             shape = ", ".join(map(str, ("B", *self.event)))
             raise ValueError(f"y has shape {tuple(y.shape)}: this {type(self).__name__} takes [{shape}]")
+
+    def encode_top(self, seen: Tensor) -> Any:
+        """q(z_N | y), or bottom-up q(z_N | z_{N-1}): the top of the encoder given what it sees, as a VampPrior
+        mixes it. ``p`` is not given here (None), as it is that mixture."""
+        link = self.encoder.links[-1]
+        return link(seen) if self.order == "bottom-up" else link(None, self._seen(seen)[-1], None)
 
     def _seen(self, y: Tensor) -> Sequence[Any]:
         if self.encoder.features is None:
@@ -184,16 +190,19 @@ class Chain(Pair):
 
 
 class Handed(Messenger):
-    """Collects what the guide handed on with its draws, as ``infer={"path": {"value", "grad", "found"}}``; replay
-    gives the model the guide's ``infer``."""
+    """Collects what the guide of ``pair`` handed on with its draws, as ``infer={"path": {"pair", "value", "grad",
+    "found"}}``; replay gives the model the guide's ``infer``."""
 
-    def __init__(self) -> None:
+    def __init__(self, pair: Pair) -> None:
         super().__init__()
+        self.pair = pair
         self._paths: dict[str, dict[str, Any]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if "path" in msg["infer"]:
-            self._paths[msg["name"]] = msg["infer"]["path"]
+        path = msg["infer"].get("path")
+        # Another pair's guide walked along another generator.
+        if path is not None and path["pair"] is self.pair:
+            self._paths[msg["name"]] = path
 
     def path(self, site: str, z: Tensor) -> Any:
         """What the guide found below this very draw, under the same grad mode; else None."""
@@ -322,7 +331,7 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 
 
 class ImageChain(Chain):
-    """A chain whose data are flat images [B, D] (abstract): its form of data and its mean image."""
+    """A chain whose data are flat images [B, D] (abstract): its form of data, its mean image, its start."""
 
     @property
     def pixels(self) -> Pixels:
@@ -346,19 +355,42 @@ class ImageChain(Chain):
         model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(y)
         return self.pixels.mean_image(model.nodes["y"]["fn"])
 
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> None:
+        """Start the prior from data [N, D], where it looks at data: at y itself, or bottom-up at draws of the
+        z_{N-1} that the top of the encoder sees."""
+        self.check(y)
+        top: Any = getattr(self.prior, "prior", self.prior)
+        if self.order == "bottom-up":
+            for link in self.encoder.links[:-1]:
+                y = link(y).sample()
+        top.initialize(y)
+
     @staticmethod
     def form_of(settings: dict[str, Any]) -> str:
         """The form of data that a chain of these settings takes."""
         return form_of(settings)
 
+    @classmethod
+    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> ImageChain:
+        """The chain for images of this ``shape``, started from ``train`` where that is given."""
+        pair = cls(shape, levels=levels, **settings)  # type: ignore[call-arg]  # final classes take pixels
+        if train is not None:
+            pair.initialize(train)
+        return pair
+
 
 class Hierarchy(ImageChain):
     """A hierarchy of Gaussian latents on images, ``latent[0]`` numbers at the bottom to ``latent[-1]`` at the top.
 
-    p(z_N) = N(0, I), p(z_l | z_{l+1}) and p(y | z_1) by networks of one hidden layer each, of ``hidden``
-    units. ``order="bottom-up"`` encodes q(z_1 | y) q(z_2 | z_1) …, ``"top-down"`` q(z_N | y) q(z_{N-1} | z_N,
+    p(z_l | z_{l+1}) and p(y | z_1) by networks of one hidden layer each, of ``hidden`` units.
+    ``order="bottom-up"`` encodes q(z_1 | y) q(z_2 | z_1) …, ``"top-down"`` q(z_N | y) q(z_{N-1} | z_N,
     y) … Trained by its bound, the bottom-up hierarchy leaves its upper layers unused (KL(q(z_2|z_1), p(z_2))
     near 0), since what z_1 holds already is told only once; see :class:`~pyroelbo.models.Ladder`.
+
+    ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
+    of ``components``. ``vamp`` mixes the top of the encoder over pseudo-inputs of what it sees: q(z_N | u) of images
+    top-down, of z_{N-1} bottom-up, as q(z_N | y) is an integral there.
     """
 
     def __init__(
@@ -369,6 +401,8 @@ class Hierarchy(ImageChain):
         likelihood: str = "bernoulli",
         levels: int = 256,
         order: str = "bottom-up",
+        prior: str | priors.Prior = "standard",
+        components: int = 50,
     ) -> None:
         dims = shape if isinstance(shape, int) else math.prod(shape)
         check_widths("latent", latent)
@@ -385,8 +419,9 @@ class Hierarchy(ImageChain):
                 GaussianLink(latent[i - 1] if i else dims, size, wide, None if i else center)
                 for i, size in enumerate(latent)
             ]
+        seen = dims if order == "top-down" or not top else latent[-2]
         super().__init__(
-            StandardNormal(latent[-1]),
+            priors.build(prior, latent[-1], components, self.encode_top, (seen,), f"z_{len(latent)}"),
             [GaussianLink(latent[i + 1], latent[i], wide) for i in range(top)],
             PixelLink(MLP((latent[0], hidden, pixels.outputs)), pixels, latent[0]),
             encoder,
@@ -395,13 +430,11 @@ class Hierarchy(ImageChain):
         )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
 
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Hierarchy:
-        return cls(shape, levels=levels, **settings)
-
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
     """ValueError for a layer without units, by its number."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence):
+        raise ValueError(f"{name} takes a width for each layer, such as ({widths!r},), got {widths!r}")
     if not widths:
         raise ValueError(f"{name} takes at least one layer, got none")
     for layer, width in enumerate(widths, 1):

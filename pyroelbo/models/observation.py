@@ -43,6 +43,8 @@ class Pixels(nn.Module):
             raise ValueError(f"weight belongs to the densities 'l1' and 'l2', not to {likelihood!r}")
         self.dims, self.likelihood, self.levels = dims, likelihood, levels
         per_pixel, self.form = LIKELIHOODS[likelihood]
+        if self.form == "bytes" and levels < 2:
+            raise ValueError(f"levels takes at least two grey levels, got {levels}")
         self.per_pixel = per_pixel(levels)
         starts = {"discretized_logistic": levels / 10, "l1": 10.0, "l2": 100.0}
         if weight is not None:

@@ -55,6 +55,10 @@ class VAE(Pair):
             raise ValueError(f"network takes 'mlp', 'gated' or 'conv', got {network!r}")
         if latent < 1:
             raise ValueError(f"latent takes a positive number of dimensions, got {latent}")
+        if network == "conv" and not hidden:
+            raise ValueError(
+                "hidden takes at least one width for network='conv', that of the layer behind the maps, got ()"
+            )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dims, self.latent, self.levels, self.likelihood = (
             math.prod(self.shape),
