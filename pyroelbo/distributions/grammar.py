@@ -52,7 +52,8 @@ class ParseTree(StructuredDistribution):
     A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the
     marginals of ``spans`` are the probabilities of labelled spans.
 
-    Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L²·N²) memory with gradients.
+    Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L·N·(L+N+P)) memory, also for the
+    gradient.
     Source: Baker (1979), *Trainable grammars for speech recognition*; Eisner (2016) for outside by
     differentiation.
     """
@@ -253,7 +254,7 @@ class _Lean(Log):
         return checkpoint(super().dot, a, b, dim, use_reentrant=False)
 
 
-def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
+def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
     possible = None
@@ -261,16 +262,17 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
         x.numel() and x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))
     ):
         top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
-        possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
-    return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
+        possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True).left
+    return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible)
 
 
 def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
-    chart = _reliable_inside(flat, lengths, keep=False)
+    chart = _reliable_inside(flat, lengths)
     if not chart.reliable.all():
         return _charts(tuple(flat), Log())
     words = flat[2].shape[1]
-    value = (chart.left.log() + chart.left_scale[..., None]).transpose(0, 1)
+    weight = chart.left[..., : flat[0].shape[-1]]
+    value = (weight.log() + chart.left_scale[..., None]).transpose(0, 1)
     return [flat[2], flat[2]] + [value[:, : words - w + 1, w] for w in range(2, words + 1)]
 
 
@@ -282,7 +284,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lengths, *flat):
         keep = any(ctx.needs_input_grad)
-        chart = _reliable_inside(flat, lengths, keep)
+        chart = _reliable_inside(flat, lengths)
         total = chart.total
         ctx.rescued = []
         bad = (~chart.reliable).nonzero()[:, 0]
