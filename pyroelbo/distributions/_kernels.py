@@ -15,6 +15,7 @@ from numba.extending import overload
 
 from pyroelbo.distributions._vectors import (
     LANES,
+    WIDE,
     add,
     convert,
     fill,
@@ -23,26 +24,26 @@ from pyroelbo.distributions._vectors import (
     lesser,
     load,
     multiply_add,
-    scalar,
     store,
+    tile,
     total,
 )
 
 # NaN and infinity keep their meaning; only the order of a sum is free
 _ORDER = {"contract", "reassoc", "nsz"}
-_compile = njit(cache=True, fastmath=_ORDER)
+compiled = njit(cache=True, fastmath=_ORDER)
 _compile_max = njit(cache=True, fastmath={"nnan", "nsz"})
 _PIECE = 4096
 
 
-def _exponential(x, spare):
+def exponential(x, spare):
     """x = exp(x) in place for x <= 0, in a form that compilers turn into vector code; zero below the normal
     range.
     """
 
 
 # no free order here: rounding by adding and subtracting a large number must not be simplified away
-@overload(_exponential, jit_options={"fastmath": {"contract", "nsz"}})
+@overload(exponential, jit_options={"fastmath": {"contract", "nsz"}})
 def _(x, spare):
     if x.dtype == types.float32:
         low32, magic32 = np.float32(-87.0), np.float32(12582912.0)
@@ -91,7 +92,7 @@ def _(x, spare):
     return run
 
 
-@_compile
+@compiled
 def _powers(x, out, spare):
     """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
     is).
@@ -110,104 +111,106 @@ def _powers(x, out, spare):
         out[j] = out.dtype.type(x[j]) - out.dtype.type(top)
     for start in range(0, x.shape[0], _PIECE):
         piece = out[start : start + _PIECE]
-        _exponential(piece, spare[: piece.shape[0]])
+        exponential(piece, spare[: piece.shape[0]])
     return float(top)
 
 
-@_compile
-def _product1(x, matrix, y):
-    """First row of y = first row of x times a matrix ``[S,N]``, N being S rounded up to whole vectors."""
-    size, padded = matrix.shape
-    none = fill(matrix.dtype.type(0))
-    j = 0
-    while j + 4 * LANES <= padded:
-        a = b = c = d = none
+def multiply(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
+    """out[to + r·columns + c] = Σ_k x[at + r·across + k·along] · y[k, c], for k < ``count``; see ``_vectors.tile`` for ``kind``.
+
+    ``out`` has ``columns``, whole vectors; rows go by ``height``, a literal 1 or 4. ``y`` lies from ``place`` on, as
+    panels of ``panel`` columns one after the other.
+    """
+
+
+@overload(multiply, prefer_literal=True, jit_options={"fastmath": _ORDER})
+def _(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
+    how, tall = kind.literal_value, height.literal_value
+
+    def run(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
+        for r in range(0, rows, tall):
+            here, there = at + r * across, to + r * columns
+            for start in range(0, columns, panel):
+                j, end = start, min(start + panel, columns)
+                shift, stride = place + start * (count - 1), end - start
+                while j + WIDE * LANES <= end:
+                    tile(
+                        how,
+                        tall,
+                        WIDE,
+                        count,
+                        x,
+                        here,
+                        across,
+                        along,
+                        y,
+                        shift + j,
+                        stride,
+                        out,
+                        there + j,
+                        columns,
+                    )
+                    j += WIDE * LANES
+                if j + 2 * LANES <= end:
+                    tile(
+                        how,
+                        tall,
+                        2,
+                        count,
+                        x,
+                        here,
+                        across,
+                        along,
+                        y,
+                        shift + j,
+                        stride,
+                        out,
+                        there + j,
+                        columns,
+                    )
+                    j += 2 * LANES
+                if j < end:
+                    tile(
+                        how,
+                        tall,
+                        1,
+                        count,
+                        x,
+                        here,
+                        across,
+                        along,
+                        y,
+                        shift + j,
+                        stride,
+                        out,
+                        there + j,
+                        columns,
+                    )
+
+    return run
+
+
+@compiled
+def _copied(matrices, a, u, room, panel):
+    size, padded = room.shape
+    flat = room.reshape(-1)
+    for start in range(0, padded, panel):
+        width, stride = min(panel, size - start), min(panel, padded - start)
         for i in range(size):
-            p, at = fill(x[0, i]), i * padded + j
-            a = multiply_add(p, load(matrix, at), a)
-            b = multiply_add(p, load(matrix, at + LANES), b)
-            c = multiply_add(p, load(matrix, at + 2 * LANES), c)
-            d = multiply_add(p, load(matrix, at + 3 * LANES), d)
-        store(y, j, a)
-        store(y, j + LANES, b)
-        store(y, j + 2 * LANES, c)
-        store(y, j + 3 * LANES, d)
-        j += 4 * LANES
-    if j + 2 * LANES <= padded:
-        a = b = c = d = none
-        for i in range(0, size - 1, 2):
-            p, q, at = fill(x[0, i]), fill(x[0, i + 1]), i * padded + j
-            a = multiply_add(p, load(matrix, at), a)
-            b = multiply_add(p, load(matrix, at + LANES), b)
-            c = multiply_add(q, load(matrix, at + padded), c)
-            d = multiply_add(q, load(matrix, at + padded + LANES), d)
-        if size % 2:
-            p, at = fill(x[0, size - 1]), (size - 1) * padded + j
-            a = multiply_add(p, load(matrix, at), a)
-            b = multiply_add(p, load(matrix, at + LANES), b)
-        store(y, j, add(a, c))
-        store(y, j + LANES, add(b, d))
-        j += 2 * LANES
-    while j < padded:
-        a = b = none
-        for i in range(0, size - 1, 2):
-            at = i * padded + j
-            a = multiply_add(fill(x[0, i]), load(matrix, at), a)
-            b = multiply_add(fill(x[0, i + 1]), load(matrix, at + padded), b)
-        if size % 2:
-            a = multiply_add(fill(x[0, size - 1]), load(matrix, (size - 1) * padded + j), a)
-        store(y, j, add(a, b))
-        j += LANES
-
-
-@_compile
-def _product4(x, matrix, y):
-    """The same for four rows; a matrix is read once for all."""
-    size, padded = matrix.shape
-    none = fill(matrix.dtype.type(0))
-    j = 0
-    while j + 2 * LANES <= padded:
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = none
-        for i in range(size):
-            a, b = load(matrix, i * padded + j), load(matrix, i * padded + j + LANES)
-            p, q, r, s = fill(x[0, i]), fill(x[1, i]), fill(x[2, i]), fill(x[3, i])
-            a0, b0 = multiply_add(p, a, a0), multiply_add(p, b, b0)
-            a1, b1 = multiply_add(q, a, a1), multiply_add(q, b, b1)
-            a2, b2 = multiply_add(r, a, a2), multiply_add(r, b, b2)
-            a3, b3 = multiply_add(s, a, a3), multiply_add(s, b, b3)
-        store(y, j, a0)
-        store(y, j + LANES, b0)
-        store(y, padded + j, a1)
-        store(y, padded + j + LANES, b1)
-        store(y, 2 * padded + j, a2)
-        store(y, 2 * padded + j + LANES, b2)
-        store(y, 3 * padded + j, a3)
-        store(y, 3 * padded + j + LANES, b3)
-        j += 2 * LANES
-    if j < padded:
-        a0 = a1 = a2 = a3 = none
-        for i in range(size):
-            a = load(matrix, i * padded + j)
-            a0, a1 = multiply_add(fill(x[0, i]), a, a0), multiply_add(fill(x[1, i]), a, a1)
-            a2, a3 = multiply_add(fill(x[2, i]), a, a2), multiply_add(fill(x[3, i]), a, a3)
-        store(y, j, a0)
-        store(y, padded + j, a1)
-        store(y, 2 * padded + j, a2)
-        store(y, 3 * padded + j, a3)
-
-
-@_compile
-def _padded(matrices, a, u, room):
-    """A matrix with columns up to whole vectors, in ``room`` unless it has them already."""
-    if room.shape[0] == room.shape[1]:
-        return matrices[a, u]
-    for i in range(room.shape[0]):
-        for j in range(room.shape[0]):
-            room[i, j] = matrices[a, u, i, j]
+            for j in range(width):
+                flat[start * size + i * stride + j] = matrices[a, u, i, start + j]
     return room
 
 
-@_compile
+@compiled
+def _laid_out(matrices, a, u, room, panel):
+    """A matrix with columns up to whole vectors, in panels of ``panel`` columns: in ``room`` unless it lies so."""
+    if room.shape[0] == room.shape[1] and panel >= room.shape[0]:
+        return matrices[a, u]
+    return _copied(matrices, a, u, room, panel)
+
+
+@compiled
 def _absorb(moved, r, weight, at, floor, out, low):
     """Row r of out = max(moved · weight, floor), whose sum is returned; row r of low keeps the least seen."""
     padded = moved.shape[1]
@@ -223,7 +226,7 @@ def _absorb(moved, r, weight, at, floor, out, low):
     return total(sums)
 
 
-@_compile
+@compiled
 def _weights(observation, out, spare):
     """out = exp(observation - top) where top is the largest of each row; returns the sum of the tops."""
     steps, size = observation.shape
@@ -262,13 +265,13 @@ def _weights(observation, out, spare):
         offset = math.nan
     for start in range(0, steps * size, _PIECE):
         piece = out[start : min(start + _PIECE, steps * size)]
-        _exponential(piece, spare[: piece.shape[0]])
+        exponential(piece, spare[: piece.shape[0]])
     return offset
 
 
-@_compile
+@compiled
 def forward(initial, transition, observation, lengths, floor, keep, powers, alpha, scale, log_z, least):
-    """Scaled forward pass: fills ``powers``, ``log_z [B]``, ``least [B]``; with ``keep`` all arrays.
+    """Scaled forward pass: fills ``log_z [B]``, ``least [B]``; with ``keep`` all arrays, ``powers`` among them.
 
     ``alpha [B,T,S]`` is what the sums ``scale [B,T]`` leave, one in the end; ``least`` is the least entry
     met. ``floor`` lifts every entry from below at each step, which makes the result an upper bound.
@@ -286,7 +289,7 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
     spare = np.empty(_PIECE, powers.dtype)
     tops = np.zeros((transition.shape[0], transition.shape[1]))
     for a in range(transition.shape[0]):
-        for u in range(transition.shape[1]):
+        for u in range(transition.shape[1] if keep or not still else 0):
             tops[a, u] = _powers(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
     first = np.zeros((initial.shape[0], padded), powers.dtype)
     first_tops = np.zeros(initial.shape[0])
@@ -300,12 +303,20 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
     moved = np.zeros((4, padded), powers.dtype)
     low = np.zeros((4, padded), powers.dtype)
     room = np.zeros((size, padded), powers.dtype)
+    panel = WIDE * LANES if still else padded
     product = np.ones(4)
     for start in range(0, rows, width):
         stop = min(start + width, rows)
         longest = lengths[start:stop].max()
         low[:] = math.inf
-        matrix = _padded(powers, 0 if shared else start, 0, room) if powers.shape[1] > 0 else room
+        if keep or not still:
+            matrix = (
+                _laid_out(powers, 0 if shared else start, 0, room, panel) if powers.shape[1] > 0 else room
+            )
+        elif start == 0 or not shared:
+            room[:] = -math.inf
+            matrix = _copied(transition, start, 0, room, panel)
+            tops[start, 0] = _powers(room.reshape(-1), room.reshape(-1), spare)
         for b in range(start, stop):
             a = 0 if shared else b
             product[b - start] = 1.0
@@ -329,11 +340,15 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
                         moved[b - start] = first[b if initial.shape[0] > 1 else 0]
                 else:
                     if t > 1 and not still:
-                        matrix = _padded(powers, 0 if shared else start, t - 1, room)
+                        matrix = _laid_out(powers, 0 if shared else start, t - 1, room, panel)
                     if stop - start > 1:
-                        _product4(previous, matrix, moved)
+                        multiply(
+                            "sum", 4, 4, size, previous, 0, padded, 1, matrix, 0, panel, padded, moved, 0
+                        )
                     else:
-                        _product1(previous, matrix, moved)
+                        multiply(
+                            "sum", 1, 1, size, previous, 0, padded, 1, matrix, 0, panel, padded, moved, 0
+                        )
                 for b in range(start, stop):
                     if t >= lengths[b]:
                         continue
@@ -370,7 +385,7 @@ def forward(initial, transition, observation, lengths, floor, keep, powers, alph
                 scale[b, lengths[b] :] = 1
 
 
-@_compile
+@compiled
 def evidence(initial, transition, observation, lengths, floor, like):
     """ln Z of each row and the least entry met, in the precision of ``like``; nothing is kept."""
     log_z, least = np.empty(observation.shape[0]), np.empty(observation.shape[0])
@@ -380,56 +395,7 @@ def evidence(initial, transition, observation, lengths, floor, like):
     return log_z, least
 
 
-@_compile
-def _pairs(alpha, at, ahead, first, steps, out):
-    """Adds to ``out [R,N]`` the sum over steps of alpha (from ``at`` on) times ``ahead`` (whole vectors)."""
-    rows, padded = out.shape
-    size = alpha.shape[2]
-    for i in range(0, rows, 4):
-        j = 0
-        while j < padded:
-            a0, b0, c0, d0 = (
-                load(out, i * padded + j),
-                load(out, (i + 1) * padded + j),
-                load(out, (i + 2) * padded + j),
-                load(out, (i + 3) * padded + j),
-            )
-            if j + LANES < padded:
-                k = j + LANES
-                a1, b1, c1, d1 = (
-                    load(out, i * padded + k),
-                    load(out, (i + 1) * padded + k),
-                    load(out, (i + 2) * padded + k),
-                    load(out, (i + 3) * padded + k),
-                )
-                for t in range(steps):
-                    here, there = at + t * size + i, (first + t) * padded + j
-                    x, y = load(ahead, there), load(ahead, there + LANES)
-                    p, q = fill(scalar(alpha, here)), fill(scalar(alpha, here + 1))
-                    a0, a1 = multiply_add(p, x, a0), multiply_add(p, y, a1)
-                    b0, b1 = multiply_add(q, x, b0), multiply_add(q, y, b1)
-                    p, q = fill(scalar(alpha, here + 2)), fill(scalar(alpha, here + 3))
-                    c0, c1 = multiply_add(p, x, c0), multiply_add(p, y, c1)
-                    d0, d1 = multiply_add(q, x, d0), multiply_add(q, y, d1)
-                store(out, i * padded + k, a1)
-                store(out, (i + 1) * padded + k, b1)
-                store(out, (i + 2) * padded + k, c1)
-                store(out, (i + 3) * padded + k, d1)
-            else:
-                for t in range(steps):
-                    here, x = at + t * size + i, load(ahead, (first + t) * padded + j)
-                    p, q = fill(scalar(alpha, here)), fill(scalar(alpha, here + 1))
-                    a0, b0 = multiply_add(p, x, a0), multiply_add(q, x, b0)
-                    p, q = fill(scalar(alpha, here + 2)), fill(scalar(alpha, here + 3))
-                    c0, d0 = multiply_add(p, x, c0), multiply_add(q, x, d0)
-            store(out, i * padded + j, a0)
-            store(out, (i + 1) * padded + j, b0)
-            store(out, (i + 2) * padded + j, c0)
-            store(out, (i + 3) * padded + j, d0)
-            j += 2 * LANES
-
-
-@_compile
+@compiled
 def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, count):
     """Scaled backward pass: fills the posterior ``gamma`` of each state, and what steps are made of, times
     ``grad [B]``.
@@ -451,6 +417,7 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
     beta = np.zeros((4, padded), turned.dtype)
     out = np.zeros((4, padded), turned.dtype)
     room = np.zeros((size, padded), turned.dtype)
+    panel = WIDE * LANES if still else padded
     fused = count.shape[0] > 0
     # rows and columns beyond the states collect what nobody reads
     ahead = np.zeros((width * chunk, padded) if fused else (1, padded), turned.dtype)
@@ -459,7 +426,7 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
     none, tail = fill(kind(0)), size - LANES
     for start in range(0, rows, width):
         stop = min(start + width, rows)
-        matrix = _padded(turned, 0 if shared else start, 0, room) if turned.shape[1] > 0 else room
+        matrix = _laid_out(turned, 0 if shared else start, 0, room, panel) if turned.shape[1] > 0 else room
         for begin in range((steps - 1) // chunk * chunk, -1, -chunk):
             for b in range(start, stop):
                 if begin < lengths[b]:
@@ -505,11 +472,11 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
                             store(flow, row + j, multiply_add(value, times, none))
                 if t > 0:
                     if not still:
-                        matrix = _padded(turned, 0 if shared else start, t - 1, room)
+                        matrix = _laid_out(turned, 0 if shared else start, t - 1, room, panel)
                     if stop - start > 1:
-                        _product4(out, matrix, beta)
+                        multiply("sum", 4, 4, size, out, 0, padded, 1, matrix, 0, panel, padded, beta, 0)
                     else:
-                        _product1(out, matrix, beta)
+                        multiply("sum", 1, 1, size, out, 0, padded, 1, matrix, 0, panel, padded, beta, 0)
             if fused:
                 for b in range(start, stop):
                     if begin < lengths[b]:
@@ -517,7 +484,10 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
                         each = min(begin + chunk, lengths[b]) - t
                         if count.shape[0] > 1:
                             sums[:] = 0
-                        _pairs(alpha, (b * steps + t - 1) * size, ahead, r * chunk + t - begin, each, sums)
+                        at, place = (b * steps + t - 1) * size, (r * chunk + t - begin) * padded
+                        multiply(
+                            "onto", 4, size, each, alpha, at, 1, size, ahead, place, padded, padded, sums, 0
+                        )
                         if count.shape[0] > 1:
                             for i in range(size):
                                 for j in range(size):
@@ -526,7 +496,7 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
         count[0] += sums[:size, :size]
 
 
-@_compile
+@compiled
 def draw(turned, alpha, lengths, uniform, z):
     """Backward sampling from the filter: ``z [N,B,T]`` by inversion of ``uniform [N,B,T]``; 0 beyond the
     sequences.
@@ -564,52 +534,6 @@ def draw(turned, alpha, lengths, uniform, z):
                 z[n, b, t] = chosen
 
 
-@_compile
-def _best1(scores, at, matrix, y):
-    """First row of y_j = max_i (scores_i + matrix_ij), with scores from ``at`` on."""
-    size, padded = matrix.shape
-    none = fill(matrix.dtype.type(-math.inf))
-    j = 0
-    while j + 4 * LANES <= padded:
-        a = b = c = d = none
-        for i in range(size):
-            p, place = fill(scores[at + i]), i * padded + j
-            a = greater(add(p, load(matrix, place)), a)
-            b = greater(add(p, load(matrix, place + LANES)), b)
-            c = greater(add(p, load(matrix, place + 2 * LANES)), c)
-            d = greater(add(p, load(matrix, place + 3 * LANES)), d)
-        store(y, j, a)
-        store(y, j + LANES, b)
-        store(y, j + 2 * LANES, c)
-        store(y, j + 3 * LANES, d)
-        j += 4 * LANES
-    if j + 2 * LANES <= padded:
-        a = b = c = d = none
-        for i in range(0, size - 1, 2):
-            p, q, place = fill(scores[at + i]), fill(scores[at + i + 1]), i * padded + j
-            a = greater(add(p, load(matrix, place)), a)
-            b = greater(add(p, load(matrix, place + LANES)), b)
-            c = greater(add(q, load(matrix, place + padded)), c)
-            d = greater(add(q, load(matrix, place + padded + LANES)), d)
-        if size % 2:
-            p, place = fill(scores[at + size - 1]), (size - 1) * padded + j
-            a = greater(add(p, load(matrix, place)), a)
-            b = greater(add(p, load(matrix, place + LANES)), b)
-        store(y, j, greater(a, c))
-        store(y, j + LANES, greater(b, d))
-        j += 2 * LANES
-    while j < padded:
-        a = b = none
-        for i in range(0, size - 1, 2):
-            place = i * padded + j
-            a = greater(add(fill(scores[at + i]), load(matrix, place)), a)
-            b = greater(add(fill(scores[at + i + 1]), load(matrix, place + padded)), b)
-        if size % 2:
-            a = greater(add(fill(scores[at + size - 1]), load(matrix, (size - 1) * padded + j)), a)
-        store(y, j, greater(a, b))
-        j += LANES
-
-
 @_compile_max
 def viterbi(initial, transition, turned, observation, lengths, z):
     """A best path ``z [B,T]`` in log space. Only scores are kept, the arguments are found again on the way
@@ -619,13 +543,15 @@ def viterbi(initial, transition, turned, observation, lengths, z):
     padded = -(-size // LANES) * LANES
     kind = observation.dtype.type
     room = np.full((size, padded), -math.inf, observation.dtype)
+    panel = WIDE * LANES if transition.shape[1] == 1 else padded
     moved = np.full(padded, -math.inf, observation.dtype)
     delta = np.empty(steps * padded, observation.dtype)
     seen = np.zeros(steps * size + LANES, observation.dtype)
     value = np.empty(size, observation.dtype)
+    none, tail = fill(kind(-math.inf)), size - LANES
     for b in range(rows):
         a = b if transition.shape[0] > 1 else 0
-        matrix = _padded(transition, a, 0, room) if transition.shape[1] > 0 else room
+        matrix = _laid_out(transition, a, 0, room, panel) if transition.shape[1] > 0 else room
         seen[: steps * size] = observation[b].reshape(-1)
         top = kind(0)
         for t in range(lengths[b]):
@@ -633,8 +559,10 @@ def viterbi(initial, transition, turned, observation, lengths, z):
                 moved[:size] = initial[b if initial.shape[0] > 1 else 0]
             else:
                 if t > 1 and transition.shape[1] > 1:
-                    matrix = _padded(transition, a, t - 1, room)
-                _best1(delta, (t - 1) * padded, matrix, moved)
+                    matrix = _laid_out(transition, a, t - 1, room, panel)
+                multiply(
+                    "best", 1, 1, size, delta, (t - 1) * padded, 0, 1, matrix, 0, panel, padded, moved, 0
+                )
             # a step late, so that nobody waits for the largest
             shift, tops = fill(-top), fill(kind(-math.inf))
             for j in range(0, padded, LANES):
@@ -647,17 +575,23 @@ def viterbi(initial, transition, turned, observation, lengths, z):
         for t in range(lengths[b], steps):
             z[b, t] = 0
         for t in range(lengths[b] - 1, -1, -1):
-            if t == lengths[b] - 1:
+            # after the last step nothing is added, all else comes from the matrix
+            onward, last = z[b, min(t + 1, lengths[b] - 1)], t == lengths[b] - 1
+            u = t if turned.shape[1] > 1 else 0
+            best = kind(-math.inf)
+            if tail < 0 or last:
                 for i in range(size):
-                    value[i] = delta[t * padded + i]
+                    value[i] = delta[t * padded + i] + (kind(0) if last else turned[a, u, onward, i])
+                    best = max(best, value[i])
             else:
-                u, onward = t if turned.shape[1] > 1 else 0, z[b, t + 1]
-                for i in range(size):
-                    value[i] = delta[t * padded + i] + turned[a, u, onward, i]
-            best = value[0]
-            for i in range(size):
-                best = max(best, value[i])
+                tops, at = none, ((a * turned.shape[1] + u) * size + onward) * size
+                for k in range(0, size, LANES):
+                    i = min(k, tail)
+                    score = add(load(delta, t * padded + i), load(turned, at + i))
+                    store(value, i, score)
+                    tops = greater(score, tops)
+                best = largest(tops)
             chosen = 0
-            while value[chosen] != best:
+            while chosen < size - 1 and value[chosen] != best:
                 chosen += 1
             z[b, t] = chosen

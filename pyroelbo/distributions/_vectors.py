@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "LANES",
+    "WIDE",
     "add",
     "convert",
     "fill",
@@ -25,10 +27,13 @@ __all__ = [
     "multiply_add",
     "scalar",
     "store",
+    "tile",
     "total",
 ]
 
 LANES = 8
+# so many vectors of four rows of sums fit into the processor's registers
+WIDE = 4 if binding.get_host_cpu_features().get("avx512f") else 2
 _FLAGS = ("contract", "reassoc", "nsz")
 
 
@@ -52,6 +57,21 @@ def _place(context: Any, builder: Any, array_type: Any, array: Any, offset: Any)
     return builder.bitcast(place, ir.VectorType(scalar, LANES).as_pointer()), size
 
 
+def _load(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    place, size = _place(context, builder, array_type, array, offset)
+    return builder.load(place, align=size)
+
+
+def _scalar(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.load(builder.gep(data, [offset]))
+
+
+def _store(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: Any) -> None:
+    place, size = _place(context, builder, array_type, array, offset)
+    builder.store(vector, place, align=size)
+
+
 def _spread(context: Any, builder: Any, vector: _Vector, scalar: Any) -> Any:
     kind = context.get_value_type(vector)
     lane = ir.Constant(ir.IntType(32), 0)
@@ -60,13 +80,24 @@ def _spread(context: Any, builder: Any, vector: _Vector, scalar: Any) -> Any:
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), mask)
 
 
+def _multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return builder.fadd(builder.fmul(x, y, flags=_FLAGS), z, flags=_FLAGS)
+
+
+def _larger(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y, flags=("nnan", "nsz")), x, y)
+
+
+def _larger_sum(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    return _larger(builder, builder.fadd(x, y, flags=_FLAGS), z)
+
+
 @intrinsic
 def load(typing: Any, array: Any, offset: Any) -> Any:
     """Eight entries from ``offset`` on."""
 
     def code(context, builder, signature, arguments):
-        place, size = _place(context, builder, signature.args[0], *arguments)
-        return builder.load(place, align=size)
+        return _load(context, builder, signature.args[0], *arguments)
 
     return _Vector(array.dtype)(array, types.intp), code
 
@@ -76,8 +107,7 @@ def scalar(typing: Any, array: Any, offset: Any) -> Any:
     """The entry at ``offset``."""
 
     def code(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load(builder.gep(data, [arguments[1]]))
+        return _scalar(context, builder, signature.args[0], *arguments)
 
     return array.dtype(array, types.intp), code
 
@@ -98,8 +128,7 @@ def store(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
     """Write a vector to ``offset`` and the following."""
 
     def code(context, builder, signature, arguments):
-        place, size = _place(context, builder, signature.args[0], *arguments[:2])
-        builder.store(arguments[2], place, align=size)
+        _store(context, builder, signature.args[0], *arguments)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), code
@@ -120,8 +149,7 @@ def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c."""
 
     def code(context, builder, signature, arguments):
-        x, y, z = arguments
-        return builder.fadd(builder.fmul(x, y, flags=_FLAGS), z, flags=_FLAGS)
+        return _multiply_add(builder, *arguments)
 
     return a(a, b, c), code
 
@@ -171,3 +199,95 @@ def _folded(combine: Any) -> Any:
 
 total = _folded(lambda builder, x, y: builder.fadd(x, y, flags=_FLAGS))
 largest = _folded(lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+
+
+@intrinsic(prefer_literal=True)
+def tile(
+    typing: Any,
+    kind: Any,
+    height: Any,
+    width: Any,
+    count: Any,
+    x: Any,
+    at: Any,
+    across: Any,
+    along: Any,
+    y: Any,
+    place: Any,
+    stride: Any,
+    out: Any,
+    to: Any,
+    step: Any,
+) -> Any:
+    """out[to + r·step + c] = Σ_k x[at + r·across + k·along] · y[place + k·stride + c] for k < ``count``.
+
+    ``kind``, ``height`` and ``width`` are literal: r < ``height`` and c < 8 ``width``, whose sums stay in registers;
+    "sum" is as above, "onto" adds to what is in ``out``, "best" has max_k (x + y) instead.
+    """
+    rows, vectors, best = height.literal_value, width.literal_value, kind.literal_value == "best"
+    # sums that wait for one another leave the processor idle
+    ways = max(1, 4 // (rows * vectors))
+
+    def code(context, builder, signature, arguments):
+        kinds = signature.args
+        _, _, _, count, x, at, across, along, y, place, stride, out, to, step = arguments
+        type_x, type_y, type_out = kinds[4], kinds[8], kinds[11]
+        vector = context.get_value_type(_Vector(type_y.dtype))
+
+        def plus(value, factor, times):
+            return builder.add(value, builder.mul(factor, ir.Constant(value.type, times)))
+
+        def cell(r, v):
+            return builder.add(plus(to, step, r), ir.Constant(to.type, v * LANES))
+
+        sums = {}
+        for r in range(rows):
+            for v in range(vectors):
+                for u in range(ways):
+                    start = ir.Constant(vector, [-float("inf") if best else 0.0] * LANES)
+                    if kind.literal_value == "onto" and not u:
+                        start = _load(context, builder, type_out, out, cell(r, v))
+                    sums[r, v, u] = cgutils.alloca_once_value(builder, start)
+
+        def extend(k, u):
+            row = builder.add(place, builder.mul(k, stride))
+            there = builder.add(at, builder.mul(k, along))
+            given = [
+                _load(context, builder, type_y, y, builder.add(row, ir.Constant(row.type, v * LANES)))
+                for v in range(vectors)
+            ]
+            for r in range(rows):
+                one = _scalar(context, builder, type_x, x, plus(there, across, r))
+                factor = _spread(context, builder, _Vector(type_y.dtype), one)
+                for v in range(vectors):
+                    total = sums[r, v, u]
+                    combine = _larger_sum if best else _multiply_add
+                    builder.store(combine(builder, factor, given[v], builder.load(total)), total)
+
+        full = builder.sdiv(count, ir.Constant(count.type, ways))
+        with cgutils.for_range(builder, full) as loop:
+            for u in range(ways):
+                extend(
+                    builder.add(
+                        builder.mul(loop.index, ir.Constant(count.type, ways)), ir.Constant(count.type, u)
+                    ),
+                    u,
+                )
+        done, one = builder.mul(full, ir.Constant(count.type, ways)), ir.Constant(count.type, 1)
+        if ways > 1:
+            with cgutils.for_range_slice(builder, done, count, one) as (k, _):
+                extend(k, 0)
+        for r in range(rows):
+            for v in range(vectors):
+                value = builder.load(sums[r, v, 0])
+                for u in range(1, ways):
+                    other = builder.load(sums[r, v, u])
+                    value = (
+                        _larger(builder, value, other) if best else builder.fadd(value, other, flags=_FLAGS)
+                    )
+                _store(context, builder, type_out, out, cell(r, v), value)
+        return context.get_dummy_value()
+
+    number = types.intp
+    given = number, x, number, number, number, y, number, number, out, number, number
+    return types.void(kind, height, width, *given), code

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pyroelbo.distributions._inside import inside, outside
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
+    batch_shape,
     check_finite_or_minus_inf,
     check_integers,
     check_lengths,
@@ -51,10 +52,13 @@ class ParseTree(StructuredDistribution):
     A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the
     marginals of ``spans`` are the probabilities of labelled spans.
 
-    Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L²·N²) memory with gradients.
+    Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L·N·(L+N+P)) memory, also for the
+    gradient.
     Source: Baker (1979), *Trainable grammars for speech recognition*; Eisner (2016) for outside by
     differentiation.
     """
+
+    lengths: Tensor
 
     def __init__(
         self,
@@ -81,12 +85,11 @@ class ParseTree(StructuredDistribution):
                 f"spans {tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
             )
         parts = ParseParts(root, rules, leaves, spans)
-        batch_shape = torch.broadcast_shapes(*(x.shape[:rank] for x in parts))
+        batch = batch_shape(rank, [x.shape[:rank] for x in parts], lengths)
         if lengths is None:
-            lengths = torch.full(batch_shape, words, device=root.device)
-        batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
-        self.lengths = lengths.expand(batch_shape)
-        super().__init__(parts, batch_shape, (words, words), validate_args=validate_args)
+            lengths = torch.full(batch, words, device=root.device)
+        self.lengths = lengths.expand(batch)
+        super().__init__(parts, batch, (words, words), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(root=root, rules=rules, leaves=leaves, spans=spans)
             check_lengths(lengths, words)
@@ -95,11 +98,6 @@ class ParseTree(StructuredDistribution):
     def support(self) -> Any:
         labels = self.potentials[1].shape[-1]
         return constraints.independent(constraints.integer_interval(-1, labels - 1), 2)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ParseTree:
-        new: Any = super().expand(batch_shape)
-        new.lengths = self.lengths.expand(new.batch_shape)
-        return new
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         return _total(parts, self.lengths, semiring)
@@ -256,7 +254,7 @@ class _Lean(Log):
         return checkpoint(super().dot, a, b, dim, use_reentrant=False)
 
 
-def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
+def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor):
     root, rules, leaves, spans = flat
     plain = spans.numel() == 0 or (not any(spans.stride()) and not spans.flatten()[0])
     possible = None
@@ -264,16 +262,17 @@ def _reliable_inside(flat: Sequence[Tensor], lengths: Tensor, keep: bool):
         x.numel() and x.amin() == -math.inf for x in ((rules, leaves) if plain else (rules, leaves, spans))
     ):
         top, steps, ends, nodes = (torch.where(x == -math.inf, x, 0.0).float() for x in flat)
-        possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True, keep=False).left
-    return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible, keep=keep)
+        possible = inside(top, steps, ends, None if plain else nodes, lengths, boolean=True).left
+    return inside(root, rules, leaves, None if plain else spans, lengths, possible=possible)
 
 
 def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
-    chart = _reliable_inside(flat, lengths, keep=False)
+    chart = _reliable_inside(flat, lengths)
     if not chart.reliable.all():
         return _charts(tuple(flat), Log())
     words = flat[2].shape[1]
-    value = (chart.left.log() + chart.left_scale[..., None]).transpose(0, 1)
+    weight = chart.left[..., : flat[0].shape[-1]]
+    value = (weight.log() + chart.left_scale[..., None]).transpose(0, 1)
     return [flat[2], flat[2]] + [value[:, : words - w + 1, w] for w in range(2, words + 1)]
 
 
@@ -285,7 +284,7 @@ class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lengths, *flat):
         keep = any(ctx.needs_input_grad)
-        chart = _reliable_inside(flat, lengths, keep)
+        chart = _reliable_inside(flat, lengths)
         total = chart.total
         ctx.rescued = []
         bad = (~chart.reliable).nonzero()[:, 0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
-from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution
+from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution, _inside
 from pyroelbo.distributions import grammar as module
 from tests.distributions.structured_contract import StructuredContract
 from tests.distributions.test_chain import nested, randn
@@ -23,6 +23,16 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def engine(request, monkeypatch):
+    """Every test of charts runs with the compiled loops, and as where numba is missing."""
+    if request.param == "plain":
+        monkeypatch.setattr(_inside, "_compiled", lambda: None)
+    else:
+        pytest.importorskip("numba")
+
+
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("case", CASES)
 class TestParseTree(StructuredContract):
     def make(self, case, seed=0):
@@ -81,10 +91,28 @@ def assert_agree(found, dtype):
         torch.testing.assert_close(a.double(), b, rtol=10 * rtol, atol=10 * rtol)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scaled_charts_agree_with_log_space(dtype, shared):
     assert_agree(answers(potentials(dtype, shared=shared), lengths=torch.tensor([8, 5, 7])), dtype)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("inner", [1, 8, 35])
+def test_many_labels_long_sentences_and_spans(inner):
+    """Whole vectors of labels and less, several panels of them; more spans of one width than go together."""
+    root, rules, leaves = potentials(torch.float64, words=22, inner=inner, leaf=2)
+    spans = randn(5, 3, 22, 22, inner)
+    lengths = torch.tensor([22, 1, 19])
+    q = ParseTree(root, rules, leaves, spans, lengths)
+    generic = StructuredDistribution._log_partition(q, q.potentials)
+    assert generic[1] == q.log_partition[1] == -math.inf
+    torch.testing.assert_close(q.log_partition, generic)
+    fast = torch.autograd.grad(q.log_partition[[0, 2]].sum(), q.potentials)
+    slow = torch.autograd.grad(generic[[0, 2]].sum(), q.potentials)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture
@@ -101,6 +129,7 @@ def rescues(monkeypatch):
     return seen
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("depth", [-120.0, -800.0, -30_000.0])
 def test_a_label_far_behind_is_needed(dtype, depth, rescues):
@@ -116,6 +145,7 @@ def test_a_label_far_behind_is_needed(dtype, depth, rescues):
     assert (torch.float64, [0, 1, 2]) in rescues or depth == -120.0
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_the_hard_sentence_is_computed_again(dtype, rescues):
     root, rules, leaves = (x.detach() for x in potentials(dtype))
@@ -126,6 +156,7 @@ def test_only_the_hard_sentence_is_computed_again(dtype, rescues):
     assert rescues[0] == (dtype, [2])
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_shared_grammar_with_a_hard_sentence(dtype, rescues):
     root, rules, leaves = (x.detach() for x in potentials(dtype, shared=True))
@@ -138,6 +169,7 @@ def test_a_shared_grammar_with_a_hard_sentence(dtype, rescues):
     assert rescues
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sparse_grammars(dtype, shared):
@@ -150,6 +182,7 @@ def test_sparse_grammars(dtype, shared):
     assert_agree(found, dtype)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_unparsable_sentence_leaves_others_alone(dtype):
     root, rules, leaves = (x.detach() for x in potentials(dtype, shared=True))
