@@ -4,7 +4,7 @@
     python -m benchmarks.pictures omniglot-vae --evaluate --num-data 200 --num-ais 20 --temperatures 100
     python -m benchmarks.pictures --table
 
-The rows are short runs (60 epochs of Omniglot, 300 of the faces), to compare kinds of models, not to set a mark. Options,
+The rows are short runs (20 epochs of Omniglot, 300 of the faces), to compare kinds of models, not to set a mark. Options,
 estimators and the way of resuming are those of benchmarks/static_mnist.py. Omniglot is 28x28 by area averaging, each
 pixel drawn as a coin flip once, by seed 0; 17,352 training characters (background alphabets), 1,928 for validation, 13,180
 for the test (evaluation alphabets). This is not the 28x28 set of Burda, Grosse and Salakhutdinov (2016): its numbers must not
@@ -52,7 +52,7 @@ def rows(name, make, data, fit, latent, hidden, ladder, components):
 
 
 SYSTEMS = rows(
-    "omniglot", omniglot, "omniglot", short(60, 100), 40, (300, 300),
+    "omniglot", omniglot, "omniglot", short(20, 100), 40, (300, 300),
     {"latent": (32, 16, 8), "hidden": (256, 128, 64), "dropout": 0.05, "noise": 0.1}, 100,
 ) | rows(
     "faces", faces, "freyfaces", short(300, 50), 20, (200, 200),

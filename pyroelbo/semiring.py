@@ -131,7 +131,7 @@ class Relative(Semiring):
         return torch.stack([potential, potential if other is None else other, torch.zeros_like(potential)])
 
     def unlift(self, value: Tensor) -> Tensor:
-        return value[2]
+        return torch.where(value[0] == -math.inf, 0.0, value[2])
 
     def sum(self, value: Tensor, dim: int) -> Tensor:
         log_p, log_q, inner = value.unbind(0)
@@ -144,10 +144,13 @@ class Relative(Semiring):
             both = used & (log_q > -math.inf)
             log_share = _minus(log_q, sum_q.unsqueeze(dim), both)
             term = term + self.b * torch.where(used & ~both, -math.inf, log_share)
-        # a share that underflows to zero has no part in the expectation, even times inf
-        return torch.stack(
-            [sum_p, sum_q, torch.where(p > 0, p * torch.where(p > 0, term, 0.0), 0.0).sum(dim)]
+        # a share that underflows to zero has no part in the expectation, even times inf; an infinite term has no
+        # gradient: what comes after may still rule it out
+        finite = (p > 0) & term.isfinite()
+        expected = torch.where(
+            finite, p * torch.where(finite, term, 0.0), torch.where(p > 0, term, 0.0).detach()
         )
+        return torch.stack([sum_p, sum_q, expected.sum(dim)])
 
 
 def _minus(x: Tensor, total: Tensor, where: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
@@ -475,9 +474,7 @@ class _LogPartition(torch.autograd.Function):
 
 
 class _Expected(torch.autograd.Function):
-    """The gradient of ln Z in closed form; its own derivative, if anyone asks, by autograd through the exact
-    scan.
-    """
+    """The gradient of ln Z in closed form; its own derivatives, if anyone asks, by autograd through the exact scan."""
 
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, grad, passes):
@@ -485,18 +482,24 @@ class _Expected(torch.autograd.Function):
         return expectations(Problem(initial, transition, observation, lengths), passes, grad)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *above):
         initial, transition, observation, lengths, grad = ctx.saved_tensors
+        further = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (initial, transition, observation, grad)]
+            # views of what is attached: one may be computed from another
+            inputs = [
+                x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_()
+                for x in (initial, transition, observation, grad)
+            ]
             log_z = _exact(Problem(inputs[0], inputs[1], inputs[2], lengths), False).log_z.to(grad.dtype)
             first = torch.autograd.grad(
                 log_z, inputs[:3], inputs[3], create_graph=True, materialize_grads=True
             )
-        used = [(x, g) for x, g in zip(first, above, strict=True) if x.requires_grad]
-        outputs, weights = zip(*used, strict=True)
-        second = torch.autograd.grad(outputs, inputs, weights, materialize_grads=True)
+            used = [(x, g) for x, g in zip(first, above, strict=True) if x.requires_grad]
+            outputs, weights = zip(*used, strict=True)
+            second = torch.autograd.grad(
+                outputs, inputs, weights, materialize_grads=True, create_graph=further
+            )
         return *second[:3], None, second[3], None
 
 

@@ -21,6 +21,7 @@ from pyroelbo.distributions.structured import (
     check_lengths,
     first_index,
 )
+from pyroelbo.distributions.structured import batch_shape as shape_of
 from pyroelbo.semiring import Log, Semiring, choose
 
 __all__ = ["CTC", "Alignment", "AlignmentParts"]
@@ -43,6 +44,8 @@ class Alignment(StructuredDistribution):
 
     Cost: O(B·T·L) time and memory. Source: Graves et al. (2006), *Connectionist temporal classification*.
     """
+
+    lengths: Tensor
 
     def __init__(
         self,
@@ -80,8 +83,11 @@ class Alignment(StructuredDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Alignment:
         new: Any = super().expand(batch_shape)
         new.target = self.target.expand(*new.batch_shape, self.target.shape[-1])
-        new.lengths = self.lengths.expand(new.batch_shape)
         return new
+
+    def _frame(self) -> dict[str, Tensor]:
+        own = {"target": without_padding(self.target), "blank": torch.tensor(self.blank)}
+        return {**super()._frame(), **own}
 
     def _lattice(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending
@@ -284,7 +290,7 @@ class CTC(TorchDistribution):
         steps, symbols = logits.shape[-2:]
         batch_shape = logits.shape[:-2]
         if lengths is not None:
-            batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
+            batch_shape = shape_of(logits.dim() - 2, [batch_shape], lengths)
         if len(batch_shape) != logits.dim() - 2 or not 0 <= blank < symbols:
             raise ValueError(
                 f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank "
@@ -320,7 +326,12 @@ class CTC(TorchDistribution):
     def posterior(self, y: Tensor) -> Alignment:
         """p(path | y); its ``log_partition`` is ln p(y)."""
         steps, symbols = self.log_probs.shape[-2:]
-        shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
+        try:
+            shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}: it takes [*B,L] with *B = {tuple(self.batch_shape)}"
+            ) from None
         lengths = torch.full((), steps, device=y.device) if self.lengths is None else self.lengths
         if self._validate_args:
             check_padded("y", y, symbols)

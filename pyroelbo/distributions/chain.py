@@ -25,10 +25,14 @@ from pyroelbo.distributions._recursions import (
 )
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
-    broadcast,
+    any_support,
+    batch_shape,
     check_finite_or_minus_inf,
     check_lengths,
     first_index,
+    log_prob_within,
+    refuse_outside,
+    within_support,
 )
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import Semiring
@@ -68,29 +72,27 @@ class LinearChain(StructuredDistribution):
         validate_args: bool | None = None,
     ) -> None:
         batch_rank = initial.dim() - 1
-        steps, states = observation.shape[-2:]
+        steps, states = (0, 0, *observation.shape)[-2:]
         self.homogeneous = transition.dim() == batch_rank + 2
         step_shape = (states, states) if self.homogeneous else (steps - 1, states, states)
         if (
             observation.dim() != batch_rank + 2
             or initial.shape[-1] != states
             or transition.shape[batch_rank:] != step_shape
-            or steps < 1
+            or not steps
+            or not states
         ):
             raise ValueError(
                 f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, observation "
-                f"{tuple(observation.shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and [*B,T,S]"
+                f"{tuple(observation.shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and [*B,T,S], all with the "
+                "batch dimensions that initial has, of size 1 for what the batch shares, as transition[None]"
             )
-        batch_shape = broadcast(
-            initial.shape[:-1],
-            transition.shape[:batch_rank],
-            observation.shape[:-2],
-            *(() if lengths is None else (lengths.shape,)),
-        )
+        shapes = initial.shape[:-1], transition.shape[:batch_rank], observation.shape[:-2]
+        batch = batch_shape(batch_rank, shapes, lengths)
         self._solution: Solution | None = None
-        self.lengths = lengths if lengths is None else lengths.expand(batch_shape)
+        self.lengths = lengths if lengths is None else lengths.expand(batch)
         super().__init__(
-            ChainParts(initial, transition, observation), batch_shape, (steps,), validate_args=validate_args
+            ChainParts(initial, transition, observation), batch, (steps,), validate_args=validate_args
         )
         if self._validate_args:
             check_finite_or_minus_inf(initial=initial, transition=transition, observation=observation)
@@ -108,8 +110,6 @@ class LinearChain(StructuredDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LinearChain:
         new: Any = super().expand(batch_shape)
         new._solution = None
-        if self.lengths is not None:
-            new.lengths = self.lengths.expand(new.batch_shape)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,7 +220,8 @@ class HMM(TorchDistribution):
     over the last dimension; -inf is allowed, but not a whole row of it. ``emission`` is any Pyro
     distribution of batch shape ``[*B,S]``, or ``[*B,T,S]`` if it varies in time; several coordinates go into
     its event by ``.to_event``. Values are ``[*B,T,*event]``. ``lengths [*B]`` shortens sequences: what lies
-    beyond is ignored, and zero in samples. A step with a NaN anywhere in it is missing: it is summed over.
+    beyond is ignored, and zero in samples. A state whose own support excludes a value gives it -inf; a value that
+    all exclude is refused. A step with a NaN anywhere in it is missing: it is summed over.
     Sampling needs a known T: from ``num_steps``, a transition or an emission that varies in time; otherwise
     T is the value's.
 
@@ -241,6 +242,12 @@ class HMM(TorchDistribution):
         lengths: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not hasattr(emission, "log_prob"):
+            raise ValueError(
+                f"emission is a {type(emission).__name__}: it takes a distribution of batch shape [*B,S]"
+            )
+        if lengths is not None and not isinstance(lengths, Tensor):
+            raise ValueError(f"lengths is a {type(lengths).__name__}: it takes a LongTensor [*B]")
         rank, states = initial.dim() - 1, initial.shape[-1]
         still = transition.dim() == rank + 2
         rest = len(emission.batch_shape) - rank
@@ -285,7 +292,7 @@ class HMM(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        return constraints.independent(self.emission.support, 1)
+        return constraints.independent(any_support(self.emission), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> HMM:
         new = copy.copy(self)
@@ -311,13 +318,17 @@ class HMM(TorchDistribution):
         lengths = self.lengths
         if lengths is not None and self._validate_args:
             check_lengths(lengths, steps)
-        return LinearChain(
+        if self._validate_args:
+            check_finite_or_minus_inf(**{"the emission's log probability of y": observation})
+        chain = LinearChain(
             initial.reshape(pad + initial.shape),
             transition.reshape(pad + transition.shape),
             observation,
             lengths if lengths is None else lengths.reshape(pad + lengths.shape),
-            validate_args=self._validate_args,
-        ).expand(torch.broadcast_shapes(observation.shape[:-2], self.batch_shape))
+            validate_args=False,
+        )
+        chain._validate_args = self._validate_args
+        return chain.expand(torch.broadcast_shapes(observation.shape[:-2], self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws ``[*sample, *B, T, *event]``."""
@@ -382,26 +393,26 @@ class HMM(TorchDistribution):
             present = value[~skipped]
             stand_in = present[0] if len(present) else self.emission.sample().flatten(0, -1 - event)[0]
             value = torch.where(skipped.reshape(shape + (1,) * event), stand_in.to(value.dtype), value)
-        result = self._emission_log_prob(value)
+        result = self._emission_log_prob(value, skipped)
         return result if skipped is None else torch.where(skipped.unsqueeze(-1), 0.0, result)
 
-    def _emission_log_prob(self, value: Tensor) -> Tensor:
+    def _emission_log_prob(self, value: Tensor, skipped: Tensor | None) -> Tensor:
         event, rank = len(self.emission.event_shape), len(self.batch_shape)
-        if self._validate_args:
-            good = self.emission.support.check(value)
-            if good.shape == value.shape[: value.dim() - event] and not bool(good.all()):
-                index = first_index(~good)
-                raise ValueError(
-                    f"y has {value[~good][0].tolist()} at index {index}: outside its emission's support"
-                )
-        products = _by_products(self.emission, value) if len(self.emission.batch_shape) == rank + 1 else None
+        still = len(self.emission.batch_shape) == rank + 1
+        # time goes to the front, where any distribution takes it as a sample dimension
+        moved = still and rank > 0
+        each = (value.movedim(value.dim() - event - 1, 0) if moved else value).unsqueeze(-1 - event)
+        good = within_support(self.emission, each) if self._validate_args else None
+        if good is not None:
+            bad = ~good.any(-1)
+            bad = bad.movedim(0, -1) if moved else bad
+            bad = bad if skipped is None else bad & ~skipped
+            refuse_outside(value, bad, event, "its emission's support")
+        products = _by_products(self.emission, value) if still and good is None else None
         if products is not None:
             return products
-        if rank == 0 or len(self.emission.batch_shape) == rank + 2:
-            return self.emission.log_prob(value.unsqueeze(-1 - event))
-        # time goes to the front, where any distribution takes it as a sample dimension
-        first = value.movedim(value.dim() - event - 1, 0).unsqueeze(-1 - event)
-        return self.emission.log_prob(first).movedim(0, -2)
+        result = log_prob_within(self.emission, each, good)
+        return result.movedim(0, -2) if moved else result
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:

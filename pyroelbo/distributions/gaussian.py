@@ -77,6 +77,14 @@ class LinearGaussianChain(TorchDistribution):
         lengths: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        gaussians = {
+            "initial": initial,
+            "transition_noise": transition_noise,
+            "observation_noise": observation_noise,
+        }
+        moments = {name: _moments(name, x) for name, x in gaussians.items()}
+        if lengths is not None and not isinstance(lengths, Tensor):
+            raise ValueError(f"lengths is a {type(lengths).__name__}: it takes a LongTensor [*B]")
         rank = len(initial.batch_shape)
         hidden, observed = initial.event_shape[-1], observation_noise.event_shape[-1]
         known = {} if num_steps is None else {"num_steps": num_steps}
@@ -103,9 +111,7 @@ class LinearGaussianChain(TorchDistribution):
             known[name] = x.shape[rank] + extra
             return x
 
-        drift, noise = _moments("transition_noise", transition_noise)
-        offset, error = _moments("observation_noise", observation_noise)
-        start, spread = _moments("initial", initial)
+        (start, spread), (drift, noise), (offset, error) = moments.values()
         self.parameters = Parameters(
             start,
             spread,
@@ -191,6 +197,10 @@ class LinearGaussianChain(TorchDistribution):
         steps = value.shape[-2]
         if self.num_steps is not None and steps != self.num_steps:
             raise ValueError(f"y has {steps} steps in shape {tuple(value.shape)}: it takes {self.num_steps}")
+        # integers, and data in a lower precision than the parameters', are taken as the parameters are
+        value = value.to(
+            functools.reduce(torch.promote_types, (x.dtype for x in self.parameters), value.dtype)
+        )
         shape = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
         new = self.expand(shape)
         lengths = torch.full(shape, steps, device=value.device) if new.lengths is None else new.lengths
@@ -209,8 +219,8 @@ class LinearGaussianChain(TorchDistribution):
         if not missing.any():
             return new, value, lengths, None
         new.parameters = _without(new.parameters, missing)
-        constant = 0.5 * math.log(2 * math.pi) * missing.sum((-1, -2))
-        return new, torch.where(missing, 0.0, value), lengths, constant.to(value.dtype)
+        constant = 0.5 * math.log(2 * math.pi) * missing.sum((-1, -2), dtype=value.dtype)
+        return new, torch.where(missing, 0.0, value), lengths, constant
 
 
 class GaussianChain(TorchDistribution):
@@ -343,7 +353,7 @@ def _moments(name: str, gaussian: Any) -> tuple[Tensor, Tensor]:
     if isinstance(base, torch.distributions.Normal) and gaussian.event_dim == 1:
         return base.loc, torch.diag_embed(base.scale.square())
     raise ValueError(
-        f"{name} is {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)"
+        f"{name} is a {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)"
     )
 
 

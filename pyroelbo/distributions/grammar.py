@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pyroelbo.distributions._inside import inside, outside
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
+    batch_shape,
     check_finite_or_minus_inf,
     check_integers,
     check_lengths,
@@ -57,6 +58,8 @@ class ParseTree(StructuredDistribution):
     differentiation.
     """
 
+    lengths: Tensor
+
     def __init__(
         self,
         root: Tensor,
@@ -82,12 +85,11 @@ class ParseTree(StructuredDistribution):
                 f"spans {tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
             )
         parts = ParseParts(root, rules, leaves, spans)
-        batch_shape = torch.broadcast_shapes(*(x.shape[:rank] for x in parts))
+        batch = batch_shape(rank, [x.shape[:rank] for x in parts], lengths)
         if lengths is None:
-            lengths = torch.full(batch_shape, words, device=root.device)
-        batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
-        self.lengths = lengths.expand(batch_shape)
-        super().__init__(parts, batch_shape, (words, words), validate_args=validate_args)
+            lengths = torch.full(batch, words, device=root.device)
+        self.lengths = lengths.expand(batch)
+        super().__init__(parts, batch, (words, words), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(root=root, rules=rules, leaves=leaves, spans=spans)
             check_lengths(lengths, words)
@@ -96,11 +98,6 @@ class ParseTree(StructuredDistribution):
     def support(self) -> Any:
         labels = self.potentials[1].shape[-1]
         return constraints.independent(constraints.integer_interval(-1, labels - 1), 2)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ParseTree:
-        new: Any = super().expand(batch_shape)
-        new.lengths = self.lengths.expand(new.batch_shape)
-        return new
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         return _total(parts, self.lengths, semiring)

@@ -13,7 +13,14 @@ from pyro import distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyroelbo.distributions.structured import check_finite_or_minus_inf, first_index
+from pyroelbo.distributions.structured import (
+    any_support,
+    check_finite_or_minus_inf,
+    first_index,
+    log_prob_within,
+    refuse_outside,
+    within_support,
+)
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
@@ -73,7 +80,8 @@ class Mixture(TorchDistribution):
 
     ``logits [*B,M]`` are normalized inside, -inf allowed; ``components`` has batch shape ``[*B,M]``
     (broadcast) and any event shape. ``posterior(y)`` is the Categorical over components, the
-    responsibilities.
+    responsibilities. A component whose own support excludes a value gives it -inf; a value that all exclude is
+    refused.
 
     Cost: O(M) evaluations. Source: Pearson (1894); Dempster, Laird, Rubin (1977).
     """
@@ -99,7 +107,7 @@ class Mixture(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        return self.components.support
+        return any_support(self.components)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Mixture:
         new = copy.copy(self)
@@ -109,7 +117,19 @@ class Mixture(TorchDistribution):
         return new
 
     def _joint(self, y: Tensor) -> Tensor:
-        return self.logits + self.components.log_prob(y.unsqueeze(-1 - self.event_dim))
+        event = self.event_dim
+        if self._validate_args and y.shape[y.dim() - event :] != self.event_shape:
+            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [*B] and {tuple(self.event_shape)}")
+        each = y.unsqueeze(-1 - event)
+        try:
+            return self.logits + log_prob_within(self.components, each, None)
+        except ValueError:  # a component refuses a value that another may take
+            good = within_support(self.components, each)
+            if good is None:
+                raise
+        if self._validate_args:
+            refuse_outside(y, ~good.any(-1), event, "the support of every component")
+        return self.logits + log_prob_within(self.components, each, good)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(y), ``[*sample, *B]``."""
@@ -155,13 +175,14 @@ class Mixture(TorchDistribution):
                 f"expected_statistics takes a mixture of Gaussians with one batch dimension at most, not of "
                 f"{type(self.components).__name__} with batch shape {tuple(self.batch_shape)}"
             )
-        if y.dim() != 2 or not len(y):
-            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [N,D] with N > 0")
+        if y.dim() != 2 or not len(y) or y.shape[1:] != self.event_shape:
+            wanted = tuple(self.event_shape)
+            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [N,D] with N > 0 and D of {wanted}")
         with torch.no_grad():
             evidence, statistics, error = self._by_features(y, *gaussian, hard)
             if not error < 1e-9:
                 evidence, statistics = self._by_component(y, gaussian[1].dim() == gaussian[0].dim(), hard)
-            return evidence.to(y.dtype), statistics
+            return evidence.to(torch.promote_types(y.dtype, self.logits.dtype)), statistics
 
     def _by_features(self, y, mean, precision, log_det, hard):
         """Quadratic forms as inner products with y y', and a bound on what is lost so."""

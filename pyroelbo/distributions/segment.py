@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributions import constraints
 
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
+    batch_shape,
     check_finite_or_minus_inf,
     check_lengths,
 )
@@ -60,7 +60,7 @@ class SemiMarkov(StructuredDistribution):
         validate_args: bool | None = None,
     ) -> None:
         rank = initial.dim() - 1
-        states, steps = initial.shape[-1], observation.shape[-2]
+        states, steps = initial.shape[-1], (0, 0, *observation.shape)[-2]
         if start is None:
             start = torch.zeros((), dtype=observation.dtype, device=observation.device).expand(
                 observation.shape
@@ -70,7 +70,7 @@ class SemiMarkov(StructuredDistribution):
             or duration.shape[rank:-1] != (states,)
             or observation.shape[rank:] != (steps, states)
             or start.shape[rank:] != (steps, states)
-            or 0 in (steps, duration.shape[-1])
+            or 0 in (steps, states, duration.shape[-1])
         ):
             shapes = [tuple(x.shape) for x in (initial, transition, duration, observation, start)]
             raise ValueError(
@@ -78,11 +78,9 @@ class SemiMarkov(StructuredDistribution):
                 "[*B,S,S], [*B,S,D], [*B,T,S], [*B,T,S]".format(*shapes)
             )
         parts = SegmentParts(initial, transition, duration, observation, start)
-        batch_shape = torch.broadcast_shapes(
-            *(x.shape[:rank] for x in parts), *([] if lengths is None else [lengths.shape])
-        )
-        self.lengths = None if lengths is None else lengths.expand(batch_shape)
-        super().__init__(parts, batch_shape, (steps,), validate_args=validate_args)
+        batch = batch_shape(rank, [x.shape[:rank] for x in parts], lengths)
+        self.lengths = None if lengths is None else lengths.expand(batch)
+        super().__init__(parts, batch, (steps,), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(**parts._asdict())
             if lengths is not None:
@@ -95,12 +93,6 @@ class SemiMarkov(StructuredDistribution):
     @property
     def _states(self) -> int:
         return self.potentials[0].shape[-1]
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SemiMarkov:
-        new: Any = super().expand(batch_shape)
-        if self.lengths is not None:
-            new.lengths = self.lengths.expand(new.batch_shape)
-        return new
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         initial, transition, duration, observation, start = parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,17 +12,23 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import register_kl
+from torch.distributions import constraints, register_kl
 
+from pyroelbo.numerics import positive_count
 from pyroelbo.semiring import KBest, Log, Max, Relative, Sample, Semiring
 
 __all__ = [
     "StructuredDistribution",
+    "any_support",
+    "batch_shape",
     "broadcast",
     "check_finite_or_minus_inf",
     "check_integers",
     "check_lengths",
     "first_index",
+    "log_prob_within",
+    "refuse_outside",
+    "within_support",
 ]
 
 
@@ -54,6 +61,71 @@ def check_finite_or_minus_inf(**arguments: Tensor) -> None:
         if bad.any():
             got, index = value[bad][0].item(), first_index(bad)
             raise ValueError(f"{name} has {got} at index {index}: it takes finite numbers and -inf")
+
+
+def batch_shape(rank: int, shapes: Sequence[torch.Size], lengths: Tensor | None) -> torch.Size:
+    """The shape ``*B`` of ``rank`` dimensions that potentials and ``lengths`` broadcast to; refuse others."""
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths is a {type(lengths).__name__}: it takes a LongTensor [*B]")
+    try:
+        shape = broadcast(*shapes, *(() if lengths is None else (lengths.shape,)))
+    except RuntimeError:
+        sizes = {"potentials": [tuple(x) for x in shapes], "lengths": getattr(lengths, "shape", None)}
+        raise ValueError(f"batch shapes do not broadcast: {sizes}") from None
+    if len(shape) != rank:
+        raise ValueError(
+            f"lengths has shape {tuple(shape)}: it takes [*B], and the potentials have {rank} batch dimensions; "
+            "x[None] adds one to each of them"
+        )
+    return shape
+
+
+def within_support(components: Any, value: Tensor) -> Tensor | None:
+    """Which components (the last batch dimension, of size one in ``value``) may have made each value; None for all."""
+    if not value.numel():
+        return None
+    good = components.support.check(value)
+    return None if good.dim() != value.dim() - len(components.event_shape) or bool(good.all()) else good
+
+
+def log_prob_within(components: Any, value: Tensor, good: Tensor | None) -> Tensor:
+    """ln p(value | component), -inf where ``good``, as of ``within_support``, denies it."""
+    event = len(components.event_shape)
+    if not value.numel():  # on which torch's sums over events fail
+        return torch.zeros(
+            broadcast(value.shape[: value.dim() - event], components.batch_shape), device=value.device
+        )
+    if good is None:
+        return components.log_prob(value)
+    with torch.no_grad():
+        stand_in = components.sample().to(value.dtype)
+    safe = torch.where(good.reshape(good.shape + (1,) * event), value, stand_in)
+    return torch.where(good, components.log_prob(safe), -math.inf)
+
+
+def refuse_outside(value: Tensor, bad: Tensor, event: int, where: str) -> None:
+    """ValueError for the first value that ``bad``, which broadcasts against its batch dimensions, marks."""
+    shape = torch.broadcast_shapes(bad.shape, value.shape[: value.dim() - event])
+    bad, value = bad.expand(shape), value.expand(shape + value.shape[value.dim() - event :])
+    if bool(bad.any()):
+        raise ValueError(f"y has {value[bad][0].tolist()} at index {first_index(bad)}: outside {where}")
+
+
+class _AnySupport(constraints.Constraint):
+    def __init__(self, each: Any, event_dim: int) -> None:
+        self.each, self.event_dim, self.is_discrete = each, event_dim, each.is_discrete
+
+    def check(self, value: Tensor) -> Tensor:
+        return self.each.check(value.unsqueeze(-1 - self.event_dim)).any(-1)
+
+
+def any_support(components: Any) -> Any:
+    """The values that some component can make, where supports differ."""
+    base = components.support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    apart = any(isinstance(x, Tensor) and x.dim() for x in vars(base).values())
+    return _AnySupport(components.support, len(components.event_shape)) if apart else components.support
 
 
 def check_integers(name: str, value: Tensor) -> None:
@@ -92,6 +164,7 @@ class StructuredDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False
     free_labels: ClassVar[bool] = False  # whether every combination of labels is a structure
+    lengths: Tensor | None = None  # ``[*B]``, of structures within a larger event
 
     def __init__(
         self,
@@ -135,10 +208,7 @@ class StructuredDistribution(TorchDistribution):
         """The expected use of each part, in the potentials' shapes with full batch: the gradient of ln Z."""
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials)):
             return self._marginals()
-        # a potential that needs no gradient still has marginals
-        parts = self._like(
-            x if x.requires_grad else x.detach().requires_grad_() for x in self._full(self.potentials)
-        )
+        parts = self._tracked()
         return self._gradient(self._log_partition(parts), parts, create_graph=True)
 
     def expected_parts(self, *, hard: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -151,8 +221,11 @@ class StructuredDistribution(TorchDistribution):
         if hard:
             with torch.no_grad():
                 z = self.mode
-                used = zip(self.to_parts(z), self.potentials, strict=True)
-                return self.score(z), self._like(n.sum_to_size(x.shape) for n, x in used)
+                score = self.score(z)
+                # an impossible datum counts nothing
+                used = (torch.where(_beside(score > -math.inf, n), n, 0.0) for n in self.to_parts(z))
+                pairs = zip(used, self.potentials, strict=True)
+                return score, self._like(n.sum_to_size(x.shape) for n, x in pairs)
         with torch.enable_grad():
             leaves = self._like(x.detach().requires_grad_() for x in self.potentials)
             value = self._log_partition(leaves)
@@ -167,17 +240,17 @@ class StructuredDistribution(TorchDistribution):
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` most probable structures, ``[k, *B, *event]``, and their log probabilities ``[k, *B]``.
 
-        Where there are fewer, the log probability is -inf and the labels mean nothing. Cost: k backward
-        passes.
+        Where there are fewer, the log probability is -inf and the labels mean nothing. The log probabilities
+        are differentiable. Cost: k backward passes.
         """
-        semiring = KBest(k)
+        semiring = KBest(positive_count("k", k, "integer"))
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials)
         with torch.enable_grad():
-            parts = self._leaves()
+            parts = self._tracked() if tracked else self._leaves()
             scores = self._forward(self._lift(parts, semiring), semiring)
             rows = [self._gradient(s, parts, retain_graph=True) for s in scores]
         z = torch.stack([self.from_parts(row) for row in rows])
-        with torch.no_grad():
-            return z, _minus_inf_aware(scores.detach(), self.log_partition)
+        return z, _minus_inf_aware(scores if tracked else scores.detach(), self.log_partition)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Exact draws, LongTensor ``[*sample, *B, *event]``."""
@@ -190,6 +263,12 @@ class StructuredDistribution(TorchDistribution):
         with torch.no_grad():
             return self._draw(torch.Size(sample_shape))
 
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Refused: structures are summed inside, by ``log_partition``, not listed."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has too many values to enumerate: sample it, or sum it out by its log_partition"
+        )
+
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(z), ``[*sample, *B]``; -inf for a structure of weight zero."""
         if self._validate_args:
@@ -200,7 +279,8 @@ class StructuredDistribution(TorchDistribution):
                 raise ValueError(
                     f"z has {value[bad][0].item()} at index {first_index(bad)}: it takes integers from {low} to {high}"
                 )
-            self._validate_sample(value)
+            if value.numel():  # torch's check of no numbers fails
+                self._validate_sample(value)
         return _minus_inf_aware(self.score(value.long()), self.log_partition)
 
     def score(self, value: Tensor) -> Tensor:
@@ -213,12 +293,11 @@ class StructuredDistribution(TorchDistribution):
         return total
 
     def entropy(self) -> Tensor:
-        """H(p) = -E ln p(z), ``[*B]``."""
-        semiring = Relative(-1.0, 0.0)
-        return self._answer(self._lift(self.potentials, semiring), semiring)
+        """H(p) = -E ln p(z), ``[*B]``; arithmetic is in float64, as in ``cross_entropy`` and ``kl_divergence``."""
+        return self._relative(self.potentials, None, Relative(-1.0, 0.0))
 
     def cross_entropy(self, other: StructuredDistribution) -> Tensor:
-        """-E_p ln q(z), ``[*B]``, q being ``other``, of the same structure; +inf where q lacks a z of p."""
+        """-E_p ln q(z), ``[*B]``, q being ``other``, over the same structures; +inf where q lacks a z of p."""
         return self._versus(other, Relative(0.0, -1.0))
 
     def kl_divergence(self, other: StructuredDistribution) -> Tensor:
@@ -232,6 +311,8 @@ class StructuredDistribution(TorchDistribution):
         new._cache = {k: v.expand(new._batch_shape) for k, v in self._cache.items()}
         pad = len(new._batch_shape) - len(self._batch_shape)
         new.potentials = self._like(x.reshape((1,) * pad + x.shape) for x in self.potentials)
+        if self.lengths is not None:
+            new.lengths = self.lengths.expand(new._batch_shape)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -241,7 +322,9 @@ class StructuredDistribution(TorchDistribution):
     # ---- what a fast subclass replaces
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
-        return self._answer(self._lift(parts, Log()), Log())
+        value = self._answer(self._lift(parts, Log()), Log())
+        # where no structure has weight, none of its parts has: a sum over independent pieces knows only its own
+        return torch.where(value == -math.inf, -math.inf, value)
 
     def _marginals(self) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -268,6 +351,11 @@ class StructuredDistribution(TorchDistribution):
         parts = self._full(self.potentials, sample_shape)
         return self._like(x.detach().requires_grad_() for x in parts)
 
+    def _tracked(self) -> tuple[Tensor, ...]:
+        """Parts to take a gradient by that is itself differentiable; one that needs none of its own has it too."""
+        full = self._full(self.potentials)
+        return self._like(x if x.requires_grad else x.detach().requires_grad_() for x in full)
+
     def _lift(self, parts: tuple[Tensor, ...], semiring: Semiring) -> tuple[Tensor, ...]:
         return self._like(semiring.lift(x) for x in parts)
 
@@ -285,16 +373,58 @@ class StructuredDistribution(TorchDistribution):
             used = self._gradient(self._forward(self._lift(parts, semiring), semiring), parts)
         return self.from_parts(used)
 
+    def _frame(self) -> dict[str, Tensor]:
+        """What says which structures there are, by the argument's name."""
+        if self.lengths is not None:
+            return {"lengths": self.lengths}
+        device = self.potentials[0].device
+        return {"lengths": torch.full(self.batch_shape, self.event_shape[0], device=device)}
+
     def _versus(self, other: StructuredDistribution, semiring: Relative) -> Tensor:
         if type(self) is not type(other) or self.event_shape != other.event_shape:
             raise ValueError(
                 f"other is a {type(other).__name__} of event shape {tuple(other.event_shape)}: "
                 f"it takes a {type(self).__name__} of event shape {tuple(self.event_shape)}"
             )
-        batch = torch.broadcast_shapes(self.batch_shape, other.batch_shape)
-        p, q = self.expand(batch), other.expand(batch)
-        pairs = zip(p._full(p.potentials), q._full(q.potentials), strict=True)
-        return p._answer(p._like(semiring.lift(x, y) for x, y in pairs), semiring)
+        names = getattr(self.potentials, "_fields", range(len(self.potentials)))
+        for name, x, y in zip(names, self.potentials, other.potentials, strict=True):
+            wanted, got = (tuple(a.shape[len(d.batch_shape) :]) for a, d in ((x, self), (y, other)))
+            if wanted != got:
+                raise ValueError(
+                    f"other has {name} of shape {got} after its batch dimensions: it takes {wanted}, as here; "
+                    "what all steps share is made one for each by expand"
+                )
+        p, q = (d.expand(torch.broadcast_shapes(self.batch_shape, other.batch_shape)) for d in (self, other))
+        if self._validate_args:
+            mine, theirs = p._frame(), q._frame()
+            for name, x in mine.items():
+                y = theirs[name]
+                if x.shape != y.shape:
+                    raise ValueError(
+                        f"other has {name} of shape {tuple(y.shape)}: it takes {tuple(x.shape)}, as here"
+                    )
+                if not torch.equal(x, y):
+                    bad = x != y
+                    raise ValueError(
+                        f"other has {name} {y[bad][0].item()} at index {first_index(bad)}: it takes {x[bad][0].item()}, "
+                        "as here, for the same structures"
+                    )
+        return p._relative(p._full(p.potentials), q._full(q.potentials), semiring)
+
+    def _relative(
+        self, parts: tuple[Tensor, ...], others: tuple[Tensor, ...] | None, semiring: Relative
+    ) -> Tensor:
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (*parts, *(others or ()))))
+        # an error in each share adds up with one sign over a long chain
+        wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
+        pairs = zip(parts, others or (None,) * len(parts), strict=True)
+        lifted = self._like(semiring.lift(x.to(wide), y if y is None else y.to(wide)) for x, y in pairs)
+        return self._answer(lifted, semiring).to(dtype)
+
+
+def _beside(batch: Tensor, x: Tensor) -> Tensor:
+    """``batch [*B]`` with dimensions of one for the rest of ``x``."""
+    return batch.reshape(batch.shape + (1,) * (x.dim() - batch.dim()))
 
 
 def _minus_inf_aware(score: Tensor, log_partition: Tensor) -> Tensor:

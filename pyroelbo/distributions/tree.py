@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.structured import StructuredDistribution, check_finite_or_minus_inf
+from pyroelbo.distributions.structured import (
+    StructuredDistribution,
+    batch_shape,
+    check_finite_or_minus_inf,
+    check_integers,
+)
 from pyroelbo.semiring import Semiring
 
 __all__ = ["TreeCRF", "TreeParts"]
@@ -40,10 +45,11 @@ class TreeCRF(StructuredDistribution):
         self, parents: Tensor, node: Tensor, edge: Tensor, validate_args: bool | None = None
     ) -> None:
         rank = node.dim() - 2
-        nodes, states = node.shape[-2:]
+        nodes, states = (0, 0, *node.shape)[-2:]
         self.homogeneous = edge.dim() == rank + 2
         if (
             rank < 0
+            or 0 in (nodes, states)
             or parents.shape != (nodes,)
             or edge.shape[rank:] != ((states, states) if self.homogeneous else (nodes, states, states))
         ):
@@ -51,16 +57,20 @@ class TreeCRF(StructuredDistribution):
                 f"got parents {tuple(parents.shape)}, node {tuple(node.shape)}, edge {tuple(edge.shape)}: "
                 "they take [N], [*B,N,S], and [*B,S,S] or [*B,N,S,S]"
             )
+        check_integers("parents", parents)
         self.parents = parents
         self._levels = _levels(parents.tolist())
-        batch_shape = torch.broadcast_shapes(node.shape[:rank], edge.shape[:rank])
-        super().__init__(TreeParts(node, edge), batch_shape, (nodes,), validate_args=validate_args)
+        batch = batch_shape(rank, (node.shape[:rank], edge.shape[:rank]), None)
+        super().__init__(TreeParts(node, edge), batch, (nodes,), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(node=node, edge=edge)
 
     @property
     def support(self) -> Any:
         return constraints.independent(constraints.integer_interval(0, self.potentials[0].shape[-1] - 1), 1)
+
+    def _frame(self) -> dict[str, Tensor]:
+        return {**super()._frame(), "parents": self.parents}
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
         node, edge = parts

@@ -120,6 +120,22 @@ class StructuredContract:
             for labels, (_, w) in zip(found, best, strict=True):
                 assert one.log_prob[labels] == pytest.approx(w, abs=1e-10)
 
+    def test_topk_is_differentiable(self, q):
+        z, log_prob = q.topk(3)
+        found = log_prob > -math.inf
+        options = {"allow_unused": True, "materialize_grads": True}
+        ours = torch.autograd.grad(log_prob[found].sum(), leaves(q), retain_graph=True, **options)
+        z = torch.where(found.reshape(found.shape + (1,) * len(q.event_shape)), z, q.mode)
+        theirs = q.log_prob(z)[found].sum()
+        torch.testing.assert_close(
+            ours, torch.autograd.grad(theirs, leaves(q), **options), rtol=0, atol=1e-10
+        )
+        with torch.no_grad():
+            assert not q.topk(1)[1].requires_grad
+        for k in (0, -1, 2.0):
+            with pytest.raises(ValueError, match=f"k takes a positive integer, got {k}"):
+                q.topk(k)
+
     def test_entropy(self, q):
         expected = torch.tensor([one.entropy() for one in self.lists(q)])
         torch.testing.assert_close(q.entropy(), expected, rtol=0, atol=1e-10)
@@ -197,8 +213,25 @@ class StructuredContract:
         for part, before in zip(hard.marginals, q.marginals, strict=True):
             assert not part[0].any()
             torch.testing.assert_close(part[1:], before[1:], rtol=0, atol=1e-12)
+        assert hard.entropy()[0] == 0
+        _, expected = q.expected_parts(hard=True)
+        for part, before, x in zip(hard.expected_parts(hard=True)[1], expected, q.potentials, strict=True):
+            if len(x) > 1 and len(part) > 1:
+                assert not part[0].any()
+                assert torch.equal(part[1:], before[1:])
         with pytest.raises(ValueError, match=r"no structure has positive probability at batch index \(0,\)"):
             hard.sample()
+
+    def test_an_empty_batch(self, q):
+        if q.lengths is not None:
+            return
+        none = self.construct(
+            q, q._like(x.detach().expand(q.batch_shape + x.shape[1:])[:0] for x in q.potentials)
+        )
+        assert none.log_partition.shape == none.entropy().shape == none.log_prob(none.mode).shape == (0,)
+        assert none.kl_divergence(none).shape == (0,)
+        assert none.sample((2,)).shape == none.topk(2)[0].shape == (2, 0, *q.event_shape)
+        assert [len(x) for x in none.marginals] == [0] * len(q.potentials)
 
     def test_expand_and_mask(self, q):
         big = q.expand((3, *q.batch_shape))

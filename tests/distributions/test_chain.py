@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pyro
@@ -7,7 +8,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyroelbo.distributions._recursions as recursions
-from pyroelbo.distributions import HMM, LinearChain, SemiMarkov
+from pyroelbo.distributions import CTC, HMM, Alignment, LinearChain, ParseTree, SemiMarkov, TreeCRF
 from tests.distributions.structured_contract import StructuredContract
 from tests.oracles import Listing, chains, log_sum_exp, segmentations
 
@@ -381,6 +382,207 @@ def test_tiny_sums_one_after_another_keep_their_digits():
     assert got.item() == pytest.approx(right, rel=1e-13)
 
 
+def test_third_derivatives_by_enumeration():
+    """Of ln Z by an observation and a transition that is computed from it."""
+    observation = randn(0, 3, 2)
+    paths = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    at = torch.nn.functional.one_hot(paths, 2).double()
+
+    def by_chain(x):
+        return LinearChain(x[0], x[1:].sin(), x).marginals.observation
+
+    def by_listing(x):
+        score = x[0][paths[:, 0]] + sum(x[t][paths[:, t]] for t in range(3))
+        score = score + sum(x[1:].sin()[paths[:, t], paths[:, t + 1]] for t in range(2))
+        return torch.einsum("n,nts->ts", score.softmax(0), at)
+
+    weight = torch.arange(6.0).view(3, 2)
+    found = []
+    for marginals in (by_chain, by_listing):
+        (first,) = torch.autograd.grad((marginals(observation)[1] ** 2).sum(), observation, create_graph=True)
+        (second,) = torch.autograd.grad((first * weight).sum(), observation, create_graph=True)
+        found.append((first, second, *torch.autograd.grad((second * weight).sum(), observation)))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def long_pair(kind, shift=0.0):
+    """A long structure in float64 with float32 numbers, and how to make it again of others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return (4 * torch.randn(shape, generator=generator)).float().double()
+
+    steps = 200
+    if kind == "chain":
+        return [draw(1, 4), draw(1, 4, 4), draw(1, steps, 4)], LinearChain
+    if kind == "segments":
+        return [draw(1, 3), draw(1, 3, 3), draw(1, 3, 2), draw(1, steps, 3), draw(1, steps, 3)], SemiMarkov
+    target = torch.randint(1, 5, (1, 60), generator=generator)
+    return [draw(1, steps, 5)], lambda x: Alignment(x, target)
+
+
+@pytest.mark.parametrize("kind", ["chain", "segments", "alignment"])
+def test_entropy_and_divergence_of_long_structures_in_single_precision(kind):
+    """Against ln Z and marginals in float64: H = ln Z - Σ marginal · potential, and KL likewise."""
+    parts, make = long_pair(kind)
+    generator = torch.Generator().manual_seed(1)
+    near = [(x + 0.01 * torch.randn(x.shape, generator=generator)).float().double() for x in parts]
+    p, q = make(*parts), make(*near)
+    expected = p.marginals
+    entropy = p.log_partition - sum((m * x).sum() for m, x in zip(expected, parts, strict=True))
+    divergence = q.log_partition - p.log_partition
+    divergence = divergence + sum((m * (x - y)).sum() for m, x, y in zip(expected, parts, near, strict=True))
+    p32, q32 = make(*(x.float() for x in parts)), make(*(x.float() for x in near))
+    assert p32.entropy().dtype == torch.float32
+    assert p32.entropy().item() == pytest.approx(entropy.item(), rel=1e-6)
+    assert p32.kl_divergence(q32).item() == pytest.approx(divergence.item(), rel=1e-6)
+    assert p32.cross_entropy(q32).item() == pytest.approx((entropy + divergence).item(), rel=1e-6)
+    assert p32.kl_divergence(make(*(x.float() for x in parts))).abs().item() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["chain", "tree", "segments"])
+def test_divergence_from_what_has_a_dead_end(kind):
+    """The other forbids a step that leads nowhere here: value and gradient by listing the four paths."""
+    never = -math.inf
+    start, closed = randn(0, 1, 2), torch.tensor([[0.0, 0.0], [0.0, never]])
+    move = randn(1, 1, 2, 2)
+    away = torch.tensor([[0.0, never], [0.0, 0.0]])
+    none = torch.zeros(1, 2)
+
+    def make(first, steps, nodes):
+        if kind == "chain":
+            return LinearChain(first, steps, nodes)
+        if kind == "segments":
+            return SemiMarkov(first, steps, torch.zeros(1, 2, 1), nodes)
+        return TreeCRF(torch.tensor([-1, 0]), nodes + torch.stack([first, none], 1), steps)
+
+    p, q = make(start, move, closed[None]), make(none, away[None] + move.detach(), torch.zeros(1, 2, 2))
+
+    def listed(first, steps, nodes):
+        return (first[0][:, None] + steps[0] + nodes[0][:, None] + nodes[1]).flatten()
+
+    kept = [0, 2]
+    log_p = listed(start, move, closed)[kept].log_softmax(0)
+    log_q = listed(none, away[None] + move.detach(), torch.zeros(2, 2))
+    right = (log_p.exp() * (log_p - (log_q[kept] - log_q.logsumexp(0)))).sum()
+    got = p.kl_divergence(q)[0]
+    torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (start, move)), torch.autograd.grad(right, (start, move)), rtol=0, atol=1e-12
+    )
+
+
+def test_divergence_of_what_has_no_structures_in_common_is_refused():
+    parts = torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 4, 3)
+    chain, alignment = LinearChain(*parts), CTC(torch.zeros(2, 5, 4))
+    leaves = torch.zeros(2, 2), torch.zeros(2, 2, 5, 5), torch.zeros(2, 4, 3)
+    node, edge = torch.zeros(1, 3, 2), torch.zeros(1, 2, 2)
+    short, target = torch.tensor([4, 2]), torch.tensor([[1, 2], [1, 3]])
+    every = torch.zeros(2, 3, 3, 3)
+    for p, q, message in (
+        (chain, LinearChain(*parts, short), r"other has lengths 2 at index \(1,\): it takes 4"),
+        (LinearChain(*parts, short), chain, r"other has lengths 4 at index \(1,\): it takes 2"),
+        (
+            ParseTree(*leaves),
+            ParseTree(*leaves, lengths=short),
+            r"other has lengths 2 at index \(1,\): it takes 4",
+        ),
+        (
+            TreeCRF(torch.tensor([-1, 0, 0]), node, edge),
+            TreeCRF(torch.tensor([-1, 0, 1]), node, edge),
+            r"other has parents 1 at index \(2,\): it takes 0",
+        ),
+        (alignment.posterior(target), alignment.posterior(target.flip(0)), "other has target 3 at index"),
+        (
+            alignment.posterior(target),
+            alignment.posterior(target[:, :1]),
+            r"other has target of shape \(2, 1\)",
+        ),
+        (
+            alignment.posterior(target),
+            CTC(torch.zeros(2, 5, 4), blank=3).posterior(target.clamp(max=2)[:1].expand(2, 2)),
+            "other has target 2|other has blank 3",
+        ),
+        (
+            chain,
+            LinearChain(*(x[..., :2] for x in (parts[0], parts[1][:, :2], parts[2]))),
+            r"other has initial of shape",
+        ),
+        (
+            chain,
+            LinearChain(parts[0], every, parts[2]),
+            r"other has transition of shape \(3, 3, 3\) .* takes \(3, 3\)",
+        ),
+    ):
+        for ask in (p.kl_divergence, p.cross_entropy):
+            with pytest.raises(ValueError, match=message):
+                ask(q)
+    torch.testing.assert_close(chain.kl_divergence(LinearChain(*parts, torch.tensor([4, 4]))), torch.zeros(2))
+    padded = torch.nn.functional.pad(target, (0, 2), value=-1)
+    same = alignment.posterior(target).kl_divergence(alignment.posterior(padded))
+    torch.testing.assert_close(same, torch.zeros(2))
+
+
+APART = {
+    "uniform": (dist.Uniform, [0.0, 0.5], [1.0, 2.0], [0.7, 0.2, 1.5]),
+    "binomial": (dist.Binomial, [3.0, 10.0], [0.5, 0.2], [2.0, 8.0]),
+    "pareto": (dist.Pareto, [1.0, 2.0], [1.0, 3.0], [5.0, 1.5, 3.0]),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (3,)])
+@pytest.mark.parametrize("kind", APART)
+def test_states_with_supports_of_their_own(kind, batch):
+    """A value is impossible in a state whose support excludes it, and refused where all do; by listing paths."""
+    make, first, second, y = APART[kind]
+    a, b, y = (
+        torch.tensor(x).requires_grad_(not n) for n, x in zip((0, 0, 1), (first, second, y), strict=True)
+    )
+    b = b.detach() if kind == "uniform" else b
+    emission = make(
+        a.detach().expand(*batch, 2) if kind == "binomial" else a.expand(*batch, 2), b.expand(*batch, 2)
+    )
+    d = HMM(randn(0, *batch, 2), randn(1, *batch, 2, 2), emission, num_steps=len(y))
+    evidence = d.log_prob(y)
+    inside = {
+        "uniform": lambda s, v: first[s] <= v < second[s],
+        "binomial": lambda s, v: v <= first[s],
+        "pareto": lambda s, v: v >= first[s],
+    }[kind]
+    alone = [
+        make(torch.tensor(m), torch.tensor(n), validate_args=False)
+        for m, n in zip(first, second, strict=True)
+    ]
+    seen = [[alone[s].log_prob(v).item() if inside(s, v) else -math.inf for s in (0, 1)] for v in y]
+    assert any(-math.inf in row for row in seen)
+    for at in itertools.product(*map(range, batch)):
+        initial, transition = (x[at].log_softmax(-1).tolist() for x in (d.initial, d.transition))
+        right = Listing(chains(initial, transition, seen)).log_partition
+        assert evidence[at].item() == pytest.approx(right, abs=1e-12)
+    (gradient,) = torch.autograd.grad(evidence.sum(), a if kind == "uniform" else b)
+    assert gradient.isfinite().all() and gradient.any()
+    assert d.log_prob(d.sample((5,))).isfinite().all()
+    if not batch:
+        assert d.support.check(y)
+        assert not d.support.check(y - 9)
+    y = y.detach().clone()
+    y[1] = -7.0
+    with pytest.raises(
+        ValueError, match=r"y has -7.0 at index \((0, )?1,?\): outside its emission's support"
+    ):
+        d.log_prob(y)
+    y[1] = math.nan
+    assert d.log_prob(y).isfinite().all()
+
+
+def test_a_missing_step_is_in_no_support():
+    """What stands in for it may be outside the support that its own step has."""
+    emission = dist.Binomial(torch.tensor([[9.0, 9.0], [2.0, 1.0]]), 0.5)
+    d = HMM(torch.zeros(2), torch.zeros(2, 2), emission)
+    right = dist.Binomial(9.0, 0.5).log_prob(torch.tensor(8.0))
+    torch.testing.assert_close(d.log_prob(torch.tensor([8.0, math.nan])), right)
+
+
 # ---- at Pyro sites
 
 
@@ -490,6 +692,58 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
             ),
             r"z has 3 at index \(2,\): it takes integers from 0 to 2",
         ),
+        (lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3)), "got initial"),
+        (lambda: LinearChain(torch.zeros(1, 0), torch.zeros(1, 0, 0), torch.zeros(1, 5, 0)), "got initial"),
+        (
+            lambda: LinearChain(torch.zeros(4, 17), torch.zeros(17, 17), torch.zeros(4, 5, 17)),
+            r"of size 1 for what the batch shares, as transition\[None\]",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(5, 3), torch.tensor([5, 3])),
+            r"lengths has shape \(2,\): .* potentials have 0 batch dimensions; x\[None\] adds one",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(1, 3), torch.zeros(1, 3, 3), torch.zeros(1, 5, 3), [2]),
+            r"lengths is a list: it takes a LongTensor",
+        ),
+        (
+            lambda: LinearChain(
+                torch.zeros(2, 3), torch.zeros(1, 3, 3), torch.zeros(1, 5, 3), torch.ones(3).long()
+            ),
+            "batch shapes do not broadcast",
+        ),
+        (
+            lambda: SemiMarkov(
+                torch.zeros(3),
+                torch.zeros(3, 3),
+                torch.zeros(3, 4),
+                torch.zeros(4, 3),
+                lengths=torch.ones(2).long(),
+            ),
+            r"lengths has shape \(2,\)",
+        ),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(2, 2), torch.zeros(2)),
+            "emission is a Tensor: it takes a distribution",
+        ),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0), lengths=[3]),
+            "lengths is a list",
+        ),
+        (
+            lambda: HMM(
+                torch.zeros(2),
+                torch.zeros(2, 2),
+                dist.Bernoulli(logits=torch.tensor([0.0, math.inf]), validate_args=False),
+            ).log_prob(torch.tensor([0.0, 1.0])),
+            r"emission's log probability of y has nan at index \(1, 1\)",
+        ),
+        (
+            lambda: CTC(torch.zeros(2, 5, 4)).log_prob(torch.ones(3, 1).long()),
+            r"y has shape \(3, 1\): it takes \[\*B,L\] with \*B = \(2,\)",
+        ),
+        (lambda: TreeCRF(torch.tensor([-1.0]), torch.zeros(1, 3), torch.zeros(3, 3)), "parents is of dtype"),
+        (lambda: TreeCRF(torch.zeros(0).long(), torch.zeros(0, 3), torch.zeros(3, 3)), "got parents"),
         (
             lambda: SemiMarkov(torch.zeros(3), torch.zeros(3, 3), torch.zeros(2, 4), torch.zeros(4, 3)),
             "got initial",
@@ -499,6 +753,12 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_chain_is_not_enumerated():
+    q = LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4, 3))
+    with pytest.raises(NotImplementedError, match="LinearChain has too many values to enumerate"):
+        q.enumerate_support()
 
 
 def test_checks_are_off_when_validation_is():

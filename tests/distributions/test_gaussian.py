@@ -392,3 +392,35 @@ def test_other_noise_is_refused():
         gaussian._moments("initial", dist.Gamma(1.0, 1.0))
     with pytest.raises(ValueError, match="num_steps is None"):
         chain(parts).sample()
+
+
+def test_data_of_another_kind_are_taken_as_the_parameters_are():
+    """One dimension and two steps: y is a Gaussian vector, its density known."""
+    one = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    d = LinearGaussianChain(one, torch.eye(1), one, torch.eye(1), one)
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    for y in (torch.tensor([1, 2]), torch.tensor([1.0, 2.0], dtype=torch.float32)):
+        right = dist.MultivariateNormal(torch.zeros(2), covariance).log_prob(y.double())
+        found = d.log_prob(y[:, None])
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+        assert d.posterior(y[:, None]).mean.dtype == torch.float64
+
+
+def test_what_is_missing_adds_nothing_to_the_last_digit():
+    one = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    d = LinearGaussianChain(one, torch.eye(1), one, torch.eye(1), one)
+    torch.set_default_dtype(torch.float32)
+    try:
+        value = d.log_prob(torch.full((6, 1), math.nan, dtype=torch.float64))
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert abs(value.item()) < 1e-13
+
+
+def test_bad_parts_are_named():
+    one, flat = dist.Normal(torch.zeros(1), 1.0).to_event(1), dist.Normal(torch.zeros(1), 1.0)
+    with pytest.raises(ValueError, match=r"initial is a Normal: it takes a MultivariateNormal or Normal"):
+        LinearGaussianChain(flat, torch.eye(1), one, torch.eye(1), one)
+    with pytest.raises(ValueError, match="lengths is a list"):
+        LinearGaussianChain(one, torch.eye(1), one, torch.eye(1), one, lengths=[2])

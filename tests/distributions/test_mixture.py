@@ -234,3 +234,50 @@ NORMALS = dist.Normal(torch.zeros(2), 1.0)
 def test_bad_input_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "binomial"])
+def test_components_with_supports_of_their_own(kind):
+    if kind == "uniform":
+        low, high = torch.tensor([0.0, 5.0, 0.5]), torch.tensor([1.0, 6.0, 5.5])
+        components, y = dist.Uniform(low, high), torch.tensor([0.2, 5.2, 0.7, 5.9])
+        seen = ((y[:, None] >= low) & (y[:, None] < high)) / (high - low)
+    else:
+        count, p = torch.tensor([3.0, 10.0]), torch.tensor([0.5, 0.2])
+        components, y = dist.Binomial(count, p), torch.tensor([8.0, 2.0])
+        seen = torch.tensor(
+            [
+                [math.comb(int(n), int(v)) * q**v * (1 - q) ** (n - v) for n, q in zip(count, p, strict=True)]
+                for v in y
+            ]
+        )
+    d = Mixture(torch.zeros(len(components.mean)), components)
+    torch.testing.assert_close(d.log_prob(y), seen.mean(-1).log(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(d.posterior(y).probs, seen / seen.sum(-1, keepdim=True), rtol=0, atol=1e-12)
+    assert d.log_prob(d.sample((50,))).isfinite().all()
+    assert d.support.check(y).all() and not d.support.check(y - 20).any()
+    y[1] = -3.0
+    with pytest.raises(
+        ValueError, match=r"y has -3.0 at index \(1,\): outside the support of every component"
+    ):
+        d.log_prob(y)
+
+
+def test_bad_and_empty_data():
+    d = Mixture(torch.zeros(3), dist.Normal(torch.randn(3, 2), 1.0).to_event(1))
+    assert d.log_prob(torch.zeros(0, 2)).shape == d.posterior(torch.zeros(0, 2)).batch_shape == (0,)
+    with pytest.raises(ValueError, match=r"y has \[0.0, nan\] at index \(1,\)"):
+        d.log_prob(torch.tensor([[0.0, 0.0], [0.0, math.nan]]))
+    for width in (1, 3):
+        with pytest.raises(ValueError, match=rf"y has shape \(5, {width}\): it takes"):
+            d.expected_statistics(torch.zeros(5, width))
+        with pytest.raises(ValueError, match=rf"y has shape \(5, {width}\): it takes"):
+            d.log_prob(torch.zeros(5, width))
+
+
+def test_integers_are_numbers():
+    d, y = (
+        Mixture(torch.zeros(3), dist.Normal(torch.randn(3, 2), 1.0).to_event(1)),
+        torch.tensor([[1, 2], [-3, 0]]),
+    )
+    torch.testing.assert_close(d.expected_statistics(y)[0], d.log_prob(y.double()))

@@ -113,3 +113,26 @@ def test_deep_and_wide_trees():
         assert q.log_partition.isfinite()
         torch.testing.assert_close(q.marginals.node.sum(-1), torch.ones(nodes))
         assert math.isfinite(q.log_prob(q.sample()))
+
+
+def test_a_forest_with_an_impossible_tree_has_no_parts():
+    """Its other trees know nothing of it; the second datum is as if alone."""
+    parents, edge = torch.tensor([-1, 0, -1, 2]), randn(1, 1, 2, 2)
+    node = randn(0, 2, 4, 2).detach().clone()
+    node[0, 3] = -math.inf
+    node.requires_grad_()
+    q = TreeCRF(parents, node, edge)
+    alone = TreeCRF(parents, node[1:].detach(), edge.detach())
+    gradient = torch.autograd.grad(q.log_partition[0], (node, edge), retain_graph=True)
+    assert not any(g.any() for g in gradient)
+    assert not any(part[0].any() for part in q.marginals)
+    for hard in (False, True):
+        torch.testing.assert_close(
+            q.expected_parts(hard=hard)[1].edge, alone.expected_parts(hard=hard)[1].edge
+        )
+    assert q.entropy()[0] == 0
+
+
+def test_nan_stays_nan_where_nobody_checks():
+    q = TreeCRF(torch.tensor([-1, 0]), torch.full((2, 3), math.nan), torch.zeros(3, 3), validate_args=False)
+    assert q.log_partition.isnan()
