@@ -123,7 +123,7 @@ def multiply(kind, height, rows, count, x, at, across, along, y, place, panel, c
     """
 
 
-@overload(multiply, prefer_literal=True, jit_options={"fastmath": _ORDER})
+@overload(multiply, prefer_literal=True, jit_options={"fastmath": _ORDER, "forceinline": True})
 def _(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
     how, tall = kind.literal_value, height.literal_value
 

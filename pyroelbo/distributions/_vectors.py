@@ -264,7 +264,7 @@ def tile(
                     combine = _larger_sum if best else _multiply_add
                     builder.store(combine(builder, factor, given[v], builder.load(total)), total)
 
-        full = builder.sdiv(count, ir.Constant(count.type, ways))
+        full = builder.lshr(count, ir.Constant(count.type, ways.bit_length() - 1))
         with cgutils.for_range(builder, full) as loop:
             for u in range(ways):
                 extend(
