@@ -287,8 +287,8 @@ class IWAE_ELBO(Trace_ELBO, Annealed):
     cannot follow; the guide's own gradient loses against its noise as K grows (Rainforth et al., 2018), so take few
     draws, or take it for a last phase.
 
-    Raises ValueError, naming the site, for latents that are not reparametrized, sites outside the data plate, and
-    scales other than the plate's own, which would enter the weights. Cost: K evaluations a datum.
+    Raises ValueError, naming the site, for latents that are not reparametrized or that the guide lacks, sites outside
+    the data plate, and scales other than the plate's own, which would enter the weights. Cost: K evaluations a datum.
 
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
     """
@@ -311,9 +311,13 @@ class IWAE_ELBO(Trace_ELBO, Annealed):
             frame = data_frame(site, "model")
             outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
             log_p = self._per_datum(site, frame, outer, "model")
-            if name not in guide_trace.nodes or site["is_observed"]:
+            if site["is_observed"]:
                 log_w = log_w + log_p
                 continue
+            if name not in guide_trace.nodes:
+                raise ValueError(
+                    f"model site {name!r} is missing in the guide: its draws would have no weight"
+                )
             drawn = guide_trace.nodes[name]
             if not drawn["fn"].has_rsample:
                 raise ValueError(

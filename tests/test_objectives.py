@@ -260,6 +260,8 @@ def test_iwae_refuses_what_is_no_weight():
 
     with pytest.raises(ValueError, match="outside the plate"):
         objective.differentiable_loss(loose, guide, y)
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="'z' is missing in the guide"):
+        objective.differentiable_loss(Shifted().model, lambda y: None, y)
 
 
 def test_fit_takes_the_number_of_particles_into_the_bound():
