@@ -135,7 +135,9 @@ class PixelCNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"shape takes (height, width), got {tuple(shape)}")
+            raise ValueError(
+                f"shape takes (height, width) of images, got {tuple(shape)}: sequences take network='transformer'"
+            )
         positive_count("width", channels, "number of channels")
         positive_count("layers", layers, "number of layers")  # with none a pixel would see itself
         self.symbols, self.shape, self.channels = symbols, tuple(shape), channels

@@ -341,8 +341,8 @@ def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (
-        f"ELBO = reconstruction {terms.log_model['y'].mean():.3f} minus the layers' rates E[ln q - ln p], nats per datum: "
-        + ", ".join(told)
+        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction {terms.log_model['y'].mean():.3f} minus "
+        "the rates E[ln q - ln p] of " + ", ".join(told)
     )
 
 

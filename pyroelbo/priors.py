@@ -140,7 +140,7 @@ class VampPrior(Prior):
             )
         y = y.to(u)
         drawn = y[torch.randperm(len(y), device=y.device)[: len(u)]]
-        u.copy_(drawn + self.noise * y.std() * torch.randn_like(u))
+        u.copy_(drawn + self.noise * y.std(correction=0) * torch.randn_like(u))
 
 
 class _Neural(TorchDistribution):
@@ -244,8 +244,10 @@ class FlowPrior(Prior):
         if kind == "coupling" and dims < 2:
             raise ValueError(f"FlowPrior: a coupling splits the dimensions and takes at least 2, got {dims}")
         _positive(self, "layers", layers)
-        if bins < 2:
-            raise ValueError(f"FlowPrior: bins takes at least two pieces of a spline, got {bins!r}")
+        if not 2 <= bins < 1 / _LEAST:
+            raise ValueError(
+                f"FlowPrior: bins takes 2 to {1 / _LEAST - 1:.0f} pieces of a spline, got {bins!r}"
+            )
         self.kind, self.bins, self.kept = kind, bins, dims // 2 if kind == "coupling" else 0
         self.loc, self.log_scale = nn.Parameter(torch.zeros(dims)), nn.Parameter(torch.zeros(dims))
         self.networks = nn.ModuleList(self._network(hidden, 3 * bins + 1) for _ in range(layers))
@@ -273,7 +275,8 @@ class FlowPrior(Prior):
         """Set the first affine map to the mean and standard deviation of samples [N, dims]."""
         samples = samples.to(self.loc)
         self.loc.copy_(samples.mean(0))
-        self.log_scale.copy_(samples.std(0).clamp_min(1e-3 * float(samples.std()) + 1e-6).log())
+        spread = samples.std(0, correction=0)
+        self.log_scale.copy_(spread.clamp_min(1e-3 * float(samples.std(correction=0)) + 1e-6).log())
 
     def _read(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Affine maps and splines of the moving coordinates: shift and log scale [*, d], pieces [*, d, bins]."""

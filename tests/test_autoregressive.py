@@ -334,7 +334,10 @@ def test_text_in_rows():
     ("build", "message"),
     [
         (lambda: Autoregressive(8, likelihood="l2"), "likelihood takes 'bernoulli' or 'categorical'"),
-        (lambda: Autoregressive(8), r"shape takes \(height, width\), got \(8,\)"),
+        (
+            lambda: Autoregressive(8),
+            r"shape takes \(height, width\) of images, got \(8,\): sequences take network='transformer'",
+        ),
         (lambda: Autoregressive((2, 2), network="lstm"), "network takes one of"),
         (lambda: Autoregressive(8, network="transformer", width=30), "width takes a multiple of heads"),
         (lambda: Autoregressive(8, network="transformer", width=0), "width takes a positive number"),
@@ -357,12 +360,14 @@ def test_text_in_rows():
             "y holds 2 at row 0, place 2, behind the end of that string",
         ),
         (lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1), "y holds 7 at row 1, place 0"),
+        (lambda: strings().log_evidence(padded([(1,), (7,)], 5)), "y holds 7 at row 1, place 0"),
+        (lambda: Strings(1, 3), "length from 2 on, symbols from 1 on, got 1 and 3"),
         (
             lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
             "y holds 9 at row 300, place 1",
         ),
         (lambda: strings().model(padded([(1,)], 4)), r"y has shape \(1, 4\): this model takes \[B, 5\]"),
-        (lambda: Strings(5, 0), "at least 2 tokens of 2 symbols, got 5 of 1"),
+        (lambda: Strings(5, 0), "symbols from 1 on, got 5 and 0"),
         (
             lambda: data.strings(["ab", "ac!"], alphabet="abc"),
             r"texts\[1\] has '!' at place 2, which the alphabet of 3",

@@ -262,7 +262,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
         (lambda: VampPrior(3, encoder(torch.randn(4, 2)), torch.rand(4)), "pseudo_inputs have shape"),
         (lambda: FlowPrior(3, "radial"), "kind takes 'coupling' or 'autoregressive', got 'radial'"),
         (lambda: FlowPrior(3, layers=0), "layers takes a positive whole number"),
-        (lambda: FlowPrior(3, bins=1), "bins takes at least two"),
+        (lambda: FlowPrior(3, bins=1), "bins takes 2 to 999 pieces"),
         (lambda: AutoregressivePrior(3, hidden=()), "hidden takes positive widths"),
         (lambda: AutoregressivePrior(0), "AutoregressivePrior: dims takes"),
     ],

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import pad
@@ -219,10 +220,10 @@ class Autoregressive(ExactPair):
     def logits(self, y: Tensor) -> Tensor:
         """Of every token, from those before it: [B, T, symbols], in one pass.
 
-        ValueError, naming the token and its place, for those that the model does not know, looked for outside
-        of training, where nothing waits for values.
+        ValueError, naming the token and its place, for those that the model does not know, looked for where Pyro validates or
+        no gradient is taken.
         """
-        if not torch.is_grad_enabled():
+        if is_validation_enabled() or not torch.is_grad_enabled():
             self.check_tokens(y)
         return self.generator(self.number(y))
 
@@ -276,9 +277,9 @@ class Autoregressive(ExactPair):
         self.check(y)
         with pyro.plate(PLATE, len(y)):
             for layer in range(1, self.length):
-                path: dict[str, Any] = {"pair": self}
+                path: dict[str, Any] = {}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
-                path.update(value=z, grad=torch.is_grad_enabled(), found=y)
+                path.update(Handed.on(self, z, y))
 
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
@@ -314,7 +315,7 @@ class Autoregressive(ExactPair):
 
 
 class Strings(Autoregressive):
-    """p(y) = Π_t p(y_t | y_<t) · p(stop | y) over strings of 0 … ``length`` symbols 0 … symbols-1.
+    """p(y) = Π_t p(y_t | y_<t) · p(stop | y) over strings of 0 … ``length`` symbols 0 … symbols-1 (``length`` from 2 on).
 
     Data [B, length], integers, padded with -1 (:func:`pyroelbo.data.strings` makes them). The first -1 is the stop symbol,
     a token like the others with its own term ln p(stop | y_<t); behind it everything is -1 with probability one, so
@@ -338,6 +339,8 @@ class Strings(Autoregressive):
         layers: int = 2,
         dropout: float = 0.0,
     ) -> None:
+        if length < 2 or symbols < 1:
+            raise ValueError(f"strings take length from 2 on, symbols from 1 on, got {length} and {symbols}")
         super().__init__(length, symbols + 1, "categorical", network, width, layers, dropout)
 
     def check_tokens(self, y: Tensor) -> None:

@@ -100,7 +100,7 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
+        with pyro.plate(PLATE, len(y)), Handed(self, self._weights()) as handed:
             state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
@@ -123,7 +123,7 @@ class Chain(Pair):
                     link = self.encoder.links[layer - 1]
                     z = pyro.sample(f"z_{layer}", self._call(link, f"encoder link of z_{layer}", z))
                 return
-            seen = self._seen(y)
+            seen, weights = self._seen(y), self._weights()
             state, p = None, self.prior()
             for layer in range(self.depth, 0, -1):
                 link, name = self.encoder.links[layer - 1], f"encoder link of z_{layer}"
@@ -133,11 +133,11 @@ class Chain(Pair):
                         f"layer {layer}: the encoder gives z_{layer} the shape {tuple(q.event_shape)}, "
                         f"the generator {tuple(p.event_shape)}"
                     )
-                path: dict[str, Any] = {"pair": self}
+                path: dict[str, Any] = {}
                 z = pyro.sample(f"z_{layer}", q, infer={"path": path})
                 if layer > 1:
                     state, p = self._advance(layer, state, z, p)
-                    path.update(value=z, grad=torch.is_grad_enabled(), found=(state, p))
+                    path.update(Handed.on(self, z, (state, p), weights))
 
     def check(self, y: Tensor) -> None:
         """ValueError for data that are not [B, *event]."""
@@ -150,6 +150,10 @@ class Chain(Pair):
         mixes it. ``p`` is not given here (None), as it is that mixture."""
         link = self.encoder.links[-1]
         return link(seen) if self.order == "bottom-up" else link(None, self._seen(seen)[-1], None)
+
+    def _weights(self) -> list[int]:
+        """How often each weight of the generator was written."""
+        return [_version(p) for part in (self.prior, self.generator) for p in part.parameters()]
 
     def _seen(self, y: Tensor) -> Sequence[Any]:
         if self.encoder.features is None:
@@ -190,29 +194,49 @@ class Chain(Pair):
 
 
 class Handed(Messenger):
-    """Collects what the guide of ``pair`` handed on with its draws, as ``infer={"path": {"pair", "value", "grad",
-    "found"}}``; replay gives the model the guide's ``infer``."""
+    """Collects what the guide of ``pair`` handed on with its draws, as ``infer={"path": Handed.on(…)}``; replay gives
+    the model the guide's ``infer``. What was found by other ``weights`` does not count."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, weights: Any = None) -> None:
         super().__init__()
-        self.pair = pair
+        self.pair, self.weights = pair, weights
         self._paths: dict[str, dict[str, Any]] = {}
+
+    @staticmethod
+    def on(pair: Pair, z: Tensor, found: Any, weights: Any = None) -> dict[str, Any]:
+        """What the guide hands on with its draw ``z``: ``found`` below it, and by what."""
+        mode = torch.is_grad_enabled()
+        return {
+            "pair": pair,
+            "value": z,
+            "version": _version(z),
+            "grad": mode,
+            "found": found,
+            "weights": weights,
+        }
 
     def _pyro_post_sample(self, msg: Any) -> None:
         path = msg["infer"].get("path")
         # Another pair's guide walked along another generator.
-        if path is not None and path["pair"] is self.pair:
+        if path and path["pair"] is self.pair and path["weights"] == self.weights:
             self._paths[msg["name"]] = path
 
     def path(self, site: str, z: Tensor) -> Any:
         """What the guide found below this very draw, under the same grad mode; else None."""
         path = self._paths.get(site)
-        if not path or path["grad"] != torch.is_grad_enabled():
+        if path is None or path["grad"] != torch.is_grad_enabled():
             return None
         own = path["value"]
+        if _version(own) != path["version"]:
+            return None
         # A draw that was cut off the encoder is another one, unless there was nothing to cut.
         same = own is z or (not own.requires_grad and not z.requires_grad and _same_memory(own, z))
         return path["found"] if same else None
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` was written in place; of inference tensors nobody counts it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
