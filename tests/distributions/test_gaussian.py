@@ -388,7 +388,7 @@ def test_bad_input_is_refused(change, message):
 
 def test_other_noise_is_refused():
     parts = parameters()
-    with pytest.raises(ValueError, match="initial is Gamma"):
+    with pytest.raises(ValueError, match="initial is a Gamma"):
         gaussian._moments("initial", dist.Gamma(1.0, 1.0))
     with pytest.raises(ValueError, match="num_steps is None"):
         chain(parts).sample()
