@@ -55,7 +55,7 @@ def test_train_audit_and_sample(words, tmp_path, capsys):
     assert main(["sample", out, "-n", "5"]) == 0
     printed = capsys.readouterr().out
     assert "nats per datum" in printed and "(5, 64)" in printed
-    assert ("the layers' rates" in printed) == words.startswith(("hierarchy", "ladder", "conv_ladder"))
+    assert ("The ELBO by layer" in printed) == words.startswith(("hierarchy", "ladder", "conv_ladder"))
     for file in (
         "config.json",
         "metrics.jsonl",

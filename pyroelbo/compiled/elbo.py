@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.environment import Environment
+from pyroelbo.stepping import aligned
 
 __all__ = ["CompileWarning", "CompiledELBO", "Counters"]
 
@@ -438,7 +439,8 @@ class CompiledELBO(ELBO):
             self._remember("grads", model, guide, args, kwargs)
             return value if isinstance(value, tuple) else torch_item(value)
         value, pairs = found
-        for leaf, g in pairs:
+        leaves, gradients = [leaf for leaf, _ in pairs], [g for _, g in pairs]
+        for leaf, g in zip(leaves, aligned(gradients, leaves), strict=True):
             if leaf.grad is None:
                 leaf.grad = g
             else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
-from pyroelbo.stepping import averaging
+from pyroelbo.stepping import aligned, averaging
 
 __all__ = ["CompiledStep"]
 
@@ -240,6 +240,7 @@ class CompiledStep:
         kind, (beta1, beta2), eps, decay, momentum, nesterov, _, ema = self._rule
         clock, lr = extra[:2]
         slots = self._split(extra, len(params))
+        gradients = aligned(gradients, params)
         clock.add_(1 if skip is None else 1 - skip)
         if skip is not None:
             self.skipped.add_(skip)
