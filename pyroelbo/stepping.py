@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,13 +33,12 @@ def averaging(decay: float, clock: Any) -> Any:
     return early.clamp(min=1 - decay) if isinstance(early, Tensor) else max(1 - decay, early)
 
 
-def aligned(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> list[Tensor | None]:
-    """Gradients in the memory order of their parameters. Torch's fused optimizers on the CPU take that for granted, and
+def aligned(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter. Torch's fused optimizers on the CPU take that for granted, and
     would else give every number another's update; convolutions do hand back gradients in another order."""
-    return [
-        g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-        for g, p in zip(gradients, parameters, strict=True)
-    ]
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class PerDatum(WrappedELBO):
@@ -100,8 +99,8 @@ class EagerStep:
         torch.clear_autocast_cache()  # under a caller's autocast it holds casts of the weights of the step before
         loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        for leaf, gradient in zip(self._leaves, aligned(gradients, self._leaves), strict=True):
-            leaf.grad = gradient
+        for leaf, gradient in zip(self._leaves, gradients, strict=True):
+            leaf.grad = None if gradient is None else aligned(gradient, leaf)
         take = True
         if self._clip_norm is not None or self._skip_norm is not None:
             most = math.inf if self._clip_norm is None else self._clip_norm

@@ -439,10 +439,9 @@ class CompiledELBO(ELBO):
             self._remember("grads", model, guide, args, kwargs)
             return value if isinstance(value, tuple) else torch_item(value)
         value, pairs = found
-        leaves, gradients = [leaf for leaf, _ in pairs], [g for _, g in pairs]
-        for leaf, g in zip(leaves, aligned(gradients, leaves), strict=True):
+        for leaf, g in pairs:
             if leaf.grad is None:
-                leaf.grad = g
+                leaf.grad = aligned(g, leaf)
             else:
                 leaf.grad.add_(g)
         return value

@@ -240,7 +240,7 @@ class CompiledStep:
         kind, (beta1, beta2), eps, decay, momentum, nesterov, _, ema = self._rule
         clock, lr = extra[:2]
         slots = self._split(extra, len(params))
-        gradients = aligned(gradients, params)
+        gradients = [aligned(g, p) for g, p in zip(gradients, params, strict=True)]
         clock.add_(1 if skip is None else 1 - skip)
         if skip is not None:
             self.skipped.add_(skip)
