@@ -197,7 +197,28 @@ class Weighted_ELBO(WrappedELBO, Annealed):
         return self.inner.loss_and_grads(self._scaled(model), self._scaled(guide), *args, **kwargs)
 
 
-class Layered_ELBO(Trace_ELBO, Annealed):
+class _Pathwise(Trace_ELBO, Annealed):
+    """Its loss (abstract) is one expression of reparametrized draws, ``_differentiable_loss_particle``."""
+
+    def __init__(self, weight: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = torch.tensor(1.0)
+        self.weight = weight
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The objective's value, a float."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def _check_pathwise(self, name: str, drawn: Any) -> None:
+        if not drawn["fn"].has_rsample:
+            raise ValueError(
+                f"guide site {name!r} is a {type(drawn['fn']).__name__}, which is not reparametrized: "
+                f"{type(self).__name__} takes pathwise gradients, use Trace_ELBO"
+            )
+
+
+class Layered_ELBO(_Pathwise):
     """E_q[-ln p(y | z)] + ``weight`` · Σ_l γ_l · max(``free_bits``, KL_l) over the latent sites l, in nats.
 
     KL_l is the mean over the batch of KL(q(z_l | …), p(z_l | …)), in closed form exactly where that is the
@@ -218,17 +239,10 @@ class Layered_ELBO(Trace_ELBO, Annealed):
     def __init__(
         self, free_bits: float = 0.0, balance: bool = False, weight: float = 1.0, **options: Any
     ) -> None:
-        super().__init__(**options)
+        super().__init__(weight, **options)
         if not free_bits >= 0:
             raise ValueError(f"free_bits takes a number of nats of at least 0, got {free_bits!r}")
         self.free_bits, self.balance = float(free_bits), balance
-        self.scale = torch.tensor(1.0)
-        self.weight = weight
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The objective's value, a float."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         loss: Any = 0.0
@@ -259,11 +273,7 @@ class Layered_ELBO(Trace_ELBO, Annealed):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A site's KL summed with its scale, its mean for one datum (unscaled), and the sum if that mean were
         ``free_bits``."""
-        if not drawn["fn"].has_rsample:
-            raise ValueError(
-                f"guide site {name!r} is a {type(drawn['fn']).__name__}, which is not reparametrized: "
-                "Layered_ELBO takes pathwise gradients, use Trace_ELBO"
-            )
+        self._check_pathwise(name, drawn)
         kl = None
         if not _drawn_later(name, model, guide):
             with suppress(NotImplementedError):  # torch does not know every form
@@ -277,7 +287,7 @@ class Layered_ELBO(Trace_ELBO, Annealed):
         return scale_and_mask(kl, scale, mask).sum(), mean, floor
 
 
-class IWAE_ELBO(Trace_ELBO, Annealed):
+class IWAE_ELBO(_Pathwise):
     """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the guide, in nats.
 
     ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate "data", whose
@@ -295,14 +305,7 @@ class IWAE_ELBO(Trace_ELBO, Annealed):
 
     def __init__(self, num_particles: int = 5, weight: float = 1.0, **options: Any) -> None:
         count = positive_count("num_particles", num_particles, "number of draws")
-        super().__init__(num_particles=count, vectorize_particles=True, **options)
-        self.scale = torch.tensor(1.0)
-        self.weight = weight
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The objective's value, a float."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+        super().__init__(weight, num_particles=count, vectorize_particles=True, **options)
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         log_w: Any = 0.0
@@ -319,11 +322,7 @@ class IWAE_ELBO(Trace_ELBO, Annealed):
                     f"model site {name!r} is missing in the guide: its draws would have no weight"
                 )
             drawn = guide_trace.nodes[name]
-            if not drawn["fn"].has_rsample:
-                raise ValueError(
-                    f"guide site {name!r} is a {type(drawn['fn']).__name__}, which is not reparametrized: "
-                    "IWAE_ELBO takes pathwise gradients, use Trace_ELBO"
-                )
+            self._check_pathwise(name, drawn)
             log_w = log_w + self.scale * (log_p - self._per_datum(drawn, frame, outer, "guide"))
         for name, site in sample_sites(guide_trace):
             if name not in model_trace.nodes:
