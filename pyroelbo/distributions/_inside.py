@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import functools
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyroelbo.distributions._engines import compilable, loops
 from pyroelbo.numerics import logsumexp
 
 __all__ = ["Chart", "inside", "outside"]
 
 
-@functools.cache
-def _compiled() -> ModuleType | None:
-    """The compiled loops, where numba is installed."""
-    try:
-        from pyroelbo.distributions import _inside_kernel
-    except ImportError:
-        return None
-    return _inside_kernel
+_compiled = functools.partial(loops, "_inside_kernel")
 
 
 def _engine(x: Tensor) -> Any:
-    return _compiled() if x.is_cpu and x.dtype in (torch.float32, torch.float64) else None
+    return _compiled() if compilable(x) else None
 
 
 class Blocks(NamedTuple):

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import functools
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyroelbo.distributions._engines import compilable, loops
 from pyroelbo.numerics import logsumexp
 from pyroelbo.semiring import choose
 
@@ -46,18 +46,11 @@ _NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.f
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
 
-@functools.cache
-def _compiled() -> ModuleType | None:
-    """The compiled loops, where numba is installed."""
-    try:
-        from pyroelbo.distributions import _kernels
-    except ImportError:
-        return None
-    return _kernels
+_compiled = functools.partial(loops, "_kernels")
 
 
 def kernels(x: Tensor) -> Any:
-    return _compiled() if x.is_cpu and x.dtype in _NONE else None
+    return _compiled() if compilable(x) else None
 
 
 def _rows_together(steps: int, states: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroelbo.distributions._engines import compilable, loops
 from pyroelbo.distributions.grammar import check_padded, without_padding
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
@@ -192,13 +193,7 @@ def collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
     return path.new_full((*path.shape[:-1], path.shape[-1] + 1), -1).scatter(-1, place, path)[..., :-1]
 
 
-@functools.cache
-def _compiled() -> Callable | None:
-    try:
-        from pyroelbo.distributions._alignment_kernel import alpha_beta
-    except ImportError:
-        return None
-    return alpha_beta
+_compiled = functools.partial(loops, "_alignment_kernel")
 
 
 def _alpha(emission: Tensor, skip: Tensor) -> Tensor:
@@ -242,9 +237,8 @@ def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, emission, q, exact):
-        known = emission.device.type == "cpu" and emission.dtype in (torch.float32, torch.float64)
-        kernel = _compiled() if known else None
-        if kernel is None:
+        engine: Any = _compiled() if compilable(emission) else None
+        if engine is None:
             value, occupancy = _alpha_beta(q, emission)
         else:
             flat = emission.reshape(-1, *emission.shape[-2:]).contiguous()
@@ -254,7 +248,7 @@ class _LogPartition(torch.autograd.Function):
             needed = emission.requires_grad
             occupancy = torch.zeros_like(flat) if needed else flat[:, :0]
             arrays = (x.numpy() for x in (flat, target, lengths, (target >= 0).sum(-1)))
-            kernel(*arrays, q.blank, value.numpy(), occupancy.numpy(), needed)
+            engine.alpha_beta(*arrays, q.blank, value.numpy(), occupancy.numpy(), needed)
             value = value.view(q.batch_shape)
             occupancy = occupancy.view_as(emission) if needed else occupancy
         ctx.exact = exact

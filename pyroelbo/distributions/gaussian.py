@@ -19,6 +19,7 @@ from pyro.ops.gaussian import (
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroelbo.distributions._engines import loops
 from pyroelbo.distributions.structured import check_lengths, first_index
 
 __all__ = ["Filtered", "GaussianChain", "LinearGaussianChain"]
@@ -411,14 +412,7 @@ def _filtered(p: Parameters, y: Tensor) -> Filtered:
     return Filtered(mean, covariance, predicted_mean, predicted_covariance)
 
 
-@functools.cache
-def _kernels() -> Any:
-    """The compiled filter, or None without numba."""
-    try:
-        from pyroelbo.distributions import _kalman_kernel
-    except ImportError:
-        return None
-    return _kalman_kernel
+_kernels: Any = functools.partial(loops, "_kalman_kernel")
 
 
 def _in_steps(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
