@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from pyroelbo.distributions._kernels import compiled, exponential, multiply
+from pyroelbo.distributions._arithmetic import compiled, exponential, multiply
 from pyroelbo.distributions._vectors import LANES, fill, load, multiply_add, store
 
 __all__ = ["LANES", "inside", "outside"]

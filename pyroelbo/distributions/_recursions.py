@@ -20,6 +20,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +44,11 @@ _GROUP = 1 << 17
 # up to so many states the compiled loops add up the counts of steps themselves
 _NARROW = 128
 _NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_LIKE = {dtype: none.numpy() for dtype, none in _NONE.items()}
 _LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
 
 
-_compiled = functools.partial(loops, "_kernels")
+_compiled = functools.partial(loops, "_chain_kernel")
 
 
 def kernels(x: Tensor) -> Any:
@@ -105,7 +107,7 @@ class Scaled(NamedTuple):
             count = powers.new_zeros(rows if apart else 1, states, states)
             flow = powers.new_empty(0, 0, 0)
             _backward(turned, observation, lengths, self.alpha, self.scale, weight, gamma, flow, count)
-            return Expected(gamma[:, 0], count.unsqueeze(1).mul_(powers), gamma)
+            return Expected(gamma[:, 0].clone(), count.unsqueeze(1).mul_(powers), gamma)
         counts: list[Tensor] = []
         group = _rows_together(steps, states)
         flow, none = powers.new_empty(min(group, rows), steps, states), powers.new_empty(0, 0, 0)
@@ -126,7 +128,7 @@ class Scaled(NamedTuple):
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
             counts.append(count if apart or not counts else count + counts.pop())
         count = counts[0] if len(counts) == 1 else torch.cat(counts)
-        return Expected(gamma[:, 0], count.mul_(powers), gamma)
+        return Expected(gamma[:, 0].clone(), count.mul_(powers), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
@@ -136,6 +138,28 @@ class Scaled(NamedTuple):
         z = torch.empty(uniform.shape, dtype=torch.long)
         run.draw(*_arrays(_turned(transition), self.alpha, lengths, uniform, z))
         return z
+
+
+class Smoothed(NamedTuple):
+    """Both scaled passes in one: the posterior ``gamma [B,T,S]`` of each state, and the expected ``counts [B,S,S]`` of each
+    step. Whoever asks for them may write into them.
+    """
+
+    gamma: Tensor
+    counts: Tensor
+    log_z: Tensor
+
+    def take(self, rows: Tensor) -> Smoothed:
+        return Smoothed(*(x[rows] for x in self))
+
+    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
+        gamma, count = self.gamma, self.counts
+        if grad is not None:
+            weight = grad.to(gamma.dtype)[:, None, None]
+            gamma, count = gamma.mul_(weight), count.mul_(weight)
+        return Expected(
+            gamma[:, 0].clone(), (count if apart else count.sum(0, keepdim=True)).unsqueeze(1), gamma
+        )
 
 
 class Exact(NamedTuple):
@@ -168,14 +192,14 @@ class Exact(NamedTuple):
                 beta = logsumexp(onward, -1)
         if not apart:
             count = count.sum(0, keepdim=True)
-        return Expected(gamma[:, 0], count, gamma)
+        return Expected(gamma[:, 0].clone(), count, gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         return _draw(self.alpha, self.problem.transition, self.problem.lengths, uniform)
 
 
 # which rows were done by which pass; None means all
-Passes = list[tuple[Tensor | None, Scaled | Exact]]
+Passes = list[tuple[Tensor | None, Scaled | Smoothed | Exact]]
 
 
 class Solution(NamedTuple):
@@ -185,22 +209,33 @@ class Solution(NamedTuple):
     passes: Passes
 
 
-def solve(problem: Problem, keep: bool) -> Solution:
-    """ln Z of each sequence; with ``keep`` also what gradients and samples need. O(B·T·S²) time, O(B·T·S)
-    memory.
-    """
-    observation, step = problem.observation, problem.transition
-    if len(step) > 1 and step.stride(0) == 0:
-        problem = problem._replace(transition=step[:1])
+def _shared(problem: Problem) -> Problem:
+    """A transition that is one matrix expanded to all rows goes by one."""
+    step = problem.transition
+    return problem._replace(transition=step[:1]) if len(step) > 1 and step.stride(0) == 0 else problem
+
+
+def _precisions(problem: Problem) -> tuple[torch.dtype, ...]:
+    """Those to work in, one after the other. Few states cost no more in the higher one."""
+    observation = problem.observation
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
+    return (torch.float32, torch.float64) if wide else (torch.float64,)
+
+
+def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
+    """ln Z of each sequence; with ``keep`` also what samples and gradients need; with ``smooth`` rather the posterior at
+    once, where that is faster. O(B·T·S²) time, O(B·T·S) memory.
+    """
+    problem = _shared(problem)
+    smooth = smooth and _smooths(problem)
     log_z: Tensor | None = None
     passes: Passes = []
     pending: Tensor | None = None
-    for dtype in (torch.float32, torch.float64) if wide else (torch.float64,):
+    for dtype in _precisions(problem):
         part = problem if pending is None else problem.take(pending)
-        scaled, least = _forward(part, dtype, 0.0, keep)
+        scaled, least, lowest = _smooth(part, dtype) if smooth else _forward(part, dtype, 0.0, keep)
         limit = _LEAST[dtype]
-        if not len(least) or (least if len(least) == 1 else least.min()).item() >= limit:
+        if lowest >= limit:
             return _finish(log_z, passes, pending, scaled)
         trusted = least >= limit
         if dtype == torch.float64:
@@ -222,7 +257,7 @@ def solve(problem: Problem, keep: bool) -> Solution:
     return _finish(log_z, passes, pending, _exact(problem.take(pending), keep))
 
 
-def _finish(log_z: Tensor | None, passes: list, rows: Tensor | None, last: Scaled | Exact) -> Solution:
+def _finish(log_z: Tensor | None, passes: list, rows: Tensor | None, last: Any) -> Solution:
     if rows is None or log_z is None:
         return Solution(last.log_z, [(None, last)])
     log_z[rows] = last.log_z
@@ -250,25 +285,26 @@ def _arrays(*tensors: Tensor) -> list:
     return [(x.detach() if x.requires_grad else x).numpy() for x in tensors]
 
 
-def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor]:
-    """The scaled forward pass in ``dtype`` and the least entry met; see ``_kernels.forward`` for
-    ``floor``.
+def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor, float]:
+    """The scaled forward pass in ``dtype``, the least entry met in each row, and in all; see ``_chain_kernel.forward``
+    for ``floor``.
     """
     initial, transition, observation, lengths = problem
     rows, steps, states = observation.shape
     run = kernels(observation)
     if run is not None:
-        arrays = _arrays(initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths)
-        none = _NONE[dtype]
-        if not keep:
-            log_z, least = map(torch.from_numpy, run.evidence(*arrays, floor, *_arrays(none)))
-            return Scaled(problem, none, none, log_z), least
-        powers = torch.empty(transition.shape, dtype=dtype)
-        alpha = torch.empty((rows, steps, states), dtype=dtype)
-        scale = torch.empty((rows, steps), dtype=dtype)
-        log_z, least = torch.empty(2, rows, dtype=torch.float64).unbind()
-        run.forward(*arrays, floor, True, *_arrays(powers, alpha, scale, log_z, least))
-        return Scaled(Problem(initial, powers, observation, lengths), alpha, scale, log_z), least
+        given = initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths
+        found = np.empty((2, rows))
+        if keep:
+            powers = torch.empty(transition.shape, dtype=dtype)
+            alpha = torch.empty((rows, steps, states), dtype=dtype)
+            scale = torch.empty((rows, steps), dtype=dtype)
+            lowest = run.forward(*_arrays(*given), floor, *_arrays(powers, alpha, scale), *found)
+        else:
+            powers = alpha = scale = _NONE[dtype]
+            lowest = run.evidence(*_arrays(*given), floor, *found, _LIKE[dtype])
+        log_z, least = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        return Scaled(Problem(initial, powers, observation, lengths), alpha, scale, log_z), least, lowest
     first, top_first = _exponential(initial, dtype)
     powers, tops = _exponential(transition.flatten(2), dtype)
     powers = powers.view(transition.shape)
@@ -292,7 +328,27 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
     least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
     kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
     log_z = scale.double().log().sum(-1) + offset
-    return Scaled(Problem(initial, powers, observation, lengths), kept, scale, log_z), least
+    lowest = least.min().item() if rows else math.inf
+    return Scaled(Problem(initial, powers, observation, lengths), kept, scale, log_z), least, lowest
+
+
+def _smooths(problem: Problem) -> bool:
+    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the cache."""
+    few = problem.transition.shape[1] == 1 and problem.observation.shape[-1] <= _NARROW
+    return few and kernels(problem.observation) is not None
+
+
+def _smooth(problem: Problem, dtype: torch.dtype) -> tuple[Smoothed, Tensor, float]:
+    """As ``_forward``, with the posterior."""
+    initial, transition, observation, lengths = problem
+    rows, _, states = observation.shape
+    powers = torch.empty(transition.shape, dtype=dtype)
+    gamma = torch.empty(observation.shape, dtype=dtype)
+    count, found = torch.zeros((rows, states, states), dtype=dtype), np.empty((2, rows))
+    given = initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths
+    lowest = kernels(observation).smooth(*_arrays(*given, powers, gamma, count), *found)
+    log_z, least = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return Smoothed(gamma, count.mul_(powers[:, 0]), log_z), least, lowest
 
 
 def _backward(
@@ -307,7 +363,7 @@ def _backward(
     count: Tensor,
 ) -> None:
     """Fills the posterior of each state ``[B,T,S]``, and the flow or the counts; see
-    ``_kernels.backward``.
+    ``_chain_kernel.backward``.
     """
     run = kernels(observation)
     if run is not None:
@@ -363,6 +419,7 @@ def draw_paths(solution: Solution, uniform: Tensor) -> Tensor:
     """Exact samples ``[N,B,T]`` of a kept solution, by inversion of ``uniform [N,B,T]``."""
     z = torch.empty(uniform.shape, dtype=torch.long, device=uniform.device)
     for rows, done in solution.passes:
+        assert not isinstance(done, Smoothed)
         if rows is None:
             return done.draw(uniform)
         z[:, rows] = done.draw(uniform[:, rows].contiguous())
@@ -433,13 +490,11 @@ def expectations(
 
 
 def smoothed(problem: Problem) -> Expected:
-    """``expectations`` of a problem whose potentials all have B rows, a few sequences at a time: what a pass keeps
-    then stays in the cache.
-    """
+    """``expectations`` of a problem whose potentials all have B rows, a few sequences at a time."""
     rows, steps, states = problem.observation.shape
     group = _rows_together(steps, states)
-    if rows <= group or problem.transition.shape[1] > 1:
-        return expectations(problem, solve(problem, keep=True).passes, None)
+    if rows <= group or problem.transition.shape[1] > 1 or _smooths(problem):
+        return expectations(problem, solve(problem, keep=True, smooth=True).passes, None)
     found = Expected(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in problem[:3]))
     for start in range(0, rows, group):
         part = slice(start, start + group)
@@ -456,14 +511,18 @@ class _LogPartition(torch.autograd.Function):
     def forward(ctx, initial, transition, observation, lengths, solution):
         problem = Problem(initial, transition, observation, lengths)
         if solution is None:
-            solution = solve(problem, keep=True)
+            solution = solve(problem, keep=True, smooth=True)
         ctx.passes = solution.passes
         ctx.save_for_backward(initial, transition, observation, lengths)
         return solution.log_z.to(observation.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        return *_Expected.apply(*ctx.saved_tensors, grad, ctx.passes), None, None
+        # what comes out may be written into: whoever asks again gets it from a new solution
+        passes, ctx.passes = ctx.passes, None
+        if passes is None:
+            passes = solve(Problem(*ctx.saved_tensors), keep=True, smooth=True).passes
+        return *_Expected.apply(*ctx.saved_tensors, grad, passes), None, None
 
 
 class _Expected(torch.autograd.Function):

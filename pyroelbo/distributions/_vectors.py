@@ -19,7 +19,9 @@ __all__ = [
     "WIDE",
     "add",
     "convert",
+    "expect",
     "fill",
+    "first_equal",
     "greater",
     "largest",
     "lesser",
@@ -135,6 +137,24 @@ def store(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def expect(typing: Any, array: Any, offset: Any) -> Any:
+    """Fetch what lies at ``offset``, soon to be written, into the cache; it may lie outside the array."""
+
+    def code(context, builder, signature, arguments):
+        kind = signature.args[0]
+        data = context.make_array(kind)(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        )
+        builder.call(prefetch, [place, number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), code
+
+
+@intrinsic
 def fill(typing: Any, scalar: Any) -> Any:
     """A vector of eight times ``scalar``."""
 
@@ -178,6 +198,17 @@ def _chosen(sign: str) -> Any:
 # b where either is NaN
 greater = intrinsic(_chosen(">"))
 lesser = intrinsic(_chosen("<"))
+
+
+@intrinsic
+def first_equal(typing: Any, a: Any, b: Any) -> Any:
+    """The first lane at which both are equal, ``LANES`` where none is."""
+
+    def code(context, builder, signature, arguments):
+        same = builder.bitcast(builder.fcmp_ordered("==", *arguments), ir.IntType(LANES))
+        return builder.zext(builder.cttz(same, ir.Constant(ir.IntType(1), 0)), ir.IntType(64))
+
+    return types.intp(a, b), code
 
 
 def _folded(combine: Any) -> Any:

@@ -52,8 +52,9 @@ def check_finite_or_minus_inf(**arguments: Tensor) -> None:
         if not value.is_floating_point():
             raise ValueError(f"{name} is of dtype {value.dtype}: it takes floating-point numbers")
     # a sum is one pass without a temporary; only where it looks bad are the numbers looked at one by one
-    with torch.no_grad():
-        total = sum(value.sum().item() for value in arguments.values())
+    total = 0.0
+    for value in arguments.values():
+        total += value.sum().item()
     if total < math.inf:
         return
     for name, value in arguments.items():
