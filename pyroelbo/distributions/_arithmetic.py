@@ -10,11 +10,22 @@ from numba.extending import overload
 
 from pyroelbo.distributions._vectors import LANES, WIDE, add, fill, greater, load, multiply_add, scalar, tile
 
-__all__ = ["ORDER", "compiled", "exponential", "multiply", "narrow"]
+__all__ = ["ORDER", "aligned", "compiled", "exponential", "multiply", "narrow"]
 
 # NaN and infinity keep their meaning; only the order of a sum is free
 ORDER = {"contract", "reassoc", "nsz"}
 compiled = njit(cache=True, fastmath=ORDER)
+_LINE = 64  # bytes
+
+
+@compiled
+def aligned(rows, columns, like):
+    """An array [rows, columns] that begins with a line of the cache: a vector that straddles two is slow to read entry by
+    entry soon after it was written.
+    """
+    raw = np.empty(rows * columns + _LINE // like.itemsize, like.dtype)
+    skip = (-raw.ctypes.data % _LINE) // like.itemsize
+    return raw[skip : skip + rows * columns].reshape(rows, columns)
 
 
 def exponential(x, spare):
@@ -149,7 +160,10 @@ def _(kind, height, rows, count, x, at, across, along, y, place, panel, columns,
 
 
 def narrow(kind, count, x, at, y):
-    """The two vectors of Σ_k x[at + k] · y[k, c], c < 2 ``LANES``, for k < ``count``; see ``_vectors.tile`` for ``kind``."""
+    """The two vectors of Σ_k x[at + k] · y[k, c], c < 2 ``LANES``, for k < ``count``; see ``_vectors.tile`` for ``kind``.
+
+    Four rows are taken at a time: what lies beyond ``count`` has to add nothing.
+    """
 
 
 @overload(narrow, prefer_literal=True, jit_options={"fastmath": ORDER, "forceinline": True})
@@ -159,27 +173,27 @@ def _(kind, count, x, at, y):
 
     def run(kind, count, x, at, y):
         left = fill(y.dtype.type(empty))
-        right, other_left, other_right = left, left, left
-        k, place = 0, 0
         # sums that wait for one another leave the processor idle
-        while k + 1 < count:
-            one, two = fill(scalar(x, at + k)), fill(scalar(x, at + k + 1))
-            a, b = load(y, place), load(y, place + LANES)
-            c, d = load(y, place + 2 * LANES), load(y, place + 3 * LANES)
-            if best:
-                left, right = greater(add(one, a), left), greater(add(one, b), right)
-                other_left, other_right = greater(add(two, c), other_left), greater(add(two, d), other_right)
-            else:
-                left, right = multiply_add(one, a, left), multiply_add(one, b, right)
-                other_left, other_right = multiply_add(two, c, other_left), multiply_add(two, d, other_right)
-            k += 2
-            place += 4 * LANES
-        if k < count:
-            one, a, b = fill(scalar(x, at + k)), load(y, place), load(y, place + LANES)
-            if best:
-                left, right = greater(add(one, a), left), greater(add(one, b), right)
-            else:
-                left, right = multiply_add(one, a, left), multiply_add(one, b, right)
+        right, other_left, other_right = left, left, left
+        for k in range(0, count, 4):
+            place = 2 * LANES * k
+            for i in range(0, 4, 2):
+                one, two = fill(scalar(x, at + k + i)), fill(scalar(x, at + k + i + 1))
+                a, b = load(y, place), load(y, place + LANES)
+                c, d = load(y, place + 2 * LANES), load(y, place + 3 * LANES)
+                if best:
+                    left, right = greater(add(one, a), left), greater(add(one, b), right)
+                    other_left, other_right = (
+                        greater(add(two, c), other_left),
+                        greater(add(two, d), other_right),
+                    )
+                else:
+                    left, right = multiply_add(one, a, left), multiply_add(one, b, right)
+                    other_left, other_right = (
+                        multiply_add(two, c, other_left),
+                        multiply_add(two, d, other_right),
+                    )
+                place += 4 * LANES
         if best:
             return greater(left, other_left), greater(right, other_right)
         return add(left, other_left), add(right, other_right)

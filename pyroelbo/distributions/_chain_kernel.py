@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from pyroelbo.distributions._arithmetic import compiled, exponential, multiply, narrow
+from pyroelbo.distributions._arithmetic import aligned, compiled, exponential, multiply, narrow
 from pyroelbo.distributions._vectors import (
     LANES,
     WIDE,
@@ -29,6 +29,7 @@ from pyroelbo.distributions._vectors import (
     multiply_add,
     scalar,
     store,
+    store_halves,
     total,
 )
 
@@ -201,15 +202,13 @@ class _Room(NamedTuple):
 
 @compiled
 def _room(group, chunk, size, padded, like):
-    kind = like.dtype
     # vectors read beyond a row; what they find there meets a zero, and must be finite
-    weight = np.zeros(group * (chunk * size + 2 * LANES), kind)
-    moved, previous, low = (
-        np.zeros((4, padded), kind),
-        np.zeros((4, padded), kind),
-        np.zeros((4, padded), kind),
-    )
-    return _Room(weight, np.empty(_PIECE, kind), moved, previous, low, np.zeros((size, padded), kind))
+    weight = aligned(group, chunk * size + 2 * LANES, like).reshape(-1)
+    weight[:] = 0
+    # one after the other: what is written must not lie a multiple of a page from what is read
+    rows = aligned(12 + size + 3, padded, like)
+    rows[:] = 0
+    return _Room(weight, aligned(1, _PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size])
 
 
 @compiled
@@ -280,8 +279,8 @@ def _lone(begin, end, length, first, matrix, size, floor, fewest, most, product,
             if not (_LEAST_PRODUCT < product < _MOST_PRODUCT):
                 offset += math.log(product) if product != 0 else -math.inf
                 product = 1.0
-        store(previous, 0, value0)
-        store(previous, LANES, value1)
+        store_halves(previous, 0, value0)
+        store_halves(previous, LANES, value1)
         if keep:
             scale[0, t] = s if divided else kind(1)
             # the next row covers what a vector leaves beyond this one
@@ -612,7 +611,8 @@ def smooth(initial, transition, observation, lengths, powers, gamma, count, log_
     ahead, sums = _collected(count, group, steps, size, padded)
     turned = np.empty((1, size, size), powers.dtype)
     alpha, scale = np.empty((group, steps, size), powers.dtype), np.empty((group, steps), powers.dtype)
-    back, grad = np.zeros(room.matrix.shape, powers.dtype), np.ones(group, powers.dtype)
+    back, grad = aligned(size, padded, powers), np.ones(group, powers.dtype)
+    back[:] = 0
     for start in range(0, rows, group):
         a, part = 0 if shared else start, slice(start, min(start + group, rows))
         if start == 0 or not shared:
@@ -742,7 +742,7 @@ def viterbi(initial, transition, turned, observation, lengths, z):
     room.matrix[:] = -math.inf
     first = np.full((initial.shape[0], padded), -math.inf, observation.dtype)
     first[:, :size] = initial
-    delta = np.empty((group, steps * padded), observation.dtype)
+    delta = aligned(group, steps * padded, observation)
     # vectors read beyond a row
     seen = np.zeros((group, steps * size + 2 * LANES), observation.dtype)
     none, tail, far = fill(kind(-math.inf)), size - LANES, steps * padded

@@ -29,6 +29,7 @@ __all__ = [
     "multiply_add",
     "scalar",
     "store",
+    "store_halves",
     "tile",
     "total",
 ]
@@ -131,6 +132,26 @@ def store(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
 
     def code(context, builder, signature, arguments):
         _store(context, builder, signature.args[0], *arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), code
+
+
+@intrinsic
+def store_halves(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
+    """``store`` in two halves: entries of one that is as long as a line of the cache are slow to read soon after."""
+
+    def code(context, builder, signature, arguments):
+        data, offset, value = arguments
+        half = LANES // 2
+        scalar = context.get_data_type(signature.args[0].dtype)
+        place = builder.gep(context.make_array(signature.args[0])(context, builder, data).data, [offset])
+        for lower in (0, half):
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), half), [lower + i for i in range(half)])
+            part = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+            there = builder.gep(place, [ir.Constant(offset.type, lower)])
+            there = builder.bitcast(there, ir.VectorType(scalar, half).as_pointer())
+            builder.store(part, there, align=context.get_abi_sizeof(scalar))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), code
