@@ -13,6 +13,7 @@ from pyro import distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyroelbo.distributions._engines import compilable, loops
 from pyroelbo.distributions.structured import (
     any_support,
     check_finite_or_minus_inf,
@@ -26,7 +27,7 @@ from pyroelbo.semiring import choose
 
 __all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
-BLOCK = 16  # coordinates; and numbers held at a time, so that they stay in the cache
+BLOCK = 8  # coordinates; and numbers held at a time, so that they stay in the cache
 ROOM = 2**18
 
 
@@ -195,35 +196,16 @@ class Mixture(TorchDistribution):
         linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
         weights = torch.cat([features.fold(precision), linear], -1)
         constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + logits
-        rows = max(64, ROOM // max(count, weights.shape[-1]))
-        room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
-        sums, total = torch.zeros_like(weights), weights.new_zeros(count)
-        evidence = y.new_empty(*lead, len(y), dtype=torch.float64)
-        low, high = y[0], y[0]
-        for part, out in zip(y.split(rows), evidence.split(rows, -1), strict=True):
-            phi = features.fill(room[: len(part)], part, center)
-            low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
-            flat = torch.addmm(constant[:, None].double(), weights, phi.t())
-            share = flat.view(*lead, shape[-2], len(part))
-            peak = share.amax(-2, keepdim=True)
-            if hard:
-                best = share.argmax(-2, keepdim=True)
-                out.copy_(peak.squeeze(-2))
-                share.zero_().scatter_(-2, best, 1.0)
-            else:
-                norm = share.sub_(peak).exp_().sum(-2, keepdim=True)
-                torch.add(norm.log().squeeze(-2), peak.squeeze(-2), out=out)
-                share /= norm
-            total += flat.sum(-1)
-            sums.addmm_(flat, phi)
+        run = _compiled() if compilable(y) else _each_block
+        evidence, total, sums, most = run(y, center, weights, constant, shape[-2], features, hard)
         average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]
         square = features.unfold(sums)
         outer = average.square() if features.diagonal else average[:, :, None] * average[:, None, :]
         scatter = square - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
-        reach = torch.maximum(high - center, center - low).square().sum()
-        error = torch.finfo(torch.float64).eps * dims * reach * precision.abs().amax()
+        # not a number where a sum is none
+        error = torch.finfo(torch.float64).eps * dims * most.sum() * precision.abs().amax() + 0 * sums.sum()
         found = (x.view(*lead, shape[-2], *x.shape[1:]) for x in (total, average + center, scatter))
-        return evidence, GaussianStatistics(*found), error
+        return evidence.view(*lead, len(y)), GaussianStatistics(*found), error
 
     def _by_component(self, y, diagonal, hard):
         if self.batch_shape:
@@ -350,6 +332,66 @@ class _Features:
             square[:, a, b], square[:, b, a] = block, block.mT
             at += size
         return square
+
+
+def _each_block(y, center, weights, constant, size, features, hard):
+    """Of R mixtures of ``size`` components: ln p(y) ``[R,N]``, the sums over the data of shares ``[R·M]`` and of their
+    products with the features ``[R·M,F]``, and the largest square of each coordinate.
+    """
+    count, dims = len(constant), y.shape[-1]
+    rows = max(64, ROOM // max(count, weights.shape[-1]))
+    room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
+    sums, total, most = torch.zeros_like(weights), weights.new_zeros(count), weights.new_zeros(dims)
+    evidence = y.new_empty(count // size, len(y), dtype=torch.float64)
+    for part, out in zip(y.split(rows), evidence.split(rows, -1), strict=True):
+        phi = features.fill(room[: len(part)], part, center)
+        most = torch.maximum(most, phi[:, -dims:].square().amax(0))
+        flat = torch.addmm(constant[:, None].double(), weights, phi.t())
+        share = flat.view(-1, size, len(part))
+        peak = share.amax(-2, keepdim=True)
+        if hard:
+            best = share.argmax(-2, keepdim=True)
+            out.copy_(peak.squeeze(-2))
+            share.zero_().scatter_(-2, best, 1.0)
+        else:
+            norm = share.sub_(peak).exp_().sum(-2, keepdim=True)
+            torch.add(norm.log().squeeze(-2), peak.squeeze(-2), out=out)
+            share /= norm
+        total += flat.sum(-1)
+        sums.addmm_(flat, phi)
+    return evidence, total, sums, most
+
+
+def _compiled():
+    """``_each_block`` in compiled loops, where there are any."""
+    kernel = loops("_mixture_kernel")
+    if kernel is None:
+        return _each_block
+
+    def run(y, center, weights, constant, size, features, hard):
+        def whole(n):
+            return -(-n // kernel.LANES) * kernel.LANES
+
+        groups, width = len(constant) // size, weights.shape[-1]
+        turned = weights.new_zeros(width, groups, whole(size))
+        turned[..., :size] = weights.t().view(width, groups, size)
+        start = weights.new_full((groups, whole(size)), -math.inf)
+        start[:, :size] = constant.view(groups, size)
+        peak, norm = weights.new_empty(2, groups, len(y)).unbind()
+        total, sums = torch.zeros_like(start), weights.new_zeros(groups * whole(size), whole(width))
+        most = weights.new_zeros(y.shape[-1])
+        given = y.contiguous(), center, turned.flatten(1), start.flatten()
+        kernel.share_out(
+            *(x.numpy() for x in given),
+            whole(size),
+            features.diagonal,
+            hard,
+            *(x.numpy() for x in (peak, norm, total.view(-1), sums, most)),
+        )
+        inside = sums.view(groups, whole(size), -1)[:, :size, :width].reshape(groups * size, width)
+        return peak.add_(norm.log_()), total[:, :size].flatten(), inside, most
+
+    return run
 
 
 def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:

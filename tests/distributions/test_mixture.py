@@ -7,6 +7,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
+import pyroelbo.distributions.mixture as mixture
 from pyroelbo.distributions import GaussianStatistics, Mixture
 from tests.distributions.test_chain import randn
 
@@ -119,6 +120,28 @@ def test_expected_statistics(kind, dims):
     halves = d.expected_statistics(y[:300])[1] + d.expected_statistics(y[300:])[1]
     for found, expected in zip(vars(halves).values(), vars(statistics).values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [1, 5, 8, 35])
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+@pytest.mark.parametrize("count", [1, 3, 8, 21])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("rows", [1, 6, 700])
+def test_compiled_and_plain_statistics_agree(dims, kind, count, hard, rows, monkeypatch):
+    """Also where data, components and coordinates do not fill the vectors and blocks of the compiled loops."""
+    pytest.importorskip("numba")
+    d = gaussians(kind, dims=dims, count=count)
+    # one component that nothing can come from
+    d = Mixture(
+        torch.cat([d.logits[:-1], torch.tensor([-math.inf])]) if count > 1 else d.logits, d.components
+    )
+    y = d.sample((rows,))
+    evidence, statistics = d.expected_statistics(y, hard=hard)
+    monkeypatch.setattr(mixture, "compilable", lambda y: False)
+    plain_evidence, plain = d.expected_statistics(y, hard=hard)
+    torch.testing.assert_close(evidence, plain_evidence, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(vars(statistics).values(), vars(plain).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
