@@ -1,4 +1,4 @@
-"""Exponentials and products of compiled loops (needs numba)."""
+"""Exponentials, layouts and products of matrices in compiled loops (needs numba)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,37 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from pyroelbo.distributions._vectors import LANES, WIDE, add, fill, greater, load, multiply_add, scalar, tile
+from pyroelbo.distributions._vectors import (
+    LANES,
+    WIDE,
+    add,
+    fill,
+    greater,
+    largest,
+    load,
+    multiply_add,
+    scalar,
+    tile,
+)
 
-__all__ = ["ORDER", "aligned", "compiled", "exponential", "multiply", "narrow"]
+__all__ = [
+    "ORDER",
+    "PIECE",
+    "aligned",
+    "compiled",
+    "exponential",
+    "laid_out",
+    "multiply",
+    "narrow",
+    "powers_laid_out",
+    "powers_of",
+]
 
 # NaN and infinity keep their meaning; only the order of a sum is free
 ORDER = {"contract", "reassoc", "nsz"}
 compiled = njit(cache=True, fastmath=ORDER)
+# so many numbers are worked on at a time
+PIECE = 4096
 _LINE = 64  # bytes
 
 
@@ -82,6 +106,94 @@ def _(x, spare):
             bits[j] += shift[j] << 52
 
     return run
+
+
+@compiled
+def _largest(x):
+    """The largest entry of a flat array, whatever it is where one is NaN."""
+    top, whole = x[0], x.shape[0] - x.shape[0] % (2 * LANES)
+    if whole:
+        tops, others = load(x, 0), load(x, LANES)
+        for j in range(2 * LANES, whole, 2 * LANES):
+            tops, others = greater(load(x, j), tops), greater(load(x, j + LANES), others)
+        top = largest(greater(tops, others))
+    for j in range(whole, x.shape[0]):
+        top = max(top, x[j])
+    return top
+
+
+@compiled
+def _below(x, top, out):
+    """out = x - top for flat arrays; returns the sum, which is NaN only where a number is, as none is positive."""
+    one = out.dtype.type(1)
+    differences = one * 0
+    for j in range(x.shape[0]):
+        value = one * x[j] - out.dtype.type(top)
+        out[j] = value
+        differences += value
+    return differences
+
+
+@compiled
+def powers_of(x, out, spare):
+    """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
+    is).
+    """
+    top = _largest(x)
+    if top == -math.inf:
+        top = x.dtype.type(0)
+    differences = 0.0
+    for start in range(0, x.shape[0], PIECE):
+        piece = out[start : start + PIECE]
+        differences += _below(x[start : start + PIECE], top, piece)
+        exponential(piece, spare[: piece.shape[0]])
+    return math.nan if differences != differences else float(top)
+
+
+@compiled
+def _copied(matrices, u, room, panel):
+    size, padded = room.shape
+    flat = room.reshape(-1)
+    for start in range(0, padded, panel):
+        width, stride = min(panel, size - start), min(panel, padded - start)
+        for i in range(size):
+            at = start * size + i * stride
+            given, row = matrices[u, i, start : start + width], flat[at : at + width]
+            for j in range(width):
+                row[j] = given[j]
+    return room
+
+
+@compiled
+def laid_out(matrices, u, room, panel):
+    """A matrix with columns up to whole vectors, in panels of ``panel`` columns: in ``room`` unless it lies so."""
+    if room.shape[0] == room.shape[1] and panel >= room.shape[0]:
+        return matrices[u]
+    return _copied(matrices, u, room, panel)
+
+
+@compiled
+def powers_laid_out(matrix, room, panel, spare):
+    """``powers_of`` of a matrix [S,S], laid out in ``room``; returns the top."""
+    size, padded = room.shape
+    flat, differences = room.reshape(-1), 0.0
+    top = _largest(matrix.reshape(-1))
+    if top == -math.inf:
+        top = matrix.dtype.type(0)
+    for start in range(0, padded, panel):
+        width, stride = min(panel, size - start), min(panel, padded - start)
+        some = max(1, PIECE // stride)
+        for first in range(0, size, some):
+            rows = min(some, size - first)
+            piece = flat[start * size + first * stride : start * size + (first + rows) * stride]
+            for i in range(rows):
+                given, row = matrix[first + i, start : start + width], spare[i * stride : (i + 1) * stride]
+                for j in range(width):
+                    row[j] = given[j]
+                row[width:] = -math.inf
+            differences += _below(spare[: piece.shape[0]], top, piece)
+            exponential(piece, spare[: piece.shape[0]])
+    return math.nan if differences != differences else float(top)
 
 
 def multiply(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):

@@ -11,9 +11,18 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from pyroelbo.distributions._arithmetic import aligned, compiled, exponential, multiply, narrow
+from pyroelbo.distributions._arithmetic import (
+    PIECE,
+    aligned,
+    compiled,
+    exponential,
+    laid_out,
+    multiply,
+    narrow,
+    powers_laid_out,
+    powers_of,
+)
 from pyroelbo.distributions._vectors import (
     LANES,
     WIDE,
@@ -21,111 +30,20 @@ from pyroelbo.distributions._vectors import (
     convert,
     expect,
     fill,
-    first_equal,
     greater,
     largest,
     lesser,
     load,
     multiply_add,
-    scalar,
     store,
     store_halves,
     total,
 )
 
-_compile_max = njit(cache=True, fastmath={"nnan", "nsz"})
-# so many numbers are worked on at a time; weights of a group of rows are kept for its way back up to so many
-_PIECE, _KEPT = 4096, 1 << 20
+# weights of a group of rows are kept for its way back up to so many
+_KEPT = 1 << 20
 # times the least sum that is trusted the product of sums must not leave the normal range
 _LEAST_PRODUCT, _MOST_PRODUCT = 1e-15, 1e200
-
-
-@compiled
-def _largest(x):
-    """The largest entry of a flat array, whatever it is where one is NaN."""
-    top, whole = x[0], x.shape[0] - x.shape[0] % (2 * LANES)
-    if whole:
-        tops, others = load(x, 0), load(x, LANES)
-        for j in range(2 * LANES, whole, 2 * LANES):
-            tops, others = greater(load(x, j), tops), greater(load(x, j + LANES), others)
-        top = largest(greater(tops, others))
-    for j in range(whole, x.shape[0]):
-        top = max(top, x[j])
-    return top
-
-
-@compiled
-def _below(x, top, out):
-    """out = x - top for flat arrays; returns the sum, which is NaN only where a number is, as none is positive."""
-    one = out.dtype.type(1)
-    differences = one * 0
-    for j in range(x.shape[0]):
-        value = one * x[j] - out.dtype.type(top)
-        out[j] = value
-        differences += value
-    return differences
-
-
-@compiled
-def _powers(x, out, spare):
-    """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
-    is).
-    """
-    top = _largest(x)
-    if top == -math.inf:
-        top = x.dtype.type(0)
-    differences = 0.0
-    for start in range(0, x.shape[0], _PIECE):
-        piece = out[start : start + _PIECE]
-        differences += _below(x[start : start + _PIECE], top, piece)
-        exponential(piece, spare[: piece.shape[0]])
-    return math.nan if differences != differences else float(top)
-
-
-@compiled
-def _copied(matrices, u, room, panel):
-    size, padded = room.shape
-    flat = room.reshape(-1)
-    for start in range(0, padded, panel):
-        width, stride = min(panel, size - start), min(panel, padded - start)
-        for i in range(size):
-            at = start * size + i * stride
-            given, row = matrices[u, i, start : start + width], flat[at : at + width]
-            for j in range(width):
-                row[j] = given[j]
-    return room
-
-
-@compiled
-def _laid_out(matrices, u, room, panel):
-    """A matrix with columns up to whole vectors, in panels of ``panel`` columns: in ``room`` unless it lies so."""
-    if room.shape[0] == room.shape[1] and panel >= room.shape[0]:
-        return matrices[u]
-    return _copied(matrices, u, room, panel)
-
-
-@compiled
-def _powers_laid_out(matrix, room, panel, spare):
-    """``_powers`` of a matrix [S,S], laid out in ``room``; returns the top."""
-    size, padded = room.shape
-    flat, differences = room.reshape(-1), 0.0
-    top = _largest(matrix.reshape(-1))
-    if top == -math.inf:
-        top = matrix.dtype.type(0)
-    for start in range(0, padded, panel):
-        width, stride = min(panel, size - start), min(panel, padded - start)
-        some = max(1, _PIECE // stride)
-        for first in range(0, size, some):
-            rows = min(some, size - first)
-            piece = flat[start * size + first * stride : start * size + (first + rows) * stride]
-            for i in range(rows):
-                given, row = matrix[first + i, start : start + width], spare[i * stride : (i + 1) * stride]
-                for j in range(width):
-                    row[j] = given[j]
-                row[width:] = -math.inf
-            differences += _below(spare[: piece.shape[0]], top, piece)
-            exponential(piece, spare[: piece.shape[0]])
-    return math.nan if differences != differences else float(top)
 
 
 @compiled
@@ -181,8 +99,8 @@ def _weights(observation, out, spare):
     # none is positive, so that their sum is NaN only where one is
     if total(differences) != total(differences):
         offset = math.nan
-    for start in range(0, steps * size, _PIECE):
-        piece = out[start : min(start + _PIECE, steps * size)]
+    for start in range(0, steps * size, PIECE):
+        piece = out[start : min(start + PIECE, steps * size)]
         exponential(piece, spare[: piece.shape[0]])
     return offset
 
@@ -201,23 +119,23 @@ class _Room(NamedTuple):
 
 
 @compiled
-def _room(group, chunk, size, padded, like):
+def room_for(group, chunk, size, padded, like):
     # vectors read beyond a row; what they find there meets a zero, and must be finite
     weight = aligned(group, chunk * size + 2 * LANES, like).reshape(-1)
     weight[:] = 0
     # one after the other: what is written must not lie a multiple of a page from what is read
     rows = aligned(12 + size + 3, padded, like)
     rows[:] = 0
-    return _Room(weight, aligned(1, _PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size])
+    return _Room(weight, aligned(1, PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size])
 
 
 @compiled
 def _chunk(steps, size):
-    return min(max(1, _PIECE // size), steps)
+    return min(max(1, PIECE // size), steps)
 
 
 @compiled
-def _layout(transition, observation):
+def layout_of(transition, observation):
     """How many rows go together, to how many columns they are filled up, and in what panels matrices lie."""
     rows, _, size = observation.shape
     group = 4 if transition.shape[0] == 1 and rows > 1 else 1
@@ -236,7 +154,7 @@ def _started(initial, padded, spare):
     first = np.zeros((initial.shape[0], padded), spare.dtype)
     tops = np.zeros(initial.shape[0])
     for b in range(initial.shape[0]):
-        tops[b] = _powers(initial[b], first[b, : initial.shape[1]], spare)
+        tops[b] = powers_of(initial[b], first[b, : initial.shape[1]], spare)
     return first, tops
 
 
@@ -245,7 +163,7 @@ def _all_powers(transition, powers, spare):
     tops = np.zeros((transition.shape[0], transition.shape[1]))
     for a in range(transition.shape[0]):
         for u in range(transition.shape[1]):
-            tops[a, u] = _powers(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
+            tops[a, u] = powers_of(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
     return tops
 
 
@@ -354,7 +272,7 @@ def _filter(
                     moved[r] = first[min(r, first.shape[0] - 1)]
             else:
                 if not still:
-                    matrix = _laid_out(powers, t - 1, room.matrix, panel)
+                    matrix = laid_out(powers, t - 1, room.matrix, panel)
                 if rows > 1:
                     multiply("sum", 4, 4, size, previous, 0, padded, 1, matrix, 0, panel, padded, moved, 0)
                 else:
@@ -401,9 +319,9 @@ def forward(initial, transition, observation, lengths, floor, powers, alpha, sca
     """
     rows, steps, size = observation.shape
     shared, still = transition.shape[0] == 1, transition.shape[1] == 1
-    layout = _layout(transition, observation)
+    layout = layout_of(transition, observation)
     group, padded, panel, _ = layout
-    room = _room(group, _chunk(steps, size), size, padded, powers)
+    room = room_for(group, _chunk(steps, size), size, padded, powers)
     keep = alpha.shape[0] > 0
     first, first_tops = _started(initial, padded, room.spare)
     if keep or not still:
@@ -415,9 +333,9 @@ def forward(initial, transition, observation, lengths, floor, powers, alpha, sca
         a, part = 0 if shared else start, slice(start, min(start + group, rows))
         if still and (start == 0 or not shared):
             if keep:
-                matrix = _laid_out(powers[a], 0, room.matrix, panel)
+                matrix = laid_out(powers[a], 0, room.matrix, panel)
             else:
-                tops[a, 0] = _powers_laid_out(transition[a, 0], room.matrix, panel, room.spare)
+                tops[a, 0] = powers_laid_out(transition[a, 0], room.matrix, panel, room.spare)
         own = part if initial.shape[0] > 1 else slice(0, 1)
         _filter(
             first[own],
@@ -523,7 +441,7 @@ def _smoother(
                         store(flow, row + j, multiply_add(value, times, none))
             if t > 0:
                 if not still:
-                    matrix = _laid_out(turned, t - 1, room.matrix, panel)
+                    matrix = laid_out(turned, t - 1, room.matrix, panel)
                 if rows > 1:
                     multiply("sum", 4, 4, size, out, 0, padded, 1, matrix, 0, panel, padded, beta, 0)
                 else:
@@ -565,15 +483,15 @@ def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, coun
     memory to keep them.
     """
     rows, steps, size = observation.shape
-    layout = _layout(turned, observation)
+    layout = layout_of(turned, observation)
     group, padded, panel, _ = layout
-    room = _room(group, _chunk(steps, size), size, padded, turned)
+    room = room_for(group, _chunk(steps, size), size, padded, turned)
     ahead, sums = _collected(count, group, steps, size, padded)
     matrix, apart = room.matrix, count.shape[0] > 1
     for start in range(0, rows, group):
         a, part = 0 if turned.shape[0] == 1 else start, slice(start, min(start + group, rows))
         if turned.shape[1] == 1:
-            matrix = _laid_out(turned[a], 0, room.matrix, panel)
+            matrix = laid_out(turned[a], 0, room.matrix, panel)
         _smoother(
             turned[a],
             matrix,
@@ -602,10 +520,10 @@ def smooth(initial, transition, observation, lengths, powers, gamma, count, log_
     """
     rows, steps, size = observation.shape
     shared = transition.shape[0] == 1
-    layout = _layout(transition, observation)
+    layout = layout_of(transition, observation)
     group, padded, panel, _ = layout
     known = group * steps * size <= _KEPT
-    room = _room(group, steps if known else _chunk(steps, size), size, padded, powers)
+    room = room_for(group, steps if known else _chunk(steps, size), size, padded, powers)
     first, first_tops = _started(initial, padded, room.spare)
     tops = _all_powers(transition, powers, room.spare)
     ahead, sums = _collected(count, group, steps, size, padded)
@@ -617,8 +535,8 @@ def smooth(initial, transition, observation, lengths, powers, gamma, count, log_
         a, part = 0 if shared else start, slice(start, min(start + group, rows))
         if start == 0 or not shared:
             turned[0] = powers[a, 0].T
-            ahead_matrix = _laid_out(powers[a], 0, room.matrix, panel)
-            back_matrix = _laid_out(turned, 0, back, panel)
+            ahead_matrix = laid_out(powers[a], 0, room.matrix, panel)
+            back_matrix = laid_out(turned, 0, back, panel)
         own, mine = part if initial.shape[0] > 1 else slice(0, 1), slice(0, part.stop - part.start)
         _filter(
             first[own],
@@ -654,140 +572,3 @@ def smooth(initial, transition, observation, lengths, powers, gamma, count, log_
             sums,
         )
     return least.min() if rows else math.inf
-
-
-@compiled
-def draw(turned, alpha, lengths, uniform, z):
-    """Backward sampling from the filter: ``z [N,B,T]`` by inversion of ``uniform [N,B,T]``; 0 beyond the
-    sequences.
-    """
-    draws, rows, steps = z.shape
-    size = alpha.shape[2]
-    weight = np.empty(size, alpha.dtype)
-    for n in range(draws):
-        for b in range(rows):
-            last = lengths[b] - 1
-            for t in range(last + 1, steps):
-                z[n, b, t] = 0
-            for t in range(last, -1, -1):
-                total = alpha[b, t, 0] * 0
-                if t < last:
-                    row = turned[
-                        b if turned.shape[0] > 1 else 0, t if turned.shape[1] > 1 else 0, z[n, b, t + 1]
-                    ]
-                    for j in range(size):
-                        weight[j] = alpha[b, t, j] * row[j]
-                        total += weight[j]
-                else:
-                    for j in range(size):
-                        weight[j] = alpha[b, t, j]
-                        total += weight[j]
-                mark = uniform[n, b, t] * total
-                running = total * 0
-                chosen = 0
-                for j in range(size):
-                    if weight[j] > 0:
-                        running += weight[j]
-                        chosen = j
-                        if running > mark:
-                            break
-                z[n, b, t] = chosen
-
-
-@_compile_max
-def _best_scores(first, matrix, transition, seen, longest, size, layout, room, delta):
-    """Fills ``delta [4, T·padded]``: for each row of a group the score of the best way to each state at each time, up to
-    a number that all states of a time share.
-    """
-    group, padded, panel, lone = layout
-    kind, far = delta.dtype.type, delta.shape[1]
-    moved, stride, tops = room.moved, seen.shape[1], np.zeros(4, delta.dtype)
-    for t in range(longest):
-        if t == 0:
-            for r in range(group):
-                moved[r] = first[min(r, first.shape[0] - 1)]
-        elif lone:
-            left, right = narrow("best", size, delta, (t - 1) * padded, matrix)
-            store(moved, 0, left)
-            store(moved, LANES, right)
-        else:
-            if transition.shape[0] > 1:
-                matrix = _laid_out(transition, t - 1, room.matrix, panel)
-            at = (t - 1) * padded
-            if group > 1:
-                multiply("best", 4, 4, size, delta, at, far, 1, matrix, 0, panel, padded, moved, 0)
-            else:
-                multiply("best", 1, 1, size, delta, at, far, 1, matrix, 0, panel, padded, moved, 0)
-        for r in range(group):
-            # a step late, so that nobody waits for the largest
-            top = tops[r] if tops[r] > -math.inf else kind(0)
-            shift, highest = fill(-top), fill(kind(-math.inf))
-            for j in range(0, padded, LANES):
-                score = add(load(moved, r * padded + j), add(load(seen, r * stride + t * size + j), shift))
-                store(delta, r * far + t * padded + j, score)
-                highest = greater(score, highest)
-            tops[r] = largest(highest)
-
-
-@_compile_max
-def viterbi(initial, transition, turned, observation, lengths, z):
-    """A best path ``z [B,T]`` in log space. Only scores are kept, the arguments are found again on the way
-    back.
-    """
-    rows, steps, size = observation.shape
-    layout = _layout(transition, observation)
-    group, padded, panel, _ = layout
-    kind = observation.dtype.type
-    room = _room(group, 0, size, padded, observation)
-    room.matrix[:] = -math.inf
-    first = np.full((initial.shape[0], padded), -math.inf, observation.dtype)
-    first[:, :size] = initial
-    delta = aligned(group, steps * padded, observation)
-    # vectors read beyond a row
-    seen = np.zeros((group, steps * size + 2 * LANES), observation.dtype)
-    none, tail, far = fill(kind(-math.inf)), size - LANES, steps * padded
-    matrix, shared, still = room.matrix, transition.shape[0] == 1, turned.shape[1] == 1
-    for start in range(0, rows, group):
-        a, stop = 0 if shared else start, min(start + group, rows)
-        for b in range(start, stop):
-            seen[b - start, : steps * size] = observation[b].reshape(-1)
-            for t in range(lengths[b], steps):
-                z[b, t] = 0
-        if transition.shape[1] == 1:
-            matrix = _laid_out(transition[a], 0, room.matrix, panel)
-        own = slice(start, stop) if initial.shape[0] > 1 else slice(0, 1)
-        longest = lengths[start:stop].max()
-        _best_scores(first[own], matrix, transition[a], seen, longest, size, layout, room, delta)
-        for t in range(longest - 1, -1, -1):
-            for b in range(start, stop):
-                if t >= lengths[b]:
-                    continue
-                # after the last step nothing is added, all else comes from the matrix
-                onward, last = z[b, min(t + 1, lengths[b] - 1)], t == lengths[b] - 1
-                u, place = 0 if still else t, (b - start) * far + t * padded
-                at = ((a * turned.shape[1] + u) * size + onward) * size
-                chosen = size - 1
-                if tail < 0:
-                    best = kind(-math.inf)
-                    for i in range(size):
-                        score = scalar(delta, place + i) + (kind(0) if last else turned[a, u, onward, i])
-                        if score > best or i == 0:
-                            best, chosen = score, i
-                    z[b, t] = chosen
-                    continue
-                tops = none
-                for k in range(0, size, LANES):
-                    i = min(k, tail)
-                    score = load(delta, place + i)
-                    if not last:
-                        score = add(score, load(turned, at + i))
-                    tops = greater(score, tops)
-                best = fill(largest(tops))
-                for k in range(0, size, LANES):
-                    i = min(k, tail)
-                    score = load(delta, place + i)
-                    if not last:
-                        score = add(score, load(turned, at + i))
-                    lane = first_equal(score, best)
-                    chosen = min(chosen, i + lane if lane < LANES else chosen)
-                z[b, t] = chosen

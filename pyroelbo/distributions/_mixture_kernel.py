@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pyroelbo.distributions._arithmetic import aligned, compiled, exponential, multiply
+from pyroelbo.distributions._arithmetic import PIECE, aligned, compiled, exponential, multiply
 from pyroelbo.distributions._vectors import (
     LANES,
     add,
@@ -22,8 +22,8 @@ from pyroelbo.distributions._vectors import (
 
 __all__ = ["LANES", "share_out"]
 
-# so many numbers are held at a time, and exponentiated
-_ROOM, _PIECE = 1 << 15, 4096
+# so many numbers are held at a time
+_ROOM = 1 << 15
 
 
 @compiled
@@ -79,8 +79,8 @@ def _normalize(share, rows, size, hard, spare, peak, norm, counts):
                 for j in range(at, at + size, LANES):
                     store(flat, j, add(load(flat, j), shift))
     if not hard:
-        for start in range(0, rows * columns, _PIECE):
-            piece = flat[start : min(start + _PIECE, rows * columns)]
+        for start in range(0, rows * columns, PIECE):
+            piece = flat[start : min(start + PIECE, rows * columns)]
             exponential(piece, spare[: piece.shape[0]])
     for i in range(rows):
         for r in range(columns // size):
@@ -115,7 +115,7 @@ def share_out(y, center, weights, constant, size, diagonal, hard, peak, norm, co
     # what is taken along beyond the last row and feature is finite
     phi[:] = 0
     share[:] = 0
-    x, spare = np.zeros(dims + LANES), np.empty(_PIECE)
+    x, spare = np.zeros(dims + LANES), np.empty(PIECE)
     for start in range(0, rows, some):
         count = min(some, rows - start)
         for i in range(count):

@@ -55,6 +55,10 @@ def kernels(x: Tensor) -> Any:
     return _compiled() if compilable(x) else None
 
 
+def _paths(x: Tensor) -> Any:
+    return loops("_path_kernel") if kernels(x) is not None else None
+
+
 def _rows_together(steps: int, states: int) -> int:
     return max(4, _GROUP // (steps * states) // 4 * 4)
 
@@ -132,7 +136,7 @@ class Scaled(NamedTuple):
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
-        run = kernels(uniform)
+        run = _paths(uniform)
         if run is None:
             return _draw(self.alpha.log(), transition.log(), lengths, uniform)
         z = torch.empty(uniform.shape, dtype=torch.long)
@@ -433,7 +437,7 @@ def best_path(problem: Problem) -> Tensor:
     initial, transition, observation, lengths = problem
     rows, steps, _ = observation.shape
     turned = _turned(transition)
-    run = kernels(observation)
+    run = _paths(observation)
     if run is not None:
         z = torch.empty(rows, steps, dtype=torch.long)
         arrays = [x.contiguous() for x in (initial, transition, turned, observation, lengths)]

@@ -390,6 +390,31 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
     assert (z == z2).double().mean() > (0.999 if dtype == torch.float32 else 1 - 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "steps", "states"), [(1, 1000, n) for n in (1, 3, 8, 10, 16, 17)] + [(4, 2700, 100)]
+)
+def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, monkeypatch):
+    """One row of few states, which has loops of its own, over several pieces; and one too long to keep its weights."""
+    pytest.importorskip("numba")
+    shapes = [(1, states), (1, states, states), (rows, steps, states)]
+    potentials = [randn(i, *shape).detach().to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
+    lengths = torch.tensor([steps - 7 * i for i in range(rows)])
+    answers = []
+    for engine in (None, lambda: None):
+        if engine is not None:
+            monkeypatch.setattr(recursions, "_compiled", engine)
+        q = LinearChain(*potentials, lengths)
+        weights = torch.linspace(1.0, -2.0, rows, dtype=dtype)
+        gradients = torch.autograd.grad((q.log_partition * weights).sum(), potentials)
+        fixed = LinearChain(*(x.detach() for x in potentials), lengths)
+        answers.append(
+            (fixed.log_partition, q.log_partition.detach(), gradients, tuple(fixed.marginals), q.mode)
+        )
+    relative = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(answers[0], answers[1], rtol=relative, atol=relative)
+
+
 @pytest.mark.usefixtures("engine")
 def test_tiny_sums_one_after_another_keep_their_digits():
     """Each step has a share of 1e-161, which is trusted; the product of two is not a normal number."""
