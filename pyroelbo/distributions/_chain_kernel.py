@@ -202,11 +202,11 @@ def _lone(begin, end, length, first, matrix, size, floor, fewest, most, product,
         if keep:
             scale[0, t] = s if divided else kind(1)
             # the next row covers what a vector leaves beyond this one
-            if (t + 1) * size + LANES <= alpha.size:
+            if t * size + 2 * LANES <= alpha.size:
                 store(alpha, t * size, value0)
-            if size > LANES and t * size + 2 * LANES <= alpha.size:
-                store(alpha, t * size + LANES, value1)
-            if t * size + 2 * LANES > alpha.size:
+                if size > LANES:
+                    store(alpha, t * size + LANES, value1)
+            else:
                 for j in range(size):
                     alpha[0, t, j] = previous[0, j]
     store(room.low, 0, low0)

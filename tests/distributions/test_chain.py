@@ -392,7 +392,7 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("rows", "steps", "states"), [(1, 1000, n) for n in (1, 3, 8, 10, 16, 17)] + [(4, 2700, 100)]
+    ("rows", "steps", "states"), [(1, 1000, n) for n in (1, 7, 8, 9, 16, 17)] + [(4, 2700, 100)]
 )
 def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, monkeypatch):
     """One row of few states, which has loops of its own, over several pieces; and one too long to keep its weights."""
@@ -408,8 +408,10 @@ def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, monke
         weights = torch.linspace(1.0, -2.0, rows, dtype=dtype)
         gradients = torch.autograd.grad((q.log_partition * weights).sum(), potentials)
         fixed = LinearChain(*(x.detach() for x in potentials), lengths)
+        # two ways may be equally good but for rounding
+        best = fixed.score(q.mode)
         answers.append(
-            (fixed.log_partition, q.log_partition.detach(), gradients, tuple(fixed.marginals), q.mode)
+            (fixed.log_partition, q.log_partition.detach(), gradients, tuple(fixed.marginals), best)
         )
     relative = 1e-4 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(answers[0], answers[1], rtol=relative, atol=relative)
