@@ -1,6 +1,8 @@
 """Compiled losses and steps give eager's numbers, or say that they do not run."""
 
+import contextlib
 import copy
+import importlib.util
 import itertools
 import random
 import subprocess
@@ -24,7 +26,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyroelbo.compiled import CompiledELBO, CompiledStep, CompileWarning, FusedOptim
+from pyroelbo.compiled import CompiledELBO, CompiledStep, CompileWarning, FusedOptim, capture
 from pyroelbo.compiled.environment import Environment
 from pyroelbo.objectives import Weighted_ELBO
 
@@ -817,6 +819,57 @@ def test_no_compiler():
         for _ in range(3):
             loss.loss_and_grads(module.model, module.guide, y)
     assert (loss.counters.compiled_calls, loss.counters.compiles) == (2, 0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_library_that_cannot_be_loaded_is_removed_once(again, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    path = tmp_path / "torn.so"
+    path.touch()
+    tries = []
+
+    def inductor(graph, inputs, options):
+        tries.append(path.exists())
+        if again:
+            path.touch()
+        if path.exists():
+            try:
+                importlib.util.module_from_spec(importlib.util.spec_from_file_location("torn", path))
+            except ImportError as error:
+                raise RuntimeError("Inductor failed") from error
+        return graph
+
+    monkeypatch.setattr(capture, "inductor", inductor)
+    module, y = VAE(), data(8, 6)
+    loss = CompiledELBO(Trace_ELBO())
+    with pytest.warns(CompileWarning, match="Inductor failed") if again else contextlib.nullcontext():
+        for _ in range(3):
+            loss.loss_and_grads(module.model, module.guide, y)
+    assert tries == [True, False]
+    assert (loss.counters.compiled_calls, loss.counters.compiles) == (2, 0 if again else 1)
+
+
+@pytest.mark.slow
+def test_libraries_that_a_killed_compiler_left_are_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    code = (
+        "import torch; from tests.test_compiled import *; torch.set_default_dtype(torch.float64)\n"
+        "module, y = VAE(dims=9), data(8, 9); loss = CompiledELBO(Trace_ELBO())\n"
+        "for _ in range(3): loss.loss_and_grads(module.model, module.guide, y)\n"
+        "print(loss.counters.compiles)"
+    )
+
+    def run():
+        return subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-c", code], stdout=subprocess.PIPE, check=True
+        )
+
+    assert run().stdout.split() == [b"1"]
+    libraries = list(tmp_path.rglob("*.main.so"))
+    for path in libraries:
+        path.write_bytes(b"")
+    assert libraries and run().stdout.split() == [b"1"]
+    assert all(path.stat().st_size for path in libraries)
 
 
 def test_arguments_are_refused_by_name():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -278,7 +280,7 @@ class GraphCache:
             return graph
         start = time.perf_counter()
         try:
-            runner = _capture.inductor(graph, inputs, self.options)
+            runner = _inductor(graph, inputs, self.options)
             check(runner)
         except _capture.Mismatch as error:
             self.warn(f"Inductor's build is not used, the captured graph is: {error}")
@@ -338,6 +340,40 @@ class GraphCache:
 
 
 _RECHECKS = frozenset(10**k for k in range(1, 12))
+
+
+def _inductor(
+    graph: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]
+) -> Callable[..., list]:
+    """Inductor's build, with libraries in its cache that cannot be loaded compiled anew, each once.
+
+    The compiler writes them where they are looked for, and any file there is taken for a whole one: what a process
+    killed while it compiled has left would keep all later ones from that graph.
+    """
+    torn: set[str] = set()
+    while True:
+        try:
+            return _capture.inductor(graph, inputs, options)
+        except Exception as error:
+            path = _unloadable(error)
+            if path is None or path in torn:
+                raise
+            torn.add(path)
+            with suppress(FileNotFoundError):
+                os.remove(path)
+
+
+def _unloadable(error: BaseException) -> str | None:
+    """The library in Inductor's cache that ``error`` says could not be loaded."""
+    from torch._inductor.codecache import cache_dir
+
+    inner: Any = error
+    while inner is not None:
+        path = inner.path if isinstance(inner, ImportError) else None
+        if path and Path(path).resolve().is_relative_to(Path(cache_dir()).resolve()):
+            return path
+        inner = getattr(inner, "inner_exception", None) or inner.__cause__
+    return None
 
 
 def _build_failure(error: BaseException) -> str:

@@ -55,9 +55,12 @@ def ais(
     delta method's over the particles; ``ess`` and ``k_hat`` are those of the weights.
 
     ``reverse=True`` runs the same chains backwards from exact posterior draws of an :class:`ExactPair`: their
-    weights have mean 1/p(y), and -ln of their mean is an upper bound, on any data. ``reverse="chains"`` takes
-    any pair and starts from the particles of a forward run, resampled by their weights and moved on by as many
-    transitions at β = 1: an ``estimate``, above ln p(y) only as far as those have reached the posterior.
+    weights have mean c/p(y), where c ≤ 1 is the probability that a draw from f_0 has p(y, z) > 0, and -ln of
+    their mean is an upper bound, on any data. Where f_0 draws latents that rule the datum out (a grammar's
+    prior, trees of other lengths), it stays -ln c above ln p(y) at any number of temperatures, and a note says
+    so. ``reverse="chains"`` takes any pair and starts from the particles of a forward run, resampled by their
+    weights and moved on by as many transitions at β = 1: an ``estimate``, above ln p(y) only as far as those
+    have reached the posterior.
 
     Raises :class:`Unavailable`, naming the site, for auxiliary sites of the guide, for continuous latents that
     a density looks at without a gradient (rounding, ``detach``), and for ``reverse=True`` without an exact
@@ -139,6 +142,7 @@ def bdmc(
         notes += (
             f"infinite for {beyond} of {size} data: the {start} cannot draw the latents that made them",
         )
+    notes += annealer.floor()
     upper = Bound(
         f"reverse {annealer.method}",
         -value,
@@ -203,6 +207,8 @@ class _Annealer:
         self.cost = 0
         self.moved = 0.0
         self.moves = 0
+        self.drawn = 0
+        self.ruled_out = 0
         self.scale = self.steps = torch.empty(0)
         self.pilot_moves = math.ceil(_PILOT_MOVES / max(1, temperatures - 1)) if self.space.dims else 0
         if self.space.dims:
@@ -297,11 +303,23 @@ class _Annealer:
             notes.append(
                 f"the {self.start} gives probability zero to where {lost:.1%} of the chains start: a looser bound"
             )
+        notes += self.floor()
         if kind == "upper":
             return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
         notes.append("from posterior chains, not exact draws: an upper bound only if they have converged")
         above = weighted(f"reverse {self.method} from chains", log_w, "upper", self.cost, tuple(notes))
         return replace(above, kind=kind)
+
+    def floor(self) -> tuple[str, ...]:
+        """A note on how far reverse chains stay above ln p(y), where the start draws what p(y, z) rules out."""
+        if not self.ruled_out:
+            return ()
+        share = self.ruled_out / self.drawn
+        nats = f"{-math.log1p(-share):.2g} nats or more" if share < 1 else "far"
+        return (
+            f"p(y, z) is zero for {share:.1%} of the {self.start}'s draws: the bound stays {nats} above ln p(y) on "
+            "average, at any number of temperatures",
+        )
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -403,7 +421,10 @@ class _Annealer:
         return torch.where(self.space.inside(latents).unsqueeze(-1), u, torch.full_like(u, math.nan))
 
     def _draw(self, particles: int, rows: slice | None, slopes: bool = True) -> _Points:
-        return self._points(*self._draw_latents(particles, rows), rows, slopes)
+        points = self._points(*self._draw_latents(particles, rows), rows, slopes)
+        self.drawn += points.joint.numel()
+        self.ruled_out += int((points.joint == -math.inf).sum())
+        return points
 
     def _rows(self, rows: slice) -> slice | None:
         return rows if self.evaluator.sliceable else None

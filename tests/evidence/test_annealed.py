@@ -1,6 +1,8 @@
-"""AIS and BDMC against exact evidence. Unbiasedness is tested on Ẑ, not on ln Ẑ: E w = p(y), E 1/w = 1/p(y)."""
+"""AIS and BDMC against exact evidence. Unbiasedness is tested on Ẑ, not on ln Ẑ: E w = p(y), and
+E 1/w = 1/p(y) times the start's probability of latents that p(y, z) does not rule out."""
 
 import math
+import re
 import statistics
 
 import pyro
@@ -9,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyroelbo import Pair, audit, evidence, terms
+from pyroelbo import ExactPair, Pair, audit, evidence, terms
 from pyroelbo.evidence import annealed, potential
 from pyroelbo.models import PPCA
 from tests.pairs import TABLE, Convolutional, Nonlinear
@@ -105,6 +107,57 @@ def test_the_weights_mean_is_the_evidence(name, start):
 @pytest.mark.parametrize("start", ["guide", "prior"])
 def test_reverse_weights_mean_is_one_over_the_evidence(start):
     check_unbiased(ppca, start, reverse=True)
+
+
+class Ruled(ExactPair):
+    """A latent of four values, the first of which y = 1 rules out."""
+
+    shares = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    chances = torch.tensor([0.0, 0.2, 0.6, 0.9], dtype=torch.float64)
+
+    def model(self, y):
+        # logits keep a true -inf, which probabilities would clamp
+        table = torch.stack([1 - self.chances, self.chances], -1).log()
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(self.shares))
+            pyro.sample("y", dist.Categorical(logits=table[z]), obs=y)
+
+    def joint(self, y):
+        return self.shares * torch.where(y[:, None] > 0, self.chances, 1 - self.chances)
+
+    def posterior(self, y):
+        return dist.Categorical(self.joint(y))
+
+    def log_evidence(self, y):
+        return self.joint(y).sum(-1).log()
+
+    def placeholder(self, n):
+        return torch.zeros(n, dtype=torch.long)
+
+
+@pytest.mark.parametrize("temperatures", [1, 6])
+def test_reverse_weights_lack_what_the_start_draws_in_vain(temperatures):
+    """0.4 of the prior's mass where y = 1: 1/w has mean 0.6/p(y)."""
+    pair, y = Ruled(), torch.tensor([0, 1])
+    bound = evidence.ais(pair, y, temperatures, 3000, start="prior", leapfrog=2, reverse=True)
+    kept = torch.tensor([1.0, 0.6])
+    assert (z_scores(bound, pair.log_evidence(y) - kept.log()).abs() < Z_LIMIT).all()
+
+
+def test_a_bound_says_how_far_above_it_must_stay():
+    for reverse in (True, "chains"):
+        notes = [
+            evidence.ais(Ruled(), torch.tensor([y]), 6, 1000, start="prior", reverse=reverse).notes
+            for y in (0, 1)
+        ]
+        assert not any("is zero for" in note for note in notes[0])
+        (note,) = (note for note in notes[1] if "is zero for" in note)
+        # of 5000 draws or more, so that 5 % are seven standard deviations
+        assert abs(float(re.search(r"([\d.]+)% of the prior", note)[1]) - 40) < 5
+        assert re.search(r"stays 0\.(4|5)\d* nats or more above", note)
+    both = evidence.bdmc(Ruled(), 50, 6, 2, start="prior", progress=False)
+    assert any("is zero for" in note for note in both.upper.notes)
+    assert not any("is zero for" in note for note in both.lower.notes)
 
 
 def check_steps_are_fixed():
