@@ -120,6 +120,7 @@ class _Room(NamedTuple):
 
 @compiled
 def room_for(group, chunk, size, padded, like):
+    """Room for a group of rows of ``size`` states in ``padded`` columns, and for the weights of ``chunk`` steps."""
     # vectors read beyond a row; what they find there meets a zero, and must be finite
     weight = aligned(group, chunk * size + 2 * LANES, like).reshape(-1)
     weight[:] = 0

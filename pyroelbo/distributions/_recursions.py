@@ -107,7 +107,7 @@ class Scaled(NamedTuple):
         weight = powers.new_ones(rows) if grad is None else grad.to(powers.dtype)
         fits = room is not None and room.dtype == self.alpha.dtype and room.is_contiguous()
         gamma = room if room is not None and fits else torch.empty_like(self.alpha)
-        if still and states <= _NARROW and kernels(observation) is not None:
+        if still and 1 < states <= _NARROW and kernels(observation) is not None:
             count = powers.new_zeros(rows if apart else 1, states, states)
             flow = powers.new_empty(0, 0, 0)
             _backward(turned, observation, lengths, self.alpha, self.scale, weight, gamma, flow, count)
@@ -337,8 +337,11 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
 
 
 def _smooths(problem: Problem) -> bool:
-    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the cache."""
-    few = problem.transition.shape[1] == 1 and problem.observation.shape[-1] <= _NARROW
+    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the cache.
+    The counts of each sequence are to take no more room than its states.
+    """
+    _, steps, states = problem.observation.shape
+    few = problem.transition.shape[1] == 1 and 1 < states <= min(_NARROW, steps)
     return few and kernels(problem.observation) is not None
 
 

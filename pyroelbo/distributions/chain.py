@@ -140,12 +140,17 @@ class LinearChain(StructuredDistribution):
             return x.expand(*self.batch_shape, *event).reshape(rows, *event)
 
         initial, transition, observation = parts
+        if initial.dtype != observation.dtype or transition.dtype != observation.dtype:
+            wide = torch.promote_types(
+                torch.promote_types(initial.dtype, transition.dtype), observation.dtype
+            )
+            initial, transition, observation = initial.to(wide), transition.to(wide), observation.to(wide)
         if self.homogeneous:
             transition = transition.unsqueeze(-3)
         if self.lengths is None:
             lengths = torch.full((rows,), self.event_shape[0], device=observation.device)
         else:
-            lengths = self.lengths.reshape(rows)
+            lengths = self.lengths.reshape(rows).long().contiguous()
         return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:

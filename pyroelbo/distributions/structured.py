@@ -201,6 +201,8 @@ class StructuredDistribution(TorchDistribution):
                 value = value.expand(self.batch_shape)
             if not torch.is_grad_enabled() and any(x.requires_grad for x in self.potentials):
                 return value
+            if value.is_inference():  # which autograd refuses later
+                return value
             self._cache["log_partition"] = value
         return self._cache["log_partition"]
 
@@ -216,7 +218,7 @@ class StructuredDistribution(TorchDistribution):
         """ln Z ``[*B]`` and the expected use of each part, summed over all that share a potential; no gradients.
 
         The parts have the potentials' own shapes: one that the batch shares (size 1 there) gets the whole
-        batch's counts, which are then never held apart. With ``hard`` the best structure stands for all: its
+        batch's counts. With ``hard`` the best structure stands for all: its
         log weight, and its parts. These are the E-steps of EM and of hard EM.
         """
         if hard:

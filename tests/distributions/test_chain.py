@@ -323,10 +323,9 @@ def test_a_value_computed_without_gradient_does_not_stick():
     assert q.log_partition.requires_grad
 
 
-@pytest.mark.parametrize("states", [64, 150])
-def test_memory_of_the_gradient_does_not_grow_with_the_square_of_the_states(states):
-    steps = 200
-    q = LinearChain(randn(0, 2, states), randn(1, 2, states, states), randn(2, 2, steps, states))
+@pytest.mark.parametrize(("rows", "steps", "states"), [(2, 200, 64), (2, 200, 150), (40, 3, 64)])
+def test_memory_of_the_gradient_does_not_grow_with_the_square_of_the_states(rows, steps, states):
+    q = LinearChain(randn(0, rows, states), randn(1, 1, states, states), randn(2, rows, steps, states))
     kept = 0
 
     def pack(x):
@@ -340,7 +339,30 @@ def test_memory_of_the_gradient_does_not_grow_with_the_square_of_the_states(stat
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         value = recursions.log_partition(q._flat(q.potentials))
     held = sum(size(one) for _, one in value.grad_fn.passes)
-    assert kept + held < 4 * 2 * steps * states + 4 * 2 * states * states
+    assert kept + held < 4 * rows * steps * states + 4 * states * states
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_potentials_of_two_precisions(which):
+    mixed = [randn(i, 2, *shape).detach() for i, shape in enumerate([(3,), (3, 3), (5, 3)])]
+    mixed[which] = mixed[which].float()
+    lengths = torch.tensor([4]).expand(2)
+    leaves = [x.requires_grad_() for x in mixed]
+    q, right = LinearChain(*leaves, lengths), LinearChain(*(x.detach().double() for x in leaves), lengths)
+    torch.testing.assert_close(q.log_partition, right.log_partition)
+    torch.testing.assert_close(
+        torch.autograd.grad(q.log_partition.sum(), leaves)[2].double(), right.marginals[2]
+    )
+    assert torch.equal(q.mode, right.mode)
+
+
+def test_a_value_of_inference_mode_does_not_stick():
+    q = LinearChain(randn(0, 3), randn(1, 3, 3), randn(2, 5, 3))
+    with torch.inference_mode():
+        q.log_partition.sum()
+    weight = torch.ones((), requires_grad=True)
+    (q.log_partition * weight).sum().backward()
 
 
 def test_gradients_share_no_memory():
