@@ -97,11 +97,33 @@ def log_prob_within(components: Any, value: Tensor, good: Tensor | None) -> Tens
             broadcast(value.shape[: value.dim() - event], components.batch_shape), device=value.device
         )
     if good is None:
-        return components.log_prob(value)
+        return _log_prob(components, value)
     with torch.no_grad():
         stand_in = components.sample().to(value.dtype)
     safe = torch.where(good.reshape(good.shape + (1,) * event), value, stand_in)
-    return torch.where(good, components.log_prob(safe), -math.inf)
+    return torch.where(good, _log_prob(components, safe), -math.inf)
+
+
+def _log_prob(components: Any, value: Tensor) -> Tensor:
+    """``components.log_prob(value)``. Of independent Normals without gradients it is summed one coordinate at a time, in
+    place: temporaries with all coordinates take ten times as long.
+    """
+    base = components.base_dist if isinstance(components, torch.distributions.Independent) else None
+    if not isinstance(base, torch.distributions.Normal) or len(components.event_shape) != 1:
+        return components.log_prob(value)
+    loc, scale = base.loc, base.scale
+    shape = torch.broadcast_shapes(value.shape[:-1], loc.shape[:-1])
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (value, loc, scale))
+    if tracked or shape.numel() < 1 << 12 or not value.dtype == loc.dtype == scale.dtype:
+        return components.log_prob(value)
+    if components._validate_args:
+        components._validate_sample(value)
+    value, loc, rate = (x.movedim(-1, 0).contiguous() for x in (value, loc, scale.reciprocal()))
+    total, part = value.new_zeros(shape), value.new_empty(shape)
+    for y, mean, own in zip(value, loc, rate, strict=True):
+        torch.sub(y, mean, out=part).mul_(own)
+        total.addcmul_(part, part, value=-0.5)
+    return total.sub_(scale.log().sum(-1) + 0.5 * len(loc) * math.log(2 * math.pi))
 
 
 def refuse_outside(value: Tensor, bad: Tensor, event: int, where: str) -> None:

@@ -304,3 +304,17 @@ def test_integers_are_numbers():
         torch.tensor([[1, 2], [-3, 0]]),
     )
     torch.testing.assert_close(d.expected_statistics(y)[0], d.log_prob(y.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_normals_one_coordinate_at_a_time(dtype):
+    """The same as their own log_prob, which is used where gradients are asked for or a value is refused."""
+    d, values = gaussians("diagonal", dtype=dtype), randn(7, 4000, 5).detach().to(dtype)
+    joint = d._joint(values)
+    expected = d.logits + d.components.log_prob(values[:, None])
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+    torch.testing.assert_close(joint, expected, **close)
+    values.requires_grad_()
+    assert d._joint(values).requires_grad
+    with pytest.raises(ValueError, match="support"):
+        d.log_prob(torch.full((4000, 5), math.nan, dtype=dtype))
