@@ -22,11 +22,11 @@ from pyroelbo.distributions._vectors import (
 )
 
 __all__ = [
-    "ORDER",
     "PIECE",
     "aligned",
     "compiled",
     "exponential",
+    "exponentials",
     "laid_out",
     "multiply",
     "narrow",
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 # NaN and infinity keep their meaning; only the order of a sum is free
-ORDER = {"contract", "reassoc", "nsz"}
-compiled = njit(cache=True, fastmath=ORDER)
+_ORDER = {"contract", "reassoc", "nsz"}
+compiled = njit(cache=True, fastmath=_ORDER)
 # so many numbers are worked on at a time
 PIECE = 4096
 _LINE = 64  # bytes
@@ -109,8 +109,16 @@ def _(x, spare):
 
 
 @compiled
-def _largest(x):
-    """The largest entry of a flat array, whatever it is where one is NaN."""
+def exponentials(x, spare):
+    """``exponential`` of a long flat array, a piece at a time."""
+    for start in range(0, x.shape[0], PIECE):
+        piece = x[start : start + PIECE]
+        exponential(piece, spare[: piece.shape[0]])
+
+
+@compiled
+def _top(x):
+    """The largest entry of a flat array, 0 where all are -inf; whatever it is where one is NaN."""
     top, whole = x[0], x.shape[0] - x.shape[0] % (2 * LANES)
     if whole:
         tops, others = load(x, 0), load(x, LANES)
@@ -119,7 +127,7 @@ def _largest(x):
         top = largest(greater(tops, others))
     for j in range(whole, x.shape[0]):
         top = max(top, x[j])
-    return top
+    return top if top != -math.inf else x.dtype.type(0)
 
 
 @compiled
@@ -139,10 +147,7 @@ def powers_of(x, out, spare):
     """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
     is).
     """
-    top = _largest(x)
-    if top == -math.inf:
-        top = x.dtype.type(0)
-    differences = 0.0
+    top, differences = _top(x), 0.0
     for start in range(0, x.shape[0], PIECE):
         piece = out[start : start + PIECE]
         differences += _below(x[start : start + PIECE], top, piece)
@@ -176,10 +181,7 @@ def laid_out(matrices, u, room, panel):
 def powers_laid_out(matrix, room, panel, spare):
     """``powers_of`` of a matrix [S,S], laid out in ``room``; returns the top."""
     size, padded = room.shape
-    flat, differences = room.reshape(-1), 0.0
-    top = _largest(matrix.reshape(-1))
-    if top == -math.inf:
-        top = matrix.dtype.type(0)
+    flat, top, differences = room.reshape(-1), _top(matrix.reshape(-1)), 0.0
     for start in range(0, padded, panel):
         width, stride = min(panel, size - start), min(panel, padded - start)
         some = max(1, PIECE // stride)
@@ -204,7 +206,7 @@ def multiply(kind, height, rows, count, x, at, across, along, y, place, panel, c
     """
 
 
-@overload(multiply, prefer_literal=True, jit_options={"fastmath": ORDER, "forceinline": True})
+@overload(multiply, prefer_literal=True, jit_options={"fastmath": _ORDER, "forceinline": True})
 def _(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
     how, tall = kind.literal_value, height.literal_value
 
@@ -278,7 +280,7 @@ def narrow(kind, count, x, at, y):
     """
 
 
-@overload(narrow, prefer_literal=True, jit_options={"fastmath": ORDER, "forceinline": True})
+@overload(narrow, prefer_literal=True, jit_options={"fastmath": _ORDER, "forceinline": True})
 def _(kind, count, x, at, y):
     best = kind.literal_value == "best"
     empty = -math.inf if best else 0.0

@@ -16,7 +16,7 @@ from pyroelbo.distributions._arithmetic import (
     PIECE,
     aligned,
     compiled,
-    exponential,
+    exponentials,
     laid_out,
     multiply,
     narrow,
@@ -99,9 +99,7 @@ def _weights(observation, out, spare):
     # none is positive, so that their sum is NaN only where one is
     if total(differences) != total(differences):
         offset = math.nan
-    for start in range(0, steps * size, PIECE):
-        piece = out[start : min(start + PIECE, steps * size)]
-        exponential(piece, spare[: piece.shape[0]])
+    exponentials(out[: steps * size], spare)
     return offset
 
 

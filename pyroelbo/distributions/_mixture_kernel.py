@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pyroelbo.distributions._arithmetic import PIECE, aligned, compiled, exponential, multiply
+from pyroelbo.distributions._arithmetic import PIECE, aligned, compiled, exponentials, multiply
 from pyroelbo.distributions._vectors import (
     LANES,
     add,
@@ -79,9 +79,7 @@ def _normalize(share, rows, size, hard, spare, peak, norm, counts):
                 for j in range(at, at + size, LANES):
                     store(flat, j, add(load(flat, j), shift))
     if not hard:
-        for start in range(0, rows * columns, PIECE):
-            piece = flat[start : min(start + PIECE, rows * columns)]
-            exponential(piece, spare[: piece.shape[0]])
+        exponentials(flat[: rows * columns], spare)
     for i in range(rows):
         for r in range(columns // size):
             at = i * columns + r * size

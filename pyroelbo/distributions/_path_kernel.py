@@ -100,6 +100,13 @@ def _best_scores(first, matrix, transition, seen, longest, size, layout, room, d
 
 
 @_compile_max
+def _onward(delta, place, turned, at, last):
+    """Scores of ways to a state and on from it; nothing is added after the last step."""
+    score = load(delta, place)
+    return score if last else add(score, load(turned, at))
+
+
+@_compile_max
 def viterbi(initial, transition, turned, observation, lengths, z):
     """A best path ``z [B,T]`` in log space. Only scores are kept, the arguments are found again on the way
     back.
@@ -123,7 +130,7 @@ def viterbi(initial, transition, turned, observation, lengths, z):
             seen[b - start, : steps * size] = observation[b].reshape(-1)
             for t in range(lengths[b], steps):
                 z[b, t] = 0
-        if transition.shape[1] == 1:
+        if still:
             matrix = laid_out(transition[a], 0, room.matrix, panel)
         own = slice(start, stop) if initial.shape[0] > 1 else slice(0, 1)
         longest = lengths[start:stop].max()
@@ -148,16 +155,10 @@ def viterbi(initial, transition, turned, observation, lengths, z):
                 tops = none
                 for k in range(0, size, LANES):
                     i = min(k, tail)
-                    score = load(delta, place + i)
-                    if not last:
-                        score = add(score, load(turned, at + i))
-                    tops = greater(score, tops)
+                    tops = greater(_onward(delta, place + i, turned, at + i, last), tops)
                 best = fill(largest(tops))
                 for k in range(0, size, LANES):
                     i = min(k, tail)
-                    score = load(delta, place + i)
-                    if not last:
-                        score = add(score, load(turned, at + i))
-                    lane = first_equal(score, best)
+                    lane = first_equal(_onward(delta, place + i, turned, at + i, last), best)
                     chosen = min(chosen, i + lane if lane < LANES else chosen)
                 z[b, t] = chosen

@@ -261,7 +261,9 @@ def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
     return _finish(log_z, passes, pending, _exact(problem.take(pending), keep))
 
 
-def _finish(log_z: Tensor | None, passes: list, rows: Tensor | None, last: Any) -> Solution:
+def _finish(
+    log_z: Tensor | None, passes: list, rows: Tensor | None, last: Scaled | Smoothed | Exact
+) -> Solution:
     if rows is None or log_z is None:
         return Solution(last.log_z, [(None, last)])
     log_z[rows] = last.log_z

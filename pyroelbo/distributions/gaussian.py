@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroelbo.distributions._engines import loops
-from pyroelbo.distributions.structured import check_lengths, first_index
+from pyroelbo.distributions.structured import check_lengths, first_index, independent_normal
 
 __all__ = ["Filtered", "GaussianChain", "LinearGaussianChain"]
 
@@ -350,8 +350,8 @@ class GaussianChain(TorchDistribution):
 def _moments(name: str, gaussian: Any) -> tuple[Tensor, Tensor]:
     if isinstance(gaussian, torch.distributions.MultivariateNormal):
         return gaussian.loc, gaussian.covariance_matrix
-    base = getattr(gaussian, "base_dist", None)
-    if isinstance(base, torch.distributions.Normal) and gaussian.event_dim == 1:
+    base = independent_normal(gaussian)
+    if base is not None:
         return base.loc, torch.diag_embed(base.scale.square())
     raise ValueError(
         f"{name} is a {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)"

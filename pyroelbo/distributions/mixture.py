@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pyroelbo.distributions.structured import (
     any_support,
     check_finite_or_minus_inf,
     first_index,
+    independent_normal,
     log_prob_within,
     refuse_outside,
     within_support,
@@ -27,7 +29,7 @@ from pyroelbo.semiring import choose
 
 __all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
-BLOCK = 8  # coordinates; and numbers held at a time, so that they stay in the cache
+BLOCK = 8  # coordinates, as many as the compiled loops take at once; and numbers held at a time, so that they stay in the cache
 ROOM = 2**18
 
 
@@ -196,7 +198,8 @@ class Mixture(TorchDistribution):
         linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
         weights = torch.cat([features.fold(precision), linear], -1)
         constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + logits
-        run = _compiled() if compilable(y) else _each_block
+        kernel = loops("_mixture_kernel") if compilable(y) else None
+        run = _each_block if kernel is None else functools.partial(_in_loops, kernel)
         evidence, total, sums, most = run(y, center, weights, constant, shape[-2], features, hard)
         average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]
         square = features.unfold(sums)
@@ -362,36 +365,30 @@ def _each_block(y, center, weights, constant, size, features, hard):
     return evidence, total, sums, most
 
 
-def _compiled():
-    """``_each_block`` in compiled loops, where there are any."""
-    kernel = loops("_mixture_kernel")
-    if kernel is None:
-        return _each_block
+def _in_loops(kernel, y, center, weights, constant, size, features, hard):
+    """``_each_block`` in compiled loops."""
 
-    def run(y, center, weights, constant, size, features, hard):
-        def whole(n):
-            return -(-n // kernel.LANES) * kernel.LANES
+    def whole(n):
+        return -(-n // kernel.LANES) * kernel.LANES
 
-        groups, width = len(constant) // size, weights.shape[-1]
-        turned = weights.new_zeros(width, groups, whole(size))
-        turned[..., :size] = weights.t().view(width, groups, size)
-        start = weights.new_full((groups, whole(size)), -math.inf)
-        start[:, :size] = constant.view(groups, size)
-        peak, norm = weights.new_empty(2, groups, len(y)).unbind()
-        total, sums = torch.zeros_like(start), weights.new_zeros(groups * whole(size), whole(width))
-        most = weights.new_zeros(y.shape[-1])
-        given = y.contiguous(), center, turned.flatten(1), start.flatten()
-        kernel.share_out(
-            *(x.numpy() for x in given),
-            whole(size),
-            features.diagonal,
-            hard,
-            *(x.numpy() for x in (peak, norm, total.view(-1), sums, most)),
-        )
-        inside = sums.view(groups, whole(size), -1)[:, :size, :width].reshape(groups * size, width)
-        return peak.add_(norm.log_()), total[:, :size].flatten(), inside, most
-
-    return run
+    groups, width = len(constant) // size, weights.shape[-1]
+    turned = weights.new_zeros(width, groups, whole(size))
+    turned[..., :size] = weights.t().view(width, groups, size)
+    start = weights.new_full((groups, whole(size)), -math.inf)
+    start[:, :size] = constant.view(groups, size)
+    peak, norm = weights.new_empty(2, groups, len(y)).unbind()
+    total, sums = torch.zeros_like(start), weights.new_zeros(groups * whole(size), whole(width))
+    most = weights.new_zeros(y.shape[-1])
+    given = y.contiguous(), center, turned.flatten(1), start.flatten()
+    kernel.share_out(
+        *(x.numpy() for x in given),
+        whole(size),
+        features.diagonal,
+        hard,
+        *(x.numpy() for x in (peak, norm, total.view(-1), sums, most)),
+    )
+    inside = sums.view(groups, whole(size), -1)[:, :size, :width].reshape(groups * size, width)
+    return peak.add_(norm.log_()), total[:, :size].flatten(), inside, most
 
 
 def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -402,10 +399,8 @@ def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         scale = components.scale_tril.double()
         log_det = -scale.diagonal(0, -1, -2).log().sum(-1)
         return components.loc.double(), torch.cholesky_inverse(scale), log_det
-    base = getattr(components, "base_dist", None)
-    if isinstance(base, torch.distributions.Normal) and len(components.event_shape) == 1 + len(
-        base.event_shape
-    ):
+    base = independent_normal(components)
+    if base is not None:
         mean, scale = base.loc.double(), base.scale.double()
         return mean, scale.square().reciprocal(), -scale.log().sum(-1)
     return None

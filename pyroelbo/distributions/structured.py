@@ -26,6 +26,7 @@ __all__ = [
     "check_integers",
     "check_lengths",
     "first_index",
+    "independent_normal",
     "log_prob_within",
     "refuse_outside",
     "within_support",
@@ -104,12 +105,20 @@ def log_prob_within(components: Any, value: Tensor, good: Tensor | None) -> Tens
     return torch.where(good, _log_prob(components, safe), -math.inf)
 
 
+def independent_normal(distribution: Any) -> torch.distributions.Normal | None:
+    """The Normal of each coordinate, of ``Normal(...).to_event(1)``; None for any other distribution."""
+    base = distribution.base_dist if isinstance(distribution, torch.distributions.Independent) else None
+    return (
+        base if isinstance(base, torch.distributions.Normal) and len(distribution.event_shape) == 1 else None
+    )
+
+
 def _log_prob(components: Any, value: Tensor) -> Tensor:
     """``components.log_prob(value)``. Of independent Normals without gradients it is summed one coordinate at a time, in
     place: temporaries with all coordinates take ten times as long.
     """
-    base = components.base_dist if isinstance(components, torch.distributions.Independent) else None
-    if not isinstance(base, torch.distributions.Normal) or len(components.event_shape) != 1:
+    base = independent_normal(components)
+    if base is None:
         return components.log_prob(value)
     loc, scale = base.loc, base.scale
     shape = torch.broadcast_shapes(value.shape[:-1], loc.shape[:-1])

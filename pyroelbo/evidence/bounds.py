@@ -185,7 +185,7 @@ def weighted(
     *,
     source: str = "guide",
 ) -> Bound:
-    """The bound of log weights [K, B] whose mean is p(y), or for an upper bound 1/p(y), with what tells
+    """The bound of log weights [K, B] whose mean is p(y), or for an upper bound 1/p(y) at most, with what tells
     whether to trust it; ``source`` says what made the draws."""
     particles, size = log_w.shape
     value, stderr = log_mean_exp(log_w)
