@@ -28,7 +28,7 @@ import pyro
 import torch
 
 from pyroelbo import ExactPair, Pair, data, evidence, fit, models
-from pyroelbo.causal import PixelCNN
+from pyroelbo.nn.causal import PixelCNN
 from pyroelbo.runs import RunDirectory, copy_into, group
 
 

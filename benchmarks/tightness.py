@@ -28,7 +28,7 @@ import pyro
 import torch
 
 from pyroelbo import evidence, fit
-from pyroelbo.terms import Evaluator
+from pyroelbo.evaluation.evaluator import Evaluator
 from tests.pairs import TABLE
 
 FALSE_ALARM = 1e-6

@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pyroelbo import Pair, audit, evidence
-from pyroelbo.records import Bound
+from pyroelbo.results import Bound
 
 # Rubin (1981): coaching's estimated effects on test scores in eight schools, and their standard errors.
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])

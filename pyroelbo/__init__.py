@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from pyroelbo import data, evidence
 from pyroelbo._version import __version__
+from pyroelbo.evaluation.local import unamortized
 from pyroelbo.evidence import audit
 from pyroelbo.pair import ExactPair, LatentPath, Pair, within_datum
-from pyroelbo.records import Audit, Bound, Gap, Run
-from pyroelbo.train import fit
-from pyroelbo.unamortized import unamortized
+from pyroelbo.results import Audit, Bound, Gap, Run
+from pyroelbo.training.fit import fit
 
 if TYPE_CHECKING:
-    from pyroelbo import compiled, distributions, models, report
-    from pyroelbo.em import fit_em
+    from pyroelbo import compiled, distributions, models, objectives, priors, report
+    from pyroelbo.training.em import fit_em
 
 __all__ = [
     "Audit",
@@ -32,6 +32,8 @@ __all__ = [
     "fit",
     "fit_em",
     "models",
+    "objectives",
+    "priors",
     "report",
     "unamortized",
     "within_datum",
@@ -40,8 +42,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What most programs do not use is imported when it is first named.
-    if name in ("compiled", "distributions", "models", "report"):
+    if name in ("compiled", "distributions", "models", "objectives", "priors", "report"):
         return importlib.import_module(f"pyroelbo.{name}")
     if name == "fit_em":
-        return importlib.import_module("pyroelbo.em").fit_em
+        return importlib.import_module("pyroelbo.training.em").fit_em
     raise AttributeError(f"module 'pyroelbo' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from pyroelbo import data, models, report
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit, draws
 from pyroelbo.runs import RunDirectory
-from pyroelbo.train import OBJECTIVES, OPTIMIZERS, fit
+from pyroelbo.training.fit import OBJECTIVES, OPTIMIZERS, fit
 
 __all__ = ["main"]
 
@@ -385,7 +385,3 @@ def _sample(options: argparse.Namespace) -> int:
     )
     print(f"written: {options.path / 'samples.safetensors'} (y, {tuple(y.shape)}), {figure}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from pyroelbo import data as batches
-from pyroelbo.data import Batch
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
 
 __all__ = ["PLATE", "ExactPair", "LatentPath", "Pair", "within_datum"]
 

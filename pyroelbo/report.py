@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroelbo.findings import Calibration, Diagnostics
 from pyroelbo.numerics import bits_per_dim
-from pyroelbo.records import Audit, Bound, Decomposition, Run, Sandwich, Terms
+from pyroelbo.results import Audit, Bound, Decomposition, Run, Sandwich, Terms
+from pyroelbo.results.diagnostics import Calibration, Diagnostics
 
 __all__ = [
     "bits_table",

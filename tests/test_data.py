@@ -5,36 +5,6 @@ import torch
 from pyroelbo import data
 
 
-def test_batches_from_tensors_arrays_tuples_and_dicts():
-    x, y = torch.randn(3, 2), np.arange(3)
-    for batch in (data.as_batch((x, y)), data.as_batch({"x": x, "y": y})):
-        assert data.size(batch) == 3
-        assert data.size(data.rows(batch, slice(0, 2))) == 2
-        assert data.size(data.repeat(batch, 4)) == 12
-    assert data.as_batch(np.zeros((2, 2), np.float32)).dtype == torch.float64
-    assert data.as_batch(np.zeros(2, np.uint8)).dtype == torch.uint8
-    assert data.call(lambda x, y: (x, y), {"y": 1, "x": 2}) == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        (torch.tensor([[1.0], [float("nan")]]), ValueError, "first in row 1"),
-        (torch.tensor([float("inf")]), ValueError, "NaN or infinite"),
-        (torch.zeros(0, 3), ValueError, "empty"),
-        (torch.tensor(1.0), ValueError, "single number"),
-        ((), ValueError, "at least one tensor"),
-        ((torch.zeros(3), torch.zeros(4)), ValueError, r"different lengths.*'data\[0\]': 3"),
-        ("digits", TypeError, "takes a tensor"),
-        (np.array(["a"]), TypeError, "takes numbers"),
-        ({"x": None}, TypeError, r"data\['x'\]"),
-    ],
-)
-def test_bad_batches_are_refused(bad, error, message):
-    with pytest.raises(error, match=message):
-        data.as_batch(bad)
-
-
 def test_digits():
     grey, binary, levels = (data.load("digits", form=f) for f in ("grey", "binary", "bytes"))
     assert {k: len(v) for k, v in grey.items()} == {"train": 1297, "valid": 200, "test": 300}

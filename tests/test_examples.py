@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyroelbo.records import Audit
+from pyroelbo.results import Audit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence, report
-from pyroelbo.records import Audit, Bound, Run
+from pyroelbo.results import Audit, Bound, Run
 from tests.pairs import TABLE, Nonlinear
 
 

@@ -83,7 +83,9 @@ class _Interception(TorchFunctionMode):
                 if plate.name in self._whole and plate.size == plate.subsample_size:
                     with _disable_current_modes():  # a sequential plate without subsampling: 0, 1, 2, ...
                         return args[0].item()
-            if func is Tensor.item and (module.startswith("pyro.infer.") or module == "pyroelbo.objectives"):
+            if func is Tensor.item and (
+                module.startswith("pyro.infer.") or module.startswith("pyroelbo.objectives.")
+            ):
                 value = args[0].detach()
                 return value.double() if value.is_floating_point() and value.device.type != "mps" else value
             if func is Tensor.__bool__ and module == "pyro.infer.util":

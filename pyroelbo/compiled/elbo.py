@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.environment import Environment
-from pyroelbo.stepping import aligned
+from pyroelbo.optim import aligned
 
 __all__ = ["CompileWarning", "CompiledELBO", "Counters"]
 

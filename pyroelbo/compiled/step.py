@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroelbo.compiled import capture as _capture
 from pyroelbo.compiled.elbo import Counters, GraphCache
-from pyroelbo.stepping import aligned, averaging
+from pyroelbo.optim import aligned, averaging
 
 __all__ = ["CompiledStep"]
 

@@ -14,16 +14,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions._engines import compilable, loops
+from pyroelbo.distributions.checks import check_finite_or_minus_inf, check_lengths, first_index
 from pyroelbo.distributions.grammar import check_padded, without_padding
-from pyroelbo.distributions.structured import (
-    StructuredDistribution,
-    check_finite_or_minus_inf,
-    check_lengths,
-    first_index,
-)
+from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.semiring import Log, Semiring, choose
+from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.distributions.structured import batch_shape as shape_of
-from pyroelbo.semiring import Log, Semiring, choose
 
 __all__ = ["CTC", "Alignment", "AlignmentParts"]
 
@@ -193,7 +189,7 @@ def collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
     return path.new_full((*path.shape[:-1], path.shape[-1] + 1), -1).scatter(-1, place, path)[..., :-1]
 
 
-_compiled = functools.partial(loops, "_alignment_kernel")
+_compiled = functools.partial(loops, "alignment")
 
 
 def _alpha(emission: Tensor, skip: Tensor) -> Tensor:

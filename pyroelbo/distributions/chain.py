@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions._recursions import (
+from pyroelbo.distributions._forward_backward import (
     Problem,
     Solution,
     best_path,
@@ -23,19 +23,21 @@ from pyroelbo.distributions._recursions import (
     smoothed,
     solve,
 )
+from pyroelbo.distributions.checks import (
+    check_finite_or_minus_inf,
+    check_lengths,
+    first_index,
+    refuse_outside,
+)
+from pyroelbo.distributions.semiring import Semiring
 from pyroelbo.distributions.structured import (
     StructuredDistribution,
     any_support,
     batch_shape,
-    check_finite_or_minus_inf,
-    check_lengths,
-    first_index,
     log_prob_within,
-    refuse_outside,
     within_support,
 )
 from pyroelbo.numerics import logsumexp
-from pyroelbo.semiring import Semiring
 
 __all__ = ["HMM", "ChainParts", "LinearChain"]
 

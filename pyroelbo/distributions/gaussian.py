@@ -19,8 +19,9 @@ from pyro.ops.gaussian import (
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions._engines import loops
-from pyroelbo.distributions.structured import check_lengths, first_index, independent_normal
+from pyroelbo.distributions.checks import check_lengths, first_index
+from pyroelbo.distributions.kernels.dispatch import loops
+from pyroelbo.distributions.structured import independent_normal
 
 __all__ = ["Filtered", "GaussianChain", "LinearGaussianChain"]
 
@@ -412,7 +413,7 @@ def _filtered(p: Parameters, y: Tensor) -> Filtered:
     return Filtered(mean, covariance, predicted_mean, predicted_covariance)
 
 
-_kernels: Any = functools.partial(loops, "_kalman_kernel")
+_kernels: Any = functools.partial(loops, "kalman")
 
 
 def _in_steps(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:

@@ -14,17 +14,16 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.checkpoint import checkpoint
 
-from pyroelbo.distributions._inside import inside, outside
-from pyroelbo.distributions.structured import (
-    StructuredDistribution,
-    batch_shape,
+from pyroelbo.distributions._inside_outside import inside, outside
+from pyroelbo.distributions.checks import (
     check_finite_or_minus_inf,
     check_integers,
     check_lengths,
     first_index,
 )
+from pyroelbo.distributions.semiring import Log, Max, Semiring, choose
+from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
 from pyroelbo.numerics import logsumexp
-from pyroelbo.semiring import Log, Max, Semiring, choose
 
 __all__ = ["PCFG", "Derivation", "ParseParts", "ParseTree"]
 

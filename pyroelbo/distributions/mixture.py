@@ -14,18 +14,11 @@ from pyro import distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyroelbo.distributions._engines import compilable, loops
-from pyroelbo.distributions.structured import (
-    any_support,
-    check_finite_or_minus_inf,
-    first_index,
-    independent_normal,
-    log_prob_within,
-    refuse_outside,
-    within_support,
-)
+from pyroelbo.distributions.checks import check_finite_or_minus_inf, first_index, refuse_outside
+from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.semiring import choose
+from pyroelbo.distributions.structured import any_support, independent_normal, log_prob_within, within_support
 from pyroelbo.numerics import logsumexp
-from pyroelbo.semiring import choose
 
 __all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
@@ -198,7 +191,7 @@ class Mixture(TorchDistribution):
         linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
         weights = torch.cat([features.fold(precision), linear], -1)
         constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + logits
-        kernel = loops("_mixture_kernel") if compilable(y) else None
+        kernel = loops("mixture") if compilable(y) else None
         run = _each_block if kernel is None else functools.partial(_in_loops, kernel)
         evidence, total, sums, most = run(y, center, weights, constant, shape[-2], features, hard)
         average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]

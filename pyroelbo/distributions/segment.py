@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.structured import (
-    StructuredDistribution,
-    batch_shape,
-    check_finite_or_minus_inf,
-    check_lengths,
-)
-from pyroelbo.semiring import Semiring
+from pyroelbo.distributions.checks import check_finite_or_minus_inf, check_lengths
+from pyroelbo.distributions.semiring import Semiring
+from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
 
 __all__ = ["SegmentParts", "SemiMarkov"]
 

@@ -1,6 +1,7 @@
 """How large is ln p(y)? Bounds, exact values and estimates of the evidence of any pair, per datum, in
 nats."""
 
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import audit
 from pyroelbo.evidence.bounds import cubo, draws, elbo, eubo, iwae, prior_monte_carlo
@@ -11,7 +12,6 @@ from pyroelbo.evidence.gap import gap
 from pyroelbo.evidence.layers import layers
 from pyroelbo.evidence.particle import smc
 from pyroelbo.evidence.quadrature import quadrature
-from pyroelbo.sites import Unavailable
 
 __all__ = [
     "Unavailable",

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import scoped
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
 from pyroelbo.evidence.lattice import Lattice
 from pyroelbo.evidence.potential import Potential
 from pyroelbo.evidence.unconstrained import Unconstrained
-from pyroelbo.joint import scoped
 from pyroelbo.numerics import log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair
-from pyroelbo.records import Bound, Sandwich
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound, Sandwich
 
 __all__ = ["ais", "bdmc"]
 
@@ -64,7 +64,7 @@ def ais(
 
     Raises :class:`Unavailable`, naming the site, for auxiliary sites of the guide, for continuous latents that
     a density looks at without a gradient (rounding, ``detach``), and for ``reverse=True`` without an exact
-    posterior; ValueError as :class:`~pyroelbo.terms.Evaluator` says and for scales within the datum. Cost: a
+    posterior; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says and for scales within the datum. Cost: a
     gradient counts as three evaluations, so about 3 · temperatures · leapfrog · (particles + 8) a datum, the
     pilot included; as many again for discrete latents beside continuous ones; three times as many for chains.
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pyroelbo import data as batches
+from pyroelbo import batch as batches
 from pyroelbo.distributions.structured import StructuredDistribution
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import view
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
-from pyroelbo.joint import view
 from pyroelbo.pair import Pair
-from pyroelbo.records import Audit, Bound
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Audit, Bound
 
 __all__ = ["audit"]
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroelbo import data as batches
+from pyroelbo import batch as batches
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import scoped, view
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.diagnostics import pareto_k_hat
-from pyroelbo.joint import scoped, view
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode
-from pyroelbo.records import Bound, Terms
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound, Terms
 
 __all__ = ["cubo", "draws", "elbo", "eubo", "iwae", "prior_monte_carlo"]
 
@@ -35,7 +35,7 @@ def elbo(pair: Pair, y: Any, particles: int = 64) -> Bound:
 
     The mean of ``particles`` draws, with its standard error (NaN for one draw). Scales within a datum
     (subsampled inner plates, ``within_datum``) are kept: they are part of that datum's estimate. ``y`` is a
-    batch: a tensor, a tuple or a dict. Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost:
+    batch: a tensor, a tuple or a dict. Raises ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says. Cost:
     ``particles`` evaluations a datum.
     """
     evaluator = Evaluator(pair, y)
@@ -52,7 +52,7 @@ def iwae(pair: Pair, y: Any, particles: int = 64) -> Bound:
     Weights are formed per datum, unscaled. One set of K = ``particles`` draws; the standard error is the
     delta method's, ``ess`` Kish's effective number of draws, ``k_hat`` the Pareto tail index: above 0.7 the
     standard error is not to be trusted and a note says for how many data. Monotone in K; (1/K) Σ w itself is
-    unbiased for p(y). Raises ValueError as :class:`~pyroelbo.terms.Evaluator` says, and for pairs with a
+    unbiased for p(y). Raises ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says, and for pairs with a
     scale within the datum, whose weights would be wrong.
 
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.

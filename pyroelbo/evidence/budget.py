@@ -8,17 +8,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pyroelbo import data as batches
-from pyroelbo.data import Batch
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import view
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.unconstrained import Unconstrained
-from pyroelbo.joint import view
 from pyroelbo.pair import Pair
-from pyroelbo.records import Bound
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound
 
 __all__ = ["Budget"]
 

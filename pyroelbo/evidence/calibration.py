@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroelbo.findings import Calibration
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.terms import Evaluator
+from pyroelbo.results.diagnostics import Calibration
 
 __all__ = ["calibration"]
 
@@ -32,7 +32,7 @@ def calibration(
     tells how a guide errs on data of the model, not on yours. ``given`` and ``like`` are those of
     :meth:`~pyroelbo.Pair.simulate`.
 
-    Raises ValueError for too few data or draws to make two bins, and as :class:`~pyroelbo.terms.Evaluator`
+    Raises ValueError for too few data or draws to make two bins, and as :class:`~pyroelbo.evaluation.evaluator.Evaluator`
     says. Cost: ``num_data`` · (2 ``draws`` + 1) evaluations.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); Modrák et al. (2023) for the log joint.

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.sites import Unavailable, refuse_infinite
 from pyroelbo.evidence.lattice import is_discrete
-from pyroelbo.findings import Diagnostics, Estimate
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.sites import Unavailable, refuse_infinite
-from pyroelbo.terms import Evaluator
+from pyroelbo.results.diagnostics import Diagnostics, Estimate
 
 __all__ = ["diagnostics", "pareto_k_hat"]
 
@@ -84,7 +84,7 @@ def diagnostics(
     may look at other latents. Any guide and any prior of known density will do. Raises :class:`Unavailable`,
     naming the site, for auxiliary or masked guide sites and priors that differ between data (of conditional
     pairs), and for guides that reach beyond the model's support; ValueError as
-    :class:`~pyroelbo.terms.Evaluator` says. Cost: N · (``draws`` · N + ``points``) densities of the guide and
+    :class:`~pyroelbo.evaluation.evaluator.Evaluator` says. Cost: N · (``draws`` · N + ``points``) densities of the guide and
     N · ``draws`` evaluations.
 
     Source: Hoffman and Johnson (2016); Chen, Li, Grosse and Duvenaud (2018), equation 2, for the split by

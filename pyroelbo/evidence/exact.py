@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pyroelbo import data as batches
-from pyroelbo.enumeration import enumerate_latents
+from pyroelbo import batch as batches
+from pyroelbo.evaluation.enumeration import enumerate_latents
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
-from pyroelbo.records import Bound
-from pyroelbo.sites import Unavailable
+from pyroelbo.results import Bound
 
 __all__ = ["exact"]
 

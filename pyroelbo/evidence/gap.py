@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.local import Family
+from pyroelbo.evaluation.sites import Unavailable, refuse_infinite
 from pyroelbo.evidence.bounds import averaged, count_of, iwae
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.records import Bound, Decomposition
-from pyroelbo.sites import Unavailable, refuse_infinite
-from pyroelbo.terms import Evaluator
-from pyroelbo.unamortized import Family
+from pyroelbo.results import Bound, Decomposition
 
 __all__ = ["gap"]
 

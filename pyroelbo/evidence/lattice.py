@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.terms import Evaluator, LatentSite
+from pyroelbo.evaluation.evaluator import Evaluator, LatentSite
 
 __all__ = ["Lattice", "is_discrete"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.sites import refuse_infinite
 from pyroelbo.evidence.bounds import count_of
-from pyroelbo.findings import Estimate, Layers
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import Pair
-from pyroelbo.records import Bound
-from pyroelbo.sites import refuse_infinite
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound
+from pyroelbo.results.diagnostics import Estimate, Layers
 
 __all__ = ["layers"]
 
@@ -32,7 +32,7 @@ def layers(
     before; a note gives the least mean ESS. The shares add up to the importance-weighted bound of ``inner``
     draws minus the ELBO; ``rest`` is what a ``reference`` on the same data (an exact Bound, say) has beyond.
 
-    Raises :class:`Unavailable` for auxiliary sites, and ValueError as :class:`~pyroelbo.terms.Evaluator` says and
+    Raises :class:`Unavailable` for auxiliary sites, and ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says and
     for scales within the datum. Cost: ``particles`` · (1 + ``inner`` · sites) evaluations a datum.
     """
     count_of(particles)

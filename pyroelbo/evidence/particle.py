@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyroelbo import data as batches
+from pyroelbo import batch as batches
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import scoped
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.bounds import count_of
-from pyroelbo.joint import scoped
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
 from pyroelbo.pair import LatentPath, Pair, evaluation_mode, unregistered
-from pyroelbo.records import Bound
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound
 
 __all__ = ["smc"]
 
@@ -52,7 +52,7 @@ def smc(
     loses that; ``proposal="prior"`` or an :func:`iwae` is tighter there.
 
     Raises :class:`Unavailable` for a pair with a single latent site and no chain, and for auxiliary sites of the
-    guide; ValueError as :class:`~pyroelbo.terms.Evaluator` says and for scales within the datum.
+    guide; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says and for scales within the datum.
 
     Source: Del Moral (2004), section 7.4, for unbiasedness; Doucet and Johansen (2009), section 3.5, for the
     weights after adaptive resampling; Maddison et al. (2017) for FIVO.

@@ -12,10 +12,10 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence.lattice import Lattice
 from pyroelbo.evidence.unconstrained import Unconstrained
-from pyroelbo.records import Terms
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Terms
 
 __all__ = ["Potential"]
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.joint import scoped
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.unconstrained import Unconstrained
-from pyroelbo.joint import scoped
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import Pair
-from pyroelbo.records import Bound
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
+from pyroelbo.results import Bound
 
 __all__ = ["quadrature"]
 
@@ -37,7 +37,7 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     integrand's own mean and covariance, then doubled in the same way. The value is the grid's; ``resolution``
     is the two rules' absolute difference plus the grid's last change. Latents with a bounded support are
     mapped to the whole line first. Raises :class:`Unavailable` for discrete latents or more than two
-    dimensions, ValueError as :class:`~pyroelbo.terms.Evaluator` says. Cost: some 100,000 evaluations
+    dimensions, ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says. Cost: some 100,000 evaluations
     a datum in two dimensions, 10,000 in one.
 
     Source: Naylor and Smith (1982) for the recentred Gauss–Hermite rule.

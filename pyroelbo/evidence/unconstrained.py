@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.lattice import is_discrete
-from pyroelbo.sites import Unavailable
-from pyroelbo.terms import Evaluator
 
 __all__ = ["Unconstrained"]
 

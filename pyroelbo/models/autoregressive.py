@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import pad
 
-from pyroelbo.causal import CausalTransformer, PixelCNN
-from pyroelbo.models.markov import Handed
+from pyroelbo.models.chain import Handed
 from pyroelbo.models.observation import form_of
+from pyroelbo.nn.causal import CausalTransformer, PixelCNN
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["Append", "Autoregressive", "Prefix", "Strings"]

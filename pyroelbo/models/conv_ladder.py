@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import priors
-from pyroelbo.models.markov import ImageChain, PixelLink, bounded, normal
+from pyroelbo.models.hierarchy import ImageChain
+from pyroelbo.models.links import PixelLink, bounded, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Conv, ConvCell
 from pyroelbo.numerics import positive_count

@@ -11,7 +11,8 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyroelbo import priors
-from pyroelbo.models.markov import ImageChain, PixelLink, bounded, check_widths, join, normal
+from pyroelbo.models.hierarchy import ImageChain, check_widths
+from pyroelbo.models.links import PixelLink, bounded, join, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Dense
 

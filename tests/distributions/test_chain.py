@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
-import pyroelbo.distributions._recursions as recursions
+import pyroelbo.distributions._forward_backward as recursions
 from pyroelbo.distributions import CTC, HMM, Alignment, LinearChain, ParseTree, SemiMarkov, TreeCRF
 from tests.distributions.structured_contract import StructuredContract
 from tests.oracles import Listing, chains, log_sum_exp, segmentations

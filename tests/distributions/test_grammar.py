@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
-from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution, _inside
+from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution, _inside_outside
 from pyroelbo.distributions import grammar as module
 from tests.distributions.structured_contract import StructuredContract
 from tests.distributions.test_chain import nested, randn
@@ -27,7 +27,7 @@ CASES = {
 def engine(request, monkeypatch):
     """Every test of charts runs with the compiled loops, and as where numba is missing."""
     if request.param == "plain":
-        monkeypatch.setattr(_inside, "_compiled", lambda: None)
+        monkeypatch.setattr(_inside_outside, "_compiled", lambda: None)
     else:
         pytest.importorskip("numba")
 

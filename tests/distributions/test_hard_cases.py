@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import pyroelbo.distributions._recursions as recursions
+import pyroelbo.distributions._forward_backward as recursions
 from pyroelbo.distributions import LinearChain
 from tests.hard_cases import CHAINS
 from tests.oracles import Listing, chains, forward_backward

@@ -11,7 +11,8 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyroelbo import ExactPair, Pair, audit, evidence, terms
+from pyroelbo import ExactPair, Pair, audit, evidence
+from pyroelbo.evaluation import evaluator as terms
 from pyroelbo.evidence import annealed, potential
 from pyroelbo.models import PPCA
 from tests.pairs import TABLE, Convolutional, Nonlinear

@@ -3,7 +3,7 @@ import torch
 
 from pyroelbo import audit, evidence
 from pyroelbo.models import DequantizedFlow
-from pyroelbo.records import Bound
+from pyroelbo.results import Bound
 from tests.pairs import EXACT, TABLE, Nonlinear
 
 

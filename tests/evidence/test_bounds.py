@@ -8,7 +8,8 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyroelbo import Pair, evidence, terms
+from pyroelbo import Pair, evidence
+from pyroelbo.evaluation import evaluator as terms
 from pyroelbo.models import PPCA
 from tests.pairs import EXACT, TABLE
 

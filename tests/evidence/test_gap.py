@@ -7,7 +7,7 @@ import torch
 
 from pyroelbo import Pair, evidence
 from pyroelbo.models import PPCA
-from pyroelbo.records import Decomposition
+from pyroelbo.results import Decomposition
 from tests.pairs import TABLE, Nonlinear
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pyroelbo import Pair, distributions, evidence
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence import annealed, lattice
 from pyroelbo.pair import ExactPair
-from pyroelbo.terms import Evaluator
 from tests.pairs import TABLE
 
 NUMBERS_TESTED = 200

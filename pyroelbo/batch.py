@@ -1,0 +1,214 @@
+"""Batches: a tensor, a tuple of tensors or a dict of tensors whose first dimensions agree, passed on as
+``model(*batch)`` or ``model(**batch)``; and the minibatches of a training set."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+__all__ = [
+    "Batch",
+    "Minibatches",
+    "as_batch",
+    "call",
+    "fingerprint",
+    "parts",
+    "repeat",
+    "rows",
+    "same_memory",
+    "size",
+    "to",
+]
+
+Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
+
+
+def as_batch(data: Any, name: str = "data") -> Batch:
+    """A batch from tensors or arrays: floating arrays take torch's default dtype, integer and bool ones keep
+    theirs.
+
+    Raises TypeError for what is no tensor or array and ValueError for an empty set, parts of different
+    lengths, or floating parts with NaN or infinite entries; each names the part.
+    """
+    if isinstance(data, dict):
+        batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]") for k, v in data.items()}
+    elif isinstance(data, (tuple, list)) and not isinstance(data, torch.Size):
+        batch = tuple(_tensor(v, f"{name}[{i}]") for i, v in enumerate(data))
+    else:
+        batch = _tensor(data, name)
+    named = parts(batch, name)
+    if not named:
+        raise ValueError(f"{name} is an empty {type(data).__name__}: it takes at least one tensor")
+    for label, part in named.items():
+        if part.dim() == 0:
+            raise ValueError(f"{label} is a single number: its first dimension must run over the data")
+        if len(part) == 0:
+            raise ValueError(f"{label} is empty, shape {tuple(part.shape)}: it takes at least one row")
+    lengths = {label: len(part) for label, part in named.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"the parts of {name} have different lengths: {lengths}; all must share their first dimension"
+        )
+    for label, part in named.items():
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            row = int(
+                (~torch.isfinite(part))
+                .flatten(1 if part.dim() > 1 else 0)
+                .reshape(len(part), -1)
+                .any(-1)
+                .nonzero()[0]
+            )
+            raise ValueError(
+                f"{label} has NaN or infinite entries, the first in row {row}: clean or mask them first"
+            )
+    return batch
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "fiub":
+            raise TypeError(f"{name} is an array of {value.dtype}: it takes numbers")
+        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    raise TypeError(
+        f"{name} is a {type(value).__name__}: it takes a tensor, a numpy array, or a tuple or dict of them"
+    )
+
+
+def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:
+    """The tensors of a batch under names fit for messages."""
+    if isinstance(batch, dict):
+        return {f"{name}[{k!r}]": v for k, v in batch.items()}
+    if isinstance(batch, tuple):
+        return {f"{name}[{i}]": v for i, v in enumerate(batch)}
+    return {name: batch}
+
+
+def _map(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    if isinstance(batch, dict):
+        return {k: fn(v) for k, v in batch.items()}
+    return tuple(map(fn, batch)) if isinstance(batch, tuple) else fn(batch)
+
+
+def size(batch: Batch) -> int:
+    """Number of data in the batch."""
+    return len(next(iter(parts(batch).values())))
+
+
+def rows(batch: Batch, index: Any) -> Batch:
+    """The rows ``index`` (a slice or a LongTensor) of every part."""
+    return _map(lambda t: t[index], batch)
+
+
+def same_memory(a: Any, b: Tensor) -> bool:
+    """Whether ``a`` is a view of all the numbers of ``b``, whatever its shape."""
+    return isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def fingerprint(batch: Batch) -> str:
+    """A checksum of all numbers of a batch, to tell other data of the same size."""
+    total = 0
+    for part in parts(batch).values():
+        total = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), total)
+    return f"{total:08x}"
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """The whole batch ``times`` times, one after the other."""
+    return _map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)), batch)
+
+
+def to(batch: Batch, device: torch.device | str) -> Batch:
+    return _map(lambda t: t.to(device, non_blocking=True), batch)
+
+
+def call(fn: Callable, batch: Batch) -> Any:
+    """``fn(y)``, ``fn(*batch)`` or ``fn(**batch)``."""
+    if isinstance(batch, dict):
+        return fn(**batch)
+    return fn(*batch) if isinstance(batch, tuple) else fn(batch)
+
+
+class Minibatches:
+    """Minibatches of tensors, a Dataset or a DataLoader; the order of an epoch depends on the seed and its
+    number alone."""
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.loader = data if isinstance(data, DataLoader) else None
+        self.dataset = data if isinstance(data, Dataset) and self.loader is None else None
+        self.tensors = None
+        self.steps: int | None
+        if isinstance(data, IterableDataset):
+            raise TypeError(
+                "data is an IterableDataset: wrap it in a DataLoader, which brings its own batches"
+            )
+        if self.loader is not None:
+            try:
+                self.steps = len(self.loader)
+            except TypeError:
+                self.steps = None
+            self.size = None
+            if self.steps == 0:
+                raise ValueError("data is a DataLoader without batches")
+            return
+        if self.dataset is None:
+            self.tensors = as_batch(data, "data")
+            self.size = size(self.tensors)
+        else:
+            self.size = len(self.dataset)  # type: ignore[arg-type]
+            if self.size == 0:
+                raise ValueError("data is an empty Dataset")
+        self.steps = math.ceil(self.size / batch_size)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one batch holds all data."""
+        return self.steps == 1
+
+    def fingerprint(self) -> str | int | None:
+        """A checksum of data in memory, the number of rows of a Dataset, None for a DataLoader."""
+        return self.size if self.tensors is None else fingerprint(self.tensors)
+
+    def first(self) -> Batch:
+        """A batch to look at; the stream of an epoch is not touched."""
+        with torch.random.fork_rng(devices=[]):
+            return next(self.epoch(0))
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Batch]:
+        if self.loader is not None:
+            for i, batch in enumerate(self.loader):
+                if i >= skip:
+                    yield as_batch(batch)
+            return
+        assert self.size is not None
+        # A single batch keeps its order: a guide may hold parameters for each datum.
+        order = torch.arange(self.size)
+        if not self.whole:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            order = torch.randperm(self.size, generator=generator)
+        yield from self._take(order, skip)
+
+    def in_order(self) -> Iterator[Batch]:
+        """All batches in the data's own order (a DataLoader's is its own)."""
+        if self.size is None:
+            yield from self.epoch(0)
+        else:
+            yield from self._take(torch.arange(self.size))
+
+    def _take(self, order: Tensor, skip: int = 0) -> Iterator[Batch]:
+        for index in order.split(self.batch_size)[skip:]:
+            if self.tensors is not None:
+                yield rows(self.tensors, index)
+            else:
+                assert self.dataset is not None
+                yield as_batch(default_collate([self.dataset[int(i)] for i in index]))

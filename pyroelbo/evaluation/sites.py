@@ -1,0 +1,251 @@
+"""The sites of traced programs: what is refused because no bound would follow, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
+from pyroelbo.pair import PLATE
+
+__all__ = [
+    "Unavailable",
+    "check_observation",
+    "check_scale",
+    "check_sites",
+    "check_support",
+    "observed_part",
+    "sample_sites",
+    "sites_beyond",
+]
+
+POINT = (
+    "guide site {!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a point is no bound "
+    "on ln p(y)"
+)
+
+
+class Unavailable(ValueError):
+    """This pair has no such value; the message says why."""
+
+
+def refuse_infinite(elbo: Tensor) -> None:
+    """:class:`Unavailable` where an ELBO, or a log weight, has no finite parts."""
+    if bool(elbo.isinf().any()):
+        raise Unavailable(
+            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+        )
+
+
+def sample_sites(trace: Any) -> Iterator[tuple[str, Any]]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            yield name, site
+
+
+def is_one(scale: Any) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def data_frame(site: Any, program: str) -> Any:
+    for frame in site["cond_indep_stack"]:
+        if frame.name == PLATE and frame.dim is not None:
+            return frame
+    kind = "observes" if site["is_observed"] else "draws a latent"
+    raise ValueError(
+        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound "
+        "over the whole batch is "
+        'possible for it, scope="joint", and this one is per datum. '
+        f'Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+    )
+
+
+def observed_part(site: Any, batch: Batch) -> str | None:
+    """The name of the part of the batch that an observed site looks at, by shared memory; None if it is none
+    as it is."""
+    found = (k for k, part in batches.parts(batch).items() if batches.same_memory(site["value"], part))
+    return next(found, None)
+
+
+def check_observation(site: Any, batch: Batch) -> None:
+    """Refuse an observation of the wrong shape or outside its distribution's support, naming the site."""
+    fn, value, name = site["fn"], site["value"], site["name"]
+    event = tuple(fn.event_shape)
+    if event and value.dim() <= len(event) and observed_part(site, batch) is not None:
+        raise ValueError(
+            f"observed site {name!r} takes events of shape {event} for each datum, and the data, of shape "
+            f"{tuple(value.shape)}, have no dimension left to run over data: pass a batch, y[None] for a single datum"
+        )
+    if event and tuple(value.shape[value.dim() - len(event) :]) != event:
+        raise ValueError(
+            f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}"
+        )
+    support = getattr(fn, "support", None)
+    if support is not None and isinstance(value, Tensor):
+        check_support(name, type(base_of(fn)).__name__, support, value)
+
+
+def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
+    """ValueError, naming the site and what is wrong, for a value outside the support."""
+    if bool(support.check(value).all()):
+        return
+    base = support.base_constraint if isinstance(support, constraints.independent) else support
+    wrong = value[~base.check(value)].reshape(-1)
+    bad = float(wrong[0]) if len(wrong) else float("nan")
+    advice = ""
+    if base is constraints.boolean and bool(((value >= 0) & (value <= 1)).all()):
+        advice = (
+            ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or "
+            "pyroelbo.data.binarize(y), or take a likelihood for grey"
+        )
+    raise ValueError(f"observed site {name!r} ({kind}) takes values in {base}, got {bad:.6g}{advice}")
+
+
+def inner_plates(site: Any) -> float:
+    """Scale by which plates within a datum (a subsampled time, a subsampled token) stand for all of
+    theirs."""
+    scale = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.name != PLATE and frame.full_size is not None and frame.full_size != frame.size:
+            scale *= frame.full_size / frame.size
+    return scale
+
+
+def check_scale(site: Any, program: str) -> bool:
+    """Whether the site carries a scale within the datum; an error for any other but the data plate's own."""
+    frame = data_frame(site, program)
+    within = site.get("within_datum", 1.0) * inner_plates(site)
+    outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
+    scale, expected = torch.as_tensor(site["scale"]), torch.as_tensor(within * outer)
+    if not torch.allclose(scale.double(), expected.double(), rtol=1e-5):
+        raise ValueError(
+            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} "
+            "(poutine.scale or an outer plate), so what "
+            "would be computed is no bound. Put KL annealing into the objective (fit(..., "
+            "kl_weight=...)), and mark a "
+            "scale that belongs to one datum's estimate with pyroelbo.within_datum"
+        )
+    return not is_one(within)
+
+
+def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
+    latent = {k for k, s in sample_sites(model) if not s["is_observed"]}
+    drawn = {k: s for k, s in sample_sites(guide) if not s["is_observed"]}
+    if not any(s["is_observed"] for _, s in sample_sites(model)):
+        raise ValueError("the model observes nothing: its last sites must be pyro.sample(..., obs=y)")
+    if not with_guide:
+        return
+    extra = sorted(k for k, s in drawn.items() if k not in latent and not s["infer"].get("is_auxiliary"))
+    if extra:
+        where = "observed in" if extra[0] in {k for k, _ in sample_sites(model)} else "missing in"
+        raise ValueError(
+            f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}"
+        )
+    missing = sorted(latent - set(drawn))
+    if missing:
+        # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
+        refusal: type[ValueError] = ValueError if drawn else Unavailable
+        raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    auxiliary = sorted(set(drawn) - latent)
+    if auxiliary:
+        # A change of variables, as automatic guides make, has as many numbers on one side as on the other.
+        made = [
+            k for k in latent if is_point(drawn[k]["fn"]) and not model.nodes[k]["fn"].support.is_discrete
+        ]
+        inner = sum(biject_to(model.nodes[k]["fn"].support).inv(drawn[k]["value"]).numel() for k in made)
+        if sum(drawn[k]["value"].numel() for k in auxiliary) > inner:
+            raise Unavailable(
+                f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their density under the "
+                "guide is an integral over it, and no bound follows without a model of it"
+            )
+    watched = sorted(k for k, s in sample_sites(guide) if s["is_observed"])
+    if watched and not auxiliary:
+        # Beside auxiliary sites a factor may be the Jacobian of what was made of them.
+        raise ValueError(
+            f"guide site {watched[0]!r} is observed (a factor?): it would enter q(z | y), which is no density then, and no "
+            "bound follows"
+        )
+    for name in sorted(latent):
+        shapes = [tuple(s["fn"].event_shape) for s in (drawn[name], model.nodes[name])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"guide site {name!r} draws events of shape {shapes[0]}, the model's are of shape {shapes[1]}"
+            )
+        kind, own = type(base_of(drawn[name]["fn"])).__name__, type(base_of(model.nodes[name]["fn"])).__name__
+        point = kind == "Delta" != own and not any(s["infer"].get("is_auxiliary") for s in drawn.values())
+        if point and not model.nodes[name]["fn"].support.is_discrete:
+            raise ValueError(POINT.format(name))
+        if (
+            ("Relaxed" in kind or "StraightThrough" in kind) and "Relaxed" not in own
+        ) or "StraightThrough" in kind:
+            raise ValueError(
+                f"guide site {name!r} is a {kind}, the model's a {own}: a relaxed draw's density "
+                "is not the discrete latent's "
+                "probability, and no bound follows from it. Evaluate with the hard counterpart of the guide"
+            )
+        supports = [_support(s["fn"]) for s in (drawn[name], model.nodes[name])]
+        if (
+            not is_point(drawn[name]["fn"])
+            and all(supports)
+            and supports[0].is_discrete != supports[1].is_discrete
+        ):
+            what = [
+                f"a {'discrete' if s.is_discrete else 'continuous'} {k}"
+                for s, k in zip(supports, (kind, own), strict=True)
+            ]
+            raise ValueError(
+                f"guide site {name!r} is {what[0]}, the model's {what[1]}: a probability over a density is no weight, and "
+                "no bound follows from it"
+            )
+
+
+def sites_beyond(guide: Any, model: Any) -> frozenset[tuple[str, str]]:
+    """(program, site) of the latents that may be asked for the density of values outside their support, as guide and
+    model do not have the same (point masses of automatic guides are there by construction)."""
+    found = set()
+    for name, site in sample_sites(guide):
+        if name in model.nodes and not site["is_observed"] and not is_point(site["fn"]):
+            supports = {p: _support(s["fn"]) for p, s in (("guide", site), ("model", model.nodes[name]))}
+            if None in supports.values() or not _same(*supports.values()):
+                found |= {(p, name) for p, v in supports.items() if v not in (None, constraints.real)}
+    return frozenset(found)
+
+
+def is_point(fn: Any) -> bool:
+    return type(base_of(fn)).__name__ == "Delta" or getattr(base_of(fn), "point_mass", False)
+
+
+def _support(fn: Any) -> Any:
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether two supports are of one type, with bounds that are one number each."""
+    if type(mine) is not type(theirs) or vars(mine).keys() != vars(theirs).keys():
+        return False
+    for name, bound in vars(mine).items():
+        both = (bound, vars(theirs)[name])
+        if all(isinstance(x, (int, float, Tensor)) for x in both):
+            values = torch.cat([torch.as_tensor(x).reshape(-1).double() for x in both])
+            if bool((values != values[0]).any()):
+                return False
+        elif both[0] is not both[1]:
+            return False
+    return True
+
+
+def base_of(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn

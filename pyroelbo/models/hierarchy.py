@@ -1,0 +1,131 @@
+"""Hierarchies of Gaussian latents on images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyroelbo import priors
+from pyroelbo.models.chain import Chain
+from pyroelbo.models.links import GaussianLink, PixelLink, TopDownLink
+from pyroelbo.models.observation import Pixels, form_of
+from pyroelbo.nn import MLP
+
+__all__ = ["Hierarchy", "ImageChain", "check_widths"]
+
+
+class ImageChain(Chain):
+    """A chain whose data are flat images [B, D] (abstract): its form of data, its mean image, its start."""
+
+    @property
+    def pixels(self) -> Pixels:
+        return self.generator.observation.pixels  # type: ignore[return-value]
+
+    @property
+    def form(self) -> str:
+        return self.pixels.form
+
+    @property
+    def levels(self) -> int:
+        return self.pixels.levels
+
+    def check(self, y: Tensor) -> None:
+        self.pixels.check(y, type(self).__name__)
+
+    @torch.no_grad()
+    def reconstruct(self, y: Tensor) -> Tensor:
+        """E[y | z_1, …] in [0, 1], [B, D], for one draw of the encoder for each datum."""
+        drawn = poutine.trace(self.guide).get_trace(y)
+        model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(y)
+        return self.pixels.mean_image(model.nodes["y"]["fn"])
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> None:
+        """Start the prior from data [N, D], where it looks at data: at y itself, or bottom-up at draws of the
+        z_{N-1} that the top of the encoder sees."""
+        self.check(y)
+        top: Any = getattr(self.prior, "prior", self.prior)
+        if self.order == "bottom-up":
+            for link in self.encoder.links[:-1]:
+                y = link(y).sample()
+        top.initialize(y)
+
+    @staticmethod
+    def form_of(settings: dict[str, Any]) -> str:
+        """The form of data that a chain of these settings takes."""
+        return form_of(settings)
+
+    @classmethod
+    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> ImageChain:
+        """The chain for images of this ``shape``, started from ``train`` where that is given."""
+        pair = cls(shape, levels=levels, **settings)  # type: ignore[call-arg]  # final classes take pixels
+        if train is not None:
+            pair.initialize(train)
+        return pair
+
+
+class Hierarchy(ImageChain):
+    """A hierarchy of Gaussian latents on images, ``latent[0]`` numbers at the bottom to ``latent[-1]`` at the top.
+
+    p(z_l | z_{l+1}) and p(y | z_1) by networks of one hidden layer each, of ``hidden`` units.
+    ``order="bottom-up"`` encodes q(z_1 | y) q(z_2 | z_1) …, ``"top-down"`` q(z_N | y) q(z_{N-1} | z_N,
+    y) … Trained by its bound, the bottom-up hierarchy leaves its upper layers unused (KL(q(z_2|z_1), p(z_2))
+    near 0), since what z_1 holds already is told only once; see :class:`~pyroelbo.models.Ladder`.
+
+    ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
+    of ``components``. ``vamp`` mixes the top of the encoder over pseudo-inputs of what it sees: q(z_N | u) of images
+    top-down, of z_{N-1} bottom-up, as q(z_N | y) is an integral there.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        latent: Sequence[int] = (8, 4),
+        hidden: int = 128,
+        likelihood: str = "bernoulli",
+        levels: int = 256,
+        order: str = "bottom-up",
+        prior: str | priors.Prior = "standard",
+        components: int = 50,
+    ) -> None:
+        dims = shape if isinstance(shape, int) else math.prod(shape)
+        check_widths("latent", latent)
+        check_widths("hidden", (hidden,))
+        pixels = Pixels(dims, likelihood, levels)
+        wide, top, center = (hidden,), len(latent) - 1, pixels.center()
+        if order == "top-down":
+            encoder: list[nn.Module] = [
+                TopDownLink(0 if i == top else latent[i + 1], dims, size, wide, center)
+                for i, size in enumerate(latent)
+            ]
+        else:
+            encoder = [
+                GaussianLink(latent[i - 1] if i else dims, size, wide, None if i else center)
+                for i, size in enumerate(latent)
+            ]
+        seen = dims if order == "top-down" or not top else latent[-2]
+        super().__init__(
+            priors.build(prior, latent[-1], components, self.encode_top, (seen,), f"z_{len(latent)}"),
+            [GaussianLink(latent[i + 1], latent[i], wide) for i in range(top)],
+            PixelLink(MLP((latent[0], hidden, pixels.outputs)), pixels, latent[0]),
+            encoder,
+            event=(dims,),
+            order=order,
+        )
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def check_widths(name: str, widths: Sequence[int]) -> None:
+    """ValueError for a layer without units, by its number."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence):
+        raise ValueError(f"{name} takes a width for each layer, such as ({widths!r},), got {widths!r}")
+    if not widths:
+        raise ValueError(f"{name} takes at least one layer, got none")
+    for layer, width in enumerate(widths, 1):
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"{name} takes a positive width for each layer, got {width!r} for layer {layer}")

@@ -1,0 +1,164 @@
+"""The registry of models that the command line trains; one row a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroelbo import data
+from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.conv_ladder import ConvLadder
+from pyroelbo.models.flow import DequantizedFlow
+from pyroelbo.models.hierarchy import Hierarchy
+from pyroelbo.models.ladder import Ladder
+from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
+from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.vae import VAE
+from pyroelbo.pair import Pair
+from pyroelbo.priors import PRIORS
+from pyroelbo.runs import RunDirectory, copy_into
+
+__all__ = ["REGISTRY", "Entry", "build", "entry", "load", "settings_of"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``make(train or None, shape, levels, **settings)`` builds the pair; ``form(settings)`` is the form of
+    data it takes."""
+
+    about: str
+    make: Callable[..., Pair]
+    form: Callable[[dict[str, Any]], str]
+    epochs: int
+    learning_rate: float
+
+
+REGISTRY: dict[str, Entry] = {
+    "vae": Entry(
+        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
+        f"prior={'|'.join(PRIORS)}",
+        VAE.for_data,
+        VAE.form_of,
+        50,
+        1e-3,
+    ),
+    "hierarchy": Entry(
+        "chain of Gaussian latents; order=bottom-up|top-down, likelihood and prior (at the top) as vae",
+        Hierarchy.for_data,
+        Hierarchy.form_of,
+        50,
+        1e-3,
+    ),
+    "ladder": Entry(
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood and prior as vae",
+        Ladder.for_data,
+        Ladder.form_of,
+        50,
+        1e-3,
+    ),
+    "conv_ladder": Entry(
+        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood and prior as vae",
+        ConvLadder.for_data,
+        ConvLadder.form_of,
+        30,
+        1e-3,
+    ),
+    "autoregressive": Entry(
+        "pixels one by one, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
+        Autoregressive.for_data,
+        Autoregressive.form_of,
+        20,
+        1e-3,
+    ),
+    "flow": Entry(
+        "normalizing flow on grey levels, uniformly dequantized; kind=coupling|autoregressive",
+        DequantizedFlow.for_data,
+        lambda settings: "bytes",
+        50,
+        1e-3,
+    ),
+    "ppca": Entry(
+        "probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2
+    ),
+    "mixture": Entry(
+        "Gaussian mixture, exact; covariance=diagonal|full, guide=exact|encoder",
+        GaussianMixture.for_data,
+        lambda settings: "grey",
+        50,
+        1e-2,
+    ),
+    "bernoulli_mixture": Entry(
+        "Bernoulli mixture, exact; guide=exact|encoder",
+        BernoulliMixture.for_data,
+        lambda settings: "binary",
+        50,
+        1e-2,
+    ),
+}
+
+
+def entry(name: str) -> Entry:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown model {name!r}: there are {', '.join(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
+    """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data
+    where that helps."""
+    make = entry(name).make
+    return make(train, data.shape(dataset), data.levels(dataset), **_checked(name, settings))
+
+
+def settings_of(name: str) -> dict[str, inspect.Parameter]:
+    """The settings a model takes beside the shape of its data."""
+    owner = getattr(entry(name).make, "__self__", entry(name).make)
+    found = inspect.signature(owner).parameters
+    return {k: p for k, p in found.items() if k not in ("shape", "dims", "levels")}
+
+
+def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the kinds that the model's defaults have; ValueError names the one that is not."""
+    known = settings_of(name)
+    checked = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"model {name!r} has no setting {key!r}: it has {', '.join(known)}")
+        default = known[key].default
+        if isinstance(default, tuple):
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
+        if isinstance(value, bool) or (not isinstance(value, kinds) and value is not None):
+            raise ValueError(
+                f"setting {key!r} of model {name!r} takes something like {default!r}, got {value!r}"
+            )
+        checked[key] = value
+    return checked
+
+
+def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
+    """The pair of a run directory with its weights, and the run's configuration.
+
+    Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another
+    pair.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    if "model" not in config:
+        raise ValueError(
+            f"{path} does not say which model it trained: it was not started by `pyroelbo train`"
+        )
+    pair = build(config["model"], config["data"], config["settings"])
+    tensors, _ = run.load_weights()
+    try:
+        copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+    except ValueError as error:
+        # The run names this very model and its settings, so the code is another.
+        raise ValueError(
+            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} otherwise; "
+            "train it anew, or load it with that state of the code"
+        ) from error
+    return pair.eval(), config

@@ -1,0 +1,28 @@
+"""Networks for pairs. All accept any number of leading dimensions, so that particles vectorize."""
+
+from pyroelbo.nn.causal import CausalTransformer, PixelCNN
+from pyroelbo.nn.layers import (
+    MLP,
+    BatchNorm,
+    Conv,
+    ConvCell,
+    ConvDecoder,
+    ConvEncoder,
+    Dense,
+    GatedMLP,
+    LinearNormal,
+)
+
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "CausalTransformer",
+    "Conv",
+    "ConvCell",
+    "ConvDecoder",
+    "ConvEncoder",
+    "Dense",
+    "GatedMLP",
+    "LinearNormal",
+    "PixelCNN",
+]

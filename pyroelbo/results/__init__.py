@@ -1,0 +1,34 @@
+"""Frozen results: what an evaluation, an audit or a training found. They hold numbers, never models."""
+
+from pyroelbo.results.bounds import (
+    KINDS,
+    SCOPES,
+    Audit,
+    Bound,
+    Decomposition,
+    Gap,
+    Json,
+    Run,
+    Sandwich,
+    Terms,
+    short,
+)
+from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, Layers
+
+__all__ = [
+    "KINDS",
+    "SCOPES",
+    "Audit",
+    "Bound",
+    "Calibration",
+    "Decomposition",
+    "Diagnostics",
+    "Estimate",
+    "Gap",
+    "Json",
+    "Layers",
+    "Run",
+    "Sandwich",
+    "Terms",
+    "short",
+]

@@ -1,0 +1,1 @@
+"""Training loops: ``fit`` by gradients, ``fit_em`` by expectation and maximization."""

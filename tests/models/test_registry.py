@@ -1,0 +1,105 @@
+"""The registered models: constants, closed forms, shapes."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Laplace, MultivariateNormal, Normal
+
+from pyroelbo import data, models
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.models import PPCA, VAE, GaussianMixture
+from tests.pairs import TABLE
+
+
+@pytest.mark.parametrize("name", [n for n in TABLE if n.startswith("vae")])
+def test_a_vae_decodes_and_encodes(name):
+    make, draw = TABLE[name]
+    pair, y = make(), draw(5)
+    z = torch.randn(3, 5, 2)
+    assert pair.observation(z).batch_shape == (3, 5) and pair.observation(z).event_shape == y.shape[1:]
+    image = pair.mean_image(z)
+    assert image.shape == (3, 5, y.shape[1]) and image.min() >= 0 and image.max() <= 1
+    assert pair.encode(y).event_shape == (2,)
+    assert Evaluator(pair, y).strategy == "plate"
+
+
+def test_densities_keep_their_constants():
+    z, y = torch.randn(4, 2), torch.rand(4, 6)
+    for likelihood, density in (("l2", lambda m: Normal(m, 0.1)), ("l1", lambda m: Laplace(m, 0.01))):
+        pair = VAE(6, 2, (8,), likelihood=likelihood, weight=100.0)
+        center = pair.generator.decoder(z)
+        torch.testing.assert_close(pair.observation(z).log_prob(y), density(center).log_prob(y).sum(-1))
+        assert "generator.log_weight" not in dict(pair.named_parameters())
+
+
+def test_the_encoder_sees_grey_levels_between_minus_one_and_one():
+    pair = VAE(6, 2, (8,), likelihood="categorical", levels=5)
+    assert pair._scaled(torch.full((1, 6), 4.0)).max() == 1
+    torch.testing.assert_close(
+        pair.encode(torch.full((1, 6), 4)).mean, pair.encode(torch.full((1, 6), 4.0)).mean
+    )
+
+
+def test_ppca_is_the_gaussian_it_says():
+    pair, y = PPCA(5, 2), torch.randn(7, 5)
+    g = pair.generator
+    covariance = g.weight @ g.weight.T + (2 * g.log_scale).exp() * torch.eye(5)
+    torch.testing.assert_close(pair.log_evidence(y), MultivariateNormal(g.loc, covariance).log_prob(y))
+    z = torch.randn(7, 2)
+    joint = MultivariateNormal(torch.zeros(2), torch.eye(2)).log_prob(z) + Normal(
+        z @ g.weight.T + g.loc, g.log_scale.exp()
+    ).log_prob(y).sum(-1)
+    torch.testing.assert_close(joint - pair.log_evidence(y), pair.posterior(y).log_prob(z))
+
+
+def test_ppcas_closed_form_is_a_maximum():
+    y = torch.randn(100, 5) @ torch.randn(5, 5)
+    pair = PPCA(5, 2).solve(y)
+    best = pair.log_evidence(y).mean()
+    gradients = torch.autograd.grad(best, list(pair.parameters()))
+    assert all(g.abs().max() < 1e-8 for g in gradients)
+
+
+def test_mixture_is_the_sum_it_says():
+    pair, y = GaussianMixture(3, 4), torch.randn(6, 3)
+    g = pair.generator
+    parts = [Normal(g.loc[k], g.scale[k]).log_prob(y).sum(-1) + g.logits.log_softmax(0)[k] for k in range(4)]
+    torch.testing.assert_close(pair.log_evidence(y), torch.logsumexp(torch.stack(parts), 0))
+    torch.testing.assert_close(pair.posterior(y).probs, torch.softmax(torch.stack(parts, -1), -1))
+
+
+def test_initial_values_come_from_the_data():
+    train = data.load("digits")["train"]
+    mixture = models.build("mixture", "digits", {"components": 3}, train)
+    mixture.initialize(train, start="random")
+    assert all((row == train).all(1).any() for row in mixture.generator.loc.detach())
+    assert math.isfinite(float(mixture.log_evidence(train).mean().detach()))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VAE(4, likelihood="poisson"), "likelihood takes one of"),
+        (lambda: VAE(4, network="transformer"), "network takes"),
+        (lambda: VAE(4, network="conv"), "needs shape"),
+        (lambda: VAE((4, 4), 2, (), network="conv"), r"hidden takes at least one width for network='conv'"),
+        (lambda: VAE(4, likelihood="categorical", levels=1), "levels takes at least two grey levels, got 1"),
+        (lambda: VAE(4, 0), "latent takes"),
+        (lambda: VAE(4, weight=2.0), "weight belongs"),
+        (lambda: VAE(4, 2, (0,)), "sizes takes"),
+        (lambda: PPCA(4, 5), "latent takes 1 to 4"),
+        (lambda: PPCA(4, 2, guide="flow"), "guide takes"),
+        (lambda: GaussianMixture(4, 0), "components takes"),
+        (lambda: GaussianMixture(4, 2, floor=0.0), "floor takes"),
+        (lambda: GaussianMixture(4, 2, guide="x"), "guide takes"),
+        (lambda: GaussianMixture.for_data(torch.zeros(3, 4), (4,), 0, components=5), "at least as many data"),
+        (lambda: models.build("gan", "digits", {}), "unknown model"),
+        (lambda: models.build("vae", "digits", {"depth": 2}), "has no setting 'depth'"),
+        (lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
+        (lambda: PPCA(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
+    ],
+)
+def test_bad_settings_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

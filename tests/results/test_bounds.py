@@ -1,0 +1,61 @@
+import json
+import math
+
+import pytest
+import torch
+
+from pyroelbo.results import Audit, Bound, Gap, Terms
+
+
+def bound(method="elbo", kind="lower", **kwargs):
+    return Bound(
+        method, torch.tensor([-3.0, -5.0]), torch.tensor([0.3, 0.4]), kind, draws=4, cost=8, **kwargs
+    )
+
+
+def test_means_and_errors():
+    assert bound().mean == -4.0
+    assert bound().mean_error == pytest.approx(0.25)
+    rule = bound("quadrature", "estimate", resolution=torch.tensor([1e-3, 3e-3]))
+    assert rule.mean_error == pytest.approx(2e-3)
+
+
+def test_gap_combines_errors():
+    exact = Bound("exact", torch.tensor([-2.0, -4.5]), torch.zeros(2), "exact")
+    gap = Gap.between(exact, bound())
+    torch.testing.assert_close(gap.value, torch.tensor([1.0, 0.5]))
+    assert gap.mean == pytest.approx(0.75) and gap.mean_error == pytest.approx(0.25)
+
+
+def test_audit_prints_and_survives_json():
+    exact = Bound("exact", torch.tensor([-2.0, -math.inf]), torch.zeros(2), "exact", cost=2)
+    low = bound(ess=torch.tensor([3.0, 2.0]), k_hat=torch.tensor([0.2, math.nan]), notes=("a note",))
+    audit = Audit("Toy", (exact, low), "exact", ("another",))
+    again = Audit.from_dict(json.loads(audit.to_json()))
+    assert str(again) == str(audit)
+    assert torch.equal(again["exact"].value, exact.value) and again["elbo"].notes == ("a note",)
+    assert "note: elbo: a note" in str(audit) and "note: another" in str(audit)
+    unknown = Audit("Few draws", (bound(k_hat=torch.full((2,), math.nan)),))
+    assert "nan" not in str(unknown) and "?" in str(unknown)
+    joint = Audit("J", (Bound("ais", torch.tensor(-3.0), torch.tensor(0.1), "lower", scope="joint"),))
+    assert Audit.from_dict(json.loads(joint.to_json()))["ais"].value.shape == ()
+
+
+def test_bad_records_are_refused():
+    with pytest.raises(ValueError, match="kind"):
+        bound(kind="likelihood")
+    with pytest.raises(ValueError, match="scope"):
+        bound(scope="everything")
+    with pytest.raises(ValueError, match="stderr"):
+        Bound("x", torch.zeros(2), torch.zeros(3), "lower")
+    with pytest.raises(KeyError, match="no row 'ais'"):
+        Audit("Toy", (bound(),))["ais"]
+
+
+def test_terms_sum_over_sites():
+    terms = Terms(
+        {"z": torch.ones(2, 3), "y": torch.full((2, 3), 2.0)}, {"z": torch.ones(2, 3)}, frozenset({"y"}), {}
+    )
+    assert torch.equal(terms.log_joint, torch.full((2, 3), 3.0)) and torch.equal(
+        terms.log_weight, torch.full((2, 3), 2.0)
+    )
