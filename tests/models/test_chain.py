@@ -736,7 +736,7 @@ def test_a_model_is_its_own_under_the_guide_of_another_ladder():
 
 def test_the_chains_of_the_page_run():
     """The snippets of docs/chains.md: links of the library, and one more in a file of its own."""
-    page = (Path(__file__).parents[1] / "docs" / "chains.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "chains.md").read_text(encoding="utf-8")
     known = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, known)
