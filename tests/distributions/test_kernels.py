@@ -427,7 +427,7 @@ def test_every_access_is_in_bounds(tmp_path):
 PLANTED = {
     "forward": ("chain", "store(alpha, (r * alpha.shape[1] + t) * size + j,", "size + j,", "size + j + 1,"),
     "evidence": ("chain", "store(out, j, value)", "j,", "j + 1,"),
-    "backward": ("chain", "store(out.gamma, row + j,", "j,", "j + 1,"),
+    "backward": ("chain", "store(gamma, row + j,", "j,", "j + 1,"),
     "smooth": ("chain", "out.counts[r, i, j] +=", "j]", "j + 1]"),
     "draw": ("path", "z[n, b, t] = _choose(", "t]", "t + 1]"),
     "viterbi": ("path", "store(delta, r * far + t * padded + j,", "j,", "j + 1,"),
