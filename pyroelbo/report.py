@@ -168,9 +168,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     figure, axis = _figure(5.5, 3.6)
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
-    for name, label in (("valid_elbo", "-ELBO"), ("valid_iwae", "-IWAE")):
-        if any(name in row for row in run.metrics):
-            axis.plot(epochs, [-row.get(name, math.nan) for row in run.metrics], label=f"validation, {label}")
+    for name in dict.fromkeys(k for row in run.metrics for k in row if k.startswith("valid_")):
+        bound = [-row.get(name, math.nan) for row in run.metrics]
+        axis.plot(epochs, bound, label=f"validation, -{name.removeprefix('valid_')}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("nats per datum")
     if len(epochs) > 5:

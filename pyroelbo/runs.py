@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,24 @@ class RunDirectory:
         self.path = Path(path)
 
     @classmethod
-    def create(cls, path: str | Path, config: Mapping[str, Any], resume: bool = False) -> RunDirectory:
-        """A fresh run directory, or with ``resume`` the one that is there.
+    def create(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        free: Sequence[str] = ("epochs",),
+    ) -> RunDirectory:
+        """A new run directory, or with ``resume`` the existing one.
 
         Raises FileExistsError for a directory that is not empty, FileNotFoundError for nothing to resume,
-        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own
-        (the number of epochs may).
+        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own in a key
+        that is not ``free``.
         """
         run = cls(path)
         if resume:
             before = run.config()
             changed = [
-                k for k in config if k != "epochs" and before.get(k) != json.loads(json.dumps(config[k]))
+                k for k in config if k not in free and before.get(k) != json.loads(json.dumps(config[k]))
             ]
             if changed:
                 raise ValueError(
