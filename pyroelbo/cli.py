@@ -12,7 +12,8 @@ from typing import Any
 import pyro
 import torch
 
-from pyroelbo import data, models, report
+from pyroelbo import batch as batches
+from pyroelbo import data, files, models, report
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit, draws
 from pyroelbo.runs import RunDirectory
@@ -331,10 +332,9 @@ def _plane(n: int, extent: float) -> torch.Tensor:
 def _sample(options: argparse.Namespace) -> int:
     pair, config = models.load(options.path)
     pyro.set_rng_seed(options.seed)
-    _, y = pair.simulate(options.num_samples)
-    from safetensors.torch import save_file
-
-    save_file({"y": y.contiguous()}, options.path / "samples.safetensors")
+    _, batch = pair.simulate(options.num_samples)
+    (y,) = batches.parts(batch).values()
+    files.write_tensors(options.path / "samples.safetensors", {"y": y}, {"seed": options.seed})
     top = data.levels(config["data"]) - 1 if getattr(pair, "form", "grey") == "bytes" else 1
     pictures = (y / top).clamp(0, 1)
     columns = min(16, options.num_samples)

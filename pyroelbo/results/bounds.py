@@ -419,7 +419,7 @@ class Run:
     """What a training run left behind: one row of metrics per epoch, and where its files are, if anywhere.
 
     ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` says why
-    it ended (``"epochs"``, ``"early"`` for the validation bound, ``"converged"`` for EM, ``"interrupted"``);
+    it ended (``"epochs"``, ``"early"`` for the validation bound, ``"converged"`` for EM, ``"budget"``, ``"interrupted"``);
     ``seconds`` counts this process only.
     """
 

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, Minibatches
+from pyroelbo.numerics import duration
 from pyroelbo.objectives import Objective, build
 from pyroelbo.objectives.base import PerDatum, Update, adapt
 from pyroelbo.optim import TrainingStep
@@ -70,7 +72,7 @@ def fit(
             (callables must be the same).
         config: stored with the run.
         progress: show a progress bar.
-        callbacks: called with each epoch's row of metrics.
+        callbacks: called with each epoch's row of metrics; one that raises KeyboardInterrupt stops the run.
         {settings}
 
     Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or
@@ -108,18 +110,23 @@ def fit(
         "valid": None if held_out is None else batches.fingerprint(held_out),
     }
     run = None if out is None else RunDirectory.create(out, stored, resume, FitSettings.FREE)
-    pyro.set_rng_seed(chosen.seed)
-    job = _Job(pair, objective, chosen, leaves, sequence, held_out, run)
-    if resume:
-        job.load()
-    began = time.perf_counter()
-    stopped = job.train(loader, place, progress, callbacks)
-    seconds = time.perf_counter() - began
-    if run is not None:
-        run.finish(
-            job.state,
-            {"stopped": stopped, "epochs": job.epoch, "steps": job.step, "seconds": round(seconds, 3)},
-        )
+    with closing(run) if run is not None else nullcontext():
+        pyro.set_rng_seed(chosen.seed)
+        job = _Job(pair, objective, chosen, leaves, sequence, held_out, run)
+        if run is not None and resume:
+            with run.restoring():
+                job.load()
+        began = time.perf_counter()
+        stopped = job.train(loader, place, progress, callbacks)
+        seconds = time.perf_counter() - began
+        if run is not None:
+            summary = {
+                "stopped": stopped,
+                "epochs": job.epoch,
+                "steps": job.step,
+                "seconds": round(seconds, 3),
+            }
+            run.finish(job.state, summary)
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
 
 
@@ -203,6 +210,7 @@ class _Job:
         self.epoch_rng: Tensor | None = None
         self.metrics: list[dict[str, Any]] = []
         self.stopped: str | None = None
+        self.deadline = math.inf
         self.saved = -math.inf  # the first checkpoint comes after the first step
 
     # ------------------------------------------------------------------------------------------ one run
@@ -211,6 +219,8 @@ class _Job:
         self, loader: Minibatches, place: torch.device, progress: bool, callbacks: Sequence[Callable]
     ) -> str:
         """Train until the last epoch, an early stop or an interrupt; the pair then has the weights to keep."""
+        if self.settings.budget is not None:
+            self.deadline = time.monotonic() + duration(self.settings.budget)
         self.loss_sum = self.loss_sum.to(place)
         self.pair.train()
         total = self.settings.epochs * loader.steps if loader.steps else None
@@ -232,14 +242,17 @@ class _Job:
             warnings.filterwarnings("ignore", "Encountered NaN")  # an error of ours names the epoch
             while self.stopped is None and self.epoch < self.settings.epochs:
                 self._run_epoch(loader, place, bar, interrupt)
-                if interrupt.is_set():
-                    self.stopped = "interrupted"
+                if interrupt.is_set() or time.monotonic() > self.deadline:
+                    self.stopped = "interrupted" if interrupt.is_set() else "budget"
                     break
                 row = self._end_epoch()
                 bar.set_postfix(self._postfix(row), refresh=False)
                 try:
                     for callback in callbacks:
                         callback(row)
+                except KeyboardInterrupt:
+                    self.stopped = "interrupted"
+                    break
                 except Exception:
                     self.save()
                     raise
@@ -279,7 +292,7 @@ class _Job:
             if self.run is not None and now - self.saved > settings.checkpoint_seconds:
                 self._check_finite()
                 self.save()
-            if interrupt.is_set():
+            if interrupt.is_set() or now > self.deadline:
                 return
 
     def _epoch_batches(self, loader: Minibatches) -> Iterator[Batch]:
@@ -402,11 +415,13 @@ class _Job:
         self.sequence.load_state_dict(group(tensors, "step/"))
         best = group(tensors, "best/")
         self.best = {k: v.to(self.state[k].device) for k, v in best.items()} or None
-        self.best_value, self.best_epoch = float(meta["best_value"]), meta["best_epoch"]
-        self.epoch, self.step, self.position = meta["epoch"], meta["step"], meta["position"]
-        self.loss_sum, self.loss_count = tensors["loss_sum"], meta["loss_count"]
+        counts = ("epoch", "step", "position", "best_epoch", "loss_count", "rows")
+        found = {key: self.run.count(meta, key) for key in counts}
+        self.epoch, self.step, self.position = found["epoch"], found["step"], found["position"]
+        self.best_value, self.best_epoch = float(meta["best_value"]), found["best_epoch"]
+        self.loss_sum, self.loss_count = tensors["loss_sum"], found["loss_count"]
         self.epoch_rng = tensors.get("rng/epoch")
-        self.metrics = self.run.keep_metrics(meta["rows"])
+        self.metrics = self.run.keep_metrics(found["rows"])
         _restore_generators(tensors, meta)
         self.stopped = "early" if meta["stopped"] == "early" else None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import duration, positive_count
 from pyroelbo.objectives import OBJECTIVES, Objective
 from pyroelbo.optim import OPTIMIZERS, UpdateRule
 from pyroelbo.training.schedules import SCHEDULES, Schedule
@@ -75,6 +75,9 @@ class FitSettings:
     checkpoint_seconds: float = field(
         default=10.0, metadata=_option("seconds between checkpoints, which resume starts from", kind=float)
     )
+    budget: str | None = field(
+        default=None, metadata=_option("stop after this much time, such as 10min; the best weights are kept")
+    )
     compile: bool = field(
         default=False,
         metadata=_option(
@@ -82,7 +85,7 @@ class FitSettings:
         ),
     )
 
-    FREE = ("epochs", "checkpoint_seconds", "compile")
+    FREE = ("epochs", "checkpoint_seconds", "budget", "compile")
     """Settings that may change when a run is resumed."""
 
     def __post_init__(self) -> None:
@@ -102,6 +105,8 @@ class FitSettings:
             raise ValueError(
                 f"schedule: expected one of {tuple(SCHEDULES)} or a function of the epoch, got {self.schedule!r}"
             )
+        if self.budget is not None:
+            duration(self.budget)
         if isinstance(self.freeze, str):
             raise TypeError(
                 f"freeze: expected a sequence of part names, got the string {self.freeze!r}: write ({self.freeze!r},)"
