@@ -12,7 +12,8 @@ ROOT = Path(pyroelbo.__file__).parent
 LINES = [
     {"_version", "numerics", "batch", "optim", "files"},
     {"results", "runs"},
-    {"nn", "flows", "data"},
+    {"nn", "data"},
+    {"flows"},
     {"pair"},
     {"distributions"},
     {"evaluation"},
