@@ -11,9 +11,9 @@ from typing import Any
 import pyro
 import torch
 
-from pyroelbo import data, models, report
+from pyroelbo import data, evidence, models, report
 from pyroelbo._version import __version__
-from pyroelbo.evidence import audit, draws
+from pyroelbo.evidence import audit
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.fit import OBJECTIVES, OPTIMIZERS, fit
 
@@ -337,7 +337,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
     """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
-    terms = draws(pair, y, particles)
+    terms = evidence.terms(pair, y, particles)
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (
