@@ -13,9 +13,9 @@ import pyro
 import torch
 
 from pyroelbo import batch as batches
-from pyroelbo import data, files, models, report
+from pyroelbo import data, evidence, files, models, report
 from pyroelbo._version import __version__
-from pyroelbo.evidence import audit, draws
+from pyroelbo.evidence import audit
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.fit import fit
 from pyroelbo.training.settings import FitSettings
@@ -296,7 +296,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
     """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
-    terms = draws(pair, y, particles)
+    terms = evidence.terms(pair, y, particles)
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (

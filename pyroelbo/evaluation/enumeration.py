@@ -1,4 +1,4 @@
-"""Sums over finite latents of any pair, by eliminating one after the other in log space."""
+"""Sums over the finite latents of any pair, by eliminating one after the other in log space."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ __all__ = ["FactorGraph", "enumerate_latents"]
 
 @dataclass(frozen=True)
 class FactorGraph:
-    """ln p(y, z) as a sum of ``factors``, one a site, tables over the finite latents that the site looks at.
+    """ln p(y, z) as a sum of ``factors``, one per site: tables over the finite latents that the site depends
+    on.
 
     The factors are differentiable in the pair's parameters; ``states`` counts the entries of all latents'
-    tables, ``depth`` the plates' dimensions.
+    tables, ``depth`` the dimensions of the plates.
     """
 
     factors: tuple[Tensor, ...]
@@ -42,16 +43,17 @@ class FactorGraph:
     depth: int
 
     def log_partition(self, factors: Sequence[Tensor] | None = None, *, largest: bool = False) -> Tensor:
-        """ln Σ_z exp(Σ factors), [B]; with ``largest`` the maximum over z in place of the sum.
+        """ln Σ_z exp(Σ factors), [B]; with ``largest`` the maximum over z instead of the sum.
 
-        Its gradient by the factors are their posterior marginals (or the maximizing entries). Cost: that of
-        eliminating the latents one after the other, for chains and trees their dynamic program's.
+        Its gradient with respect to the factors are their posterior marginals (or the maximizing entries).
+        Cost: that of eliminating the latents one after the other; for chains and trees, their dynamic
+        program.
         """
         grouped: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         for plates, own, factor in zip(self.plates, self.factors, factors or self.factors, strict=True):
             factor._pyro_dims = own._pyro_dims  # type: ignore[attr-defined]
             grouped.setdefault(plates, []).append(factor)
-        # A plate of one datum leaves no dimension behind that would tell its size.
+        # A plate of one datum leaves no dimension, so its size is given.
         ring = _LogSpace(largest, {self.data: self.size})
         with pyro.validation_enabled(False):
             total = contract_to_tensor(
@@ -62,9 +64,9 @@ class FactorGraph:
 
 def enumerate_latents(pair: Pair, batch: batches.Batch, depth: int | None = None) -> FactorGraph:
     """The factors of ln p(y, z) of a pair all of whose latents are finite and discrete; ``depth`` is that of
-    an earlier graph of the same pair, and spares the checks.
+    an earlier graph of the same pair, and skips the checks.
 
-    Raises :class:`Unavailable` for continuous latents, and ValueError for scales, which are no part of the
+    Raises :class:`Unavailable` for continuous latents, and ValueError for scales, which are not part of the
     joint.
     """
     if depth is None:
@@ -73,7 +75,7 @@ def enumerate_latents(pair: Pair, batch: batches.Batch, depth: int | None = None
         if continuous:
             raise Unavailable(f"latent site {continuous[0]!r} has no finite set of values to sum over")
         evaluator.refuse_scales("enumeration")
-        depth = evaluator.depth
+        depth = evaluator.layout.depth
     model = poutine.enum(config_enumerate(pair.model, default="parallel"), first_available_dim=-1 - depth)
     with evaluation_mode(pair), unregistered(), pyro.validation_enabled(False):
         trace = prune_subsample_sites(batches.call(poutine.trace(model).get_trace, batch))
@@ -91,7 +93,7 @@ def enumerate_latents(pair: Pair, batch: batches.Batch, depth: int | None = None
         plates.append(
             frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
         )
-        # A masked latent still sums to one, so only observations are masked.
+        # A masked latent sums to one, so only observations are masked.
         factor = site["packed"]["log_prob" if site["is_observed"] else "unscaled_log_prob"]
         factors.append(factor)
         if site["infer"].get("_enumerate_dim") is not None:
@@ -110,7 +112,7 @@ def enumerate_latents(pair: Pair, batch: batches.Batch, depth: int | None = None
 
 
 class _LogSpace(LogRing):
-    """Sums of products term by term in log space: nothing underflows, however far apart the terms are."""
+    """Sums of products term by term in log space: nothing underflows, however different the terms are."""
 
     def __init__(self, largest: bool, sizes: dict[str, int]) -> None:
         super().__init__(dim_to_size=sizes)
@@ -119,7 +121,7 @@ class _LogSpace(LogRing):
     def sumproduct(self, terms: list[Any], dims: set[str]) -> Tensor:
         terms = list(terms)
         for dim in list(dims):
-            # The latent whose elimination makes the smallest table goes first.
+            # Eliminate the latent with the smallest resulting table first.
             dim = min(dims, key=lambda d: (_table(terms, d), d))
             dims = dims - {dim}
             joined = packed.broadcast_all(*(t for t in terms if dim in t._pyro_dims))

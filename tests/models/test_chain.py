@@ -156,7 +156,7 @@ ORDERS = ("bottom-up", "top-down")
 def test_the_exact_conditionals_give_the_evidence_at_every_draw(order):
     joint = Joint()
     chain, y = joint.chain(order), torch.randn(4, 3)
-    weights = Evaluator(chain, y).draw(5).log_weight
+    weights = Evaluator(chain, y).sample_pass(5).log_weight
     torch.testing.assert_close(weights, joint.evidence(y).expand(5, 4))
     assert chain.sites == ("z_3", "z_2", "z_1")
     assert list(poutine.trace(chain.model).get_trace(y).stochastic_nodes)[1:] == ["z_3", "z_2", "z_1"]
@@ -334,7 +334,7 @@ def test_the_path_that_the_guide_hands_on_is_the_models_own(merge, monkeypatch):
         torch.testing.assert_close(a, b)
     assert len(calls) == 1 and calls[0] is not None  # it was there, and the patched model went on without
     evaluator = Evaluator(pair, y)
-    terms = evaluator.draw(3)
+    terms = evaluator.sample_pass(3)
     again = evaluator.terms(terms.latents)
     torch.testing.assert_close(terms.log_weight, again.log_weight)
 
@@ -391,7 +391,7 @@ def test_precisions_add():
 
 def test_a_network_merge_starts_at_the_prior():
     pair = models.Ladder(6, (3, 2), (8, 6))
-    terms = Evaluator(pair, binary(4, 6)).draw(2)
+    terms = Evaluator(pair, binary(4, 6)).sample_pass(2)
     for site in pair.sites:
         torch.testing.assert_close(terms.log_model[site], terms.log_guide[site], rtol=0, atol=0.1)
 
@@ -721,7 +721,7 @@ def test_a_guide_of_another_family_is_told_apart(model, guide, message):
         "vae": lambda: models.VAE((4, 4), 2, (8,)),
     }
     with pytest.raises(ValueError, match=message):
-        Evaluator(Pair.of(make[model]().model, make[guide]().guide), binary(4, 16)).draw(1)
+        Evaluator(Pair.of(make[model]().model, make[guide]().guide), binary(4, 16)).sample_pass(1)
 
 
 def test_a_model_is_its_own_under_the_guide_of_another_ladder():
@@ -730,7 +730,7 @@ def test_a_model_is_its_own_under_the_guide_of_another_ladder():
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    terms = Evaluator(Pair.of(one.model, other.guide), y).draw(3)
+    terms = Evaluator(Pair.of(one.model, other.guide), y).sample_pass(3)
     torch.testing.assert_close(terms.log_joint, Evaluator(one, y).terms(terms.latents).log_joint)
     torch.testing.assert_close(terms.log_proposal, Evaluator(other, y).terms(terms.latents).log_proposal)
 
@@ -743,7 +743,7 @@ def test_the_chains_of_the_page_run():
         exec(code, known)
     pair, heavy, y = known["pair"], known["heavy"], binary(30, 64)
     # What the new link gives is what the site has, under both programs.
-    terms = Evaluator(heavy, y).draw(2)
+    terms = Evaluator(heavy, y).sample_pass(2)
     low, top = terms.latents["z_1"], terms.latents["z_2"]
     for found, link, given in (
         (terms.log_model, heavy.generator.links[0], top),
@@ -757,7 +757,7 @@ def test_the_chains_of_the_page_run():
         assert all(math.isfinite(loss) for loss in run.losses)
     torch.manual_seed(0)
     a = audit(heavy, y, particles=100)
-    assert a["iwae-100"].mean > a["elbo"].mean and set(evidence.layers(heavy, y).rates) == {"z_1", "z_2"}
+    assert a["iwae-100"].mean > a["elbo"].mean and set(evidence.site_gaps(heavy, y).rates) == {"z_1", "z_2"}
     with pytest.raises(ValueError, match="layer 1: the generator link of z_1 takes 3 numbers, z_2 has 4"):
         links_, see = known["LaplaceLink"], heavy.generator.observation
         Chain(StandardNormal(4), [links_(3, 8)], see, [links_(64, 8), links_(8, 4)], event=(64,))
@@ -802,7 +802,7 @@ def test_a_chain_may_stand_on_any_prior(family, prior):
     with torch.no_grad():
         for parameter in top.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    terms = Evaluator(pair, y).draw(3)
+    terms = Evaluator(pair, y).sample_pass(3)
     torch.testing.assert_close(terms.log_model["z_2"], top().log_prob(terms.latents["z_2"]))
     pyro.set_rng_seed(1)
     loss = Layered_ELBO().differentiable_loss(pair.model, pair.guide, y)

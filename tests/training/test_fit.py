@@ -430,7 +430,7 @@ def model_with_global(y):
             torch.full((3, 6), 7.0),
             {},
             ValueError,
-            "takes values in IntegerInterval",
+            "expected values in IntegerInterval",
         ),
         (TABLE["vae-l2"][0], torch.zeros(3, 5), {}, ValueError, r"takes \[B, 6\]"),
         (
@@ -546,7 +546,7 @@ def test_all_data_in_memory_are_checked():
     make, draw = TABLE["vae-bernoulli"]
     y = draw(50)
     y[49, 0] = 0.5
-    with pytest.raises(ValueError, match="takes values in Boolean"):
+    with pytest.raises(ValueError, match="expected values in Boolean"):
         quiet(make(), y)
 
 
