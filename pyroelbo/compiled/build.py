@@ -21,22 +21,27 @@ __all__ = ["build_failure", "inductor", "repairing_inductor"]
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., list]:
     """Compile a captured graph. Random numbers come from torch's own generators, in eager's order.
 
-    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later draws.
+    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later draws; with
+    several draws it must not reorder operations to save memory.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {"fallback_random": True}
     patches |= {name: False for name in ("size_asserts", "alignment_asserts") if hasattr(config, name)}
-    patches |= options
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     for node in own.graph.find_nodes(op="placeholder"):
         node.meta.pop("val", None)  # cpp_wrapper would take these fake tensors, of several modes, for inputs
     output = own.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
-    unused = [node for node in own.graph.nodes if not node.users and _draws(node)]
+    draws = [node for node in own.graph.nodes if _draws(node)]
+    live = _live(own.graph)
+    unused = [node for node in draws if node not in live]
     output.args = ([*results, *unused],)
     own.recompile()
+    if len(draws) > 1:
+        patches["reorder_for_peak_memory"] = False
+    patches |= options
     with torch.no_grad(), quiet():
         built: Any = compile_fx(own, list(inputs), config_patches=patches)
     if not unused:
@@ -47,6 +52,18 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str,
 def _draws(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the outputs and the writes in place are computed from."""
+    live: set[fx.Node] = set()
+    todo = [n for n in graph.nodes if n.op == "output" or (n.is_impure() and not _draws(n))]
+    while todo:
+        node = todo.pop()
+        if node not in live:
+            live.add(node)
+            todo += node.all_input_nodes
+    return live
 
 
 def repairing_inductor(

@@ -315,7 +315,7 @@ def _stacked(x: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(x, Number):
         return x._tensor.to(dtype)
     if isinstance(x, Tensor):
-        return detach_provenance(x).detach().to(dtype)
+        return detach_provenance(x).detach().to(dtype).reshape(())
     if isinstance(x, (list, tuple)) and x:
         parts = [_stacked(v, dtype) for v in x]
         return torch.stack([part.to(parts[0].device) for part in parts])

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyroelbo.compiled import CompiledELBO, FusedOptim
@@ -137,3 +137,31 @@ def von_mises_guide(y):
 
 def normal_guide(y):
     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+
+def follow(model, guide, calls, make_loss=Trace_ELBO, kind="loss_and_grads", rel=1e-10, before=None):
+    """Every call of a compiled loss gives eager's value and gradients; ``before(i)`` changes the world first.
+
+    Returns the compiled loss, for its counters.
+    """
+    loss = CompiledELBO(make_loss(), backend="eager")
+    params = pyro.get_param_store()._params
+    for i, args in enumerate(calls):
+        if before is not None:
+            before(i)
+        results = []
+        for one in (make_loss(), loss):
+            for p in params.values():
+                p.grad = None
+            pyro.set_rng_seed(i)
+            value = getattr(one, kind)(model, guide, *args)
+            gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+            results.append((torch.as_tensor(value, dtype=torch.float64), gradients))
+        torch.testing.assert_close(
+            results[1], results[0], rtol=rel, atol=rel, msg=lambda m, i=i: f"call {i}: {m}"
+        )
+    return loss
+
+
+def nothing(*args):
+    pass
