@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyroelbo.compiled import eager
 from pyroelbo.compiled.environment import Untraceable
 from pyroelbo.compiled.number import Number, lowered
 
@@ -44,15 +45,14 @@ def internal(path: str) -> bool:
 
 def place(frame: FrameType | None) -> str:
     """``file:line`` of the innermost user code below the traced loss, or of the library code that was called last."""
-    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
     last = ""
     while frame is not None:
         path = frame.f_code.co_filename
         if not internal(path):
             return f"{os.path.basename(path)}:{frame.f_lineno}"
-        if path.startswith(ours) and last:
+        if path == eager.__file__:
             return last
-        if not path.startswith((ours, *_GENERATED)) and path not in _STANDARD:
+        if not path.startswith((_INTERNAL[-1], *_GENERATED)) and path not in _STANDARD:
             last = last or f"{os.path.basename(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return last

@@ -1,15 +1,17 @@
 """``CompiledELBO`` behaves as the loss that it wraps."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyroelbo.compiled import CompiledELBO, CompiledStep, CompileWarning, FusedOptim
-from tests.compiled.cases import SGD, VAE, data, mixture
+from tests.compiled.cases import SGD, VAE, data, follow, mixture, nothing
 
 
 def test_handlers_around_the_loss_are_not_ignored():
@@ -135,3 +137,82 @@ def test_arguments_are_refused_by_name():
         CompiledStep(Trace_ELBO(), mixture, mixture, {})
     with pytest.raises(ValueError, match=r"parameters\['w'\]"):
         CompiledStep(Trace_ELBO(), mixture, mixture, {"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_gradient_hooks_fire_as_in_eager(post):
+    def run(make_loss):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        module, fired = VAE(), []
+        for name, p in module.named_parameters():
+            if post:
+                p.register_post_accumulate_grad_hook(
+                    lambda p, name=name: fired.append((name, float(p.grad.norm())))
+                )
+            else:
+                p.register_hook(lambda g, name=name: fired.append((name, float(g.norm()))) or 2.0 * g)
+        svi = SVI(module.model, module.guide, FusedOptim(*SGD), loss := make_loss())
+        pyro.set_rng_seed(4)
+        values = [svi.step(data(8, 6, seed=i)) for i in range(10)]
+        return loss, values, sorted(fired), module.state_dict()
+
+    _, expected, fired, end = run(Trace_ELBO)
+    loss, values, found, state = run(lambda: CompiledELBO(Trace_ELBO(), backend="eager"))
+    assert loss.counters.compiled_calls == 9
+    assert values == pytest.approx(expected, rel=1e-10)
+    assert [n for n, _ in found] == [n for n, _ in fired]
+    assert [v for _, v in found] == pytest.approx([v for _, v in fired], rel=1e-9)
+    torch.testing.assert_close(state, end, rtol=1e-10, atol=1e-10)
+
+
+def test_attributes_of_the_wrapped_loss_are_shown():
+    wrapped = Trace_ELBO(num_particles=7, max_plate_nesting=2, vectorize_particles=True)
+    loss = CompiledELBO(wrapped)
+    assert (loss.num_particles, loss.max_plate_nesting, loss.vectorize_particles) == (
+        7,
+        wrapped.max_plate_nesting,
+        True,
+    )
+    loss.num_particles = 3
+    assert wrapped.num_particles == 3
+    assert copy.copy(loss).wrapped is wrapped
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = loss.no_such
+
+
+class FloatLoss(Trace_ELBO):
+    """Returns a float computed with ``.item()`` in its own code."""
+
+    def loss_and_grads(self, model, guide, *args, **kwargs):
+        total = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            elbo = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+            (-elbo).backward()
+            total += elbo.item()
+        return -total
+
+
+def test_losses_that_return_a_float():
+    module = VAE()
+    loss = follow(module.model, module.guide, [(data(8, 6, seed=i),) for i in range(5)], FloatLoss)
+    assert loss.counters.compiled_calls == 4
+
+
+@pytest.mark.parametrize("make_loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("kind", ["loss", "loss_and_grads"])
+def test_models_without_parameters(make_loss, kind):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(0.5, 1.0))
+
+    loss = follow(model, guide, [(data(4, seed=i),) for i in range(5)], make_loss, kind)
+    assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
+
+
+def test_a_model_without_sites():
+    loss = follow(nothing, nothing, [()] * 4)
+    assert loss.counters.compiled_calls == 3
