@@ -9,8 +9,11 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyroelbo.compiled import capture as _capture
-from pyroelbo.compiled.elbo import Counters, Graph, GraphCache
+from pyroelbo.compiled.cache import Call, Counters, Graph, GraphCache
+from pyroelbo.compiled.eager import autocasting, evaluate, restored
+from pyroelbo.compiled.environment import Untraceable
+from pyroelbo.compiled.plan import Plan
+from pyroelbo.compiled.verify import Mismatch, difference
 from pyroelbo.optim import Reduction, TrainingStep, UpdateRule, averaging
 
 __all__ = ["CompiledStep"]
@@ -101,13 +104,13 @@ class CompiledStep(TrainingStep):
     def _eager(self, args: tuple, kwargs: dict) -> Tensor:
         for p in self.parameters.values():
             p.grad = None
-        value = _capture.evaluate(self.objective, self._kind, self._model, self._guide, args, kwargs)
+        value = evaluate(self.objective, self._kind, self._model, self._guide, args, kwargs)
         self.update({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
         for p in self.parameters.values():
             p.grad = None
         return torch.as_tensor(value).detach()
 
-    def _trained(self, plan: _capture.Plan) -> list[tuple[int, int, str]]:
+    def _trained(self, plan: Plan) -> list[tuple[int, int, str]]:
         """(output, state, name) for each gradient of the plan that belongs to a parameter."""
         state = plan.state() or []
         names = {id(p): n for n, p in self.parameters.items()}
@@ -160,27 +163,27 @@ class _StepCache(GraphCache):
         self._step = step
         self._extras: dict[int, list[Tensor]] = {}
 
-    def inputs(self, plan: _capture.Plan, data: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+    def inputs(self, plan: Plan, data: list[Tensor], state: list[Tensor]) -> list[Tensor]:
         return [*data, *state, *self._extras[id(plan)]]
 
-    def _time(self, graph: Graph, data: list[Tensor], eager: Any) -> None:
+    def _time(self, graph: Graph, call: Call) -> None:
         step = self._step
         reduce, step.reduce = step.reduce, None  # other processes may not be timing a graph of theirs
         try:
-            super()._time(graph, data, eager)
+            super()._time(graph, call)
         finally:
             step.reduce = reduce
 
-    def checked(self, plan: _capture.Plan, runner: Callable[..., list]) -> Callable[..., list]:
+    def checked(self, plan: Plan, runner: Callable[..., list]) -> Callable[..., list]:
         return plan.graph
 
-    def build(self, plan: _capture.Plan, data: list[Tensor], eager: Any) -> Callable[..., list]:
+    def build(self, plan: Plan, data: list[Tensor], eager: Any) -> Callable[..., list]:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         step, state = self._step, plan.state() or []
         trained = step._trained(plan)
         if not trained:
-            raise _capture.Untraceable("no parameter of the step receives a gradient")
+            raise Untraceable("no parameter of the step receives a gradient")
         names = [name for _, _, name in trained]
         extra = self._extras[id(plan)] = step._state_of(names)
         first, last = len(data), len(data) + len(state)
@@ -201,7 +204,7 @@ class _StepCache(GraphCache):
 
         inputs = [*data, *state, *extra]
         off = torch.autocast(inputs[0].device.type, enabled=False)
-        with torch.no_grad(), _capture.restored(inputs[first:]), off:
+        with torch.no_grad(), restored(inputs[first:]), off:
             graph = make_fx(whole)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -228,10 +231,10 @@ def _same_step(
 ) -> None:
     results = []
     for run in (graph, runner):
-        with torch.no_grad(), _capture.restored(inputs[first:]):
+        with torch.no_grad(), restored(inputs[first:]):
             torch.manual_seed(20)
             results.append([t.detach().clone() for t in (*run(*inputs), *inputs[first:])])
-    least = _ROUNDING if _capture.autocasting() else 0.0
-    found = _capture.difference(results[0], results[1], outputs, least)
+    least = _ROUNDING if autocasting() else 0.0
+    found = difference(results[0], results[1], outputs, least)
     if found:
-        raise _capture.Mismatch(found)
+        raise Mismatch(found)
