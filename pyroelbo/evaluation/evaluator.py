@@ -18,6 +18,7 @@ from pyroelbo.batch import Batch
 from pyroelbo.evaluation import memory
 from pyroelbo.evaluation.layout import LatentSite, Layout
 from pyroelbo.evaluation.memory import LargestTensor
+from pyroelbo.evaluation.probes import LatentReads, check_masks, coupled_site
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
     Unavailable,
@@ -70,6 +71,8 @@ class Evaluator:
         self._check_values = True
         with torch.no_grad(), self.programs.quiet():
             self.layout, self.strategy, self._elements = self._look()
+            with _same_random_numbers(self.batch):
+                self._probe()
 
     # ------------------------------------------------------------------------------------------ public
 
@@ -249,6 +252,22 @@ class Evaluator:
             # the batch raises again.
             return self._choose(Layout.of(self.programs, self.batch, "datum"), self.batch)
 
+    def _probe(self) -> None:
+        """Refuse masked latents that are in use, and data that depend on one another."""
+        if self.layout.masked:
+            for rows in sorted({(r.start, r.stop) for r, _ in self.chunks(1)}):
+                check_masks(self.programs, self._rows(slice(*rows)))
+        if self.scope == "joint":
+            return
+        few = self._rows(_unlike(self.batch) if self.sliceable else None)
+        tries = 1 if self.strategy.most is None else 4  # a branch on latents may go the same way by chance
+        site = next((s for s in (coupled_site(self.programs, few) for _ in range(tries)) if s), None)
+        if site is not None:
+            raise ValueError(
+                f"model site {site!r}: the term of a datum depends on other data of the batch (a centring, a "
+                'sum over the batch?), so there is no evidence per datum, only a joint one, scope="joint"'
+            )
+
     def _choose(self, layout: Layout, probe: Batch) -> tuple[Layout, Strategy, float]:
         """The first strategy that gives on ``probe`` what one particle at a time gives."""
         self.layout = layout
@@ -303,7 +322,10 @@ class Evaluator:
             for name, site in sample_sites(drawn)
             if name not in self.observed and not is_point(site["fn"]) and not site["is_observed"]
         }
-        again = self.programs.again(probe, values)
+        with LatentReads(values) as watch:
+            again = self.programs.again(probe, values)
+        if watch.read:
+            raise RuntimeError("the program reads a latent's value (a Python branch?)")
         return [self._by_site(t, probe, 1, p) for t, p in zip(again, ("guide", "model"), strict=True)]
 
     def _rows(self, rows: slice | Tensor | None) -> Batch:
@@ -401,6 +423,23 @@ class Evaluator:
             if k in parts[0].latents
         }
         return Terms(joined("log_model"), joined("log_guide"), parts[0].observed, latents)
+
+
+@contextmanager
+def _same_random_numbers(batch: Batch) -> Iterator[None]:
+    """Context manager that leaves the states of the random number generators as they were."""
+    devices = {t.device for t in batches.parts(batch).values() if t.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _unlike(batch: Batch, rows: int = 3, most: int = 1000) -> Tensor:
+    """Indices of the first row and of some that differ from it, if there are any."""
+    parts = [t[:most].reshape(min(most, len(t)), -1) for t in batches.parts(batch).values()]
+    differs = torch.stack([(t != t[:1]).any(1) for t in parts]).any(0)
+    differs[: min(rows, len(differs))] |= not bool(differs.any())
+    differs[0] = True
+    return differs.nonzero().squeeze(1)[:rows]
 
 
 def len_of(latents: Mapping[str, Tensor]) -> int:

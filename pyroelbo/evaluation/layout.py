@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import event_mask, is_masked
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
     POINT,
@@ -84,7 +85,8 @@ class Layout:
     ``depth`` is the number of plate dimensions, ``beyond`` the (program, site) whose latents may be evaluated
     outside their support, ``scaled_site`` a site with a scale within its datum, ``shapes`` the shape of each
     site's value for one particle of the batch looked at. A pair that is not ``sliceable`` is tied to its
-    whole batch (by a mask or a plate of a fixed size).
+    whole batch (by a mask or a plate of a fixed size). ``masked`` says whether a latent has a mask in the
+    model or inside the guide's event.
     """
 
     scope: str
@@ -96,6 +98,7 @@ class Layout:
     depth: int
     scaled_site: str | None = None
     sliceable: bool = False
+    masked: bool = False
 
     @classmethod
     def of(cls, programs: Programs, batch: Batch, scope: str, sliceable: bool = False) -> Layout:
@@ -126,12 +129,21 @@ class Layout:
             depth,
             scaled,
             sliceable,
+            any(_masks(guide, model, latents)),
         )
 
     @property
     def auxiliary(self) -> frozenset[str]:
         """Guide sites that the model lacks: given latents do not fix them."""
         return self.guide_sites - frozenset(self.latents) - self.observed
+
+
+def _masks(guide: Any, model: Any, latents: Mapping[str, LatentSite]) -> Iterator[bool]:
+    for name in latents:
+        for trace in (guide, model):
+            if name in trace.nodes:
+                site = trace.nodes[name]
+                yield is_masked(site["mask"]) or event_mask(site["fn"]) is not None
 
 
 def _shape(value: Any) -> torch.Size:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import ModelMasks
 from pyroelbo.pair import Pair, evaluation_mode, unregistered
 
 __all__ = ["Programs"]
@@ -51,7 +52,7 @@ class Programs:
     ) -> tuple[Any, Any]:
         """Traces of guide and model, the model replayed on the guide's draws. Given ``latents`` are evaluated
         in both programs instead of drawn. Without a guide its trace is empty."""
-        guide, model = wrap(self.pair.guide), wrap(self.pair.model)
+        guide, model = (wrap(ModelMasks()(p)) for p in (self.pair.guide, self.pair.model))
         if latents is not None:
             guide, model = (poutine.condition(p, data=latents) for p in (guide, model))
         drawn = poutine.Trace()
@@ -64,18 +65,26 @@ class Programs:
     def again(self, batch: Batch, values: Mapping[str, Tensor]) -> tuple[Any, Any]:
         """Traces of guide and model with given ``values``, those of the guide's auxiliary sites included."""
         drawn = poutine.Trace()
-        if self.with_guide:
-            guide = poutine.condition(self.pair.guide, data=values)
-            drawn = prune_subsample_sites(batches.call(poutine.trace(guide).get_trace, batch))
-            values = {name: site["value"] for name, site in drawn.nodes.items() if site["type"] == "sample"}
-        model = poutine.condition(self.pair.model, data=values)
-        return drawn, prune_subsample_sites(batches.call(poutine.trace(model).get_trace, batch))
+        if not self.with_guide:
+            return drawn, self.model(batch, values)
+        guide = poutine.condition(ModelMasks()(self.pair.guide), data=values)
+        drawn = batches.call(poutine.trace(guide).get_trace, batch)
+        for name in values:
+            drawn.nodes[name]["is_observed"] = False  # a model is replayed on draws only
+        program = poutine.replay(ModelMasks()(self.pair.model), trace=drawn)
+        seen = batches.call(poutine.trace(program).get_trace, batch)
+        return prune_subsample_sites(drawn), prune_subsample_sites(seen)
+
+    def model(self, batch: Batch, latents: Mapping[str, Tensor]) -> Any:
+        """A trace of the model alone, at given latents."""
+        program = poutine.condition(ModelMasks()(self.pair.model), data=latents)
+        return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))
 
     def guide(
         self, batch: Batch, latents: Mapping[str, Tensor] | None = None, *, wrap: Wrap = _as_it_is
     ) -> Any:
-        """A trace of the guide alone."""
-        program = wrap(self.pair.guide)
+        """A trace of the guide alone, with its own masks."""
+        program = wrap(ModelMasks()(self.pair.guide))
         if latents is not None:
             program = poutine.condition(program, data=latents)
         return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyroelbo import batch as batches
-from pyroelbo.evaluation.enumeration import enumerate_latents
+from pyroelbo.evaluation.enumeration import enumerate_latents, log_evidence_of_all
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.results import Bound
@@ -40,14 +41,20 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
             )
         cost = batches.size(batch)
     else:
-        try:
-            graph = enumerate_latents(pair, batch)
-        except Unavailable:
-            raise
-        except ValueError as reason:
-            if scope == "datum":
-                raise
-            raise Unavailable(str(reason)) from reason
-        value, cost = graph.log_partition(), graph.size * graph.states
+        value, cost = _enumerated(pair, batch, scope)
     value = value.double().sum() if scope == "joint" else value
     return Bound("exact", value.double(), torch.zeros_like(value.double()), "exact", scope, cost=cost)
+
+
+def _enumerated(pair: Pair, batch: batches.Batch, scope: str) -> tuple[Tensor, int]:
+    """ln p(y) by eliminating the latents of each datum; for a joint value of data that depend on one another
+    by summing over the values of all latents together."""
+    try:
+        graph = enumerate_latents(pair, batch)
+        return graph.log_partition(), graph.size * graph.states
+    except Unavailable:
+        raise
+    except ValueError:
+        if scope == "datum":
+            raise
+    return log_evidence_of_all(pair, batch)

@@ -37,21 +37,47 @@ def test_networks_that_refuse_particles_get_the_data_repeated():
 
 
 class Stubborn(Nonlinear):
-    """Takes batches of the data's own size only, and mixes rows if particles come any other way."""
+    """Takes batches of one size only."""
 
     def model(self, y):
         with self.plate(y):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            assert z.dim() == 2
-            pyro.sample(
-                "y", dist.Normal(self.generator(z - 0.1 * z.sum(0) * (len(y) > 2)), 0.5).to_event(1), obs=y
-            )
+            assert z.shape == (3, 2), "three rows"
+            pyro.sample("y", dist.Normal(self.generator(z), 0.5).to_event(1), obs=y)
 
 
 def test_a_loop_is_the_last_resort():
     evaluator = Evaluator(Stubborn(), torch.randn(3, 4))
     assert isinstance(evaluator.strategy, Loop)
     assert evaluator.sample(5).log_weight.shape == (5, 3)
+    (note,) = evidence.iwae(Stubborn(), torch.randn(3, 4), 5).notes
+    assert note.startswith("particles run one at a time") and "plate: AssertionError, three rows" in note
+    assert "repeat: AssertionError, three rows" in note
+
+
+def test_a_branch_on_a_latent_is_run_one_particle_at_a_time():
+    """A vectorized pass takes one branch for all particles; two equal ones would not show it."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.999)))
+            loc = torch.full((len(y),), 3.0) if bool(k.sum() > 0) else torch.zeros(len(y))
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.999)))
+
+    pair, y = Pair.of(model, guide), torch.tensor([1.0])
+    evaluator = Evaluator(pair, y)
+    assert isinstance(evaluator.strategy, Loop)
+    assert "reads a latent's value" in evaluator.notes[0]
+    k = torch.tensor([[1.0], [0.0]])
+    prior = dist.Bernoulli(0.999).log_prob(k)
+    right = prior + dist.Normal(3 * k, 1.0).log_prob(y)
+    torch.testing.assert_close(evaluator.log_joint({"k": k}), right)
+    exact = evidence.exact(pair, y, scope="joint").value
+    torch.testing.assert_close(exact, right.logsumexp((0, 1)), rtol=0, atol=1e-12)
 
 
 class Wrong(Nonlinear):

@@ -107,7 +107,7 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         monkeypatch.setattr(terms, "_masked", lambda log_prob, mask: log_prob)
     else:
         monkeypatch.setattr(terms.Terms, "log_weight", property(lambda t: t.log_joint + t.log_proposal))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         check_against_exact(*check_problem())
 
 
