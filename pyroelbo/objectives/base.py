@@ -15,6 +15,7 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import ModelMasks
 from pyroelbo.objectives.order import mean_field_fault
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
@@ -171,6 +172,17 @@ class Adapted_ELBO(Objective, WrappedELBO):
         return Objective.describe(self.inner)  # type: ignore[arg-type]
 
 
+def _inside(handler: Messenger, program: Any) -> Any:
+    """``program`` run inside a handler."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with handler:
+            return program(*args, **kwargs)
+
+    run.pair = getattr(program, "pair", None)  # type: ignore[attr-defined]
+    return run
+
+
 class ScaleLatents(Messenger):
     """Multiplies ln p and ln q of every latent site by ``weight``, so that a loss is -E ln p(y|z) + weight · KL."""
 
@@ -199,13 +211,7 @@ class Weighted_ELBO(Objective, WrappedELBO):
         self.weight = weight
 
     def _scaled(self, program: Any) -> Any:
-        handler = ScaleLatents(self.scale)  # type: ignore[arg-type]
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with handler:
-                return program(*args, **kwargs)
-
-        return run
+        return _inside(ScaleLatents(self.scale), program)  # type: ignore[arg-type]
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return super()._get_trace(self._scaled(model), self._scaled(guide), args, kwargs)
@@ -230,7 +236,10 @@ class Weighted_ELBO(Objective, WrappedELBO):
 
 
 class PerDatum(WrappedELBO):
-    """Another ELBO divided by ``count(rows)``, its nats per datum, plus the mean of ``auxiliary(*batch)`` [B] if given."""
+    """Another ELBO divided by ``count(rows)``, its nats per datum, plus the mean of ``auxiliary(*batch)`` [B] if given.
+
+    Latents that the model masks are masked in the guide too (:class:`~pyroelbo.evaluation.masks.ModelMasks`).
+    """
 
     def __init__(
         self,
@@ -243,6 +252,7 @@ class PerDatum(WrappedELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         rows = len(next(iter((*args, *kwargs.values()))))
+        model, guide = (_inside(ModelMasks(), program) for program in (model, guide))
         loss = super().differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
         return loss if self.auxiliary is None else loss + self.auxiliary(*args, **kwargs).mean()
 

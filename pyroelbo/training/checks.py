@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, Minibatches
+from pyroelbo.evaluation.probes import check_masks
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import check_observation, check_support, observed_part
 from pyroelbo.objectives.base import Update
 from pyroelbo.pair import PLATE, Pair
@@ -24,13 +26,17 @@ def probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tens
     """Run the pair once, with checks: its trainable leaves by name, and the full size of a subsampled data plate.
 
     Raises ValueError, naming site or argument, for programs that cannot be run on ``batch``, sites that one program
-    lacks, data outside a site's support, no data plate, and global sites that minibatches would count repeatedly.
+    lacks, masked latents that are in use, data outside a site's support, no data plate, and global sites that minibatches
+    would count repeatedly.
     """
     with poutine.trace(param_only=True) as captured:
         guide, model = _run_once(pair, batch)
     sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
     drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
     _check_sites(sites, drawn)
+    programs = Programs(pair)
+    with torch.random.fork_rng(), torch.no_grad(), programs.quiet():
+        check_masks(programs, batch)
     for site in sites.values():
         if site["is_observed"]:
             check_observation(site, batch)
