@@ -10,7 +10,7 @@ import pyroelbo
 ROOT = Path(pyroelbo.__file__).parent
 
 LINES = [
-    {"_version", "numerics", "batch", "optim"},
+    {"_version", "numerics", "batch", "optim", "files"},
     {"results", "runs"},
     {"nn", "data"},
     {"flows"},
