@@ -7,8 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 from pyroelbo import Pair, encoders, evidence, fit, models
+from pyroelbo.compiled import CompiledStep
 from pyroelbo.encoders import ENCODERS, MixtureEncoder, UniformMixture
 from pyroelbo.nn import MLP
 
@@ -197,3 +199,13 @@ def test_an_encoder_of_ones_own():
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_step_is_one_graph(kind):
+    pair = models.VAE(6, 2, (8,), encoder=kind)
+    step = CompiledStep(Trace_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), backend="eager")
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            step(torch.bernoulli(torch.full((8, 6), 0.4)))
+    assert step.counters.compiled_calls == 3 and step.counters.fallbacks == 0
