@@ -263,7 +263,7 @@ def curve(folder):
     )
     rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
-        valid = -r.get("valid_elbo", r.get("valid_iwae"))
+        valid = -next(v for k, v in r.items() if k.startswith("valid_"))
         print(f"| {r['epoch']} | {r['step']:,} | {r['minutes']:.1f} | {r['loss']:.2f} | {valid:.2f} |")
 
 

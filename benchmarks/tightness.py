@@ -55,7 +55,7 @@ ESTIMATORS = {
     "smc, guide": (lambda pair, y: evidence.smc(pair, y, 16, 4, progress=False), True),
     "smc, prior": (lambda pair, y: evidence.smc(pair, y, 16, 4, proposal="prior", progress=False), True),
     "eubo, posterior": (lambda pair, y: evidence.eubo(pair, y, 16), False),
-    "eubo, weights": (lambda pair, y: evidence.eubo(pair, y, 64, draws="weights"), False),
+    "eubo, weights": (lambda pair, y: evidence.eubo(pair, y, 64, source="weights"), False),
     "cubo, 64": (lambda pair, y: evidence.cubo(pair, y, 64), False),
 }
 
@@ -93,7 +93,7 @@ def fitted(name, data, seed):
 def reach(pair, y, draws=64):
     """The share of the prior's draws under which each datum is possible, [B]."""
     with torch.no_grad():
-        log_joint = Evaluator(pair, y, with_guide=False).draws(draws, latents=False).log_joint
+        log_joint = Evaluator(pair, y, with_guide=False).sample(draws, latents=False).log_joint
     return (log_joint > -math.inf).double().mean(0)
 
 

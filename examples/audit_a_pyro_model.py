@@ -116,7 +116,7 @@ def main(arguments=None):
         results[name] = audit(
             pair, data, scope="joint", particles=options.particles, references=(exact.bound(), ais)
         )
-        draws[name] = evidence.draws(pair, data, 4000, scope="joint").latents
+        draws[name] = evidence.terms(pair, data, 4000, scope="joint").latents
         print(f"\n--- {name}\n{results[name]}")
 
     judge("AutoMultivariateNormal", trained(AutoMultivariateNormal, options.steps, options.seed))

@@ -104,7 +104,7 @@ def main(arguments=None):
         )
         torch.manual_seed(options.seed)
         audits[name] = audit(pair, test, particles=wide)
-        found[name] = evidence.layers(pair, test, particles=wide // 4, inner=wide // 4)
+        found[name] = evidence.site_gaps(pair, test, particles=wide // 4, inner=wide // 4)
         print(f"\n=== {name}\n{audits[name]}\n\n{found[name]}")
         units[name] = active_units(pair, test)
 

@@ -81,7 +81,7 @@ def main(arguments=None):
     # Each prefix is a site: where is a word a surprise? The last number is the stop's; the padding behind it costs nothing.
     shown = ["function", "functional", "iterator", "qwerty"]
     rows, _ = data.strings(shown, LONGEST, alphabet)
-    terms = evidence.draws(pair, rows, particles=1)
+    terms = evidence.terms(pair, rows, particles=1)
     print("\n-ln p(letter | those before), nats:")
     for i, word in enumerate(shown):
         costs = [-float(terms.log_model[site][0, i]) for site in (*pair.sites, "y")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pyro
 import torch
 
-from pyroelbo import data, models, report
+from pyroelbo import batch as batches
+from pyroelbo import data, evidence, files, models, report
 from pyroelbo._version import __version__
-from pyroelbo.evidence import audit, draws
+from pyroelbo.evidence import audit
 from pyroelbo.runs import RunDirectory
-from pyroelbo.training.fit import OBJECTIVES, OPTIMIZERS, fit
+from pyroelbo.training.fit import fit
+from pyroelbo.training.settings import FitSettings
 
 __all__ = ["main"]
 
@@ -79,32 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of the model, such as latent=8 (see `pyroelbo models`)",
     )
     _data_options(train)
-    train.add_argument(
-        "--objective",
-        default="elbo",
-        choices=tuple(OBJECTIVES),
-        help="what is maximized: elbo, by draws; layered, with closed-form KLs where they are the bound's own terms (chains); "
-        "the others are told by help(pyroelbo.fit)",
-    )
-    train.add_argument("--optimizer", default="adam", choices=tuple(OPTIMIZERS), help="from torch.optim")
-    train.add_argument(
-        "-n", "--num-epochs", type=int, default=None, help="epochs; the model's own default if left out"
-    )
-    train.add_argument("-b", "--batch-size", type=int, default=128, help="data in a step")
-    train.add_argument(
-        "-lr",
-        "--learning-rate",
-        type=float,
-        default=None,
-        help="step size; the model's own default if left out",
-    )
-    train.add_argument(
-        "--schedule",
-        default="constant",
-        choices=("constant", "cosine"),
-        help="of the step size over the training",
-    )
-    train.add_argument("--particles", type=int, default=1, help="draws of the latents per datum and step")
+    _settings_options(train)
     train.add_argument(
         "--kl-warmup",
         type=float,
@@ -112,38 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="EPOCHS",
         help="let the KL's weight grow from 0 to 1 over so many epochs",
     )
-    train.add_argument("--clip-norm", type=float, default=None, help="bound on the gradient's norm")
-    train.add_argument(
-        "--skip-norm", type=float, default=None, help="leave out steps whose gradient is longer than this"
-    )
-    train.add_argument(
-        "--ema",
-        type=float,
-        default=None,
-        help="decay of a moving average of the weights, kept in their place",
-    )
-    train.add_argument(
-        "--patience",
-        type=int,
-        default=None,
-        help="stop after so many epochs without a better validation bound",
-    )
-    train.add_argument(
-        "--freeze",
-        action="append",
-        default=[],
-        metavar="PART",
-        help="leave a part as it is: generator, encoder, ...",
-    )
-    train.add_argument("--seed", type=int, default=0, help="of parameters, order of the data and draws")
     train.add_argument(
         "--cuda", action="store_true", help="insist on a GPU (one is used anyway where there is one)"
-    )
-    train.add_argument(
-        "--checkpoint-seconds",
-        type=float,
-        default=10.0,
-        help="time between checkpoints, which --resume goes on from",
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
@@ -190,6 +138,28 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the draws")
     sample.set_defaults(run=_sample)
     return parser
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
+    """An option for each of :class:`FitSettings`."""
+    for setting in dataclasses.fields(FitSettings):
+        about, kind, names = (setting.metadata[k] for k in ("about", "kind", "names"))
+        flags = [*setting.metadata["flags"], f"--{setting.name.replace('_', '-')}"]
+        own = setting.name in _MODELS_OWN
+        more: dict[str, Any] = {"default": None if own else setting.default}
+        if kind is bool:
+            more = {"action": "store_true"}
+        elif kind is list:
+            more = {"default": [], "action": "append", "metavar": "PART"}
+        else:
+            more |= {"type": kind, "choices": tuple(names) or None}
+        parser.add_argument(
+            *flags, dest=setting.name, help=about + "; the model's own default if left out" * own, **more
+        )
+
+
+# What the registry of models knows better than FitSettings.
+_MODELS_OWN = ("epochs", "learning_rate")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -253,41 +223,30 @@ def _train(options: argparse.Namespace) -> int:
     warmup = options.kl_warmup
     if warmup < 0:
         raise ValueError(f"--kl-warmup takes a number of epochs, got {warmup}")
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(FitSettings)}
+    chosen |= {k: getattr(entry, k) for k in _MODELS_OWN if chosen[k] is None}
+    if warmup > 0:
+        weight = options.kl_weight
+        chosen["kl_weight"] = lambda epoch: weight * min(1.0, epoch / warmup)
     run = fit(
         pair,
         splits["train"],
         valid=splits["valid"],
-        objective=options.objective,
-        optimizer=options.optimizer,
-        epochs=entry.epochs if options.num_epochs is None else options.num_epochs,
-        batch_size=options.batch_size,
-        learning_rate=entry.learning_rate if options.learning_rate is None else options.learning_rate,
-        schedule=options.schedule,
-        particles=options.particles,
-        kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
-        clip_norm=options.clip_norm,
-        skip_norm=options.skip_norm,
-        ema=options.ema,
-        patience=options.patience,
-        freeze=tuple(options.freeze),
-        seed=options.seed,
         device="cuda" if options.cuda else None,
         out=options.out,
         resume=options.resume,
-        checkpoint_seconds=options.checkpoint_seconds,
         config={
             "model": options.model,
             "data": options.data,
             "settings": settings,
             "kl_warmup": warmup,
-            "schedule": options.schedule,
         },
         progress=not options.quiet,
+        **chosen,
     )
     report.plot_curve(run, options.out / "curve.png")
     last = run.metrics[-1] if run.metrics else {}
-    names = {"valid_elbo": "ELBO", "valid_iwae": f"IWAE-{options.particles}"}
-    bound = "".join(f", validation {name} {last[k]:.3f}" for k, name in names.items() if k in last)
+    bound = "".join(f", validation {k[6:]} {v:.3f}" for k, v in last.items() if k.startswith("valid_"))
     if last:
         print(
             f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"
@@ -337,7 +296,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
     """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
-    terms = draws(pair, y, particles)
+    terms = evidence.terms(pair, y, particles)
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (
@@ -373,10 +332,9 @@ def _plane(n: int, extent: float) -> torch.Tensor:
 def _sample(options: argparse.Namespace) -> int:
     pair, config = models.load(options.path)
     pyro.set_rng_seed(options.seed)
-    _, y = pair.simulate(options.num_samples)
-    from safetensors.torch import save_file
-
-    save_file({"y": y.contiguous()}, options.path / "samples.safetensors")
+    _, batch = pair.simulate(options.num_samples)
+    (y,) = batches.parts(batch).values()
+    files.write_tensors(options.path / "samples.safetensors", {"y": y}, {"seed": options.seed})
     top = data.levels(config["data"]) - 1 if getattr(pair, "form", "grey") == "bytes" else 1
     pictures = (y / top).clamp(0, 1)
     columns = min(16, options.num_samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -10,12 +11,24 @@ from torch import Tensor
 
 __all__ = [
     "bits_per_dim",
+    "duration",
     "effective_sample_size",
     "log_mean_exp",
     "logsumexp",
     "nats_to_bits",
     "positive_count",
 ]
+
+
+_SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def duration(text: str, name: str = "budget") -> float:
+    """Seconds of a time such as ``"90s"``, ``"10min"`` or ``"2h"``; ValueError, naming the argument, for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text) if isinstance(text, str) else None
+    if found is None or found[2] not in _SECONDS or float(found[1]) == 0:
+        raise ValueError(f"{name}: expected a time such as '90s', '10min' or '2h', got {text!r}")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def positive_count(name: str, value: Any, what: str = "number") -> int:

@@ -168,9 +168,9 @@ def plot_curve(run: Run, path: str | Path) -> Path:
     figure, axis = _figure(5.5, 3.6)
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
-    for name, label in (("valid_elbo", "-ELBO"), ("valid_iwae", "-IWAE")):
-        if any(name in row for row in run.metrics):
-            axis.plot(epochs, [-row.get(name, math.nan) for row in run.metrics], label=f"validation, {label}")
+    for name in dict.fromkeys(k for row in run.metrics for k in row if k.startswith("valid_")):
+        bound = [-row.get(name, math.nan) for row in run.metrics]
+        axis.plot(epochs, bound, label=f"validation, -{name.removeprefix('valid_')}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("nats per datum")
     if len(epochs) > 5:
@@ -185,7 +185,7 @@ def plot_curve(run: Run, path: str | Path) -> Path:
 def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
     """What each layer of each pair says of a datum: a bar of nats for the rate of every latent site, by pair.
 
-    ``layers`` are what ``evidence.layers`` found, by name. Returns the path.
+    ``layers`` are what ``evidence.site_gaps`` found, by name. Returns the path.
     """
     figure, axis = _figure(6.4, 3.6)
     width = 0.8 / len(layers)
@@ -351,7 +351,7 @@ def to_arviz(result: Audit | Decomposition | Sandwich, terms: Terms | None = Non
     """A result as arviz data: an ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
 
     Group ``bounds`` has for every row its ``value`` and ``error``, [estimator, datum] (joint ones [estimator]),
-    with kind, draws and cost as coordinates. ``terms``, the guide's draws of :func:`pyroelbo.evidence.draws` on
+    with kind, draws and cost as coordinates. ``terms``, the guide's draws of :func:`pyroelbo.evidence.terms` on
     the same data, add ``posterior`` (the latents drawn), ``sample_stats`` with ``log_p`` = ln p(y, z) and
     ``log_q`` = ln q(z | y), and ``log_likelihood`` = ln p(y | z) by observed site, [chain, draw, datum]. No
     bound is exported as a likelihood.

@@ -159,7 +159,7 @@ def test_audit_with_a_budget(run, capsys):
     assert main(["audit", str(run), "--num-data", "2", "--budget", "2000"]) == 0
     assert "a budget of 2000 chose" in capsys.readouterr().out
     assert main(["audit", str(run), "--num-data", "2", "--budget", "soon"]) == 1
-    assert "budget takes a time" in capsys.readouterr().err
+    assert "budget: expected a time" in capsys.readouterr().err
 
 
 def test_audit_against_ais(run, capsys):

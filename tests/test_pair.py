@@ -125,7 +125,7 @@ def test_simulating_past_a_factor_is_refused():
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
             pyro.factor("penalty", -z.square())
 
-    with pytest.raises(ValueError, match="the factor 'penalty' weights what is drawn"):
+    with pytest.raises(ValueError, match="the factor 'penalty' reweights"):
         Pair.of(model, lambda y: None).simulate(3, like=torch.randn(3))
 
 
@@ -135,7 +135,7 @@ def test_nothing_to_anneal_or_split_without_latents():
             pyro.sample("y", dist.Normal(torch.zeros(len(y)), 1.0), obs=y)
 
     pair, y = Pair.of(model, lambda y: None), torch.randn(3)
-    for estimate in (evidence.ais, evidence.gap, evidence.layers):
+    for estimate in (evidence.ais, evidence.gap, evidence.site_gaps):
         with pytest.raises(evidence.Unavailable, match="no latents"):
             estimate(pair, y)
 
@@ -169,7 +169,7 @@ def test_what_a_pair_must_define():
         Vague().log_evidence(torch.zeros(1))
     with pytest.raises(TypeError, match="posterior"):
         Vague().posterior(torch.zeros(1))
-    with pytest.raises(TypeError, match="guide takes a Pyro callable"):
+    with pytest.raises(TypeError, match="guide: expected a Pyro callable"):
         Pair.of(lambda y: None, 3)
     with pytest.raises(ValueError, match="no part 'decoder'"):
         Nonlinear().part("decoder")

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroelbo.files import read_npz
+
 __all__ = ["NAMES", "binarize", "labels", "levels", "load", "shape"]
 
 
@@ -25,11 +27,12 @@ def _digits(root: Path | None) -> dict[str, Tensor]:
 
 
 def _binarized_mnist(root: Path | None) -> dict[str, Tensor]:
-    with np.load(_find(root, "binarized_mnist.npz"), allow_pickle=False) as file:
-        return {
-            split: torch.from_numpy(np.unpackbits(file[split], axis=1)[:, :784]).to(torch.get_default_dtype())
-            for split in ("train", "valid", "test")
-        }
+    rows = ("u", (None, 98))
+    file = read_npz(_find(root, "binarized_mnist.npz"), dict.fromkeys(("train", "valid", "test"), rows))
+    return {
+        split: torch.from_numpy(np.unpackbits(packed, axis=1)[:, :784]).to(torch.get_default_dtype())
+        for split, packed in file.items()
+    }
 
 
 def _grey(values: np.ndarray) -> Tensor:
@@ -37,21 +40,22 @@ def _grey(values: np.ndarray) -> Tensor:
 
 
 def _mnist(root: Path | None) -> dict[str, Tensor]:
-    with np.load(_find(root, "mnist.npz"), allow_pickle=False) as file:
-        train, test = _grey(file["train_x"]), _grey(file["test_x"])
+    images = ("u", (None, 28, 28))
+    file = read_npz(_find(root, "mnist.npz"), {"train_x": images, "test_x": images})
+    train, test = _grey(file["train_x"]), _grey(file["test_x"])
     return {"train": train[:-10000], "valid": train[-10000:], "test": test}
 
 
 def _omniglot(root: Path | None) -> dict[str, Tensor]:
-    with np.load(_find(root, "omniglot_28_area.npz"), allow_pickle=False) as file:
-        train, test = _grey(file["background"]), _grey(file["evaluation"])
+    images = ("u", (None, 28, 28))
+    file = read_npz(_find(root, "omniglot_28_area.npz"), {"background": images, "evaluation": images})
+    train, test = _grey(file["background"]), _grey(file["evaluation"])
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return {"train": train[order[:-1928]], "valid": train[order[-1928:]], "test": test}
 
 
 def _freyfaces(root: Path | None) -> dict[str, Tensor]:
-    with np.load(_find(root, "freyfaces.npz"), allow_pickle=False) as file:
-        x = _grey(file["x"])
+    x = _grey(read_npz(_find(root, "freyfaces.npz"), {"x": ("u", (None, 28, 20))})["x"])
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     return {"train": x[:1565], "valid": x[1565:1765], "test": x[1765:]}
 
@@ -112,8 +116,10 @@ def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
         y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
         return {"train": y[:1297], "valid": y[1297:1497], "test": y[1497:]}
     if name == "mnist":
-        with np.load(_find(None if root is None else Path(root), "mnist.npz"), allow_pickle=False) as file:
-            train, test = torch.from_numpy(file["train_y"]).long(), torch.from_numpy(file["test_y"]).long()
+        classes = ("u", (None,))
+        path = _find(None if root is None else Path(root), "mnist.npz")
+        file = read_npz(path, {"train_y": classes, "test_y": classes})
+        train, test = (torch.from_numpy(file[k]).long() for k in ("train_y", "test_y"))
         return {"train": train[:-10000], "valid": train[-10000:], "test": test}
     raise ValueError(f"{name!r} has no classes here: 'digits' and 'mnist' have")
 

@@ -1,4 +1,4 @@
-"""`audit`: the bounds of a pair on the same data, side by side with the best reference there is."""
+"""`audit`: the bounds of a pair on the same data, next to the best reference available."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tqdm import tqdm
 from pyroelbo import batch as batches
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import view
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
@@ -53,28 +52,34 @@ def audit(
     budget: str | int | None = None,
     progress: bool = True,
 ) -> Audit:
-    """How tight is the bound? ELBO and IWAE with ``particles`` draws each, beside a reference, per datum, in
-    nats.
+    """How tight is the bound? ELBO and IWAE next to a reference, per datum, in nats.
 
-    ``references`` names what to hold them against, some of ``"exact"``, ``"quadrature"`` and ``"ais"`` (of
-    ``temperatures``; a lower bound itself, so that gaps to it are lower estimates, which a note says), or Bounds
-    on the same data that were found elsewhere; the gaps are taken from the first, and one that the pair does
-    not have raises :class:`~pyroelbo.evidence.Unavailable`.
-    Left out, the exact evidence is used where there is one, else quadrature for one or two continuous latent
-    dimensions; the notes say what was not possible and why. ``scope="joint"`` takes the whole batch as one
-    datum, for models with latents outside the data plate.
+    By default the reference is the exact evidence if there is one, else quadrature for one or two continuous
+    latent dimensions; notes say what was not possible and why.
 
-    ``budget`` chooses ``particles`` and ``temperatures``, and AIS where nothing better is to be had: a time such
-    as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient counts as three). A pilot
-    measures the pair's speed; a note says what was chosen. ValueError for a budget too small for any estimate.
+    Args:
+        pair: the pair.
+        y: the batch.
+        particles: draws per datum of ELBO and IWAE each.
+        references: some of ``"exact"``, ``"quadrature"`` and ``"ais"``, or Bounds on the same data from
+            elsewhere. Gaps are relative to the first one (AIS is a lower bound itself, so that its gaps are
+            lower estimates, as a note says).
+        temperatures: those of AIS.
+        scope: ``"datum"``, or ``"joint"`` for the whole batch as one datum, for models with latents outside
+            the data plate.
+        budget: a time such as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient
+            counts as three). It chooses ``particles`` and ``temperatures``, and AIS if there is nothing
+            better; a pilot measures the pair's speed, and a note says what was chosen.
+        progress: whether to show progress.
 
-    ``print(audit(pair, y))`` is a table. Cost: 2 ``particles`` evaluations a datum and the reference's.
+    ``print(audit(pair, y))`` is a table. Raises :class:`~pyroelbo.evidence.Unavailable` for a reference that
+    the pair does not have, ValueError for a budget too small for any estimate. Cost: 2 ``particles``
+    evaluations per datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
-    whole = view(pair, scope)
     if isinstance(references, (str, Bound)):
         raise ValueError(
-            f"references takes a sequence, such as ('ais',), got a {type(references).__name__} alone"
+            f"references: expected a sequence such as ('ais',), got a {type(references).__name__}"
         )
     notes: list[str] = []
     found: list[Bound] = []
@@ -98,7 +103,9 @@ def audit(
                 found.append(name)
                 continue
             if name not in _REFERENCES:
-                raise ValueError(f"references takes some of {tuple(_REFERENCES)}, or Bounds, got {name!r}")
+                raise ValueError(
+                    f"references: expected some of {tuple(_REFERENCES)}, or Bounds, got {name!r}"
+                )
             tell(name)
             try:
                 reference = _REFERENCES[name]
@@ -113,10 +120,10 @@ def audit(
                 break
         if not found:
             notes.append(
-                "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
+                "no reference, hence no gap: lower bounds alone do not tell their distance from ln p(y)"
             )
         elif found[0].kind == "lower":
-            notes.append(f"{found[0].method} is a lower bound itself: the gaps to it are lower estimates")
+            notes.append(f"{found[0].method} is a lower bound itself: gaps to it are lower estimates")
         if plan is not None:
             particles = plan.particles(found)
             notes.append(plan.note(particles, found))
@@ -129,31 +136,32 @@ def audit(
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
-    notes += _uncovered(whole, batch)
+    notes += _uncovered(pair, batch, scope)
     if scope == "joint":
-        notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
+        notes.insert(0, f"joint: all {batches.size(batch)} data as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
 
 
 def _check(bound: Bound, size: int, scope: str) -> None:
     if bound.scope != scope or bound.value.numel() != (1 if scope == "joint" else size):
+        expected = "one joint value" if scope == "joint" else f"{size} values per datum"
         raise ValueError(
-            f"references holds {bound.method!r}, {bound.scope} values of shape {tuple(bound.value.shape)}: this audit "
-            f"is of {size} data, scope={scope!r}"
+            f"references: expected {expected}, got {bound.method!r} with scope {bound.scope!r} and shape "
+            f"{tuple(bound.value.shape)}"
         )
 
 
 @torch.no_grad()
-def _uncovered(whole: Any, batch: Any) -> list[str]:
-    """A note for each site where the guide's support leaves out draws of the prior that may have made the datum:
-    weights that stay finite do not tell."""
+def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
+    """A note for each site whose guide cannot draw values of the prior that may have made the datum: weights
+    that stay finite do not show it."""
     try:
-        evaluator = Evaluator(whole, batch)
+        evaluator = Evaluator(pair, batch, scope=scope)
         trace = evaluator.guide_trace()
         sites = {name: trace.nodes[name]["fn"] for name in evaluator.latents}
     except Unavailable:
         return []
-    # a finite set or a structure's labels do not say what has mass; nor need a prior over these be drawn from
+    # The support of a finite set or of a structure's labels does not tell what has mass.
     sites = {
         name: fn
         for name, fn in sites.items()
@@ -163,10 +171,10 @@ def _uncovered(whole: Any, batch: Any) -> list[str]:
     }
     if not sites:
         return []
-    prior = Evaluator(whole, batch, with_guide=False)
-    terms = prior.draw(min(64, max(1, prior.cells // prior.size)))
+    prior = Evaluator(pair, batch, with_guide=False, scope=scope)
+    terms = prior.sample_pass(min(64, max(1, prior.cells // prior.size)))
     seen = [term for name, term in terms.log_model.items() if name not in terms.latents]
-    possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to be missed
+    possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to miss
     notes = []
     for name, fn in sites.items():
         outside = ~fn.support.check(terms.latents[name])
@@ -175,7 +183,7 @@ def _uncovered(whole: Any, batch: Any) -> list[str]:
         share = float((outside & counted).sum() / counted.sum().clamp_min(1))
         if share > 0:
             notes.append(
-                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "
-                "ELBO, IWAE and AIS started from it, and their errors do not show it"
+                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: ELBO, IWAE and AIS "
+                "started from it miss that part, and their errors do not show it"
             )
     return notes

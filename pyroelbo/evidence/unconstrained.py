@@ -1,4 +1,4 @@
-"""The continuous latents of a datum as one vector of the whole space, with the Jacobian of the way there."""
+"""The continuous latents of a datum as one unconstrained vector, with the Jacobian of the transformation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Unconstrained:
     """Maps latents {site: [K, *plates, B, *event]} to u [K, B, D] and back; ``density(u)`` is ln p(y, z(u)) +
     ln |dz/du|.
 
-    Raises :class:`Unavailable` for discrete latents, unless ``partial`` leaves them out, and for supports that
-    differ from datum to datum.
+    Raises :class:`Unavailable` for discrete latents, unless ``partial`` leaves them out, and for supports
+    that differ between data.
     """
 
     def __init__(self, evaluator: Evaluator, partial: bool = False) -> None:
@@ -67,14 +67,15 @@ class Unconstrained:
         return torch.cat(pieces, -1)
 
     def saturated(self, u: Tensor) -> Tensor:
-        """Where floating point cannot tell z(u) from its support's boundary, so that the density there means
-        nothing: [K, B]."""
+        """Where z(u) cannot be told from the boundary of its support in floating point, so that the density
+        there means nothing: [K, B]."""
         latents, _ = self.constrain(u)
         again = self.unconstrain(latents)
         return ~((again - u).abs() <= 0.01 * (1 + u.abs())).all(-1)
 
     def inside(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Whether latents lie in the model's support, [K, B]; :meth:`unconstrain` moves others to its edge."""
+        """Whether latents lie in the model's support, [K, B]; :meth:`unconstrain` moves others to its
+        boundary."""
         found = []
         for name, support in self._supports.items():
             site = self.evaluator.latents[name]
@@ -87,11 +88,11 @@ class Unconstrained:
     def density(self, u: Tensor, rows: Any = None) -> Tensor:
         """ln p(y, z) + ln |dz/du| of u [K, B, D] for the given rows of the batch, [K, B]."""
         latents, log_det = self.constrain(u)
-        return self.evaluator.score(latents, rows) + log_det
+        return self.evaluator.log_joint(latents, rows) + log_det
 
 
 def _common_support(support: Any, name: str) -> Any:
-    """The support with bounds that are one number each, for all data."""
+    """The support with one number per bound, for all data."""
     if isinstance(support, constraints.independent):
         return constraints.independent(
             _common_support(support.base_constraint, name), support.reinterpreted_batch_ndims

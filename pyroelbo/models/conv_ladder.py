@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pyroelbo import priors
 from pyroelbo.models.hierarchy import ImageChain
-from pyroelbo.models.links import PixelLink, bounded, normal
+from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
-from pyroelbo.nn import Conv, ConvCell
+from pyroelbo.nn import Conv, ConvCell, bounded
 from pyroelbo.numerics import positive_count
 
 __all__ = ["ConvLadder"]
@@ -157,7 +157,7 @@ class MapLink(MapPath):
 
     def forward(self, state: Tensor) -> dist.TorchDistribution:
         loc, raw = self.head(state).chunk(2, -3)
-        return dist.Normal(loc, bounded(raw).exp()).to_event(3)
+        return dist.Normal(loc, bounded(raw, LOG_SCALE).exp()).to_event(3)
 
 
 class TopMap(MapPath):
@@ -202,7 +202,9 @@ class MapMerge(TopMerge):
     def forward(self, state: Tensor, seen: Tensor, p: Any) -> dist.TorchDistribution:  # type: ignore[override]
         shift, raw = self.head(self.cell(self.seen(seen) + self.path(state))).chunk(2, -3)
         base = p.base_dist
-        return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(3)
+        return dist.Normal(
+            base.loc + base.scale * shift, base.scale * bounded(raw, LOG_SCALE).exp()
+        ).to_event(3)
 
 
 class _Image(nn.Module):

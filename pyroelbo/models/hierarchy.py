@@ -10,9 +10,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyroelbo import priors
+from pyroelbo import encoders, priors
 from pyroelbo.models.chain import Chain
-from pyroelbo.models.links import GaussianLink, PixelLink, TopDownLink
+from pyroelbo.models.links import BottomUpLink, GaussianLink, PixelLink, TopDownLink
 from pyroelbo.models.observation import Pixels, form_of
 from pyroelbo.nn import MLP
 
@@ -92,28 +92,26 @@ class Hierarchy(ImageChain):
         order: str = "bottom-up",
         prior: str | priors.Prior = "standard",
         components: int = 50,
+        encoder: encoders.Choice = "diagonal",
     ) -> None:
         dims = shape if isinstance(shape, int) else math.prod(shape)
         check_widths("latent", latent)
         check_widths("hidden", (hidden,))
         pixels = Pixels(dims, likelihood, levels)
         wide, top, center = (hidden,), len(latent) - 1, pixels.center()
-        if order == "top-down":
-            encoder: list[nn.Module] = [
-                TopDownLink(0 if i == top else latent[i + 1], dims, size, wide, center)
-                for i, size in enumerate(latent)
-            ]
-        else:
-            encoder = [
-                GaussianLink(latent[i - 1] if i else dims, size, wide, None if i else center)
-                for i, size in enumerate(latent)
-            ]
+
+        def link(i: int) -> nn.Module:
+            if order == "top-down":
+                return TopDownLink(0 if i == top else latent[i + 1], dims, latent[i], wide, center, encoder)
+            return BottomUpLink(latent[i - 1] if i else dims, latent[i], wide, None if i else center, encoder)
+
+        links = [link(i) for i in range(len(latent))]
         seen = dims if order == "top-down" or not top else latent[-2]
         super().__init__(
             priors.build(prior, latent[-1], components, self.encode_top, (seen,), f"z_{len(latent)}"),
             [GaussianLink(latent[i + 1], latent[i], wide) for i in range(top)],
             PixelLink(MLP((latent[0], hidden, pixels.outputs)), pixels, latent[0]),
-            encoder,
+            links,
             event=(dims,),
             order=order,
         )

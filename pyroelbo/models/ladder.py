@@ -10,11 +10,11 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyroelbo import priors
+from pyroelbo import encoders, priors
 from pyroelbo.models.hierarchy import ImageChain, check_widths
-from pyroelbo.models.links import PixelLink, bounded, join, normal
+from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
-from pyroelbo.nn import Dense
+from pyroelbo.nn import Dense, bounded, join
 
 __all__ = ["Ladder"]
 
@@ -57,6 +57,7 @@ class Ladder(ImageChain):
         noise: float = 0.0,
         prior: str | priors.Prior = "standard",
         components: int = 50,
+        encoder: encoders.Choice = "diagonal",
     ) -> None:
         dims = shape if isinstance(shape, int) else math.prod(shape)
         check_widths("latent", latent)
@@ -69,6 +70,10 @@ class Ladder(ImageChain):
             raise ValueError(f"merge takes one of {MERGES}, got {merge!r}")
         if network not in NETWORKS:
             raise ValueError(f"network takes one of {NETWORKS}, got {network!r}")
+        if merge == "precision" and encoder != "diagonal":
+            raise ValueError(
+                f"encoder: expected 'diagonal' with merge='precision', a product of Gaussians, got {encoder!r}"
+            )
         pixels = Pixels(dims, likelihood, levels)
         cell = {"norm": norm, "dropout": dropout, "gated": network == "gated"}
         depth = len(latent)
@@ -76,7 +81,7 @@ class Ladder(ImageChain):
         links = [PathLink(hidden[i + 1], latent[i], hidden[i], cell) for i in range(depth - 1)]
         if merge == "network":
             merges: list[nn.Module] = [
-                NetworkMerge(hidden[i + 1] if i + 1 < depth else 0, hidden[i], latent[i], cell)
+                NetworkMerge(hidden[i + 1] if i + 1 < depth else 0, hidden[i], latent[i], cell, encoder)
                 for i in range(depth)
             ]
         else:
@@ -149,23 +154,28 @@ class PathLink(nn.Module):
 
 
 class NetworkMerge(nn.Module):
-    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a network of both; at the top N(Δ, r²), whatever
-    the prior."""
+    """q(z_l | h, d) of z_l = μ_p + s_p·u, u of the ``family`` that a network of both gives, N(Δ, r²) if diagonal; at
+    the top z_l = u, whatever the prior."""
 
-    def __init__(self, state: int, seen: int, out: int, cell: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        state: int,
+        seen: int,
+        out: int,
+        cell: dict[str, Any],
+        encoder: encoders.Choice = "diagonal",
+    ) -> None:
         super().__init__()
-        self.out = out
+        self.out, self.family = out, encoders.build(encoder, out, LOG_SCALE)
         self.cell = Dense(state + seen, seen, **cell)
-        self.head = nn.Linear(seen, 2 * out)
+        self.head = nn.Linear(seen, self.family.takes)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
         if state is None:
-            return normal(self.head(self.cell(seen)))
-        shift, raw = self.head(self.cell(join(state, seen))).chunk(2, -1)
-        base = p.base_dist
-        return dist.Normal(base.loc + base.scale * shift, base.scale * bounded(raw).exp()).to_event(1)
+            return self.family(self.head(self.cell(seen)))
+        return self.family(self.head(self.cell(join(state, seen))), p.base_dist)
 
 
 class PrecisionMerge(nn.Module):
@@ -179,6 +189,6 @@ class PrecisionMerge(nn.Module):
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
         loc, raw = self.head(seen).chunk(2, -1)
         center, precision = (0.0, 1.0) if state is None else (p.base_dist.loc, p.base_dist.scale.pow(-2))
-        found = (-2 * bounded(raw)).exp()
+        found = (-2 * bounded(raw, LOG_SCALE)).exp()
         total = precision + found
         return dist.Normal((precision * center + found * loc) / total, total.rsqrt()).to_event(1)

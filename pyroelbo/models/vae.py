@@ -10,14 +10,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroelbo import priors
+from pyroelbo import encoders, priors
 from pyroelbo.models.observation import LIKELIHOODS, Pixels, form_of
 from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
 from pyroelbo.pair import PLATE, Pair
 
 __all__ = ["LIKELIHOODS", "VAE"]
 
-_FULL: dict[str, Callable[[Sequence[int]], nn.Module]] = {"mlp": MLP, "gated": GatedMLP}
+_FULL: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"mlp": MLP, "gated": GatedMLP}
 
 
 class VAE(Pair):
@@ -49,6 +49,7 @@ class VAE(Pair):
         weight: float | None = None,
         prior: str | priors.Prior = "standard",
         components: int = 50,
+        encoder: encoders.Choice = "diagonal",
     ) -> None:
         super().__init__()
         if network not in ("mlp", "gated", "conv"):
@@ -69,10 +70,11 @@ class VAE(Pair):
         self.generator = Pixels(self.dims, likelihood, levels, weight)
         self.form = self.generator.form
         self.generator.add_module("decoder", self._decoder(network, hidden, channels))
+        head = encoders.build(encoder, latent)
         if network == "conv":
-            self.encoder: nn.Module = ConvEncoder(self._image(), 2 * latent, channels, hidden[-1])
+            self.encoder: nn.Module = ConvEncoder(self._image(), head.takes, channels, hidden[-1], head)
         else:
-            self.encoder = _FULL[network]((self.dims, *hidden, 2 * latent))
+            self.encoder = nn.Sequential(*_FULL[network]((self.dims, *hidden, head.takes)), head)
         self.prior = priors.build(prior, latent, components, self.encode, (self.dims,))
 
     def _decoder(self, network: str, hidden: Sequence[int], channels: int) -> nn.Module:
@@ -94,8 +96,7 @@ class VAE(Pair):
 
     def encode(self, y: Tensor) -> dist.TorchDistribution:
         """q(z | y), event shape [latent]."""
-        loc, log_scale = self.encoder(2 * self._scaled(y) - 1).chunk(2, -1)
-        return dist.Normal(loc, log_scale.exp()).to_event(1)
+        return self.encoder(2 * self._scaled(y) - 1)
 
     def model(self, y: Tensor) -> None:
         self._scaled(y)

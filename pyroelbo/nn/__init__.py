@@ -11,6 +11,9 @@ from pyroelbo.nn.layers import (
     Dense,
     GatedMLP,
     LinearNormal,
+    bounded,
+    join,
+    masked_mlp,
 )
 
 __all__ = [
@@ -25,4 +28,7 @@ __all__ = [
     "GatedMLP",
     "LinearNormal",
     "PixelCNN",
+    "bounded",
+    "join",
+    "masked_mlp",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 __all__ = [
@@ -20,6 +23,9 @@ __all__ = [
     "Dense",
     "GatedMLP",
     "LinearNormal",
+    "bounded",
+    "join",
+    "masked_mlp",
 ]
 
 
@@ -33,6 +39,35 @@ class MLP(nn.Sequential):
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
         super().__init__(*layers)
+
+
+def bounded(raw: Tensor, limit: float) -> Tensor:
+    """limit · tanh(raw / limit): the identity near zero, within ± ``limit`` (Vahdat and Kautz, 2020, soft clamp)."""
+    return limit * torch.tanh(raw / limit)
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """Concatenate along the last dimension, broadcasting the others: [*, m], [*, n] to [*, m + n]."""
+    lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return torch.cat([a.expand(*lead, -1), b.expand(*lead, -1)], -1)
+
+
+def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> Any:
+    """Network from x [*, dims] to [*, out, dims] whose outputs at d depend on the coordinates before d alone; with
+    ``context``, called as ``network(x, c)`` with c [*, context], on which all outputs may depend.
+
+    Raises ValueError for no hidden layer. Source: Germain, Gregor, Murray and Larochelle (2015).
+    """
+    if not hidden or any(h < 1 for h in hidden):
+        raise ValueError(f"hidden: expected positive widths, got {tuple(hidden)}")
+    sizes, order = [max(h, dims) for h in hidden], torch.arange(dims)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input_dim = 1")  # the first coordinate's own distribution
+        if context:
+            return ConditionalAutoRegressiveNN(
+                dims, context, sizes, [out], permutation=order, nonlinearity=nn.SiLU()
+            )
+        return AutoRegressiveNN(dims, sizes, [out], order, nonlinearity=nn.SiLU())
 
 
 class LinearNormal(nn.Linear):
@@ -136,11 +171,26 @@ class ConvCell(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Flat images [*, H·W] to features [*, out]: two strided convolutions, then an MLP layer."""
+    """Flat images [*, H·W] to features [*, out]: two strided convolutions, then an MLP layer.
 
-    def __init__(self, shape: tuple[int, int], out: int, channels: int = 32, hidden: int = 128) -> None:
+    Args:
+        shape: height and width of the images.
+        out: number of features.
+        channels: channels of the first convolution; the second has twice as many.
+        hidden: width of the MLP layer.
+        head: module applied to the features, whose output is returned instead of them.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        out: int,
+        channels: int = 32,
+        hidden: int = 128,
+        head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.head = shape, head
         height, width = (math.ceil(s / 4) for s in shape)
         self.layers = nn.Sequential(
             nn.Conv2d(1, channels, 3, stride=2, padding=1),
@@ -154,7 +204,8 @@ class ConvEncoder(nn.Module):
         )
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.layers(y.reshape(-1, 1, *self.shape)).reshape(*y.shape[:-1], -1)
+        features = self.layers(y.reshape(-1, 1, *self.shape)).reshape(*y.shape[:-1], -1)
+        return features if self.head is None else self.head(features)
 
 
 class ConvDecoder(nn.Module):

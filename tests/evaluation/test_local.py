@@ -99,7 +99,7 @@ def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="'z' is a Categorical"):
         unamortized(make(), draw(2))
     free, (_, y) = unamortized(Nonlinear(), torch.randn(3, 4))
-    with pytest.raises(ValueError, match="index takes the data's places"):
+    with pytest.raises(ValueError, match="index: expected the rows of y"):
         evidence.elbo(free, (torch.zeros(3), y))
     with pytest.raises(IndexError):
         evidence.elbo(free, (torch.tensor([0, 1, 7]), y))

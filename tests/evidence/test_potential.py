@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyroelbo import Pair
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence import annealed
 from tests.evidence.test_annealed import CASES as CONTINUOUS
 from tests.evidence.test_annealed import pair_of
@@ -23,7 +24,7 @@ OUTSIDE = ("hmm-mean-field",)  # a chain's kernels leave torch
 
 
 def annealer_of(pair, y, start="guide"):
-    return annealed._Annealer(pair, y, 5, 2, start)
+    return annealed._Annealer(Evaluator(pair, y, with_guide=start == "guide"), 5, 2, start)
 
 
 @pytest.mark.parametrize("start", ["guide", "prior"])

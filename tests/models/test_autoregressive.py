@@ -86,7 +86,7 @@ def test_one_pass_is_the_literal_chain_site_by_site(filler):
         event=(length,),
     )
     y = tokens(pair, 5)
-    one, other = Evaluator(literal, y).draw(2), Evaluator(pair, y).draw(2)
+    one, other = Evaluator(literal, y).sample_pass(2), Evaluator(pair, y).sample_pass(2)
     assert literal.sites == pair.sites and set(other.log_model) == {*pair.sites, "y"}
     for name in other.log_model:
         torch.testing.assert_close(other.log_model[name], one.log_model[name])
@@ -100,7 +100,7 @@ def test_the_bound_is_the_likelihood_and_each_site_has_its_term(name):
     pair = MAKE[name]()
     y = tokens(pair, 4)
     log_p = pair.logits(y).log_softmax(-1)
-    terms = Evaluator(pair, y).draw(3)
+    terms = Evaluator(pair, y).sample_pass(3)
     for t, site in enumerate((*pair.sites, "y")):
         own = log_p[:, t].gather(-1, y[:, t : t + 1])[:, 0]
         torch.testing.assert_close(terms.log_model[site], own.expand(3, 4))
@@ -164,7 +164,7 @@ def test_samples_come_from_the_model(name):
 def test_a_draw_that_is_no_prefix_has_probability_zero():
     pair = transformer()
     y = tokens(pair, 3)
-    terms = Evaluator(pair, y).draw(1)
+    terms = Evaluator(pair, y).sample_pass(1)
     latents = dict(terms.latents)
     latents["z_3"] = (latents["z_3"] + 1) % 3
     again = Evaluator(pair, y).terms(latents)
@@ -243,7 +243,7 @@ def test_a_strings_bound_is_its_likelihood_in_any_padded_batch():
     pair = strings()
     listed = [(), (0,), (2, 1), (1, 1, 0, 2), (2, 0, 1, 0, 2)]
     y = padded(listed, 5)
-    terms = Evaluator(pair, y).draw(3)
+    terms = Evaluator(pair, y).sample_pass(3)
     exact = torch.stack([by_hand(pair, s).sum() for s in listed])
     torch.testing.assert_close(pair.log_evidence(y), exact, atol=1e-10, rtol=0)
     torch.testing.assert_close(terms.log_weight, exact.expand(3, 5), atol=1e-6, rtol=0)

@@ -61,7 +61,7 @@ def test_the_joint_of_a_grammar_sums_to_its_evidence():
 def evidence_terms(pair, batch, z):
     from pyroelbo.evaluation.evaluator import Evaluator
 
-    return Evaluator(pair, batch).score({"z": z})
+    return Evaluator(pair, batch).log_joint({"z": z})
 
 
 def test_derivations_follow_their_probability():

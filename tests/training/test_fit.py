@@ -87,7 +87,7 @@ def test_training_by_the_evidence_is_training_by_its_exact_bound(compiled):
         torch.tensor(runs[0].losses), torch.tensor(runs[1].losses), rtol=1e-7, atol=1e-7
     )
     # Of the second run: what was validated is the exact evidence of the weights as they were left.
-    assert runs[1].metrics[-1]["valid_elbo"] == pytest.approx(
+    assert runs[1].metrics[-1]["valid_exact"] == pytest.approx(
         float(pair.log_evidence(y[:5]).mean().detach()), rel=1e-10
     )
 
@@ -116,7 +116,7 @@ def test_frozen_parts_stay():
     assert all(torch.equal(after[k], before[k]) == k.startswith("encoder") for k in before)
     with pytest.raises(ValueError, match="no part 'decoder'"):
         quiet(pair, y, freeze=("decoder",))
-    with pytest.raises(ValueError, match="no parameter to train"):
+    with pytest.raises(ValueError, match="freeze: expected to leave parameters"):
         quiet(pair, y, freeze=("encoder", "generator"))
     with pytest.raises(TypeError, match="sequence of part names"):
         quiet(pair, y, freeze="encoder")
@@ -416,7 +416,7 @@ def model_with_global(y):
             torch.zeros(3, 5),
             {},
             ValueError,
-            r"could not be run on a batch of shapes and types \{'batch': \(\(3, 5\)",
+            r"expected a batch that Nonlinear can be run on, got shapes and types \{'batch': \(\(3, 5\)",
         ),
         (
             TABLE["vae-bernoulli"][0],
@@ -430,7 +430,7 @@ def model_with_global(y):
             torch.full((3, 6), 7.0),
             {},
             ValueError,
-            "takes values in IntegerInterval",
+            "expected values in IntegerInterval",
         ),
         (TABLE["vae-l2"][0], torch.zeros(3, 5), {}, ValueError, r"takes \[B, 6\]"),
         (
@@ -455,17 +455,29 @@ def model_with_global(y):
             "'z' is missing in the guide",
         ),
         (Nonlinear, torch.zeros(3, 4), {"epochs": 0}, ValueError, "epochs takes a positive"),
-        (Nonlinear, torch.zeros(3, 4), {"learning_rate": -1.0}, ValueError, "learning_rate takes a positive"),
-        (Nonlinear, torch.zeros(3, 4), {"ema": 1.0}, ValueError, "ema takes a decay"),
+        (
+            Nonlinear,
+            torch.zeros(3, 4),
+            {"learning_rate": -1.0},
+            ValueError,
+            "learning_rate: expected a positive",
+        ),
+        (Nonlinear, torch.zeros(3, 4), {"ema": 1.0}, ValueError, "ema: expected a decay"),
         (Nonlinear, torch.zeros(3, 4), {"patience": 3}, ValueError, "give valid="),
-        (Nonlinear, torch.zeros(3, 4), {"objective": "elbow"}, ValueError, "objective takes one of"),
+        (Nonlinear, torch.zeros(3, 4), {"objective": "elbow"}, ValueError, "objective: expected one of"),
         (Nonlinear, torch.zeros(3, 4), {"objective": 3}, TypeError, "pyro.infer.ELBO"),
         (Nonlinear, torch.zeros(3, 4), {"objective": TraceGraph_ELBO()}, TypeError, "differentiable_loss"),
-        (Nonlinear, torch.zeros(3, 4), {"optimizer": "lion"}, ValueError, "optimizer takes one of"),
-        (Nonlinear, torch.zeros(3, 4), {"schedule": "linear"}, ValueError, "schedule takes"),
-        (Nonlinear, torch.zeros(3, 4), {"kl_weight": -1.0}, ValueError, "kl_weight takes"),
+        (Nonlinear, torch.zeros(3, 4), {"optimizer": "lion"}, ValueError, "optimizer: expected one of"),
+        (Nonlinear, torch.zeros(3, 4), {"schedule": "linear"}, ValueError, "schedule: expected"),
+        (Nonlinear, torch.zeros(3, 4), {"kl_weight": -1.0}, ValueError, "kl_weight: expected"),
         (Nonlinear, torch.zeros(3, 4), {"resume": True}, ValueError, "give out="),
-        (Nonlinear, torch.zeros(3, 4), {"objective": "evidence"}, TypeError, "'evidence' takes an ExactPair"),
+        (
+            Nonlinear,
+            torch.zeros(3, 4),
+            {"objective": "evidence"},
+            TypeError,
+            "'evidence': expected an ExactPair",
+        ),
         (
             TABLE["ppca"][0],
             torch.zeros(3, 5),
@@ -534,7 +546,7 @@ def test_all_data_in_memory_are_checked():
     make, draw = TABLE["vae-bernoulli"]
     y = draw(50)
     y[49, 0] = 0.5
-    with pytest.raises(ValueError, match="takes values in Boolean"):
+    with pytest.raises(ValueError, match="expected values in Boolean"):
         quiet(make(), y)
 
 
@@ -615,5 +627,5 @@ def test_skipped_steps_are_counted_in_the_metrics():
     y = torch.cat([torch.randn(8, 4), 20 * torch.randn(1, 4)])
     run = fit(Nonlinear(), y, epochs=2, batch_size=1, skip_norm=100.0, progress=False)
     assert 0 < run.metrics[0]["skipped"] <= run.metrics[1]["skipped"] <= 4
-    with pytest.raises(ValueError, match="skip_norm takes a positive number"):
+    with pytest.raises(ValueError, match="skip_norm: expected a positive number"):
         fit(Nonlinear(), y, skip_norm=0.0)
