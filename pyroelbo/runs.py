@@ -22,7 +22,7 @@ try:
 except ImportError:  # no POSIX locks on this platform
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RunDirectory", "choose_device", "copy_into", "fresh", "group", "interruptible"]
+__all__ = ["RunDirectory", "check_same", "choose_device", "copy_into", "fresh", "group", "interruptible"]
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY, LOCK = (
     "config.json",
@@ -215,9 +215,8 @@ def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors of the same names and shapes; ValueError, naming the first that differs, before anything
-    is changed."""
+def check_same(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """ValueError, naming the first difference, unless both have the same names and shapes."""
     missing, extra = sorted(set(target) - set(source)), sorted(set(source) - set(target))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which this pair lacks"
@@ -228,9 +227,14 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where:
                 f"{where} belongs to another pair: {name!r} has shape "
                 f"{tuple(source[name].shape)} there, {tuple(tensor.shape)} here"
             )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors after :func:`check_same`: nothing is changed where anything differs."""
+    check_same(target, source, where)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 @contextmanager
