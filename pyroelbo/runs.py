@@ -1,4 +1,6 @@
-"""Run directories: configuration, metrics, atomic checkpoints and weights, and the lock that keeps two trainings apart."""
+"""Run directories: configuration, metrics, atomic checkpoints and weights, and the lock that keeps two
+trainings apart.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,10 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY, LOCK = (
 class RunDirectory:
     """One training run on disk.
 
-    ``config.json`` is what was asked for; ``metrics.jsonl`` has a row per epoch; ``checkpoint.safetensors`` is all it
-    takes to continue; ``weights.safetensors`` and ``run.json`` are written at the end. Every file but the metrics is
-    written beside its place and renamed, so that a kill leaves the old one or the new one; nothing is deleted.
-    Wall-clock times are in ``run.json`` only.
+    ``config.json`` is what was asked for; ``metrics.jsonl`` has a row per epoch; ``checkpoint.safetensors``
+    is all it takes to continue; ``weights.safetensors`` and ``run.json`` are written at the end. Every file
+    but the metrics is written beside its place and renamed, so that a kill leaves the old one or the new one;
+    nothing is deleted. Wall-clock times are in ``run.json`` only.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,11 +57,12 @@ class RunDirectory:
         resume: bool = False,
         free: Sequence[str] = ("epochs",),
     ) -> RunDirectory:
-        """A new run directory, or with ``resume`` the existing one, locked until :meth:`close` or the process's end.
+        """A new run directory, or with ``resume`` the existing one, locked until :meth:`close` or the
+        process's end.
 
         Raises FileExistsError for a directory that is not empty, FileNotFoundError for nothing to resume,
-        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own in a key
-        that is not ``free``, RuntimeError while another process trains there.
+        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own in
+        a key that is not ``free``, RuntimeError while another process trains there.
         """
         run = cls(path)
         if resume:
@@ -74,7 +77,8 @@ class RunDirectory:
                 )
         elif run.path.exists() and (not run.path.is_dir() or {p.name for p in run.path.iterdir()} - {LOCK}):
             raise FileExistsError(
-                f"{run.path} exists and is not empty: choose another directory, or resume=True to continue its run"
+                f"{run.path} exists and is not empty: choose another directory, or resume=True to continue "
+                f"its run"
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +127,9 @@ class RunDirectory:
         return config
 
     def finish(self, weights: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
-        """Write the weights to keep and the run's summary, whose ``steps`` tell their age, and release the lock."""
+        """Write the weights to keep and the run's summary, whose ``steps`` tell their age, and release the
+        lock.
+        """
         files.write_tensors(self.path / WEIGHTS, weights, {"step": summary["steps"]})
         self.write_json(SUMMARY, dict(summary))
         self.close()
@@ -182,7 +188,9 @@ class RunDirectory:
         return group(tensors, "state/"), meta
 
     def count(self, meta: Mapping[str, Any], key: str) -> int:
-        """A count in the metadata of a checkpoint or of weights; ValueError for anything but a number of at least 0."""
+        """A count in the metadata of a checkpoint or of weights; ValueError for anything but a number of at
+        least 0.
+        """
         value = meta.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
             raise ValueError(f"{self.path / CHECKPOINT} is damaged: expected a count {key!r}, got {value!r}")
@@ -190,7 +198,9 @@ class RunDirectory:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Context manager in which whatever a checkpoint's content breaks is a ValueError that names the checkpoint."""
+        """Context manager in which whatever a checkpoint's content breaks is a ValueError that names the
+        checkpoint.
+        """
         file = self.path / CHECKPOINT
         try:
             yield
@@ -239,7 +249,9 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Context manager in which Ctrl-C sets an event, so that a step is never cut short; a second one interrupts."""
+    """Context manager in which Ctrl-C sets an event, so that a step is never cut short; a second one
+    interrupts.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -267,7 +279,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"device: expected one that is available, got {str(device)!r}: this machine has no CUDA device (or "
+            f"device: expected one that is available, got {str(device)!r}: this machine has no CUDA device "
+            f"(or "
             "torch was built without CUDA)"
         )
     return place

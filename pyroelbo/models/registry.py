@@ -171,8 +171,8 @@ def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
     except ValueError as error:
         # The run names this very model and its settings, so the code or a file is another.
         raise ValueError(
-            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} otherwise, or "
-            f"{file} is damaged; train it anew, or load it with that version"
+            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} "
+            f"otherwise; train it anew, load it with that version, or look for damage in {file}"
         ) from error
     return pair.eval(), config
 

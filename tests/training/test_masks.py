@@ -1,4 +1,6 @@
-"""Latents masked in the model only: `fit` trains the bound, eager and compiled, and refuses masks of latents in use."""
+"""Latents masked in the model only: `fit` trains the bound, eager and compiled, and refuses masks of latents
+in use.
+"""
 
 import functools
 import math
