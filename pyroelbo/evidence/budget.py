@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +14,12 @@ from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.numerics import duration
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
 
 __all__ = ["Budget"]
 
-_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 _MIN_DRAWS = 8  # of the smallest ELBO and IWAE worth printing
 _REFERENCE_SHARE = 0.7  # of the budget
 _QUADRATURE = {1: 10_000, 2: 110_000}  # evaluations per datum, by dimensions
@@ -43,7 +41,7 @@ class Budget:
     def __init__(self, budget: str | int, pair: Pair, batch: Batch, scope: str) -> None:
         self.budget, self.pair, self.batch, self.scope = budget, pair, batch, scope
         self.data = 1 if scope == "joint" else batches.size(batch)
-        self.seconds = _seconds(budget) if isinstance(budget, str) else None
+        self.seconds = duration(budget) if isinstance(budget, str) else None
         self.started = time.monotonic()
         self.speed = 0.0
         if self.seconds is not None:
@@ -138,12 +136,3 @@ class Budget:
         except Unavailable:
             bound = ais(self.pair, few, 3, start="prior", scope=self.scope, progress=False)
         return bound.cost / max(time.monotonic() - start, 1e-9)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
-    if not found or found[2] not in _UNITS or not 0 < float(found[1]) < math.inf:
-        raise ValueError(
-            f"budget: expected a time such as '90s', '1min' or '2h', or a number of evaluations, got {text!r}"
-        )
-    return float(found[1]) * _UNITS[found[2]]

@@ -426,7 +426,7 @@ class Run:
 
     ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` is the
     reason it ended (``"epochs"``, ``"early"`` for the validation bound, ``"converged"`` for EM,
-    ``"interrupted"``); ``seconds`` counts this process only.
+    ``"budget"``, ``"interrupted"``); ``seconds`` counts this process only.
     """
 
     metrics: tuple[dict[str, Any], ...]

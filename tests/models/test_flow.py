@@ -121,7 +121,7 @@ def test_a_flow_reaches_the_entropy_of_a_toy(name, kind):
         (lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 4.0), progress=False), "takes values in"),
         (lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 0.5), progress=False), "takes values in"),
         (lambda: DequantizedFlow(3, 1), "levels takes at least two"),
-        (lambda: Flow(1), "takes at least 2, got 1"),
+        (lambda: Flow(1), "expected at least 2 for a coupling"),
     ],
 )
 def test_bad_input_is_named(make, message):
