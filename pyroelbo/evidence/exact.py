@@ -27,8 +27,8 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
     by eliminating one latent after the other, so that chains and trees cost what their dynamic program costs.
     With ``scope="joint"`` the value is ln p(y) of the whole batch: what ``log_evidence`` returns as one
     number, or the sum over data; for data that depend on one another, or latents outside the data plate, the
-    sum over all latents together. Everything is computed in float64, whatever the type of parameters and data.
-    Raises :class:`Unavailable` for continuous latents, and for more than a million joint values.
+    sum over all latents together. Everything is computed in float64, whatever the type of parameters and
+    data. Raises :class:`Unavailable` for continuous latents, and for more than a million joint values.
     """
     if scope not in ("datum", "joint"):
         raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
