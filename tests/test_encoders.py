@@ -1,4 +1,6 @@
-"""Encoders: densities that integrate to one, reparametrized draws, and posteriors that a diagonal Gaussian misses."""
+"""Encoders: densities that integrate to one, reparametrized draws, and posteriors that a diagonal Gaussian
+misses.
+"""
 
 import functools
 import math
@@ -131,8 +133,9 @@ def data(f, noise):
 
 
 def test_a_correlated_posterior_is_found_by_all_but_the_diagonal():
-    """y = z_1 + z_2 + N(0, 0.3²): the posterior's correlation is -0.917, and a diagonal q cannot come nearer than
-    -½ ln(1 - 0.917²) = 0.92 nats."""
+    """y = z_1 + z_2 + N(0, 0.3²): the posterior's correlation is -0.917, and a diagonal q cannot come nearer
+    than -½ ln(1 - 0.917²) = 0.92 nats.
+    """
 
     def f(z):
         return z.sum(-1, keepdim=True)

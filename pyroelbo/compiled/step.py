@@ -9,8 +9,8 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyroelbo.compiled.cache import Call, Counters, Graph, GraphCache
-from pyroelbo.compiled.eager import autocasting, evaluate, restored
+from pyroelbo.compiled.cache import Counters, Graph, GraphCache
+from pyroelbo.compiled.eager import Call, autocasting, evaluate, restored
 from pyroelbo.compiled.environment import Untraceable
 from pyroelbo.compiled.plan import Plan
 from pyroelbo.compiled.verify import Mismatch, difference
@@ -21,8 +21,8 @@ __all__ = ["CompiledStep"]
 # Above so many parameters the update runs right after the graph, in torch's fused kernels: the time to build
 # one loop a parameter grows faster than what it saves.
 _MOST_INSIDE = 24
-# Inductor keeps in float32 what the graph, run by itself, rounds to bfloat16 between two operations. Weights of
-# particles are exponentials of sums over all pixels: their gradients differed by up to 0.13 of their size.
+# Inductor keeps in float32 what the graph, run by itself, rounds to bfloat16 between two operations. Weights
+# of particles are exponentials of sums over all pixels: their gradients differed by up to 0.13 of their size.
 _ROUNDING = 0.3
 
 
@@ -42,8 +42,8 @@ class CompiledStep(TrainingStep):
     device, train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept;
     beyond ``max_graphs``, and for models that cannot be captured, the same update runs on Pyro's eager
     gradients after one ``CompileWarning``. For bf16, call the step inside ``torch.autocast``. With more than
-    24 parameters, with ``skip_norm`` and with ``reduce`` the update runs right after the graph, in torch's fused
-    kernels.
+    24 parameters, with ``skip_norm`` and with ``reduce`` the update runs right after the graph, in torch's
+    fused kernels.
 
     Args:
         objective: a Pyro ELBO; its loss is in nats.
@@ -51,15 +51,17 @@ class CompiledStep(TrainingStep):
         guide: the guide that the objective is called with.
         parameters: the leaf tensors to train, by name.
         lr: learning rate.
-        buffers: tensors by name that the loss changes (BatchNorm's running statistics), averaged with ``ema``.
+        buffers: tensors by name that the loss changes (BatchNorm's running statistics), averaged with
+            ``ema``.
         reduce: called with the list of gradients between backward pass and clipping; returns those to use.
         backend: "inductor", or "eager": the captured graph run operation by operation.
         max_graphs: most graphs kept.
         options: options of Inductor.
         rule: fields of :class:`~pyroelbo.optim.UpdateRule`: optimizer, clip_norm, skip_norm, ema, …
 
-    To anneal the KL weight, give ``Weighted_ELBO`` and set its ``weight``: a tensor, so nothing is retraced. A resumed
-    run equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict`` are restored.
+    To anneal the KL weight, give ``Weighted_ELBO`` and set its ``weight``: a tensor, so nothing is retraced.
+    A resumed run equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict``
+    are restored.
     """
 
     def __init__(
@@ -208,8 +210,9 @@ class _StepCache(GraphCache):
             graph = make_fx(whole)(*inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        outputs = 1 if inside else 1 + len(trained)
-        runner = self.attempt(graph, inputs, lambda runner: _same_step(graph, runner, inputs, first, outputs))
+        slots = step._split(extra, len(trained))[: len(step.rule.slots)]
+        check = _SameStep(graph, inputs, first, slots, plan.labels, names)
+        runner = self.attempt(graph, inputs, check)
         if inside:
             return runner
 
@@ -226,15 +229,57 @@ class _StepCache(GraphCache):
         return both
 
 
-def _same_step(
-    graph: Callable[..., list], runner: Callable[..., list], inputs: list[Tensor], first: int, outputs: int
-) -> None:
-    results = []
-    for run in (graph, runner):
-        with torch.no_grad(), restored(inputs[first:]):
+class _SameStep:
+    """Compares a build of a step with its captured graph: outputs, and all tensors that either has written.
+
+    The second moments start at 1, and all moments are compared relative to the whole gradient: a gradient that is only
+    rounding (of a bias before BatchNorm) would be divided by itself in Adam's first step, to plus or minus one.
+    Raises ``Mismatch``.
+    """
+
+    def __init__(
+        self,
+        graph: Callable[..., list],
+        inputs: list[Tensor],
+        first: int,
+        slots: list[list[Tensor]],
+        labels: list[str],
+        names: list[str],
+    ) -> None:
+        self._graph, self._inputs, self._written = graph, inputs, inputs[first:]
+        self._moments = [t for slot in slots for t in slot]
+        self._squares = slots[1] if len(slots) > 1 else []
+        self._labels = labels
+        self._names = names
+
+    def _run(self, run: Callable[..., list]) -> tuple[list[Tensor], int]:
+        moments = {id(t) for t in self._moments}
+        others = [t for t in self._written if id(t) not in moments]
+        with torch.no_grad(), restored(self._written):
+            for t in self._squares:
+                t.fill_(1.0)
             torch.manual_seed(20)
-            results.append([t.detach().clone() for t in (*run(*inputs), *inputs[first:])])
-    least = _ROUNDING if autocasting() else 0.0
-    found = difference(results[0], results[1], outputs, least)
-    if found:
-        raise Mismatch(found)
+            outputs = run(*self._inputs)
+            found = [t.detach().clone() for t in (*outputs, *self._moments, *others)]
+        return found, len(outputs)
+
+    def __call__(self, runner: Callable[..., list]) -> None:
+        (expected, outputs), (found, _) = self._run(self._graph), self._run(runner)
+        gradients = outputs + len(self._moments)
+
+        def name(i: int) -> str:
+            if i == 0:
+                return "the loss"
+            if i < outputs:
+                return (
+                    f"the gradient of {self._names[i - 1]!r}" if i <= len(self._names) else "the skipped step"
+                )
+            if i < gradients:
+                return f"a moment of {self._names[(i - outputs) % len(self._names)]!r}"
+            k = i - gradients
+            return repr(self._labels[k]) if k < len(self._labels) else "the optimizer's state"
+
+        least = _ROUNDING if autocasting() else 0.0
+        sentence = difference(expected, found, gradients, least, name)
+        if sentence:
+            raise Mismatch(sentence)

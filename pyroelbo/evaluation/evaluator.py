@@ -161,7 +161,7 @@ class Evaluator:
     def cells(self) -> int:
         """Number of (particle, datum) pairs in one pass."""
         device = next(iter(batches.parts(self.batch).values())).device
-        return memory.cells(self._elements, device, torch.get_default_dtype())
+        return memory.cells(self._elements, device, self.layout.dtype)
 
     @functools.cached_property
     def guide_cells(self) -> int:

@@ -118,7 +118,7 @@ def _others(programs: Programs, batch: Batch, name: str, site: Any) -> Iterator[
 def _where(mask: Any, value: Tensor, other: Tensor, event_dim: int) -> Tensor:
     if isinstance(mask, bool):
         return value if mask else other
-    return torch.where(mask.reshape(*mask.shape, *[1] * event_dim), value, other)
+    return torch.where(mask.reshape((*mask.shape, *[1] * event_dim)), value, other)
 
 
 def _live_terms(programs: Programs, batch: Batch, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from pyroelbo.results import Bound, Terms
 
 __all__ = ["cubo", "elbo", "eubo", "iwae", "prior_monte_carlo", "terms"]
 
+_FEW = 2  # effective draws below which the standard error means nothing
+
 
 @torch.no_grad()
 def terms(pair: Pair, y: Any, particles: int = 64, *, scope: str = "datum") -> Terms:
@@ -198,7 +200,14 @@ def weighted(
     """
     particles, size = log_w.shape
     value, stderr = log_mean_exp(log_w)
-    k_hat = pareto_k_hat(log_w)
+    k_hat, ess = pareto_k_hat(log_w), effective_sample_size(log_w)
+    alone = int((ess < _FEW).sum()) if particles >= 5 * _FEW else 0
+    if alone:
+        notes = (
+            *notes,
+            f"effective sample size below {_FEW} for {alone} of {size} data: a single draw decides their "
+            "values, and their errors cannot be trusted",
+        )
     bad = int((k_hat > 0.7).sum())
     if bad:
         notes = (*notes, f"k-hat above 0.7 for {bad} of {size} data: their errors cannot be trusted")
@@ -209,7 +218,7 @@ def weighted(
         kind,
         draws=particles,
         cost=particles * size if cost is None else cost,
-        ess=effective_sample_size(log_w),
+        ess=ess,
         k_hat=k_hat,
         notes=notes + (_outside(log_w) if source == "guide" and kind != "upper" else ()),
     )

@@ -22,6 +22,7 @@ __all__ = ["quadrature"]
 
 _FLOOR = 20.0  # a cell this many nats below the largest one is left out of the next, finer grid
 _DRAWS = 128
+_USELESS = 1.0  # nats of disagreement beyond which it is no measure of the error
 
 
 @torch.no_grad()
@@ -59,6 +60,11 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4, *, scope: str = "dat
     notes: tuple[str, ...] = ()
     if bad:
         notes += (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",)
+    # A rule that misses the mass altogether says nothing about the other one.
+    unknown = resolution.isfinite() & (resolution > _USELESS)
+    if bool(unknown.any()):
+        notes += (f"the error is unknown for {int(unknown.sum())} of {evaluator.size} data",)
+        resolution = torch.where(unknown, math.nan, resolution)
     cut = int(resolution.isinf().sum())
     if cut:
         notes += (
@@ -96,7 +102,7 @@ class _Integrand:
             rows = index[first : first + width]
             block = nodes[:, first : first + width]
             out = [
-                self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows)
+                self.space.density(block[m : m + step].to(self.space.dtype), rows)
                 for m in range(0, len(nodes), step)
             ]
             columns.append(torch.cat(out).double())
@@ -104,7 +110,7 @@ class _Integrand:
         return value.masked_fill(self.saturated(nodes) | value.isnan(), -math.inf)
 
     def saturated(self, nodes: Tensor) -> Tensor:
-        return self.space.saturated(nodes.to(torch.get_default_dtype()))
+        return self.space.saturated(nodes.to(self.space.dtype))
 
 
 def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,7 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
     modes = _climb(work, low, high, everyone, points)
     guide = torch.cat([guide, modes])
     # Narrow the box by a coarse grid and the guide's draws, so that a spike between the nodes is not lost.
-    at_guide = work(guide.to(torch.get_default_dtype()), everyone)
+    at_guide = work(guide, everyone)
     for _ in range(12):
         nodes, step = _midpoints(low, high, points)
         f = work(nodes, everyone)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pyroelbo import data
 from pyroelbo.encoders import ENCODERS
@@ -20,7 +24,7 @@ from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
-from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.runs import RunDirectory, check_same, copy_into
 
 __all__ = ["REGISTRY", "Entry", "build", "entry", "load", "settings_of"]
 
@@ -149,20 +153,29 @@ def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
     """
     run = RunDirectory(path)
     config = run.config()
+    file = run.path / "config.json"
     if "model" not in config:
         raise ValueError(
-            f"{path}: expected a run of `pyroelbo train`, got one without a model's name; load its weights "
-            "into your pair"
+            f"{file}: expected the name of a model, got none: it was not started by `pyroelbo train`"
         )
-    pair = build(config["model"], config["data"], config["settings"])
+    kinds = {"model": str, "data": str, "settings": dict}
+    if not all(isinstance(config.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{file} is damaged: expected {', '.join(kinds)}")
     tensors, _ = run.load_weights()
     try:
-        copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+        # The shapes alone first: damaged settings may ask for more memory than there is.
+        with torch.device("meta"), suppress(RuntimeError):  # networks of Pyro's read values as they are built
+            check_same(_state(build(config["model"], config["data"], config["settings"])), tensors, str(path))
+        pair = build(config["model"], config["data"], config["settings"])
+        copy_into(_state(pair), tensors, str(path))
     except ValueError as error:
-        # the run names this model and its settings, so the code has changed
+        # The run names this very model and its settings, so the code or a file is another.
         raise ValueError(
-            f"{error}: the run was trained by pyroelbo {config['pyroelbo']}, whose model "
-            f"{config['model']!r} has other "
-            "parameters; train it again, or load it with that version"
+            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} "
+            f"otherwise; train it anew, load it with that version, or look for damage in {file}"
         ) from error
     return pair.eval(), config
+
+
+def _state(pair: Pair) -> dict[str, Tensor]:
+    return {**dict(pair.named_parameters()), **dict(pair.named_buffers())}

@@ -1,4 +1,6 @@
-"""`fit_em`: expectation maximization, the alternating maximization of the ELBO, with a check that it is monotone."""
+"""`fit_em`: expectation maximization, the alternating maximization of the ELBO, with a check that it is
+monotone.
+"""
 
 from __future__ import annotations
 
@@ -67,25 +69,27 @@ def fit_em(
     ``e_step`` and ``m_step`` (:class:`ClosedForm`) is fitted by these; for others the M-step maximizes the
     expected log joint by L-BFGS. Each epoch is one E-step and one M-step over all data.
 
-    Metrics start with row 0 of each restart, before its first step; ``loss`` is -ln p(y) (``hard``: -ln p(y, z*)) in
-    nats per datum, after that epoch's step (``stepwise``: the mean over the epoch). A run ends after ``epochs``, or when
-    an epoch gains less than ``tolerance`` (``stopped`` is then ``"converged"``).
+    Metrics start with row 0 of each restart, before its first step; ``loss`` is -ln p(y) (``hard``: -ln p(y,
+    z*)) in nats per datum, after that epoch's step (``stepwise``: the mean over the epoch). A run ends after
+    ``epochs``, or when an epoch gains less than ``tolerance`` (``stopped`` is then ``"converged"``).
 
     Args:
         pair: the pair to fit.
         data: a batch, a map-style Dataset or a DataLoader.
         epochs: most passes over the data, of each restart.
         tolerance: smallest gain of an epoch, nats per datum.
-        hard: replace the posterior by its mode (for continuous z the noise then goes to its floor: take few steps).
+        hard: replace the posterior by its mode (for continuous z the noise then goes to its floor: take few
+            steps).
         batch_size: data in one piece of an E-step; None takes all at once.
         stepwise: exponent κ in (0.5, 1]: an M-step after each piece, on statistics averaged with step sizes
             (k + 2)^-κ (closed forms only).
         gradient_steps: steps of L-BFGS in an M-step that has no closed form.
-        restarts: number of runs, the best of which is kept: the first from the current parameters, the others from
-            ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters stack
+        restarts: number of runs, the best of which is kept: the first from the current parameters, the others
+            from ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters
+            stack
             (:class:`ClosedForm`), otherwise one after another, with the same result.
-        start: how to initialize (mixtures and Gaussian HMMs: ``"k-means"`` or ``"random"``); if given, the first run is
-            initialized too, from ``seed``.
+        start: how to initialize (mixtures and Gaussian HMMs: ``"k-means"`` or ``"random"``); if given, the
+            first run is initialized too, from ``seed``.
         seed: seed of starts and data order.
         device: where to fit; CUDA if there is one, unless given.
         out: a new run directory, as in :func:`~pyroelbo.fit`.
@@ -96,10 +100,10 @@ def fit_em(
         progress: show a progress bar.
         callbacks: called with each row of metrics; one that raises KeyboardInterrupt stops the run.
 
-    Raises TypeError for a pair with neither an exact posterior nor finite latents; ValueError for too few data,
-    or a datum of probability zero (with its row and epoch); :class:`NotMonotone` if a step lowers the objective by more
-    than rounding can: 1e-9 of the sum of its terms' sizes in float64, 1e-5 in float32 (not for ``stepwise``, which
-    is not monotone).
+    Raises TypeError for a pair with neither an exact posterior nor finite latents; ValueError for too few
+    data, or a datum of probability zero (with its row and epoch); :class:`NotMonotone` if a step lowers the
+    objective by more than rounding can: 1e-9 of the sum of its terms' sizes in float64, 1e-5 in float32 (not
+    for ``stepwise``, which is not monotone).
 
     Source: Dempster, Laird, Rubin (1977); Neal and Hinton (1998); Cappé and Moulines (2009) for stepwise EM.
     """
@@ -113,11 +117,13 @@ def fit_em(
     closed = isinstance(pair, ClosedForm)
     if not any(closed or p.requires_grad for p in pair.parameters()):
         raise ValueError(
-            f"pair: expected parameters in its modules, got none in {pair.name}: fit trains those of pyro.param"
+            f"pair: expected parameters in its modules, got none in {pair.name}: fit trains those of "
+            f"pyro.param"
         )
     if stepwise is not None and not closed:
         raise ValueError(
-            f"stepwise: expected a pair with e_step and m_step, got {pair.name}: use fit, which takes minibatches"
+            f"stepwise: expected a pair with e_step and m_step, got {pair.name}: use fit, which takes "
+            f"minibatches"
         )
     if restarts > 1 and not hasattr(pair, "initialize"):
         raise ValueError(f"restarts: expected a pair with initialize(*batch), got {pair.name}")
@@ -359,7 +365,8 @@ class _Job:
                 else "the parameters are not finite"
             )
             raise ValueError(
-                f"data: expected a finite log probability for every datum, got {found} for datum {before + row} (of that pass) "
+                f"data: expected a finite log probability for every datum, got {found} for datum "
+                f"{before + row} (of that pass) "
                 f"of {self.pair.name} in epoch {self.epoch + 1}: {why}"
             )
         return value.double().sum(-1).cpu()
@@ -392,7 +399,8 @@ class _Job:
                 which = f"epoch {self.epoch + 1}" + (f", restart {restart}" if restart else "")
                 raise NotMonotone(
                     f"step {self.step} ({which}) of {self.pair.name} lowered the objective from "
-                    f"{old / count:.9f} to {new / count:.9f} nats per datum: its M-step does not maximize the expected log "
+                    f"{old / count:.9f} to {new / count:.9f} nats per datum: its M-step does not maximize "
+                    f"the expected log "
                     "joint, or its E-step belongs to another model"
                 )
 

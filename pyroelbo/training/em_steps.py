@@ -25,17 +25,19 @@ Statistics = dict[str, Any]
 class ClosedForm(Protocol):
     """What a pair defines for an M-step in closed form.
 
-    A pair may also have ``initialize(*batch)``, a random start from data, used by restarts (with a choice of starts if it
-    has an argument ``start``); ``log_prior()``, the log density of its parameters (MAP: the objective is the evidence of
-    all data plus this); and ``least_data``, the smallest number of data that it can be fitted to. Where
-    ``stacks(*batch)`` is true, restarts run side by side: parameters then have a leading dimension R, one entry a start,
-    and these methods return ln p(y) as [R, B], the log prior as [R], and statistics with a leading R.
+    A pair may also have ``initialize(*batch)``, a random start from data, used by restarts (with a choice of
+    starts if it has an argument ``start``); ``log_prior()``, the log density of its parameters (MAP: the
+    objective is the evidence of all data plus this); and ``least_data``, the smallest number of data that it
+    can be fitted to. Where ``stacks(*batch)`` is true, restarts run side by side: parameters then have a
+    leading dimension R, one entry a start, and these methods return ln p(y) as [R, B], the log prior as [R],
+    and statistics with a leading R.
     """
 
     def e_step(self, *batch: Tensor, hard: bool) -> tuple[Tensor, Statistics]:
-        """ln p(y) per datum, [B], and the batch's expected sufficient statistics by name: tensors or
-        other values with ``+`` and ``* number``. With ``hard`` the posterior is replaced by its mode z*: ln p(y, z*), and
-        the statistics of z*. Runs without gradients."""
+        """ln p(y) per datum, [B], and the batch's expected sufficient statistics by name: tensors or other
+        values with ``+`` and ``* number``. With ``hard`` the posterior is replaced by its mode z*: ln p(y,
+        z*), and the statistics of z*. Runs without gradients.
+        """
         ...
 
     def m_step(self, statistics: Statistics) -> None:
@@ -129,7 +131,8 @@ class GradientSteps:
             graph = enumerate_latents(self.pair, batch, self.depth)
         except Unavailable as error:
             raise TypeError(
-                f"pair: expected an exact posterior or finite latents, got {self.pair.name}: {error}. Train it with fit"
+                f"pair: expected an exact posterior or finite latents, got {self.pair.name}: {error}. Train "
+                f"it with fit"
             ) from error
         self.depth = graph.depth
         return graph

@@ -144,13 +144,13 @@ def follow(model, guide, calls, make_loss=Trace_ELBO, kind="loss_and_grads", rel
 
     Returns the compiled loss, for its counters.
     """
-    loss = CompiledELBO(make_loss(), backend="eager")
+    eager, loss = make_loss(), CompiledELBO(make_loss(), backend="eager")
     params = pyro.get_param_store()._params
     for i, args in enumerate(calls):
         if before is not None:
             before(i)
         results = []
-        for one in (make_loss(), loss):
+        for one in (eager, loss):
             for p in params.values():
                 p.grad = None
             pyro.set_rng_seed(i)

@@ -11,6 +11,8 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 
 from pyroelbo.compiled import CompiledStep, CompileWarning
+from pyroelbo.compiled import step as step_module
+from pyroelbo.compiled.verify import Mismatch
 from pyroelbo.objectives import Weighted_ELBO
 from tests.compiled.cases import VAE, baseline_pair, data, von_mises, von_mises_guide
 
@@ -282,3 +284,41 @@ def test_cuda_step_agrees_with_eager():
     found = torch.stack([step(y) for y in batches])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
     assert step.counters.compiled_calls == 4
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-3])
+def test_a_gradient_that_is_only_rounding_does_not_refuse_a_build(wrong):
+    """Adam divides it by itself, so two runs may move a parameter in opposite directions; other errors still show."""
+    inputs = [torch.ones(4), torch.ones(4), torch.tensor(1e-2), *(torch.zeros(4) for _ in range(4))]
+
+    def update(sign, error):
+        def run(p, q, lr, mean_p, mean_q, square_p, square_q):
+            gradients = sign * torch.full((4,), 1e-13), torch.arange(1.0, 5.0) * (1 + error)
+            for x, g, mean, square in zip(
+                (p, q), gradients, (mean_p, mean_q), (square_p, square_q), strict=True
+            ):
+                mean.lerp_(g, 0.1)
+                square.mul_(0.999).addcmul_(g, g, value=0.001)
+                x.sub_(lr * mean / (square.sqrt() + 1e-8))
+            return [torch.tensor(3.0)]
+
+        return run
+
+    slots = [inputs[3:5], inputs[5:7]]
+    check = step_module._SameStep(update(1, 0.0), inputs, 0, slots, ["p", "q"], ["p", "q"])
+    if wrong:
+        with pytest.raises(Mismatch, match="a moment of 'q'"):
+            check(update(-1, wrong))
+    else:
+        check(update(-1, 0.0))
+    assert torch.equal(inputs[5], torch.zeros(4))
+
+
+@pytest.mark.slow
+def test_a_step_with_batchnorm_in_float32_is_built():
+    torch.set_default_dtype(torch.float32)
+    module, y = VAE(norm=True, dropout=0.3), data(16, 6)
+    step = CompiledStep(Trace_ELBO(), module.model, module.guide, dict(module.named_parameters()))
+    for _ in range(3):
+        step(y)
+    assert (step.counters.compiles, step.counters.compiled_calls) == (1, 3)

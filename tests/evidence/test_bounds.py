@@ -116,7 +116,7 @@ def test_one_draw_has_no_standard_error():
     pair, y = make(), draw(3)
     assert evidence.elbo(pair, y, particles=1).stderr.isnan().all()
     assert evidence.iwae(pair, y, particles=1).stderr.isnan().all()
-    with pytest.raises(ValueError, match="particles takes a positive number"):
+    with pytest.raises(ValueError, match="particles: expected a positive number"):
         evidence.elbo(pair, y, particles=0)
 
 

@@ -350,9 +350,9 @@ def test_text_in_rows():
             lambda: Autoregressive(8, network="transformer", width=30),
             "width: expected a multiple of heads=4, got 30",
         ),
-        (lambda: Autoregressive(8, network="transformer", width=0), "width takes a positive number"),
-        (lambda: Autoregressive((2, 2), width=0), "width takes a positive number of channels, got 0"),
-        (lambda: Autoregressive((2, 2), layers=0), "layers takes a positive number of layers, got 0"),
+        (lambda: Autoregressive(8, network="transformer", width=0), "width: expected a positive number"),
+        (lambda: Autoregressive((2, 2), width=0), "width: expected a positive number of channels, got 0"),
+        (lambda: Autoregressive((2, 2), layers=0), "layers: expected a positive number of layers, got 0"),
         (lambda: Autoregressive(1, network="transformer"), "at least 2 tokens"),
         (lambda: transformer().model(torch.zeros(2, 5)), r"y: expected shape \[B, 7\], got \(2, 5\)"),
         (

@@ -640,7 +640,7 @@ def links(*sizes):
             r"groups: expected a positive number for each resolution, got \(1, 0\)",
         ),
         (lambda: models.ConvLadder(16), r"shape: expected \(height, width\), got 16"),
-        (lambda: models.ConvLadder((4, 4), latent=0), "latent takes a positive number of maps, got 0"),
+        (lambda: models.ConvLadder((4, 4), latent=0), "latent: expected a positive number of maps, got 0"),
         (
             lambda: models.Ladder(6, (3, 2), (8,)),
             r"hidden: expected a width for each of the 2 layers of latent=\(3, 2\), got \(8,\)",

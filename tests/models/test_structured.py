@@ -95,7 +95,7 @@ def test_a_chart_that_is_no_tree_has_no_probability():
     assert d.log_prob(z) == pytest.approx(-math.log(9))
     z[2, 2] = 1
     assert d.log_prob(z) == -math.inf
-    with pytest.raises(ValueError, match="max_length = 4"):
+    with pytest.raises(ValueError, match="max_length: expected samples of at most 4 words"):
         Derivation(torch.zeros(1), torch.tensor([[[9.0, 0.0], [0.0, 0.0]]]), max_length=4).sample((20,))
 
 

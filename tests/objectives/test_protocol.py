@@ -1,5 +1,6 @@
-"""An objective defined here alone trains in every way that the library's own do: eager, compiled, resumed, by the command
-line; and what the steps share."""
+"""An objective defined here alone trains in every way that the library's own do: eager, compiled, resumed, by
+the command line; and what the steps share.
+"""
 
 import ast
 import functools

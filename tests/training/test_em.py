@@ -570,9 +570,11 @@ def test_refusals(make, y, settings, error, message, tmp_path):
 def test_a_killed_process_goes_on_to_the_same_end(tmp_path):
     """kill -9 while EM runs, and a second process that goes on."""
     code = (
-        "import sys, torch; from pyroelbo import fit_em, models; torch.manual_seed(0); y = torch.randn(300, 3)\n"
+        "import sys, torch; from pyroelbo import fit_em, models; torch.manual_seed(0); y = torch.randn(300, "
+        "3)\n"
         "pair = models.GaussianMixture(3, 5, 'full')\n"
-        "run = fit_em(pair, y, epochs=150, tolerance=0.0, restarts=4, start='k-means', out=sys.argv[1], progress=False,\n"
+        "run = fit_em(pair, y, epochs=150, tolerance=0.0, restarts=4, start='k-means', out=sys.argv[1], "
+        "progress=False,\n"
         "    resume=sys.argv[2] == 'resume', checkpoint_seconds=0.0)"
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
