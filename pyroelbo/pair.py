@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +115,17 @@ class _ProgramAttribute:
         return programs[self.function]
 
 
-class Pair(PyroModule):
+class _PairType(type(PyroModule)):  # type: ignore[misc]
+    """Notes the parameters that a constructor leaves, for pairs that can start from data."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        pair = super().__call__(*args, **kwargs)
+        if hasattr(pair, "initialize"):
+            pair._constructed = pair._checksum()
+        return pair
+
+
+class Pair(PyroModule, metaclass=_PairType):
     """A generator and an encoder over the same latent sites, with their parameters.
 
     Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites
@@ -202,6 +213,21 @@ class Pair(PyroModule):
                 "parameters"
             )
         return found
+
+    @property
+    def pristine(self) -> bool:
+        """Whether the parameters still have the values that the constructor gave them, dtype and device
+        aside.
+
+        False for pairs without ``initialize``.
+        """
+        return getattr(self, "_constructed", None) == self._checksum()
+
+    def _checksum(self) -> int:
+        total = 0
+        for p in self.parameters():
+            total = zlib.crc32(p.detach().to("cpu", torch.float32).contiguous().numpy().tobytes(), total)
+        return total
 
     def latent_path(self, *batch: Any, **named: Any) -> LatentPath | None:
         """The latent path step by step, for pairs that draw it at one site; None if every latent has its own

@@ -160,6 +160,13 @@ class Smoothed(NamedTuple):
         )
 
 
+def _softmax(log_weight: Tensor) -> Tensor:
+    """Normalized weights over the last dimension, all 0 if all are -inf."""
+    peak = log_weight.amax(-1, keepdim=True)
+    weight = (log_weight - torch.where(peak == -math.inf, 0.0, peak)).exp()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1.0)
+
+
 class Exact(NamedTuple):
     """A forward pass in log space: ``alpha [B,T,S]`` is the log weight of all prefixes that end in a
     state."""
@@ -171,22 +178,22 @@ class Exact(NamedTuple):
     def expected(self, grad: Tensor | None, apart: bool, workspace: Tensor | None) -> Expected:
         _, transition, observation, lengths = self.problem
         rows, steps, _ = observation.shape
-        possible = (self.log_z > -math.inf)[:, None]
-        log_z = torch.where(possible, self.log_z[:, None], 0.0)
-        grad = torch.ones_like(log_z) if grad is None else grad.to(log_z.dtype)[:, None]
+        possible = self.log_z > -math.inf
+        weight = torch.where(possible, 1.0 if grad is None else grad.to(observation.dtype), 0.0)
         gamma = torch.zeros_like(observation)
         count = observation.new_zeros(rows, *transition.shape[1:])
         beta = torch.zeros_like(observation[:, 0])
         for t in range(steps - 1, -1, -1):
-            inside = (lengths > t)[:, None]
+            used = torch.where(lengths > t, weight, 0.0)[:, None]
             beta = torch.where((lengths == t + 1)[:, None], 0.0, beta)
-            posterior = (self.alpha[:, t] + beta - log_z).exp()
-            gamma[:, t] = torch.where(inside & possible, posterior, 0.0) * grad
+            # normalized at each step: log Z - alpha - beta has few digits left if potentials are large
+            gamma[:, t] = _softmax(self.alpha[:, t] + beta) * used
             if t > 0:
                 u = min(t - 1, transition.shape[1] - 1)
-                onward = transition[:, u] + torch.where(inside, observation[:, t] + beta, -math.inf)[:, None]
-                pair = (self.alpha[:, t - 1, :, None] + onward - log_z[..., None]).exp()
-                count[:, u] += torch.where(possible[..., None], pair, 0.0) * grad[..., None]
+                ahead = torch.where((lengths > t)[:, None], observation[:, t] + beta, -math.inf)
+                onward = transition[:, u] + ahead[:, None]
+                pair = _softmax((self.alpha[:, t - 1, :, None] + onward).flatten(1)).view(onward.shape)
+                count[:, u] += pair * used[..., None]
                 beta = logsumexp(onward, -1)
         if not apart:
             count = count.sum(0, keepdim=True)

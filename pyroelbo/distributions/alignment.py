@@ -13,7 +13,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.checks import check_finite_or_minus_inf, check_index, check_lengths, first_index
+from pyroelbo.distributions.checks import (
+    check_finite_or_minus_inf,
+    check_index,
+    check_lengths,
+    first_index,
+    refuse_transforms,
+)
 from pyroelbo.distributions.grammar import check_padded, without_padding
 from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.distributions.semiring import Log, Semiring, choose
@@ -51,6 +57,7 @@ class Alignment(StructuredDistribution):
         blank: int = 0,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(emission=emission)
         steps = emission.shape[-2]
         batch_shape = torch.broadcast_shapes(emission.shape[:-2], target.shape[:-1])
         if lengths is None:
@@ -69,8 +76,7 @@ class Alignment(StructuredDistribution):
         super().__init__(AlignmentParts(emission), batch_shape, (steps,), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(emission=emission)
-        check_lengths(lengths, steps)
-        check_index("y", target, -1, emission.shape[-1] - 1)
+            check_lengths(lengths, steps)
 
     @property
     def support(self) -> Any:
@@ -90,6 +96,8 @@ class Alignment(StructuredDistribution):
         """Symbols of the 2L+1 states [*B,S], and ln 0 or ln 1 for entering a state over the blank before it,
         and for ending in it.
         """
+        check_lengths(self.lengths, self.event_shape[0])
+        check_index("y", self.target, -1, self.potentials[0].shape[-1] - 1)
         count = (self.target >= 0).sum(-1, keepdim=True)
         shape = self.target.shape[:-1]
         symbol = torch.full((*shape, 2 * self.target.shape[-1] + 1), self.blank, device=self.target.device)
@@ -216,11 +224,12 @@ def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
         beta = torch.where((t < q.lengths - 1)[..., None], beta, end)
         occupied[..., t, :] = alpha[..., t, :] + beta
         after = beta + emitted[..., t, :]
-    possible = (value > -math.inf)[..., None, None]
-    posterior = torch.where(
-        possible, occupied - torch.where(possible, value[..., None, None], 0.0), -math.inf
-    ).exp()
-    posterior = posterior * q._within[..., None]
+    # normalized at each frame: ln Z - alpha - beta has few digits left if potentials are large
+    peak = occupied.amax(-1, keepdim=True)
+    posterior = (occupied - torch.where(peak == -math.inf, 0.0, peak)).exp()
+    posterior = posterior / posterior.sum(-1, keepdim=True).clamp(min=1.0)
+    used = q._within & (value > -math.inf)[..., None]
+    posterior = torch.where(used[..., None], posterior, 0.0)
     index = symbol.unsqueeze(-2).expand(posterior.shape)
     return value, torch.zeros_like(emission, dtype=posterior.dtype).scatter_add_(-1, index, posterior)
 
@@ -230,8 +239,6 @@ class _LogPartition(torch.autograd.Function):
     def forward(ctx, emission, q, exact):
         run = kernels("alignment", emission)
         if run is None:
-            check_lengths(q.lengths, emission.shape[-2])
-            check_index("y", q.target, -1, emission.shape[-1] - 1)
             value, occupancy = _alpha_beta(q, emission)
         else:
             flat = emission.reshape(-1, *emission.shape[-2:]).contiguous()
@@ -274,6 +281,7 @@ class CTC(TorchDistribution):
     def __init__(
         self, logits: Tensor, lengths: Tensor | None = None, blank: int = 0, validate_args: bool | None = None
     ) -> None:
+        refuse_transforms(logits=logits)
         steps, symbols = logits.shape[-2:]
         batch_shape = logits.shape[:-2]
         if lengths is not None:

@@ -28,6 +28,7 @@ from pyroelbo.distributions.checks import (
     check_lengths,
     first_index,
     refuse_outside,
+    refuse_transforms,
 )
 from pyroelbo.distributions.semiring import Semiring
 from pyroelbo.distributions.structured import (
@@ -35,6 +36,7 @@ from pyroelbo.distributions.structured import (
     any_support,
     batch_shape,
     log_prob_within,
+    versions,
     within_support,
 )
 from pyroelbo.numerics import logsumexp
@@ -92,9 +94,11 @@ class LinearChain(StructuredDistribution):
                 f"potentials shared "
                 "by the batch have batch size 1, as transition[None]"
             )
+        refuse_transforms(initial=initial, transition=transition, observation=observation)
         shapes = initial.shape[:-1], transition.shape[:batch_rank], observation.shape[:-2]
         batch = batch_shape(batch_rank, shapes, lengths)
         self._solution: Solution | None = None
+        self._solved_at: tuple[int, ...] | None = None
         self.lengths = lengths if lengths is None else lengths.expand(batch)
         super().__init__(
             ChainParts(initial, transition, observation), batch, (steps,), validate_args=validate_args
@@ -159,19 +163,26 @@ class LinearChain(StructuredDistribution):
         return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
-        solution = self._solution if parts is self.potentials else None
+        solution = self._kept_solution() if parts is self.potentials else None
         value = log_partition(self._flat(parts), solution)
         return value if len(self._batch_shape) == 1 else value.view(self._batch_shape)
 
+    def _kept_solution(self) -> Solution | None:
+        """The forward pass that sampling has kept, unless potentials have changed since."""
+        solved_at = self._solved_at
+        return self._solution if solved_at and solved_at == versions(*self.potentials) else None
+
     def _kept(self) -> Solution:
-        if self._solution is None:
-            self._solution = solve(self._flat(self.potentials), keep=True)
-        return self._solution
+        solution = self._kept_solution()
+        if solution is None:
+            self._solution = solution = solve(self._flat(self.potentials), keep=True)
+            self._solved_at = versions(*self.potentials)
+        return solution
 
     def _marginals(self) -> ChainParts:
         parts = self._full(self.potentials)
         full = self._flat(parts)
-        kept = self._solution
+        kept = self._kept_solution()
         found = smoothed(full) if kept is None else expectations(full, kept.passes, None)
         return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
@@ -267,6 +278,7 @@ class HMM(TorchDistribution):
             )
         if lengths is not None and not isinstance(lengths, Tensor):
             raise ValueError(f"lengths: expected a LongTensor [*B], got a {type(lengths).__name__}")
+        refuse_transforms(initial=initial, transition=transition)
         rank, states = initial.dim() - 1, initial.shape[-1]
         homogeneous = transition.dim() == rank + 2
         rest = len(emission.batch_shape) - rank

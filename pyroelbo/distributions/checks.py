@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "check_finite_or_minus_inf",
@@ -14,6 +15,7 @@ __all__ = [
     "check_lengths",
     "first_index",
     "refuse_outside",
+    "refuse_transforms",
 ]
 
 
@@ -72,3 +74,17 @@ def refuse_outside(value: Tensor, bad: Tensor, event: int, where: str) -> None:
         raise ValueError(
             f"y: expected values in {where}, got {value[bad][0].tolist()} at index {first_index(bad)}"
         )
+
+
+def refuse_transforms(**arguments: Tensor) -> None:
+    """Refuse tensors inside torch.func transforms and forward-mode derivatives, which the kernels cannot
+    read.
+    """
+    for name, value in arguments.items():
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+            raise NotImplementedError(
+                f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, jvp, ...); give "
+                f"the "
+                "distribution a batch dimension instead of vmap, and use torch.autograd for derivatives"
+            )

@@ -19,9 +19,9 @@ from pyro.ops.gaussian import (
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.checks import check_lengths, first_index
+from pyroelbo.distributions.checks import check_lengths, first_index, refuse_transforms
 from pyroelbo.distributions.kernels.dispatch import kernels
-from pyroelbo.distributions.structured import independent_normal
+from pyroelbo.distributions.structured import cached_until_changed, independent_normal
 
 __all__ = ["Filtered", "GaussianChain", "LinearGaussianChain"]
 
@@ -101,6 +101,7 @@ class LinearGaussianChain(TorchDistribution):
         moments = {name: _moments(name, x) for name, x in gaussians.items()}
         if lengths is not None and not isinstance(lengths, Tensor):
             raise ValueError(f"lengths: expected a LongTensor [*B], got a {type(lengths).__name__}")
+        refuse_transforms(transition_matrix=transition_matrix, observation_matrix=observation_matrix)
         rank = len(initial.batch_shape)
         hidden, observed = initial.event_shape[-1], observation_noise.event_shape[-1]
         known = {} if num_steps is None else {"num_steps": num_steps}
@@ -213,6 +214,7 @@ class LinearGaussianChain(TorchDistribution):
             raise ValueError(
                 f"y: expected shape [*B,T,{self.event_shape[-1]}] with T > 0, got {tuple(value.shape)}"
             )
+        refuse_transforms(y=value)
         steps = value.shape[-2]
         if self.num_steps is not None and steps != self.num_steps:
             raise ValueError(f"y: expected {self.num_steps} steps, got {steps} in shape {tuple(value.shape)}")
@@ -278,12 +280,15 @@ class GaussianChain(TorchDistribution):
         constant = None if self.constant is None else self.constant.expand(batch_shape)
         return GaussianChain(parameters, y, self.lengths.expand(batch_shape), constant, self._validate_args)
 
-    @functools.cached_property
+    def _sources(self) -> tuple[Tensor, ...]:
+        return (*self.parameters, self.y)
+
+    @cached_until_changed
     def log_partition(self) -> Tensor:
         """ln p(y), ``[*B]``."""
         return _log_evidence(self.y, self.lengths, self.parameters, self.constant)
 
-    @functools.cached_property
+    @cached_until_changed
     def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gain, shift and covariance of z_t = gain_t z_{t+1} + shift_t + N(0, covariance_t); gain is zero at
         the last z_t.
@@ -314,7 +319,7 @@ class GaussianChain(TorchDistribution):
             _within(self.lengths, self.event_shape[0])[..., None], torch.stack(z[::-1], -2), 0.0
         )
 
-    @functools.cached_property
+    @cached_until_changed
     def mean(self) -> Tensor:  # type: ignore[override]
         """E z_t, ``[*B,T,H]``, which is also the mode."""
         return self._run(self._backward[1])
@@ -323,7 +328,7 @@ class GaussianChain(TorchDistribution):
     def mode(self) -> Tensor:
         return self.mean
 
-    @functools.cached_property
+    @cached_until_changed
     def covariance(self) -> Tensor:
         """Cov z_t, ``[*B,T,H,H]``."""
         gain, _, own = self._backward

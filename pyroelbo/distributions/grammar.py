@@ -21,6 +21,7 @@ from pyroelbo.distributions.checks import (
     check_integers,
     check_lengths,
     first_index,
+    refuse_transforms,
 )
 from pyroelbo.distributions.semiring import Log, Max, Semiring, choose
 from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
@@ -67,6 +68,7 @@ class ParseTree(StructuredDistribution):
         lengths: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(root=root, rules=rules, leaves=leaves)
         rank = root.dim() - 1
         labels = root.shape[-1]
         words, leaf_labels = leaves.shape[-2:]
@@ -453,6 +455,7 @@ class PCFG(TorchDistribution):
         max_length: int = 100,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(root=root, rules=rules, preterminals=preterminals)
         rank = root.dim() - 1
         n, p = root.shape[-1], preterminals.shape[-2]
         if preterminals.dim() != rank + 2 or rules.shape[rank:] != (n, n + p, n + p):

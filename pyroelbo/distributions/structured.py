@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +23,10 @@ __all__ = [
     "any_support",
     "batch_shape",
     "broadcast",
+    "cached_until_changed",
     "independent_normal",
     "log_prob_within",
+    "versions",
     "within_support",
 ]
 
@@ -56,6 +58,34 @@ def batch_shape(rank: int, shapes: Sequence[torch.Size], lengths: Tensor | None)
             "add a batch dimension to each potential by x[None]"
         )
     return shape
+
+
+def versions(*tensors: Tensor) -> tuple[int, ...] | None:
+    """Counters that change when a tensor is changed in place; None if one is an inference tensor, without
+    counter.
+    """
+    if any(x.is_inference() for x in tensors):
+        return None
+    return tuple(x._version for x in tensors)
+
+
+class cached_until_changed:
+    """A cached property, recomputed after a tensor of ``self._sources()`` was changed in place, and in
+    another grad mode.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._function, self._key, self.__doc__ = function, f"_kept_{function.__name__}", function.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        at = versions(*instance._sources())
+        mode = at, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kept = instance.__dict__.get(self._key)
+        if kept is None or at is None or kept[0] != mode:
+            kept = instance.__dict__[self._key] = mode, self._function(instance)
+        return kept[1]
 
 
 def within_support(components: Any, value: Tensor) -> Tensor | None:
@@ -161,6 +191,7 @@ class StructuredDistribution(TorchDistribution):
     ) -> None:
         self.potentials = potentials
         self._cache: dict[str, Tensor] = {}
+        self._cached_at: tuple[int, ...] | None = None
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=validate_args)
 
     @abstractmethod
@@ -180,7 +211,7 @@ class StructuredDistribution(TorchDistribution):
     @property
     def log_partition(self) -> Tensor:
         """ln Z, ``[*B]``. Cost: one forward pass, then cached."""
-        if "log_partition" not in self._cache:
+        if "log_partition" not in self._cache or self._changed():
             value = self._log_partition(self.potentials)
             if value.shape != self.batch_shape:
                 value = value.expand(self.batch_shape)
@@ -189,7 +220,12 @@ class StructuredDistribution(TorchDistribution):
             if value.is_inference():  # autograd would refuse it later
                 return value
             self._cache["log_partition"] = value
+            self._cached_at = versions(*self.potentials)
         return self._cache["log_partition"]
+
+    def _changed(self) -> bool:
+        """Whether potentials were changed in place since results were cached."""
+        return self._cached_at is None or self._cached_at != versions(*self.potentials)
 
     @property
     def marginals(self) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
@@ -78,7 +77,7 @@ class CTC(ExactPair):
         inside = within(x, lengths)
         logits = self.generator(x, inside)
         with pyro.plate(PLATE, len(x)):
-            z = pyro.sample("z", dist.Categorical(logits=logits).mask(inside).to_event(1))
+            z = pyro.sample("z", _Frames(logits, inside))
             pyro.sample("y", _Collapsed(z, inside, y.shape[-1], self.labels), obs=y)
 
     def guide(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> None:
@@ -131,6 +130,40 @@ class _FrameNetwork(nn.Module):
             normal = F.silu(norm(h)) * inside
             h = h + convolution(normal.transpose(1, 2)).transpose(1, 2)
         return self.out(F.silu(h))
+
+
+class _Frames(TorchDistribution):
+    """Π_t softmax(logits_t)[z_t] over the frames that are ``within`` [*B, T] their sequence; ``logits`` [*B, T, C],
+    values LongTensors [*B, T], whose padded entries are ignored."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, within: Tensor) -> None:
+        self.logits, self.within = logits.log_softmax(-1), within
+        super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.logits.shape[-1] - 1), 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Frames:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        new.logits = self.logits.expand(*batch_shape, *self.logits.shape[-2:])
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(z), in nats, of the broadcast shape."""
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        logits, value = self.logits.expand(*lead, -1, -1), value.expand(*lead, -1)
+        found = logits.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.within, found, 0.0).sum(-1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws [*sample, *B, T]; padded frames are blank."""
+        drawn = torch.distributions.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
+        return torch.where(self.within, drawn, 0)
 
 
 class _Collapsed(TorchDistribution):

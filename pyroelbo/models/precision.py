@@ -27,7 +27,7 @@ def exact(x: Tensor) -> Tensor:
 
 def regress(square: Tensor, cross: Tensor) -> Tensor:
     """W [D, L] that solves W · square = cross, for a symmetric positive semidefinite ``square`` [L, L] and
-    ``cross`` [D, L]; the solution of least norm if ``square`` is singular."""
+    ``cross`` [D, L]; one of the solutions if ``square`` is singular."""
     size = square.diagonal().clamp_min(0).sqrt()
     unit = torch.where(size > 0, size, 1.0)  # so that small is small in each coordinate's own unit
     inverse = torch.linalg.pinv(square / (unit[:, None] * unit), hermitian=True)

@@ -220,7 +220,9 @@ class _Job:
     def train(
         self, loader: Minibatches, place: torch.device, progress: bool, callbacks: Sequence[Callable]
     ) -> str:
-        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the pair."""
+        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the
+        pair.
+        """
         if self.settings.budget is not None:
             self.deadline = time.monotonic() + duration(self.settings.budget)
         self.loss_sum = self.loss_sum.to(place)

@@ -554,31 +554,31 @@ def links(*sizes):
             lambda: Chain(
                 StandardNormal(2), links((2, 3)), *links((3, 5)), links((5, 4), (4, 2)), event=(5,)
             ),
-            "layer 1: the encoder link of z_1 gives 4 numbers, the generator's z_1 has 3",
+            "layer 1: the encoder link of z_1: expected an output of 3 numbers, as the",
         ),
         (
             lambda: Chain(
                 StandardNormal(2), links((4, 3)), *links((3, 5)), links((5, 3), (3, 2)), event=(5,)
             ),
-            "layer 1: the generator link of z_1 takes 4 numbers, z_2 has 2",
+            "layer 1: the generator link of z_1: expected an input of 2 numbers, the size of z_2,",
         ),
         (
             lambda: Chain(
                 StandardNormal(2), links((2, 3)), *links((4, 5)), links((5, 3), (3, 2)), event=(5,)
             ),
-            "the observation takes 4 numbers, z_1 has 3",
+            "the observation: expected an input of 3 numbers, the size of z_1, got one of 4",
         ),
         (
             lambda: Chain(
                 StandardNormal(2), links((2, 3)), *links((3, 5)), links((5, 3), (4, 2)), event=(5,)
             ),
-            "layer 2: the encoder link of z_2 takes 4 numbers, z_1 has 3",
+            "layer 2: the encoder link of z_2: expected an input of 3 numbers, the size of z_1,",
         ),
         (
             lambda: Chain(
                 StandardNormal(2), links((2, 3)), *links((3, 5)), links((7, 3), (3, 2)), event=(5,)
             ),
-            "layer 1: the encoder link of z_1 takes 7 numbers, y has 5",
+            "layer 1: the encoder link of z_1: expected an input of 5 numbers, the size of y, got",
         ),
         (
             lambda: Chain(
@@ -589,7 +589,7 @@ def links(*sizes):
                 event=(5,),
                 order="top-down",
             ),
-            r"layer 1: order='top-down' gives the encoder link of z_1 \(state, seen, p\), and GaussianLink.*other order",
+            r"layer 1: expected an encoder link of z_1 that is called with \(state, seen, p\), as",
         ),
         (
             lambda: Chain(
@@ -599,48 +599,63 @@ def links(*sizes):
                 [TopDownLink(2, 5, 3), TopDownLink(0, 5, 2)],
                 event=(5,),
             ),
-            "layer 1: order='bottom-up' gives the encoder link of z_1 what is below it, and TopDownLink",
+            "layer 1: expected an encoder link of z_1 that is called with the layer below, as",
         ),
         (
             lambda: Chain(StandardNormal(2), [], *links((2, 5)), links((5, 3), (3, 2)), event=(5,)),
-            "a chain of 1 latents .* takes as many encoder links, got 2",
+            r"encoder: expected 1 links, one per latent \(a prior and 0 generator links\), got 2",
         ),
-        (lambda: models.Hierarchy(6, order="sideways"), "order takes one of"),
+        (
+            lambda: models.Hierarchy(6, order="sideways"),
+            r"order: expected one of \('bottom-up', 'top-down'\), got 'sideways'",
+        ),
         (
             lambda: models.Hierarchy(6, (3, 0)),
-            "latent takes a positive width for each layer, got 0 for layer 2",
+            "latent: expected a positive width for each layer, got 0 for layer 2",
         ),
-        (lambda: models.Hierarchy(6, ()), "latent takes at least one layer"),
-        (lambda: models.Hierarchy(6, 3), r"latent takes a width for each layer, such as \(3,\), got 3"),
+        (lambda: models.Hierarchy(6, ()), "latent: expected at least one layer, got none"),
+        (lambda: models.Hierarchy(6, 3), r"latent: expected a width for each layer, such as \(3,\), got 3"),
         (
             lambda: models.Hierarchy(6, (3, 1), prior="flow"),
-            "the prior of 'z_2', 'flow': .* at least 2, got 1",
+            "prior 'flow' of 'z_2': dims: expected at least 2 for a coupling, which splits them,",
         ),
         (
             lambda: models.Ladder(6, (3,), (8,), prior="vamp", components="x"),
-            "the prior of 'z_1', 'vamp': .* got 'x'",
+            "prior 'vamp' of 'z_1': components takes a positive number of pseudo-inputs, got 'x'",
         ),
         (
             lambda: models.Ladder(6, (8,), (8, "a")),
-            "hidden takes a positive width for each layer, got 'a' for layer 2",
+            "hidden: expected a positive width for each layer, got 'a' for layer 2",
         ),
         (
             lambda: models.Hierarchy.for_data(binary(9, 5), (6,), 2, prior="vamp", components=3),
-            r"y has shape \(9, 5\): this Hierarchy takes \[B, 6\]",
+            r"y: expected shape \[B, 6\] \(flattened images\) for this Hierarchy, got \(9, 5\)",
         ),
         (
             lambda: models.ConvLadder((12, 12), (1, 1, 1, 1)),
-            "resolution 3: images of 3x3 .* cannot be halved",
+            "groups: expected at most 3 resolutions for images of 12x12, got 4; resolution 3",
         ),
-        (lambda: models.ConvLadder((4, 4), (1, 0)), "groups: expected a positive number of groups"),
-        (lambda: models.ConvLadder(16), r"shape takes \(height, width\), got 16"),
+        (
+            lambda: models.ConvLadder((4, 4), (1, 0)),
+            r"groups: expected a positive number for each resolution, got \(1, 0\)",
+        ),
+        (lambda: models.ConvLadder(16), r"shape: expected \(height, width\), got 16"),
         (lambda: models.ConvLadder((4, 4), latent=0), "latent: expected a positive number of maps, got 0"),
-        (lambda: models.Ladder(6, (3, 2), (8,)), "hidden takes a width for each of the 2 layers"),
-        (lambda: models.Ladder(6, (3,), (8,), merge="sum"), "merge takes one of"),
-        (lambda: models.Ladder(6, (3,), (8,), norm="group"), "norm takes one of"),
+        (
+            lambda: models.Ladder(6, (3, 2), (8,)),
+            r"hidden: expected a width for each of the 2 layers of latent=\(3, 2\), got \(8,\)",
+        ),
+        (
+            lambda: models.Ladder(6, (3,), (8,), merge="sum"),
+            r"merge: expected one of \('network', 'precision'\), got 'sum'",
+        ),
+        (
+            lambda: models.Ladder(6, (3,), (8,), norm="group"),
+            r"norm: expected one of \('batch', 'layer', 'none'\), got 'group'",
+        ),
         (
             lambda: models.Ladder(6, (3,), (8,), network="conv"),
-            "network takes one of .*'gated'.*, got 'conv'",
+            r"network: expected one of \('mlp', 'gated'\), got 'conv'",
         ),
     ],
 )
@@ -660,25 +675,31 @@ def test_layers_that_do_not_fit_are_named_when_they_run():
 
     y = torch.randn(4, 5)
     chain = Chain(StandardNormal(2), [Bare(2, 3)], Bare(3, 5), [Bare(5, 4), Bare(4, 2)], event=(5,))
-    with pytest.raises(ValueError, match=r"layer 1: the encoder gives z_1 of shape \(4, 4\), .*shape \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder: expected z_1 of event shape \(3,\), as the generator's, got \(4, 4\) in layer 1",
+    ):
         Evaluator(chain, y)
     chain = Chain(StandardNormal(2), [Bare(2, 3)], Bare(3, 5), [Bare(5, 3), Bare(4, 2)], event=(5,))
-    with pytest.raises(ValueError, match=r"encoder link of z_2 does not take \[\(4, 3\)\]"):
+    with pytest.raises(ValueError, match=r"encoder link of z_2: got inputs of shape \[\(4, 3\)\]"):
         Evaluator(chain, y)
     chain = Chain(
         StandardNormal(2), [Bare(2, 3)], Bare(3, 5), [Bare(5, 4), Bare(5, 2)], event=(5,), order="top-down"
     )
     with pytest.raises(
-        ValueError, match=r"layer 1: the encoder gives z_1 the shape \(4,\), the generator \(3,\)"
+        ValueError, match=r"encoder: expected z_1 of shape \(3,\), as the generator's, got \(4,\) in layer 1"
     ):
         Evaluator(chain, y)
-    with pytest.raises(ValueError, match=r"y has shape \(4, 6\): this Chain takes \[B, 5\]"):
+    with pytest.raises(ValueError, match=r"y: expected shape \[B, 5\] for this Chain, got \(4, 6\)"):
         chain.model(torch.randn(4, 6))
 
 
 def test_a_top_down_model_under_a_bottom_up_guide_is_told_apart():
     ladder_, hierarchy = models.Ladder(6, (3, 2), (8, 6)), models.Hierarchy(6, (3, 4, 2))
-    with pytest.raises(ValueError, match=r"layer 2: the encoder gives z_2 of shape \(4, 4\), the generator"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder: expected z_2 of event shape \(2,\), as the generator's, got \(4, 4\) in layer 2",
+    ):
         Evaluator(Pair.of(ladder_.model, hierarchy.guide), binary(4, 6))
     same = Pair.of(ladder_.model, models.Hierarchy(6, (3, 2)).guide)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="not a term of this bound"):
@@ -691,22 +712,22 @@ def test_a_top_down_model_under_a_bottom_up_guide_is_told_apart():
         (
             "conv_ladder",
             "ladder",
-            r"layer 2: the encoder gives z_2 of shape \(4, 2\), the generator's .* shape \(4,\)",
+            r"encoder: expected z_2 of event shape \(4,\), as the generator's, got \(4, 2\) in layer 2",
         ),
         (
             "ladder",
             "conv_ladder",
-            r"layer 2: the encoder gives z_2 of shape \(4, 4\), the generator's .* shape \(2,\)",
+            r"encoder: expected z_2 of event shape \(2,\), as the generator's, got \(4, 4\) in layer 2",
         ),
         (
             "conv_ladder",
             "hierarchy",
-            r"layer 2: the encoder gives z_2 of shape \(4, 2\), the generator's .* shape \(4,\)",
+            r"encoder: expected z_2 of event shape \(4,\), as the generator's, got \(4, 2\) in layer 2",
         ),
         (
             "hierarchy",
             "pixels",
-            r"layer 2: the encoder gives z_2 of shape \(4, 14\), the generator's .* \(2,\)",
+            r"encoder: expected z_2 of event shape \(2,\), as the generator's, got \(4, 14\) in layer 2",
         ),
         ("pixels", "hierarchy", r"model site 'z_1\d' is missing in the guide, which draws"),
         ("hierarchy", "vae", "guide site 'z' is missing in the model"),
@@ -758,7 +779,10 @@ def test_the_chains_of_the_page_run():
     torch.manual_seed(0)
     a = audit(heavy, y, particles=100)
     assert a["iwae-100"].mean > a["elbo"].mean and set(evidence.site_gaps(heavy, y).rates) == {"z_1", "z_2"}
-    with pytest.raises(ValueError, match="layer 1: the generator link of z_1 takes 3 numbers, z_2 has 4"):
+    with pytest.raises(
+        ValueError,
+        match="layer 1: the generator link of z_1: expected an input of 4 numbers, the size of z_2,",
+    ):
         links_, see = known["LaplaceLink"], heavy.generator.observation
         Chain(StandardNormal(4), [links_(3, 8)], see, [links_(64, 8), links_(8, 4)], event=(64,))
 
@@ -839,7 +863,9 @@ def test_a_vampprior_mixes_the_top_of_the_encoder(family):
         q = links[1](None, seen, None)
     mixed = torch.logsumexp(q.log_prob(z[:, None]), -1) - math.log(4)
     torch.testing.assert_close(top().log_prob(z), mixed)
-    with pytest.raises(ValueError, match="VampPrior has 4 pseudo-inputs and the data 3 rows"):
+    with pytest.raises(
+        ValueError, match="components: expected at most one pseudo-input for each of the 3 data, got 4"
+    ):
         standing(family, "vamp", binary(3, 16))
 
 
@@ -864,7 +890,9 @@ def test_a_chain_on_a_vampprior_is_copied_whole_and_steps_as_one_graph(family):
 @pytest.mark.parametrize("family", STANDING)
 def test_a_prior_of_another_size_is_named_with_its_layer(family):
     dims = 4 if family == "conv_ladder" else 2
-    with pytest.raises(ValueError, match=f"StandardNormal has 5 dimensions, the latent 'z_2' {dims}"):
+    with pytest.raises(
+        ValueError, match=f"expected {dims} dimensions for the latent 'z_2', got a StandardNormal of 5"
+    ):
         standing(family, StandardNormal(5))
-    with pytest.raises(ValueError, match="prior takes one of .* got 'gumbel'"):
+    with pytest.raises(ValueError, match="prior: expected one of .* got 'gumbel'"):
         standing(family, "gumbel")

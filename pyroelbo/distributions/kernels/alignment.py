@@ -190,6 +190,8 @@ def alpha_beta(log_probs, targets, input_lengths, target_lengths, blank, value, 
     expect_index("lengths", input_lengths, 1, steps)
     expect_index("target_lengths", target_lengths, 0, targets.shape[1])
     expect_index("y", targets, -1, symbols - 1)
+    for b in range(batch):
+        expect_index("y", targets[b, : target_lengths[b]], 0, symbols - 1)
     longest, most = 2 * targets.shape[1] + 1, targets.shape[1] + 1
     place, skips = np.empty(longest, np.int64), np.empty(longest, np.bool_)
     all_used, slot = np.empty(most, np.int64), np.full(symbols, -1, np.int64)
@@ -204,7 +206,6 @@ def alpha_beta(log_probs, targets, input_lengths, target_lengths, blank, value, 
     for b in range(batch):
         length, labels = input_lengths[b], target_lengths[b]
         states = 2 * labels + 1
-        expect_index("y", targets[b, :labels], 0, symbols - 1)
         count = _enter_target(targets[b], states, blank, Lattice(place, skips, all_used, slot))
         lattice = Lattice(place, skips, all_used[:count], slot)
         _probabilities(log_probs[b], length, lattice.used, numbers.p_m, numbers.p_e)

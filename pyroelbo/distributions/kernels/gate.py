@@ -1,24 +1,26 @@
 """The one gate through which compiled kernels are entered (needs numba).
 
 Compiled code does not check indices: a length or label out of range would read and write foreign memory.
-Python therefore calls a kernel only as a :class:`Kernel`, which hands it the tensors' memory, and each kernel
-first states what it expects of its arguments, whatever the validation setting:
+Python therefore calls a kernel only as a :class:`Kernel`, which passes it the memory of tensors, and each
+kernel first states what it expects of its arguments, whatever the validation setting:
 
-- ``expect_contiguous(...)``: C-contiguous arrays, decided when the kernel is compiled, at no cost later;
+- ``expect_contiguous(...)``: C-contiguous arrays; checked when the kernel is compiled, free afterwards;
 - ``expect_shapes(condition)``: sizes that match, O(1);
-- ``expect_index(name, index, low, high)``: 64-bit integers within [low, high], O(size of the index).
+- ``expect_index(name, index, low, high)``: 64-bit integers in [low, high], O(size of the index).
 
 A call costs about a microsecond more than without. With ``NUMBA_BOUNDSCHECK=1`` every single access is
-checked (see ``simd`` for those by vectors).
+checked, those by vectors included (see ``simd``).
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit, types
+from numba.core import event
 from numba.core.errors import TypingError
 from numba.extending import overload
 from torch import Tensor
@@ -28,6 +30,28 @@ __all__ = ["REORDER", "Kernel", "compiled", "expect_contiguous", "expect_index",
 # NaN and infinity keep their meaning; only the order of a sum is free
 REORDER = frozenset({"contract", "reassoc", "nsz"})
 compiled = njit(cache=True, fastmath=set(REORDER))
+
+
+class _Notice(event.Listener):
+    """Tells, once in a process, that kernels are being compiled: the first call would else seem to hang."""
+
+    told = False
+
+    def on_start(self, event: Any) -> None:
+        dispatcher = event.data["dispatcher"]
+        if not self.told and dispatcher.py_func.__module__.startswith(__package__):
+            self.told = True
+            logging.getLogger(__package__).warning(
+                "compiling kernels for their first use, which takes up to two minutes; later runs load them "
+                "from %s",
+                dispatcher.stats.cache_path,
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Notice())
 
 
 class Kernel:
