@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyroelbo import batch as batches
@@ -13,6 +13,7 @@ from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
+from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.numerics import duration
 from pyroelbo.pair import Pair
@@ -28,6 +29,7 @@ _MIN_TEMPERATURES = 20  # below which AIS is not worth its pilot
 _PILOT_SHARE = 0.1  # of the time
 _MAX_PILOT_DRAWS = 32_768  # in one pass
 _MAX_WEIGHTS = 40_000_000  # held at once
+_TRIAL = 4  # data whose reference is timed
 
 
 class Budget:
@@ -61,28 +63,53 @@ class Budget:
                 f"{budget!r}, {self.evaluations:,} evaluations{speed}. Give more, or fewer data"
             )
 
-    def references(self) -> tuple[Sequence[str], list[str]]:
-        """The reference to compare the bounds with, and notes on why there is no better one."""
-        try:
-            few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, 1))
-            exact(self.pair, few, scope=self.scope)
-            return ("exact",), []
-        except Unavailable as reason:
-            notes = [f"no exact value: {reason}"]
+    def references(self) -> tuple[Sequence[str | Bound], list[str]]:
+        """The reference to compare the bounds with, and notes on why there is no better one.
+
+        A reference that must take all data at once is computed here; of others the cost is extrapolated from
+        a few data.
+        """
+        notes = []
+        for estimator in (exact, quadrature):
+            name = estimator.__name__
+            try:
+                if estimator is quadrature:
+                    self._check_grid()
+                bound, seconds = self._trial(estimator)
+            except Unavailable as reason:
+                notes.append(f"no {name} value: {reason}")
+                continue
+            size = 1 if self.scope == "joint" else bound.value.numel()
+            if size == self.data:
+                return (bound,), notes
+            scale = self.data / size
+            if self._affords(scale * seconds, scale * bound.cost):
+                return (name,), notes
+            notes.append(f"no {name} value: it would take more than the budget")
         each = _REFERENCE_SHARE * self.evaluations / self.data
-        try:
-            dims = Unconstrained(Evaluator(self.pair, self.batch, scope=self.scope)).dims
-        except Unavailable:
-            dims = 0
-        if dims in _QUADRATURE:
-            if each >= _QUADRATURE[dims]:
-                return ("quadrature",), notes
-            notes.append(f"no quadrature value: it needs some {_QUADRATURE[dims]:,} evaluations per datum")
         needed = _MIN_TEMPERATURES * _CHAIN
         if each >= needed:
             return ("ais",), notes
         notes.append(f"no AIS: {_MIN_TEMPERATURES} temperatures need {needed:,} evaluations per datum")
         return (), notes
+
+    def _trial(self, estimator: Callable[..., Bound]) -> tuple[Bound, float]:
+        """The estimator on a few data (all of them in joint scope), and its seconds."""
+        few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, _TRIAL))
+        start = time.monotonic()
+        bound = estimator(self.pair, few, scope=self.scope)
+        return bound, time.monotonic() - start
+
+    def _affords(self, seconds: float, evaluations: float) -> bool:
+        if self.seconds is None:
+            return evaluations <= _REFERENCE_SHARE * self.evaluations
+        return seconds <= _REFERENCE_SHARE * (self.seconds - (time.monotonic() - self.started))
+
+    def _check_grid(self) -> None:
+        """:class:`Unavailable` if the usual cost of a quadrature is more than the budget: none is tried then."""
+        needed = _QUADRATURE.get(Unconstrained(Evaluator(self.pair, self.batch, scope=self.scope)).dims, 0)
+        if needed > _REFERENCE_SHARE * self.evaluations / self.data:
+            raise Unavailable(f"it needs some {needed:,} evaluations per datum")
 
     def temperatures(self, names: Sequence[Any]) -> int:
         """Number of temperatures, if AIS is among the references."""

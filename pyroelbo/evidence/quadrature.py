@@ -22,6 +22,7 @@ __all__ = ["quadrature"]
 
 _FLOOR = 20.0  # a cell this many nats below the largest one is left out of the next, finer grid
 _DRAWS = 128
+_NODES = 8  # effective number of Gauss–Hermite nodes below which they are too far apart
 _USELESS = 1.0  # nats of disagreement beyond which it is no measure of the error
 
 
@@ -227,8 +228,8 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     """ln of the Gauss–Hermite sum, [B].
 
     Around the guide's mean and as wide as the prior first, then recentred on the integrand's moments and
-    refined until three sums in a row agree. A tenth of the first covariance is kept, so that a small mode far
-    away is not lost.
+    refined until three sums in a row agree. A tenth of the first covariance is kept while the nodes
+    resolve the integrand, so that a small mode far away is not lost.
     """
     guide, prior = guide.double(), prior.double()
     everyone = torch.arange(guide.shape[1], device=guide.device)
@@ -237,6 +238,7 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     wide = torch.einsum("mbi,mbj->bij", spread, spread) / len(spread)
     covariance = wide.clone()
     value = torch.full_like(mean[:, 0], -math.inf)
+    kept = torch.full_like(value, 0.1)
     open_rows, agreed = everyone, torch.zeros_like(everyone, dtype=torch.bool)
     for points in (
         (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384)
@@ -246,7 +248,10 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
         share = (terms - finer).exp().nan_to_num(nan=0.0)
         mean[open_rows] = center = torch.einsum("mb,mbi->bi", share, nodes)
         spread = nodes - center
-        covariance[open_rows] = torch.einsum("mb,mbi,mbj->bij", share, spread, spread) + 0.1 * wide[open_rows]
+        # Where a few nodes hold all mass, the part that is kept must shrink, or no refinement would resolve it.
+        kept[open_rows] *= torch.where(share.square().sum(0) > 1 / _NODES, 0.1, 1.0)
+        moment = torch.einsum("mb,mbi,mbj->bij", share, spread, spread)
+        covariance[open_rows] = moment + kept[open_rows, None, None] * wide[open_rows]
         agrees = (finer - value[open_rows]).abs() <= tolerance
         value[open_rows] = finer
         # Two agreeing sums may both miss a mode.

@@ -88,19 +88,24 @@ CASES = {
 }
 OTHERS = {
     "abstract, or made of others": (
-        "Distribution TorchDistribution ExponentialFamily ExpandedDistribution Independent MaskedDistribution MaskedMixture "
+        "Distribution TorchDistribution ExponentialFamily ExpandedDistribution Independent "
+        "MaskedDistribution MaskedMixture "
         "MixtureSameFamily TransformedDistribution Rejector ZeroInflatedDistribution"
     ),
     "no density of its own": "Delta Empirical ImproperUniform Unit Stable",
     "the density of another class above": (
-        "AVFMultivariateNormal OMTMultivariateNormal MixtureOfDiagNormalsSharedCovariance GaussianScaleMixture "
-        "NanMaskedNormal NanMaskedMultivariateNormal OneHotCategoricalStraightThrough RelaxedBernoulliStraightThrough "
+        "AVFMultivariateNormal OMTMultivariateNormal MixtureOfDiagNormalsSharedCovariance "
+        "GaussianScaleMixture "
+        "NanMaskedNormal NanMaskedMultivariateNormal OneHotCategoricalStraightThrough "
+        "RelaxedBernoulliStraightThrough "
         "RelaxedOneHotCategoricalStraightThrough ExtendedBinomial ExtendedBetaBinomial LKJ LKJCorrCholesky"
     ),
     "values that no constraint describes": (
-        "CoalescentTimes CoalescentTimesWithRate OneOneMatching OneTwoMatching SpanningTree TruncatedPolyaGamma"
+        "CoalescentTimes CoalescentTimesWithRate OneOneMatching OneTwoMatching SpanningTree "
+        "TruncatedPolyaGamma"
     ),
-    "whole time series": "DiscreteHMM GammaGaussianHMM GaussianHMM GaussianMRF IndependentHMM LinearHMM GroupedNormalNormal",
+    "whole time series": "DiscreteHMM GammaGaussianHMM GaussianHMM GaussianMRF IndependentHMM LinearHMM "
+    "GroupedNormalNormal",
 }
 
 

@@ -251,7 +251,9 @@ def test_the_upper_bound_of_posterior_draws_exceeds_by_the_reverse_divergence():
 
 
 def test_the_chi_bound_is_only_an_estimate():
-    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws fall below it."""
+    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws
+    fall below it.
+    """
 
     def model(y):
         with pyro.plate("data", len(y)):

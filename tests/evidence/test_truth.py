@@ -64,7 +64,9 @@ def test_an_exact_guide_shows_every_error_of_its_evidence(shift):
 
 
 def test_the_test_of_exact_rows_needs_no_assumption():
-    """One draw in 2,000 with weight 2,000 - 1e-3, the others near nothing: z-scores trip, Markov's inequality does not."""
+    """One draw in 2,000 with weight 2,000 - 1e-3, the others near nothing: z-scores trip, Markov's inequality
+    does not.
+    """
 
     def model(y):
         with pyro.plate("data", len(y)):
