@@ -438,7 +438,8 @@ def test_free_bits_balance_and_weight():
 
 
 def test_a_sampled_term_may_be_negative():
-    """A bottom-up lower layer of which its generator says more than its encoder: no KL, and not to be cut at 0."""
+    """A bottom-up lower layer of which its generator says more than its encoder: no KL, and not to be cut at
+    0."""
     one, sharp = torch.eye(1), 0.01 * torch.eye(1)
     encoder = [Affine(torch.zeros(1, 1), torch.zeros(1), one), Affine(one, torch.zeros(1), sharp)]
     generator = [Affine(one, torch.zeros(1), sharp)]
@@ -491,8 +492,8 @@ def test_fit_anneals_the_layered_weight():
     "objective", [Layered_ELBO(0.1, balance=True, weight=0.5), IWAE_ELBO(3, max_plate_nesting=1)]
 )
 def test_a_step_of_a_ladder_is_one_graph(objective):
-    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager; averages of
-    weights and buffers as well."""
+    """Shared path, dropout, BatchNorm's buffers and an annealed objective: captured, and equal to eager;
+    averages of weights and buffers as well."""
     from pyroelbo.compiled import CompiledStep
 
     y, steps, buffers = binary(8, 6), [], []
@@ -621,7 +622,7 @@ def links(*sizes):
         ),
         (
             lambda: models.Ladder(6, (3,), (8,), prior="vamp", components="x"),
-            "prior 'vamp' of 'z_1': components takes a positive number of pseudo-inputs, got 'x'",
+            "prior 'vamp' of 'z_1': components: expected a positive number of pseudo-inputs, got 'x'",
         ),
         (
             lambda: models.Ladder(6, (8,), (8, "a")),
@@ -820,7 +821,8 @@ def standing(family, prior, train=None):
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("family", STANDING)
 def test_a_chain_may_stand_on_any_prior(family, prior):
-    """The top site has the prior's own density; its term is closed where a form is known, and the draw's elsewhere."""
+    """The top site has the prior's own density; its term is closed where a form is known, and the draw's
+    elsewhere."""
     pair, y = standing(family, prior, binary(9, 16)), binary(5, 16)
     top = getattr(pair.prior, "prior", pair.prior)
     with torch.no_grad():
