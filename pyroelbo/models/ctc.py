@@ -133,8 +133,10 @@ class _FrameNetwork(nn.Module):
 
 
 class _Frames(TorchDistribution):
-    """Π_t softmax(logits_t)[z_t] over the frames that are ``within`` [*B, T] their sequence; ``logits`` [*B, T, C],
-    values LongTensors [*B, T], whose padded entries are ignored."""
+    """Π_t softmax(logits_t)[z_t] over the frames that are ``within`` [*B, T] their sequence.
+
+    ``logits`` are [*B, T, C], values LongTensors [*B, T], whose padded entries are ignored.
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = False

@@ -1,4 +1,5 @@
-"""Autoregressive chains: every prefix a site, the bound exact, one pass, the cache and the literal chain agree."""
+"""Autoregressive chains: every prefix a site, the bound exact, one pass, the cache and the literal chain
+agree."""
 
 import itertools
 import math
@@ -215,7 +216,8 @@ def padded(listed, length):
 
 
 def by_hand(pair, string):
-    """ln p of one string, token by token, from the network on that string alone, and the last of it the stop's."""
+    """ln p of one string, token by token, from the network on that string alone, and the last of it the
+    stop's."""
     tokens = torch.tensor([string], dtype=torch.long)
     terms = []
     for t in range(min(len(string) + 1, pair.length)):
@@ -441,7 +443,8 @@ def test_the_evidence_in_blocks_is_the_evidence(monkeypatch):
 
 @torch.no_grad()
 def test_deep_features_tell_images_apart_at_the_start():
-    """The vertical stack has no path around its gates: eight of them with torch's own start would leave 1e-5."""
+    """The vertical stack has no path around its gates: eight of them with torch's own start would leave
+    1e-5."""
     torch.manual_seed(0)
     net = PixelCNN(2, (12, 12), 16, 8)
     vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
@@ -460,7 +463,8 @@ def test_deep_features_tell_images_apart_at_the_start():
 
 @pytest.mark.parametrize("which", ["eager", "graph inside", "graph outside", "two drop-ins"])
 def test_convolutions_take_the_steps_of_hand_written_adam(which, monkeypatch):
-    """Their gradients may come in another memory order than the weights, which fused optimizers do not look at."""
+    """Their gradients may come in another memory order than the weights, which fused optimizers do not look
+    at."""
     y = (torch.rand(6, 12) < 0.5).double()
     monkeypatch.setattr(step, "_MOST_INSIDE", 0 if which == "graph outside" else 1000)
 

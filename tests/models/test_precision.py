@@ -1,4 +1,5 @@
-"""Exact evidence of float32 pairs, statistics that are singular, weighted or of unscaled data, and dtypes of data."""
+"""Exact evidence of float32 pairs, statistics that are singular, weighted or of unscaled data, and dtypes of
+data."""
 
 import copy
 import math

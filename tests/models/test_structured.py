@@ -65,7 +65,8 @@ def evidence_terms(pair, batch, z):
 
 
 def test_derivations_follow_their_probability():
-    """χ² of small trees at a false-alarm rate of 1e-6 (Wilson–Hilferty: z below 4.9), for a batch of grammars."""
+    """χ² of small trees at a false-alarm rate of 1e-6 (Wilson–Hilferty: z below 4.9), for a batch of
+    grammars."""
     torch.manual_seed(0)
     rules = torch.randn(2, 2, 6, 6)
     rules[..., :2, :] -= 2  # most derivations end soon
