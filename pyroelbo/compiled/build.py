@@ -15,38 +15,39 @@ from torch import Tensor
 
 from pyroelbo.compiled.eager import quiet
 
-__all__ = ["build_failure", "inductor", "repairing_inductor"]
+__all__ = ["build_failure", "draws", "inductor", "repairing_inductor"]
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., list]:
     """Compile a captured graph. Random numbers come from torch's own generators, in eager's order.
 
-    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later draws; with
-    several draws it must not reorder operations to save memory.
+    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later draws.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {"fallback_random": True}
     patches |= {name: False for name in ("size_asserts", "alignment_asserts") if hasattr(config, name)}
+    patches |= options
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     for node in own.graph.find_nodes(op="placeholder"):
         node.meta.pop("val", None)  # cpp_wrapper would take these fake tensors, of several modes, for inputs
     output = own.graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
-    draws = [node for node in own.graph.nodes if _draws(node)]
     live = _live(own.graph)
-    unused = [node for node in draws if node not in live]
+    unused = [node for node in draws(own) if node not in live]
     output.args = ([*results, *unused],)
     own.recompile()
-    if len(draws) > 1:
-        patches["reorder_for_peak_memory"] = False
-    patches |= options
     with torch.no_grad(), quiet():
         built: Any = compile_fx(own, list(inputs), config_patches=patches)
     if not unused:
         return built
     return lambda *inputs: list(built(*inputs))[: len(results)]
+
+
+def draws(graph: fx.GraphModule) -> list[fx.Node]:
+    """The operations that draw random numbers."""
+    return [node for node in graph.graph.nodes if _draws(node)]
 
 
 def _draws(node: fx.Node) -> bool:

@@ -438,8 +438,7 @@ class GraphCache:
             return graph
         start = time.perf_counter()
         try:
-            runner = _build.repairing_inductor(graph, inputs, self.options)
-            check(runner)
+            runner = self._built(graph, inputs, check)
         except Mismatch as error:
             self.warn(f"Inductor's build is not used, the captured graph is: {error}")
             return graph
@@ -450,6 +449,19 @@ class GraphCache:
             self.counters.compile_time += time.perf_counter() - start
         self.counters.compiles += 1
         self.counters.checks += 1
+        return runner
+
+    def _built(self, graph: torch.fx.GraphModule, inputs: list[Tensor], check: Any) -> Callable[..., list]:
+        try:
+            runner = _build.repairing_inductor(graph, inputs, self.options)
+            check(runner)
+        except Mismatch:
+            if len(_build.draws(graph)) < 2:
+                raise
+            # To save memory Inductor may have drawn in another order.
+            options = {"reorder_for_peak_memory": False, **self.options}
+            runner = _build.repairing_inductor(graph, inputs, options)
+            check(runner)
         return runner
 
     def _time(self, graph: Graph, call: Call) -> None:
