@@ -628,7 +628,7 @@ def test_what_the_hmm_refuses():
         (lambda: models.HMM(2, 3).simulate(2), "steps: expected"),
         (lambda: models.HMM(2, 3).log_evidence(torch.zeros(2, 3).long(), torch.ones(3)), "lengths: expected"),
         (lambda: models.HMM(2, 3).log_evidence(torch.zeros(2, 3)), "expected"),
-        (lambda: models.HMM(9, 3).initialize(torch.zeros(2, 3).long()), "9 states take"),
+        (lambda: models.HMM(9, 3).initialize(torch.zeros(2, 3).long()), "y: expected at least 9 steps"),
         (lambda: models.PPCA(3, 1, noise="x"), "noise: expected"),
         (lambda: models.PPCA(3, 1, noise="diagonal").solve(torch.zeros(3, 3)), "no closed form"),
     ):
