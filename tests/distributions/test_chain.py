@@ -871,3 +871,66 @@ def test_emissions_by_matrix_products_are_the_plain_ones(kind, lengths):
         torch.autograd.grad((weight * x).sum(), parameter, retain_graph=True) for x in (fast, plain)
     )
     torch.testing.assert_close(a, b)
+
+
+class Counting(dist.Normal):
+    """Counts the values whose density is asked for."""
+
+    values = 0
+
+    def log_prob(self, value):
+        Counting.values += value.numel()
+        return super().log_prob(value)
+
+
+UNEVEN = [300, 7, 5, 7, 300, 6, 1, 280, 7, 90, 8, 2]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("varying", [False, True])
+def test_sequences_of_unequal_lengths_cost_what_they_cost_apart(varying):
+    steps, states, lengths = 300, 40, torch.tensor(UNEVEN)
+    y = torch.randn(len(lengths), steps)
+    leaves = [
+        randn(0, states),
+        randn(1, *((steps - 1,) if varying else ()), states, states),
+        randn(2, states),
+    ]
+
+    def make(lengths, steps):
+        move = leaves[1][: steps - 1] if varying else leaves[1]
+        return HMM(leaves[0], move, Counting(leaves[2], 1.0), lengths=lengths)
+
+    Counting.values = 0
+    value = make(lengths, steps).log_prob(y)
+    assert Counting.values == lengths.sum()
+    gradients = torch.autograd.grad(value.sum(), leaves)
+    apart = torch.stack([make(None, n).log_prob(row[:n]) for row, n in zip(y, lengths.tolist(), strict=True)])
+    torch.testing.assert_close(value, apart, rtol=1e-11, atol=0)
+    torch.testing.assert_close(gradients, torch.autograd.grad(apart.sum(), leaves), rtol=1e-9, atol=1e-9)
+    # the posterior of all evaluates the emissions of present steps alone, too
+    Counting.values = 0
+    posterior = make(lengths, steps).posterior(y)
+    assert Counting.values == lengths.sum()
+    torch.testing.assert_close(posterior.log_partition, value, rtol=1e-11, atol=0)
+    ones = (torch.arange(steps) < lengths[:, None]).double()
+    torch.testing.assert_close(posterior.marginals.observation.sum(-1), ones, rtol=0, atol=1e-10)
+    # padding may be anything, and has no gradient
+    y = torch.where(ones.bool(), y, math.nan).requires_grad_()
+    again = make(lengths, steps).log_prob(y)
+    torch.testing.assert_close(again, value, rtol=1e-11, atol=0)
+    (by_y,) = torch.autograd.grad(again.sum(), y)
+    assert not by_y[~ones.bool()].any() and by_y[ones.bool()].all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_value_beyond_the_supports_of_uneven_sequences_is_named():
+    d = HMM(
+        randn(0, 3), randn(1, 3, 3), dist.Gamma(randn(2, 3).exp(), 1.0), lengths=torch.tensor([500, 3, 2])
+    )
+    y = torch.ones(3, 500)
+    y[2, 1] = -7.0
+    with pytest.raises(ValueError, match=r"y: expected values in the emission's support, got -7.0"):
+        d.log_prob(y)
+    y[2, 1], y[2, 2] = 1.0, -7.0
+    assert d.log_prob(y).isfinite().all()

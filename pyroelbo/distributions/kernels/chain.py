@@ -362,13 +362,26 @@ def _filter_step(t, begin, group, layout, floor, product, workspace, out):
 
 
 @compiled
-def _move(x, matrix, layout, rows, out):
-    """out = x · matrix for the rows of a group."""
+def _two_longest(lengths):
+    """The row of the longest sequence, its length, and the second largest length (0 for a single row)."""
+    row, second = 0, 0
+    for r in range(1, lengths.shape[0]):
+        if lengths[r] > lengths[row]:
+            row, second = r, lengths[row]
+        else:
+            second = max(second, lengths[r])
+    return row, lengths[row], second
+
+
+@compiled
+def _move(x, matrix, layout, row, together, out):
+    """out = x · matrix, for the rows of a group ``together`` or one row of it."""
     size, padded, panel = matrix.shape[0], layout.padded, layout.panel
-    if rows > 1:
+    if together:
         multiply("sum", 4, (4, size), x, (0, padded, 1), matrix, (0, panel), out, (0, padded))
     else:
-        multiply("sum", 1, (1, size), x, (0, padded, 1), matrix, (0, panel), out, (0, padded))
+        at = row * padded
+        multiply("sum", 1, (1, size), x, (at, padded, 1), matrix, (0, panel), out, (at, padded))
 
 
 @compiled
@@ -382,7 +395,7 @@ def _filter(group, matrix, layout, floor, workspace, out):
     lowest = workspace.weight.dtype.type(floor)
     product = np.ones(rows)
     workspace.min_alpha[:] = math.inf
-    longest = lengths.max()
+    row, longest, second = _two_longest(lengths)
     for r in range(rows):
         log_z[r] = group.first_top[min(r, first.shape[0] - 1)]
         log_z[r] += (lengths[r] - 1) * top[0] if homogeneous else top[: lengths[r] - 1].sum()
@@ -402,7 +415,7 @@ def _filter(group, matrix, layout, floor, workspace, out):
             else:
                 if not homogeneous:
                     matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
-                _move(workspace.previous, matrix, layout, rows, moved)
+                _move(workspace.previous, matrix, layout, row, t < second, moved)
             _filter_step(t, begin, group, layout, lowest, product, workspace, out)
     for r in range(rows):
         log_z[r] += math.log(product[r])
@@ -565,8 +578,13 @@ def _smoother(group, matrix, layout, known, workspace, kept, grad, out, counts):
     homogeneous, fused = group.exp_transition.shape[0] == 1, counts.total.shape[0] > 0
     beta[:] = 0
     back[:] = 0
-    for begin in range((steps - 1) // chunk * chunk, -1, -chunk):
-        end = min(begin + chunk, steps)
+    row, longest, second = _two_longest(group.lengths)
+    for r in range(rows):
+        out.gamma[r, longest:] = 0
+        if not fused:
+            out.flow[r, longest:] = 0
+    for begin in range((longest - 1) // chunk * chunk, -1, -chunk):
+        end = min(begin + chunk, longest)
         if not known:
             _chunk_weights(group, begin, end, layout, workspace)
         for t in range(end - 1, begin - 1, -1):
@@ -574,7 +592,7 @@ def _smoother(group, matrix, layout, known, workspace, kept, grad, out, counts):
             if t > 0:
                 if not homogeneous:
                     matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
-                _move(back, matrix, layout, rows, beta)
+                _move(back, matrix, layout, row, t < second, beta)
         if fused:
             _add_counts(begin, end, group, layout, kept.alpha, out, counts)
 
