@@ -248,7 +248,7 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
         share = (terms - finer).exp().nan_to_num(nan=0.0)
         mean[open_rows] = center = torch.einsum("mb,mbi->bi", share, nodes)
         spread = nodes - center
-        # Where a few nodes hold all mass, the part that is kept must shrink, or no refinement would resolve it.
+        # If a few nodes hold all mass the kept part must shrink, or no refinement would resolve it.
         kept[open_rows] *= torch.where(share.square().sum(0) > 1 / _NODES, 0.1, 1.0)
         moment = torch.einsum("mb,mbi,mbj->bij", share, spread, spread)
         covariance[open_rows] = moment + kept[open_rows, None, None] * wide[open_rows]
