@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import pad
 
-from pyroelbo.models.chain import Handed
+from pyroelbo.models.chain import SharedPath
 from pyroelbo.models.observation import form_of
 from pyroelbo.models.precision import exact
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
@@ -260,10 +260,10 @@ class Autoregressive(ExactPair):
         ahead: _Ahead | None = None  # one pass over y, if the draws are known to be its prefixes
         cache: Any = self.generator.begin(torch.Size([]))
         p = self.link(y[:, :0], self.generator.step(cache))
-        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
+        with pyro.plate(PLATE, len(y)), SharedPath(self) as shared:
             for site in self.sites:
                 z = pyro.sample(site, p)
-                known = handed.path(site, z)
+                known = shared.path(site, z)
                 if known is not None:
                     ahead, cache = ahead or _Ahead(self, known), None
                     p = ahead.append(z)
@@ -288,7 +288,7 @@ class Autoregressive(ExactPair):
             for layer in range(1, self.length):
                 path: dict[str, Any] = {}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
-                path.update(Handed.on(self, z, y))
+                path.update(SharedPath.on(self, z, y))
 
     def log_evidence(self, y: Tensor) -> Tensor:
         """ln p(y), [B], in nats, summed in float64 without gradients; then in blocks of rows, so that memory

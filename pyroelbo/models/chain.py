@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyroelbo.pair import PLATE, Pair
 
-__all__ = ["Chain", "Handed"]
+__all__ = ["Chain", "SharedPath"]
 
 ORDERS = ("bottom-up", "top-down")
 
@@ -100,7 +100,7 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), Handed(self, self._weights()) as handed:
+        with pyro.plate(PLATE, len(y)), SharedPath(self, self._weights()) as shared:
             state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
@@ -108,7 +108,7 @@ class Chain(Pair):
                 if layer == 1:
                     break
                 # results of the guide depend on its draws above too: the first other draw ends their reuse
-                found = handed.path(site, z) if intact else None
+                found = shared.path(site, z) if intact else None
                 intact = found is not None
                 state, p = found or self._advance(layer, state, z, p)
             state = self._moved(1, state, z, p)
@@ -137,7 +137,7 @@ class Chain(Pair):
                 z = pyro.sample(f"z_{layer}", q, infer={"path": path})
                 if layer > 1:
                     state, p = self._advance(layer, state, z, p)
-                    path.update(Handed.on(self, z, (state, p), weights))
+                    path.update(SharedPath.on(self, z, (state, p), weights))
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless y is [B, *event]."""
@@ -199,9 +199,10 @@ class Chain(Pair):
         return torch.zeros(n, *self.event, dtype=first.dtype, device=first.device)
 
 
-class Handed(Messenger):
+class SharedPath(Messenger):
     """Collects the results that the guide of ``pair`` attached to its draws as ``infer={"path":
-    Handed.on(…)}``, which replay copies to the model. Results computed with other ``weights`` are ignored."""
+    SharedPath.on(…)}``, which replay copies to the model. Results computed with other ``weights`` are
+    ignored."""
 
     def __init__(self, pair: Pair, weights: Any = None) -> None:
         super().__init__()

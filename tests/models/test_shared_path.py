@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 
 from pyroelbo import models
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.models.chain import Handed
+from pyroelbo.models.chain import SharedPath
 from tests.models.chains import ladder
 from tests.pairs import binary
 
@@ -25,8 +25,8 @@ def test_the_path_that_the_guide_hands_on_is_the_models_own(merge, monkeypatch):
     pair, y = ladder(merge=merge, norm="layer"), binary(5, 6)
     handed = gradients(pair, y)
     calls = []
-    original = Handed.path
-    monkeypatch.setattr(Handed, "path", lambda self, *a: calls.append(original(self, *a)))
+    original = SharedPath.path
+    monkeypatch.setattr(SharedPath, "path", lambda self, *a: calls.append(original(self, *a)))
     for a, b in zip(handed, gradients(pair, y), strict=True):
         torch.testing.assert_close(a, b)
     assert len(calls) == 1 and calls[0] is not None  # it was there, and the patched model went on without
