@@ -115,17 +115,19 @@ class _ProgramAttribute:
         return programs[self.function]
 
 
-class _PairType(type(PyroModule)):  # type: ignore[misc]
-    """Notes the parameters that a constructor leaves, for pairs that can start from data."""
+def _noting(init: Callable) -> Callable:
+    """A constructor that notes the parameters it leaves, for pairs that can start from data."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        pair = super().__call__(*args, **kwargs)
-        if hasattr(pair, "initialize"):
-            pair._constructed = pair._checksum()
-        return pair
+    @functools.wraps(init)
+    def __init__(self: Pair, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is __init__ and hasattr(self, "initialize"):
+            self._constructed = self._checksum()
+
+    return __init__
 
 
-class Pair(PyroModule, metaclass=_PairType):
+class Pair(PyroModule):
     """A generator and an encoder over the same latent sites, with their parameters.
 
     Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites
@@ -143,6 +145,8 @@ class Pair(PyroModule, metaclass=_PairType):
         for name in ("model", "guide"):
             if callable(cls.__dict__.get(name)):
                 setattr(cls, name, _ProgramAttribute(cls.__dict__[name]))
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         for name in ("model", "guide"):
