@@ -443,7 +443,7 @@ def test_a_guide_narrower_than_the_posterior_bounds_from_below():
 
 
 def test_chains_at_the_posterior_give_an_estimate_from_above():
-    """On a pair with a known posterior the estimate agrees with the evidence, as the exact draws' bound does."""
+    """On a pair with a known posterior the estimate agrees with the evidence."""
     pair = PPCA(6, 3, guide="mean_field")
     _, y = pair.simulate(30)
     exact = pair.log_evidence(y).detach()

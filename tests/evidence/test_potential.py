@@ -1,4 +1,5 @@
-"""Recorded evaluations are what the programs give, at any particles; what cannot be recorded is run as it is."""
+"""Recorded evaluations are what the programs give, at any particles; what cannot be recorded is run as it is.
+"""
 
 import numpy as np
 import pyro
