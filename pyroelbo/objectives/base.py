@@ -131,6 +131,25 @@ def adapt(loss: Any) -> Objective:
     return Adapted_ELBO(loss)
 
 
+def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
+    """Run a loss once: whatever it raises becomes a ValueError that says what the loss expects of a pair."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return loss.differentiable_loss(pair.model, pair.guide, *args, **kwargs)
+
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+            batches.call(run, batch)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"objective: expected {expected}, got {pair.name}, on which {loss.describe()} raises "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error
+
+
 class WrappedELBO(ELBO):
     """An ELBO made from another one (abstract), with the same particles and plates."""
 
@@ -167,6 +186,10 @@ class Adapted_ELBO(Objective, WrappedELBO):
 
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             found = batches.call(fault, batch)
+        if found is None:
+            refuse_failing(
+                self, pair, batch, "a guide site for every latent, with a log_prob or a KL for each"
+            )
         if found is not None:
             raise ValueError(
                 f"objective 'mean_field' (TraceMeanField_ELBO) is wrong for {pair.name}: {found}"
