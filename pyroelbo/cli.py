@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -11,23 +12,26 @@ from typing import Any
 import pyro
 import torch
 
-from pyroelbo import data, models, report
+from pyroelbo import batch as batches
+from pyroelbo import data, evidence, files, models, report
 from pyroelbo._version import __version__
-from pyroelbo.evidence import audit, draws
+from pyroelbo.evidence import audit
 from pyroelbo.runs import RunDirectory
-from pyroelbo.training.fit import OBJECTIVES, OPTIMIZERS, fit
+from pyroelbo.training.fit import fit
+from pyroelbo.training.settings import FitSettings
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error that is told in one line, 130 when
-    interrupted."""
+    """Run a command and return the exit status: 0, 1 after an error (printed in one line), 130 if
+    interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has gone; what was to be written to files has been.
+        # The reader of a pipe (`| head`) has gone; files have been written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default where there is one."""
+    """Shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -50,7 +54,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyroelbo",
-        description="Train latent-variable models as Pyro pairs, and see how tight their bounds are (nats).",
+        description="Train latent-variable models as Pyro pairs and measure how tight their bounds are "
+        "(nats).",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -68,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         required=True,
         type=Path,
-        help="the run directory, new or, with --resume, the one to go on with",
+        help="the run directory: new or, with --resume, the one to continue",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     train.add_argument(
         "--set",
         action="append",
@@ -79,71 +84,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a setting of the model, such as latent=8 (see `pyroelbo models`)",
     )
     _data_options(train)
-    train.add_argument(
-        "--objective",
-        default="elbo",
-        choices=tuple(OBJECTIVES),
-        help="what is maximized: elbo, by draws; layered, with closed-form KLs where they are the bound's own terms (chains); "
-        "the others are told by help(pyroelbo.fit)",
-    )
-    train.add_argument("--optimizer", default="adam", choices=tuple(OPTIMIZERS), help="from torch.optim")
-    train.add_argument(
-        "-n", "--num-epochs", type=int, default=None, help="epochs; the model's own default if left out"
-    )
-    train.add_argument("-b", "--batch-size", type=int, default=128, help="data in a step")
-    train.add_argument(
-        "-lr",
-        "--learning-rate",
-        type=float,
-        default=None,
-        help="step size; the model's own default if left out",
-    )
-    train.add_argument(
-        "--schedule",
-        default="constant",
-        choices=("constant", "cosine"),
-        help="of the step size over the training",
-    )
-    train.add_argument("--particles", type=int, default=1, help="draws of the latents per datum and step")
+    _settings_options(train)
     train.add_argument(
         "--kl-warmup",
         type=float,
         default=0.0,
         metavar="EPOCHS",
-        help="let the KL's weight grow from 0 to 1 over so many epochs",
-    )
-    train.add_argument("--clip-norm", type=float, default=None, help="bound on the gradient's norm")
-    train.add_argument(
-        "--skip-norm", type=float, default=None, help="leave out steps whose gradient is longer than this"
+        help="increase the KL weight from 0 to its value over so many epochs",
     )
     train.add_argument(
-        "--ema",
-        type=float,
-        default=None,
-        help="decay of a moving average of the weights, kept in their place",
-    )
-    train.add_argument(
-        "--patience",
-        type=int,
-        default=None,
-        help="stop after so many epochs without a better validation bound",
-    )
-    train.add_argument(
-        "--freeze",
-        action="append",
-        default=[],
-        metavar="PART",
-        help="leave a part as it is: generator, encoder, ...",
-    )
-    train.add_argument("--seed", type=int, default=0, help="of parameters, order of the data and draws")
-    train.add_argument(
-        "--cuda", action="store_true", help="insist on a GPU (one is used anyway where there is one)"
-    )
-    train.add_argument(
-        "--checkpoint-seconds",
-        type=float,
-        default=10.0,
-        help="time between checkpoints, which --resume goes on from",
+        "--cuda", action="store_true", help="require a GPU (by default one is used if available)"
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
@@ -159,37 +109,57 @@ def _parser() -> argparse.ArgumentParser:
         "--num-data",
         type=int,
         default=200,
-        help="data of the split, drawn at random with the seed; 0 for all",
+        help="size of a random subset of the split, by the seed; 0 for all",
     )
     judge.add_argument("--split", default="test", choices=("train", "valid", "test"), help="part of the data")
     judge.add_argument(
         "--reference",
         action="append",
         default=None,
-        help="exact, quadrature or ais; the best of the first two if left out",
+        help="exact, quadrature or ais; by default the best of the first two",
     )
-    judge.add_argument("--temperatures", type=int, default=1000, help="of --reference ais")
+    judge.add_argument("--temperatures", type=int, default=1000, help="temperatures of --reference ais")
     judge.add_argument(
         "--budget",
         type=_budget,
         default=None,
-        help="a time (90s, 1min, 2h) or a number of evaluations, which then chooses particles, temperatures and, "
-        "where none is named, the reference",
+        help="a time (90s, 1min, 2h) or a number of evaluations: chooses particles, temperatures and, "
+        "if none is named, the reference",
     )
     judge.add_argument(
-        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+        "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
     )
-    judge.add_argument(
-        "--seed", type=int, default=0, help="of the draws, and of the data where not all are taken"
-    )
+    judge.add_argument("--seed", type=int, default=0, help="seed of draws and of the random subset")
     judge.set_defaults(run=_audit)
 
     sample = commands.add_parser("sample", help="draw data from a trained run", formatter_class=_Help)
     sample.add_argument("path", type=Path, metavar="RUN", help="a run directory of `pyroelbo train`")
     sample.add_argument("-n", "--num-samples", type=int, default=64, help="number of data to draw")
-    sample.add_argument("--seed", type=int, default=0, help="of the draws")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the draws")
     sample.set_defaults(run=_sample)
     return parser
+
+
+def _settings_options(parser: argparse.ArgumentParser) -> None:
+    """An option for each of :class:`FitSettings`."""
+    for setting in dataclasses.fields(FitSettings):
+        about, kind, names = (setting.metadata[k] for k in ("about", "kind", "names"))
+        flags = [*setting.metadata["flags"], f"--{setting.name.replace('_', '-')}"]
+        own = setting.name in _MODELS_OWN
+        more: dict[str, Any] = {"default": None if own else setting.default}
+        if kind is bool:
+            more = {"action": "store_true"}
+        elif kind is list:
+            more = {"default": [], "action": "append", "metavar": "PART"}
+        else:
+            more |= {"type": kind, "choices": tuple(names) or None}
+        parser.add_argument(
+            *flags, dest=setting.name, help=about + "; by default the model's own" * own, **more
+        )
+
+
+# Defaults come from the registry of models.
+_MODELS_OWN = ("epochs", "learning_rate")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +170,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         help="data set; digits ship with scikit-learn, the others are files",
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+        "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
     )
 
 
@@ -223,7 +193,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for text in pairs:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
         parts = [_value(v) for v in value.split(",") if v]
         settings[name] = parts if "," in value else parts[0] if parts else ""
     return settings
@@ -240,7 +210,11 @@ def _value(text: str) -> Any:
 
 def _splits(dataset: str, form: str, root: Path | None) -> dict[str, torch.Tensor]:
     if dataset == "binarized_mnist" and form != "binary":
-        raise ValueError("binarized_mnist holds zeros and ones: take a Bernoulli likelihood, or --data mnist")
+        raise ValueError(
+            "--data: expected grey levels for this likelihood, got binarized_mnist: use a Bernoulli "
+            "likelihood, "
+            "or --data mnist"
+        )
     return data.load(dataset, form=form, root=root)
 
 
@@ -252,49 +226,40 @@ def _train(options: argparse.Namespace) -> int:
     pair = models.build(options.model, options.data, settings, splits["train"])
     warmup = options.kl_warmup
     if warmup < 0:
-        raise ValueError(f"--kl-warmup takes a number of epochs, got {warmup}")
+        raise ValueError(f"--kl-warmup: expected a number of epochs, got {warmup}")
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(FitSettings)}
+    chosen |= {k: getattr(entry, k) for k in _MODELS_OWN if chosen[k] is None}
+    if warmup > 0:
+        weight = options.kl_weight
+        chosen["kl_weight"] = lambda epoch: weight * min(1.0, epoch / warmup)
     run = fit(
         pair,
         splits["train"],
         valid=splits["valid"],
-        objective=options.objective,
-        optimizer=options.optimizer,
-        epochs=entry.epochs if options.num_epochs is None else options.num_epochs,
-        batch_size=options.batch_size,
-        learning_rate=entry.learning_rate if options.learning_rate is None else options.learning_rate,
-        schedule=options.schedule,
-        particles=options.particles,
-        kl_weight=(lambda epoch: min(1.0, epoch / warmup)) if warmup > 0 else 1.0,
-        clip_norm=options.clip_norm,
-        skip_norm=options.skip_norm,
-        ema=options.ema,
-        patience=options.patience,
-        freeze=tuple(options.freeze),
-        seed=options.seed,
         device="cuda" if options.cuda else None,
         out=options.out,
         resume=options.resume,
-        checkpoint_seconds=options.checkpoint_seconds,
         config={
             "model": options.model,
             "data": options.data,
             "settings": settings,
             "kl_warmup": warmup,
-            "schedule": options.schedule,
         },
         progress=not options.quiet,
+        **chosen,
     )
     report.plot_curve(run, options.out / "curve.png")
     last = run.metrics[-1] if run.metrics else {}
-    names = {"valid_elbo": "ELBO", "valid_iwae": f"IWAE-{options.particles}"}
-    bound = "".join(f", validation {name} {last[k]:.3f}" for k, name in names.items() if k in last)
+    bound = "".join(f", validation {k[6:]} {v:.3f}" for k, v in last.items() if k.startswith("valid_"))
     if last:
         print(
-            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"
+            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} "
+            f"epochs ({run.stopped})"
         )
     if run.stopped == "interrupted":
         print(
-            f"interrupted; go on with: pyroelbo train {options.model} --out {options.out} --resume (and the same options)",
+            f"interrupted; continue with: pyroelbo train {options.model} --out {options.out} --resume (and "
+            f"the same options)",
             file=sys.stderr,
         )
         return 130
@@ -304,7 +269,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     if options.num_data < 0:
-        raise ValueError(f"--num-data takes a number of data, or 0 for all, got {options.num_data}")
+        raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
     pair, config = models.load(options.path)
     form = models.entry(config["model"]).form(config["settings"])
     y = _splits(config["data"], form, options.data_dir)[options.split]
@@ -336,12 +301,13 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
-    """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
-    terms = draws(pair, y, particles)
+    """Rate of each layer of a chain, top first, and the reconstruction, in nats per datum."""
+    terms = evidence.terms(pair, y, particles)
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (
-        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction {terms.log_model['y'].mean():.3f} minus "
+        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction "
+        f"{terms.log_model['y'].mean():.3f} minus "
         "the rates E[ln q - ln p] of " + ", ".join(told)
     )
 
@@ -373,10 +339,9 @@ def _plane(n: int, extent: float) -> torch.Tensor:
 def _sample(options: argparse.Namespace) -> int:
     pair, config = models.load(options.path)
     pyro.set_rng_seed(options.seed)
-    _, y = pair.simulate(options.num_samples)
-    from safetensors.torch import save_file
-
-    save_file({"y": y.contiguous()}, options.path / "samples.safetensors")
+    _, batch = pair.simulate(options.num_samples)
+    (y,) = batches.parts(batch).values()
+    files.write_tensors(options.path / "samples.safetensors", {"y": y}, {"seed": options.seed})
     top = data.levels(config["data"]) - 1 if getattr(pair, "form", "grey") == "bytes" else 1
     pictures = (y / top).clamp(0, 1)
     columns = min(16, options.num_samples)

@@ -1,10 +1,10 @@
-"""The protocol of the library: a generator (Pyro `model`) and an encoder (Pyro `guide`) over the same latent
-sites."""
+"""The protocol: a generator (Pyro `model`) and an encoder (Pyro `guide`) over the same latent sites."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +31,8 @@ _quiet = False
 
 @contextmanager
 def unregistered() -> Iterator[None]:
-    """Within this, pairs run without a ``pyro.param`` statement per parameter, which a trainer that holds
-    them does not need."""
+    """Context manager that runs pairs without one ``pyro.param`` statement per parameter, for trainers that
+    hold the parameters themselves."""
     global _quiet
     before, _quiet = _quiet, True
     try:
@@ -42,13 +42,12 @@ def unregistered() -> Iterator[None]:
 
 
 class within_datum(Messenger):
-    """Declare a scale that belongs to the datum's own ELBO estimate: ``with within_datum(T):
-    pyro.sample(...)``.
+    """Mark a scale as part of a datum's own ELBO estimate: ``with within_datum(T): pyro.sample(...)``.
 
-    A term drawn at random among T (one time step per datum, one token of a text) stands for all T of them.
-    This handler multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale``
-    would, and marks it, so that ``evidence.elbo`` keeps it while importance weights, which would be wrong,
-    refuse it. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
+    A term drawn at random among T (one time step per datum, one token of a text) represents all T. This
+    handler multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale`` does,
+    and marks it, so that ``evidence.elbo`` keeps it while importance weights, which would be wrong, refuse
+    it. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
     """
 
     def __init__(self, scale: float | Tensor) -> None:
@@ -63,11 +62,11 @@ class within_datum(Messenger):
 
 @dataclass(frozen=True)
 class LatentPath:
-    """A latent path step by step, p(y, z) = Π_t p(z_t | z_{t-1}) p(y_t | z_t): what a particle filter walks along.
+    """A latent path step by step, p(y, z) = Π_t p(z_t | z_{t-1}) p(y_t | z_t), for particle filters.
 
-    ``prior(t, past)`` and ``guide(t, past)`` give the distributions of z_t, t = 0 … ``length`` - 1, after
-    ``past`` = z_{t-1} [K, B, *event] (None at t = 0), of batch shapes that expand to [K, B]; ``emission(t, z)``
-    is ln p(y_t | z_t), [K, B]. ``lengths [B]`` ends data earlier: what the three say beyond it does not count.
+    ``prior(t, past)`` and ``guide(t, past)`` give the distributions of z_t, t = 0 … ``length`` - 1, given
+    ``past`` = z_{t-1} [K, B, *event] (None at t = 0), with batch shapes that expand to [K, B]; ``emission(t,
+    z)`` is ln p(y_t | z_t), [K, B]. ``lengths [B]`` ends data earlier: later steps are ignored.
     """
 
     length: int
@@ -78,8 +77,8 @@ class LatentPath:
 
 
 class Program(nn.Module):
-    """A model or guide bound to its pair: a callable that is a module too, so that ``elbo(model, guide)``
-    finds the parameters."""
+    """A model or guide bound to its pair: callable and a module, so that ``elbo(model, guide)`` finds the
+    parameters."""
 
     def __init__(self, pair: Pair, function: Callable) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class Program(nn.Module):
             return self._function(self.pair, *batch, **named)
 
     def train(self, mode: bool = True) -> Program:
-        # Programs share their pair's mode; following it here would loop through the pair's children.
+        # Programs share their pair's mode; recursion here would loop through the pair's children.
         self.training = mode
         self.pair.train(mode)
         return self
@@ -116,17 +115,29 @@ class _ProgramAttribute:
         return programs[self.function]
 
 
+def _noting(init: Callable) -> Callable:
+    """A constructor that notes the parameters it leaves, for pairs that can start from data."""
+
+    @functools.wraps(init)
+    def __init__(self: Pair, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is __init__ and hasattr(self, "initialize"):
+            self._constructed = self._checksum()
+
+    return __init__
+
+
 class Pair(PyroModule):
     """A generator and an encoder over the same latent sites, with their parameters.
 
     Subclasses define ``model(self, *batch)`` and ``guide(self, *batch)``: Pyro programs whose latent sites
-    stand inside ``pyro.plate("data", len(y))`` at dim -1, the last sites observing the data. Conditional
+    are inside ``pyro.plate("data", len(y))`` at dim -1, and whose last sites observe the data. Conditional
     pairs take ``(x, y)``, padded sequences ``(y, lengths)``; a dict batch is passed by name. ``pair.model``
-    and ``pair.guide`` work with plain ``pyro.infer.SVI`` (every pair has a name of its own in Pyro's store)
-    and, being modules, with ``Trace_ELBO()(pair.model, pair.guide)``.
+    and ``pair.guide`` work with plain ``pyro.infer.SVI`` (every pair has its own name in Pyro's store) and,
+    being modules, with ``Trace_ELBO()(pair.model, pair.guide)``.
 
-    Parts that :func:`fit` can freeze by name are attributes, ``prior``, ``generator`` and ``encoder`` by
-    convention.
+    Parts that :func:`fit` can freeze by name are attributes, by convention ``prior``, ``generator`` and
+    ``encoder``.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -134,6 +145,8 @@ class Pair(PyroModule):
         for name in ("model", "guide"):
             if callable(cls.__dict__.get(name)):
                 setattr(cls, name, _ProgramAttribute(cls.__dict__[name]))
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         for name in ("model", "guide"):
@@ -148,17 +161,20 @@ class Pair(PyroModule):
         return cls.__name__ if number == 1 else f"{cls.__name__}_{number}"
 
     def _pyro_get_fullname(self, name: str) -> str:
-        # A latent keeps its attribute's name in every instance, as guides refer to it; parameters are told apart.
+        # A latent keeps its attribute's name in every instance, as guides refer to it; only
+        # parameters get unique names.
         return name if name in self._pyro_samples else super()._pyro_get_fullname(name)
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
-            # Pyro's store leaves a weak reference on each, sets it anew when asked, and nothing pickles it.
+            # Pyro's store leaves a weak reference on each, which cannot be pickled; it is set
+            # again when needed.
             parameter.__dict__.pop("unconstrained", None)
         return {k: v for k, v in self.__dict__.items() if k != "_programs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy under its original's name would find the original's parameters in Pyro's store and train nothing.
+        # A copy with the original's name would find the original's parameters in Pyro's store and
+        # train nothing.
         super().__setstate__(state)
         self._pyro_context.used = False
         self._pyro_set_supermodule(self._fresh_name(), self._pyro_context)
@@ -175,12 +191,12 @@ class Pair(PyroModule):
 
     @property
     def name(self) -> str:
-        """What tables call this pair."""
+        """The name of this pair in tables."""
         return type(self).__name__
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; the CPU for a pair that has none."""
+        """The device of the parameters; the CPU for a pair without any."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _without_pyro_samples(self) -> bool:
@@ -196,20 +212,39 @@ class Pair(PyroModule):
         found |= {k: p for k, p in self.named_parameters() if k == f"{name}_unconstrained"}
         if not found:
             parts = sorted({k.split(".")[0] for k, _ in self.named_parameters()})
-            raise ValueError(f"{type(self).__name__} has no part {name!r} with parameters: it has {parts}")
+            raise ValueError(
+                f"part: expected one of {parts} of {type(self).__name__}, got no part {name!r} with "
+                "parameters"
+            )
         return found
 
+    @property
+    def pristine(self) -> bool:
+        """Whether the parameters still have the values that the constructor gave them, dtype and device
+        aside.
+
+        False for pairs without ``initialize``.
+        """
+        return getattr(self, "_constructed", None) == self._checksum()
+
+    def _checksum(self) -> int:
+        total = 0
+        for p in self.parameters():
+            total = zlib.crc32(p.detach().to("cpu", torch.float32).contiguous().numpy().tobytes(), total)
+        return total
+
     def latent_path(self, *batch: Any, **named: Any) -> LatentPath | None:
-        """The latent path step by step, for pairs that draw it at one site; None where every latent has a site of
-        its own, whose order in the programs is the chain."""
+        """The latent path step by step, for pairs that draw it at one site; None if every latent has its own
+        site, whose order in the programs is the chain."""
         return None
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
-        """A batch of n data of the right shape whose observed values do not matter (abstract: pairs that
-        simulate define it)."""
+        """A batch of n data of the right shape with arbitrary observed values (abstract: pairs that simulate
+        define it)."""
         raise TypeError(
-            f"{type(self).__name__} does not say what a datum looks like: define placeholder(self, n, *given), for example "
-            "`return torch.zeros(n, 784)`, or call simulate(n, like=batch)"
+            f"{type(self).__name__}.placeholder is not defined, so the shape of a datum is unknown: define "
+            "placeholder(self, n, *given), for example `return torch.zeros(n, 784)`, or call simulate(n, "
+            "like=batch)"
         )
 
     @torch.no_grad()
@@ -217,26 +252,28 @@ class Pair(PyroModule):
         """Draw n data from the generator: ``(latents, batch)``, the latents by site and a batch like those
         trained on.
 
-        ``given`` are the leading parts of a conditional batch (n rows each); ``like`` is a batch whose
-        shapes, and conditioning parts, are used in place of :meth:`placeholder`. Sites that observe a part of
-        the batch (or a reshaped view of it) are drawn instead. A model that feeds its observations forward
-        (an autoregressive one) would be simulated wrongly this way: it is refused with a ValueError and must
-        override this method.
+        ``given`` are the leading parts of a conditional batch (n rows each); ``like`` is a batch whose shapes
+        and conditioning parts are used instead of :meth:`placeholder`. Sites that observe a part of the batch
+        (or a reshaped view of it) are drawn instead. A model that feeds its observations forward (an
+        autoregressive one) would be simulated wrongly: it is refused with a ValueError and must override this
+        method.
         """
         if n < 1:
-            raise ValueError(f"n takes a positive number of draws, got {n}")
+            raise ValueError(f"n: expected a positive number of draws, got {n}")
         if like is None:
             template = batches.as_batch(self.placeholder(n, *given), "placeholder")
         else:
             like = batches.as_batch(like, "like")
             template = batches.rows(like, torch.arange(n) % batches.size(like))
         if batches.size(template) != n:
-            raise ValueError(f"{type(self).__name__}.placeholder({n}) has {batches.size(template)} rows")
+            raise ValueError(
+                f"{type(self).__name__}.placeholder({n}): expected {n} rows, got {batches.size(template)}"
+            )
         with evaluation_mode(self):
             observed = self._observed_parts(template)
             seed = int(torch.randint(2**31, ()))
-            latents, batch, scores = self._draw(template, observed, seed)
-            _, again, rescores = self._draw(batch, observed, seed)
+            latents, batch, log_probs = self._draw(template, observed, seed)
+            _, again, log_probs_again = self._draw(batch, observed, seed)
         changed = [
             name
             for (name, first), second in zip(
@@ -244,19 +281,21 @@ class Pair(PyroModule):
             )
             if not torch.equal(first, second)
         ]
-        # Discrete draws may come out equal from distributions that are not.
+        # Discrete draws from different distributions may be equal.
         changed += [
-            k for k, v in scores.items() if not torch.allclose(v, rescores[k], rtol=1e-6, equal_nan=True)
+            k
+            for k, v in log_probs.items()
+            if not torch.allclose(v, log_probs_again[k], rtol=1e-6, equal_nan=True)
         ]
         if changed:
             raise ValueError(
-                f"{type(self).__name__}.model feeds its observations forward (they change how {changed[0]} is drawn); "
-                "plain simulation would be wrong: override simulate(self, n, *given)"
+                f"{type(self).__name__}.model feeds its observations forward ({changed[0]} depends on them), "
+                "and plain simulation would be wrong: override simulate(self, n, *given)"
             )
         return latents, batch
 
     def _observed_parts(self, batch: Batch) -> dict[str, int]:
-        """Which part of the batch each observed site looks at, by shared memory."""
+        """The index of the part of the batch that each observed site observes, by shared memory."""
         trace = prune_subsample_sites(batches.call(poutine.trace(self.model).get_trace, batch))
         tensors = list(batches.parts(batch).values())
         found = {}
@@ -265,7 +304,7 @@ class Pair(PyroModule):
                 continue
             if type(site["fn"]).__name__ == "Unit":
                 raise ValueError(
-                    f"the factor {name!r} weights what is drawn, and plain simulation would leave it out: "
+                    f"the factor {name!r} reweights the draws, and plain simulation would ignore it: "
                     f"{type(self).__name__} must override simulate(self, n, *given)"
                 )
             for i, part in enumerate(tensors):
@@ -273,8 +312,8 @@ class Pair(PyroModule):
                     found[name] = i
             if name not in found:
                 raise ValueError(
-                    f"observed site {name!r} looks at no part of the batch as it is (it was computed from one): "
-                    f"{type(self).__name__} must override simulate(self, n, *given)"
+                    f"observed site {name!r} observes no part of the batch itself, only something computed "
+                    f"from it: {type(self).__name__} must override simulate(self, n, *given)"
                 )
         return found
 
@@ -293,22 +332,22 @@ class Pair(PyroModule):
         latents = {
             k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
         }
-        scores = {
+        log_probs = {
             k: s["fn"].log_prob(s["value"], *s["args"], **s["kwargs"])
             for k, s in trace.nodes.items()
             if s["type"] == "sample"
         }
         if isinstance(template, dict):
-            return latents, dict(zip(template, tensors, strict=True)), scores
-        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0], scores
+            return latents, dict(zip(template, tensors, strict=True)), log_probs
+        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0], log_probs
 
 
 class ExactPair(Pair):
-    """A pair whose evidence and posterior are exact: subclasses add ``log_evidence(*batch)`` and
+    """A pair with exact evidence and posterior: subclasses add ``log_evidence(*batch)`` and
     ``posterior(*batch)``.
 
-    Unless a subclass writes another guide, the guide draws the site named by ``latent`` from the exact
-    posterior, and then the ELBO of every datum equals its evidence whatever was drawn.
+    Unless a subclass defines another guide, the guide draws the site named by ``latent`` from the exact
+    posterior; then the ELBO of every datum equals its evidence for any draw.
     """
 
     latent = "z"
@@ -336,10 +375,10 @@ class _CallablePair(Pair):
     def __init__(self, model: Callable, guide: Callable, placeholder: Callable | None) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
-                raise TypeError(f"{name} takes a Pyro callable, got a {type(program).__name__}")
+                raise TypeError(f"{name}: expected a Pyro callable, got a {type(program).__name__}")
         super().__init__()
         self.__dict__.update(_callables=(model, guide), _placeholder=placeholder)
-        # A PyroModule keeps its own names in the store, which registering it as a submodule would change.
+        # Registering a PyroModule as a submodule through PyroModule would change its names in the store.
         for part, program in (("generator", model), ("encoder", guide)):
             owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
             if isinstance(owner, nn.Module):
@@ -363,7 +402,8 @@ class _CallablePair(Pair):
 
 @contextmanager
 def evaluation_mode(pair: Pair) -> Iterator[None]:
-    """Dropout and batch normalization in their evaluation mode, the modes before restored after."""
+    """Context manager for evaluation mode (dropout off, running batch statistics); modes are restored
+    afterwards."""
     modules = list(itertools.chain(pair.modules()))
     modes = [m.training for m in modules]
     pair.eval()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pyroelbo import ExactPair, Pair, models
+from pyroelbo.encoders import ENCODERS
 from pyroelbo.priors import PRIORS
 
 
@@ -73,7 +74,8 @@ def labelled_frames(n, steps=6):
 
 
 class Conjugate(ExactPair):
-    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
+    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal
+    guide."""
 
     def __init__(self, counts=3):
         super().__init__()
@@ -141,6 +143,14 @@ TABLE = {
         )
         for prior in PRIORS
     },
+    **{
+        f"vae-{encoder}-encoder": (
+            lambda encoder=encoder: models.VAE(6, 2, (8,), encoder=encoder),
+            lambda n: binary(n, 6),
+        )
+        for encoder in ENCODERS
+        if encoder != "diagonal"  # those of the rows above
+    },
     "flow": (
         lambda: models.DequantizedFlow(4, 5, layers=2, hidden=(8,)),
         lambda n: torch.randint(5, (n, 4)).double(),
@@ -200,6 +210,18 @@ TABLE = {
     ),
     "hierarchy-top-down-autoregressive": (
         lambda: models.Hierarchy(6, (3, 2), 8, order="top-down", prior="autoregressive"),
+        lambda n: binary(n, 6),
+    ),
+    "hierarchy-bottom-up-full-encoder": (
+        lambda: models.Hierarchy(6, (3, 2), 8, encoder="full", prior="vamp", components=3),
+        lambda n: binary(n, 6),
+    ),
+    "hierarchy-top-down-flow-encoder": (
+        lambda: models.Hierarchy(6, (3, 2), 8, order="top-down", encoder="flow"),
+        lambda n: binary(n, 6),
+    ),
+    "ladder-mixture-encoder": (
+        lambda: models.Ladder(6, (3, 2), (8, 6), encoder="mixture", prior="vamp", components=3),
         lambda n: binary(n, 6),
     ),
     "ladder": (lambda: models.Ladder(6, (3, 2, 2), (8, 6, 5)), lambda n: binary(n, 6)),

@@ -98,7 +98,7 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
             "there is no",
         ),
-        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs takes a positive"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs: expected a positive"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup takes"),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],
@@ -159,7 +159,7 @@ def test_audit_with_a_budget(run, capsys):
     assert main(["audit", str(run), "--num-data", "2", "--budget", "2000"]) == 0
     assert "a budget of 2000 chose" in capsys.readouterr().out
     assert main(["audit", str(run), "--num-data", "2", "--budget", "soon"]) == 1
-    assert "budget takes a time" in capsys.readouterr().err
+    assert "budget: expected a time" in capsys.readouterr().err
 
 
 def test_audit_against_ais(run, capsys):

@@ -10,9 +10,10 @@ import pyroelbo
 ROOT = Path(pyroelbo.__file__).parent
 
 LINES = [
-    {"_version", "numerics", "batch", "optim"},
+    {"_version", "numerics", "batch", "optim", "files"},
     {"results", "runs"},
-    {"nn", "flows", "data"},
+    {"nn", "data"},
+    {"flows"},
     {"pair"},
     {"distributions"},
     {"evaluation"},

@@ -68,7 +68,8 @@ def test_simulate_has_the_generators_moments():
     _, y = pair.simulate(40000)
     g = pair.generator
     covariance = g.weight @ g.weight.T + (2 * g.log_scale).exp() * torch.eye(5)
-    # Entries of a sample covariance have variance (C_ij² + C_ii C_jj) / n; 25 of them at six standard errors: 5e-8.
+    # Entries of a sample covariance have variance (C_ij² + C_ii C_jj) / n; 25 of them at six standard errors:
+    # 5e-8.
     error = ((covariance**2 + torch.outer(covariance.diag(), covariance.diag())) / 40000).sqrt()
     assert ((torch.cov(y.T) - covariance).abs() < 6 * error).all()
 
@@ -125,7 +126,7 @@ def test_simulating_past_a_factor_is_refused():
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
             pyro.factor("penalty", -z.square())
 
-    with pytest.raises(ValueError, match="the factor 'penalty' weights what is drawn"):
+    with pytest.raises(ValueError, match="the factor 'penalty' reweights"):
         Pair.of(model, lambda y: None).simulate(3, like=torch.randn(3))
 
 
@@ -135,7 +136,7 @@ def test_nothing_to_anneal_or_split_without_latents():
             pyro.sample("y", dist.Normal(torch.zeros(len(y)), 1.0), obs=y)
 
     pair, y = Pair.of(model, lambda y: None), torch.randn(3)
-    for estimate in (evidence.ais, evidence.gap, evidence.layers):
+    for estimate in (evidence.ais, evidence.gap, evidence.site_gaps):
         with pytest.raises(evidence.Unavailable, match="no latents"):
             estimate(pair, y)
 
@@ -169,7 +170,7 @@ def test_what_a_pair_must_define():
         Vague().log_evidence(torch.zeros(1))
     with pytest.raises(TypeError, match="posterior"):
         Vague().posterior(torch.zeros(1))
-    with pytest.raises(TypeError, match="guide takes a Pyro callable"):
+    with pytest.raises(TypeError, match="guide: expected a Pyro callable"):
         Pair.of(lambda y: None, 3)
     with pytest.raises(ValueError, match="no part 'decoder'"):
         Nonlinear().part("decoder")

@@ -59,7 +59,7 @@ def groups_of(exported):
 def test_arviz_export_of_draws(tmp_path):
     make, draw = TABLE["own"]
     pair, y = make(), draw(5)
-    terms = evidence.draws(pair, y, 30)
+    terms = evidence.terms(pair, y, 30)
     result = audit(pair, y, particles=30)
     exported = report.to_arviz(result, terms)
     stats, likelihood = exported["sample_stats"], exported["log_likelihood"]

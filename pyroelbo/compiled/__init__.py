@@ -1,6 +1,7 @@
 """Pyro's SVI at the speed of hand-written, compiled torch: two drop-ins, and the whole step as one graph."""
 
-from pyroelbo.compiled.elbo import CompiledELBO, CompileWarning, Counters
+from pyroelbo.compiled.cache import CompileWarning, Counters
+from pyroelbo.compiled.elbo import CompiledELBO
 from pyroelbo.compiled.optim import FusedOptim
 from pyroelbo.compiled.step import CompiledStep
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
+import operator
 import re
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,460 +14,248 @@ import pyro
 import torch
 import torch.fx as fx
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 
-from pyroelbo.compiled.environment import Environment
+from pyroelbo.compiled.eager import Call, Place, quiet, restored, source_states, unhooked
+from pyroelbo.compiled.environment import Environment, Untraceable
+from pyroelbo.compiled.interception import FRESH, Census, Interception, LastSite, Read, internal, static_pyro
+from pyroelbo.compiled.number import Numbers
+from pyroelbo.compiled.plan import Plan
 
-__all__ = ["Mismatch", "Plan", "Untraceable", "capture", "inductor", "reference", "verify"]
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-LOOSE = 5e-2
-_FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+__all__ = ["capture"]
 
 
-class Untraceable(RuntimeError):
-    """The loss cannot become one static graph; the message says why and at which site."""
+class _Run:
+    """Runs the loss of ``call`` under interception; keeps the names of its sites and the last one reached."""
 
+    def __init__(self, call: Call):
+        self.call = call
+        self.last = LastSite()
+        self.sites: dict[str, bool] = {}
 
-class Mismatch(RuntimeError):
-    """A graph does not reproduce the eager loss or gradients under the same seed."""
-
-
-class _Census(TorchDispatchMode):
-    """Collects the tensors that a run reads and did not make itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.free: dict[int, Tensor] = {}
-        self._made: Any = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in _FRESH:
-            for x in pytree.arg_tree_leaves(*args, **kwargs):
-                if isinstance(x, Tensor) and x not in self._made:
-                    self.free.setdefault(id(x), x)
-        out = func(*args, **kwargs)
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and id(x) not in self.free:
-                self._made[x] = True
-        return out
-
-
-class _Interception(TorchFunctionMode):
-    """Keeps the numbers of Pyro's loss code in the graph, and gathers gradients beside ``.grad``."""
-
-    def __init__(self, whole_plates: set[str]) -> None:
-        super().__init__()
-        self._whole = whole_plates
-        self.gradients: dict[Tensor, Tensor] = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is Tensor.backward:
-            return self._backward(args[0], *args[1:], **kwargs)
-        if func is Tensor.__getitem__ and _scalar_index(args[1]):
-            return args[0][args[1].reshape(1)].squeeze(0)  # torch would ask for the number behind the index
-        if func is Tensor.item or func is Tensor.__bool__:
-            frame = sys._getframe(1)
-            module = frame.f_globals.get("__name__", "")
-            if module == "pyro.poutine.indep_messenger":
-                plate = frame.f_locals["self"]
-                if plate.name in self._whole and plate.size == plate.subsample_size:
-                    with _disable_current_modes():  # a sequential plate without subsampling: 0, 1, 2, ...
-                        return args[0].item()
-            if func is Tensor.item and (
-                module.startswith("pyro.infer.") or module.startswith("pyroelbo.objectives.")
-            ):
-                value = args[0].detach()
-                return value.double() if value.is_floating_point() and value.device.type != "mps" else value
-            if func is Tensor.__bool__ and module == "pyro.infer.util":
-                return True  # Dice: the masked product below covers the other branch
-        return func(*args, **kwargs)
-
-    def _backward(self, root, gradient=None, retain_graph=None, create_graph=False, inputs=None):
-        leaves, seen, todo = [], set(), [root.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-            todo.extend(parent for parent, _ in node.next_functions)
-        found = torch.autograd.grad(
-            root, leaves, gradient, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
-        )
-        for leaf, g in zip(leaves, found, strict=True):
-            if g is not None:
-                self.gradients[leaf] = self.gradients[leaf] + g if leaf in self.gradients else g
-
-
-def _scalar_index(index: Any) -> bool:
-    return isinstance(index, Tensor) and not index.dim() and index.dtype in (torch.int64, torch.int32)
-
-
-class _LastSite(Messenger):
-    def __init__(self) -> None:
-        super().__init__()
-        self.name: str | None = None
-        self.plates: set[str] = set()
-
-    def _pyro_sample(self, msg) -> None:
-        self.name = msg["name"]
-        if type(msg["fn"]).__name__ == "_Subsample" and msg["value"] is None:
-            self.plates.add(msg["name"])
-
-
-def _masked_dot(x: Tensor, y: Tensor) -> Tensor:
-    y = torch.where(x > 0, y, torch.zeros_like(y))
-    return x * y if x.dim() == 0 else torch.tensordot(x, y, dims=x.dim())
-
-
-def _tril_matrix_to_vec(mat: Tensor, diag: int = 0) -> Tensor:
-    row, column = torch.tril_indices(mat.shape[-1], mat.shape[-1], diag, device=mat.device)
-    return mat[..., row, column]
-
-
-def _vec_to_tril_matrix(vec: Tensor, diag: int = 0) -> Tensor:
-    n = next(n for n in itertools.count(max(1, -diag)) if _tril_size(n, diag) >= vec.shape[-1])
-    row, column = torch.tril_indices(n, n, diag, device=vec.device)
-    mat = vec.new_zeros(*vec.shape[:-1], n, n)
-    mat[..., row, column] = vec
-    return mat
-
-
-def _tril_size(n: int, diag: int) -> int:
-    return sum(max(0, min(n, i + 1 + diag)) for i in range(n))
-
-
-@contextmanager
-def _static_pyro() -> Iterator[None]:
-    """Pyro and torch without the steps that look at values: their results are compared with eager instead."""
-    import pyro.infer.util
-    import pyro.util
-    from torch.distributions import Distribution, transforms
-
-    patches: list[tuple[Any, str, Any]] = [
-        (pyro.infer.util, "_fulldot", _masked_dot),
-        (pyro.util, "torch_isnan", lambda x: False),
-        # A distribution made before the run keeps the validation of its own that was on then.
-        (Distribution, "_validate_sample", lambda self, value: None),
-        # Torch picks the triangle by a mask, which the sampler and density of LKJ need.
-        (transforms, "tril_matrix_to_vec", _tril_matrix_to_vec),
-        (transforms, "vec_to_tril_matrix", _vec_to_tril_matrix),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        for (owner, name, _), value in zip(patches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Any:
-    """Run the loss as Pyro would: ``kind`` is "loss" (the value alone), "grads" (as SVI does) or
-    "differentiable" (as a torch loop does)."""
-    if kind == "loss":
-        with torch.no_grad():
-            return loss.loss(model, guide, *args, **kwargs)
-    if kind == "grads" and hasattr(loss, "loss_and_grads"):
-        return loss.loss_and_grads(model, guide, *args, **kwargs)
-    if hasattr(loss, "differentiable_loss"):
-        value = loss.differentiable_loss(model, guide, *args, **kwargs)
-        value.backward()
-        return value.detach()
-    return loss.loss_and_grads(model, guide, *args, **kwargs)
-
-
-class _FirstValues(Messenger):
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[str, Tensor] = {}
-
-    def _pyro_post_param(self, msg) -> None:
-        self.entries.setdefault(msg["name"], msg["value"].unconstrained())
-
-
-def materialize(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
-    """Run once so that lazily made parameters exist; draws, buffers, gradients and values are put back."""
-    seen = [t for t in Environment([model, guide, loss])._kept if isinstance(t, Tensor)]
-    store = pyro.get_param_store()
-    gradients = [(t, t.grad) for t in (*seen, *store._params.values()) if t.is_leaf]
-    before = set(store._params)
-    with restored([t for t in seen if not t.requires_grad]), _quiet(), _FirstValues() as first:
-        evaluate(loss, kind, model, guide, args, kwargs)
-        made = [name for name in store._params if name not in before]
-    for name in made:
-        if name in first.entries:
-            store._params[name] = first.entries[name]
-            store._param_to_name[first.entries[name]] = name
-            first.entries[name].grad = None
-    for t, g in gradients:
-        t.grad = g
-
-
-@contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put back, afterwards, the values of ``tensors``, the param store's entries, and the random state."""
-    store = pyro.get_param_store()
-    caching = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would be a constant of the graph
-    torch.clear_autocast_cache()
-    entries, names = dict(store._params), dict(store._param_to_name)
-    saved = [t.detach().clone() for t in tensors]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(caching)
-        store._params.clear()
-        store._params.update(entries)
-        store._param_to_name.clear()
-        store._param_to_name.update(names)
-        with torch.no_grad():
-            for t, value in zip(tensors, saved, strict=True):
-                if not torch.equal(t, value):
-                    t.copy_(value)
-
-
-class Plan:
-    """A captured loss: ``graph(*data, *state) -> [loss, *gradients]``, and where its state lives.
-
-    State are the parameters, buffers and other tensors that the model reads; each call looks them up again
-    in the param store or in the place where the model finds them, so replaced tensors are followed.
-    """
-
-    def __init__(
+    def __call__(
         self,
-        graph: fx.GraphModule,
-        num_data: int,
-        state: list[Tensor],
-        leaves: list[int],
-        sites: list[str],
-        environment: Environment,
-    ):
-        self.graph = graph
-        self.num_data = num_data
-        self.leaves = leaves
-        self.sites = sites
-        self.environment = environment
-        names = {id(t): name for name, t in pyro.get_param_store()._params.items()}
-        self._stored = [names[id(t)] for t in state if id(t) in names]
-        self._placed = [environment.tensors[id(t)] for t in state if self._kind(t, names, environment) == 1]
-        self._fixed = [t for t in state if self._kind(t, names, environment) == 2]
-        self._cells = [place[0] for place in self._placed if place[1] is None and isinstance(place[0], _CELL)]
-        self._mapped = [place for place in self._placed if not isinstance(place[0], _CELL)]
-        self._shapes = [_layout(t) for t in state]
-        self._pointers = [t.data_ptr() for t in state]
-        self._trained = [t.requires_grad for t in state]
-
-    @staticmethod
-    def _kind(t: Tensor, names: dict[int, str], environment: Environment) -> int:
-        return 0 if id(t) in names else 1 if id(t) in environment.tensors else 2
-
-    @classmethod
-    def order(cls, free: list[Tensor], environment: Environment) -> list[Tensor]:
-        names = {id(t): name for name, t in pyro.get_param_store()._params.items()}
-
-        def rank(t: Tensor) -> tuple[int, int]:
-            kind = cls._kind(t, names, environment)
-            return kind, int(kind == 1 and isinstance(environment.tensors[id(t)][0], _CELL))
-
-        return sorted(free, key=rank)
-
-    def state(self) -> list[Tensor] | None:
-        """The tensors as they are now, or None where one is gone or has another layout than at capture."""
-        try:
-            params = pyro.get_param_store()._params
-            now = [params[name] for name in self._stored]
-            now += [container[key] for container, key in self._mapped]
-            now += [cell.cell_contents for cell in self._cells]
-        except (KeyError, IndexError, ValueError):
-            return None
-        now += self._fixed
-        try:
-            pointers = [t.data_ptr() for t in now]
-            trained = [t.requires_grad for t in now]
-        except (AttributeError, RuntimeError):  # not a tensor any more, or one without storage
-            return None
-        if trained != self._trained:  # frozen or thawed in place
-            return None
-        if pointers != self._pointers:
-            if [_layout(t) for t in now] != self._shapes:
-                return None
-            self._pointers = pointers
-        return now
-
-    def mutable(self) -> list[Tensor]:
-        """The state that a run may write: everything but the trained leaves."""
-        now = self.state() or []
-        leaves = set(self.leaves)
-        return [t for i, t in enumerate(now) if i not in leaves]
+        seen: Interception,
+        tensors: Sequence[Tensor],
+        floats: Sequence[Any],
+        placed: Sequence[tuple[Place, Any]] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the entries of the param store that the run has replaced, by name."""
+        store = pyro.get_param_store()
+        before = dict(store._params)
+        with static_pyro(), self.last, pyro.poutine.trace(param_only=True) as params, seen:
+            value = self.call.evaluate(tensors, floats, placed)
+        self.sites.update(dict.fromkeys(params.trace.nodes, True))
+        if isinstance(value, (int, float)):
+            value = torch.tensor(float(value))
+        if not isinstance(value, Tensor):
+            raise Untraceable(f"expected one tensor or float as loss, got {type(value).__name__}")
+        if store._params.keys() != before.keys():
+            raise Untraceable("the model makes new parameters at every call")
+        return value, {name: before[name] for name, t in store._params.items() if t is not before[name]}
 
 
-_CELL = type((lambda x: lambda: x)(0).__closure__[0])  # type: ignore[index]
-
-
-def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device
-
-
-def capture(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> Plan:
+def capture(call: Call, lifted: Sequence[Place | int] = ()) -> Plan:
     """Trace the loss and its gradients once through Pyro's handlers; what the run changes is put back.
 
-    Raises ``Untraceable`` where the run depends on values of tensors or changes Python numbers that it reads.
+    ``lifted`` are Python floats that become inputs: places, or indices among the float arguments.
+    Raises ``Untraceable`` where the run depends on values of tensors that no guard can check, changes Python
+    numbers, or draws from generators that torch's seed does not set.
     Cost: three eager runs and about a millisecond per operation.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
+    _plain_store()
+    run = _Run(call)
+    hooked = [t for t in Environment(call.roots).kept if isinstance(t, Tensor)]
+    with _reasons(run.last), quiet(), unhooked(hooked):
+        free, environment = _census(run)
+        tracer = _Tracer(run, free, lifted, environment)
+        return tracer.plan()
 
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-    data = [flat[i].detach().contiguous() for i in places]
+
+def _plain_store() -> None:
     store = pyro.get_param_store()
     for name, t in list(store._params.items()):
         if isinstance(t, ProvenanceTensor):  # TraceGraph_ELBO leaves its baselines' averages so
             del store._param_to_name[t]
             store._params[name] = plain = detach_provenance(t).detach().requires_grad_()
             store._param_to_name[plain] = name
-    sites: dict[str, bool] = {}
-    last = _LastSite()
 
-    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[Tensor, Tensor], dict[str, Tensor]]:
-        values = list(flat)
-        for i, t in zip(places, tensors, strict=True):
-            values[i] = t
-        a, k = pytree.tree_unflatten(values, spec)
-        before = dict(store._params)
-        seen = _Interception(last.plates)
-        with _static_pyro(), last, pyro.poutine.trace(param_only=True) as params, seen:
-            value = evaluate(loss, kind, model, guide, a, k)
-        for name in params.trace.nodes:
-            sites[name] = True
-        if not isinstance(value, Tensor):
-            raise Untraceable(f"the loss returned {type(value).__name__}, not one tensor")
-        if store._params.keys() != before.keys():
-            raise Untraceable("the model makes new parameters at every call")
-        writes = {name: t for name, t in store._params.items() if t is not before[name]}
-        return value, seen.gradients, {name: before[name] for name in writes}
 
-    environment = Environment([model, guide, loss, *(x for x in flat if not isinstance(x, Tensor))])
-    with _reasons(last, model, guide):
-        with restored([]), _quiet():
-            census = _Census()
-            before = {id(t): t for t in environment._kept if isinstance(t, Tensor) and not t.requires_grad}
-            with restored(list(before.values())), census:
-                run(data)
-        changed = environment.forgive()
-        if changed is not None:
+def _census(run: _Run) -> tuple[list[Tensor], Environment]:
+    """The tensors that the loss reads besides its arguments, and the environment after one run."""
+    call = run.call
+    environment = Environment(call.roots)
+    census = _Counted(environment)
+    values = [t for t in environment.kept if isinstance(t, Tensor) and not t.requires_grad]
+    tensors = [t.clone() for t in call.tensors]
+    versions = [t._version for t in tensors]
+    with restored(list({id(t): t for t in values}.values())), census:
+        run(Interception(census), tensors, call.floats)
+        drawn = census.drawn()
+    if [t._version for t in tensors] != versions:
+        raise Untraceable("the model changes its arguments in place; let it work on a copy")
+    if drawn is not None:
+        raise Untraceable(f"the model draws from {drawn}; draw with torch instead")
+    changed = environment.forgive()
+    if changed is not None:
+        raise Untraceable(
+            f"running the model changes the Python value {changed!r}, which a compiled call would not do;"
+            " keep it in a tensor"
+        )
+    own = {id(t) for t in tensors}
+    leaves = [*environment.kept, *pyro.get_param_store()._params.values()]
+    gradients = {id(t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf and t.grad is not None}
+    for i in census.free:
+        if i in gradients:
+            raise Untraceable("the model reads the .grad of a parameter")
+        container, key = environment.tensors.get(i, (None, None))
+        if container is not None and Place(container, key).get() is not census.free[i]:
             raise Untraceable(
-                f"running the model changes the Python value {changed!r}, which a compiled call would not do;"
-                " keep it in a tensor"
+                f"running the model replaces the tensor {environment.tensor_names[i]!r} that it reads;"
+                " change it in place"
             )
-        environment = Environment([model, guide, loss, *(x for x in flat if not isinstance(x, Tensor))])
-        own = {id(t) for t in data}
-        free = Plan.order([t for i, t in census.free.items() if i not in own], environment)
-        leaves: list[Tensor] = []
+    environment = Environment(call.roots)
+    return Plan.order([t for i, t in census.free.items() if i not in own], environment), environment
 
-        def whole(tensors: list[Tensor], state: list[Tensor]) -> list[Tensor]:
-            entries = dict(store._params)
-            value, gradients, written = run(tensors)
-            leaves[:] = list(gradients)
-            taken = {t.untyped_storage()._cdata for t in (*tensors, *state)}
-            outputs = [value.detach()]
-            if kind == "differentiable" and leaves:
-                outputs = [value.detach().to(leaves[0].dtype)]
-            for leaf, g in gradients.items():
-                g = g.detach()
-                if g.stride() != leaf.stride() or g.untyped_storage()._cdata in taken:
-                    g = (
-                        torch.empty_like(leaf).copy_(g)
-                        if not leaf.is_contiguous()
-                        else g.clone(memory_format=torch.contiguous_format)
-                    )
-                taken.add(g.untyped_storage()._cdata)
-                outputs.append(g)
+
+class _Counted(Census):
+    def __init__(self, environment: Environment) -> None:
+        super().__init__()
+        self._environment = environment
+        self._before = source_states(environment)
+
+    def drawn(self) -> str | None:
+        """The generator outside torch's seed that has moved, or None."""
+        after = source_states(self._environment)
+        return next((name for (name, a), (_, b) in zip(self._before, after, strict=True) if a != b), None)
+
+
+class _Tracer:
+    """The second run of a loss, under ``make_fx``."""
+
+    def __init__(
+        self, run: _Run, free: list[Tensor], lifted: Sequence[Place | int], environment: Environment
+    ):
+        self._run, self._free, self._lifted, self._environment = run, free, list(lifted), environment
+        self._floats = run.call.floats
+        self._values = [self._floats[p] if isinstance(p, int) else p.get() for p in self._lifted]
+        self._leaves: list[Tensor] = []
+        self._reads: list[Read] = []
+        self._numbers = Numbers([], [])
+
+    def _whole(self, tensors: list[Tensor], lifted: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+        store = pyro.get_param_store()
+        entries = dict(store._params)
+        self._numbers = Numbers(self._values, lifted)
+        pairs = list(zip(self._lifted, self._numbers.inputs, strict=True))
+        floats: list[Any] = list(self._floats)
+        for p, number in pairs:
+            if isinstance(p, int):
+                floats[p] = number
+        placed = [(p, number) for p, number in pairs if isinstance(p, Place)]
+        seen = Interception()
+        value, replaced = self._run(seen, tensors, floats, placed)
+        self._leaves, self._reads = list(seen.gradients), seen.reads
+        value = detach_provenance(value).detach()
+        if self._run.call.kind == "differentiable" and self._leaves:
+            value = value.to(self._leaves[0].dtype)
+        outputs = [value, *_own_memory(seen.gradients, (*tensors, *state))]
+        with torch.no_grad():
+            for name, old in replaced.items():
+                old.copy_(detach_provenance(store._params[name]))
+        store._params.clear()
+        store._params.update(entries)
+        return outputs + [read.tensor for read in self._reads]
+
+    def plan(self) -> Plan:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        store, call = pyro.get_param_store(), self._run.call
+        device = next((t.device for t in (*call.tensors, *self._free)), torch.device("cpu"))
+        lifted = [torch.tensor(v, dtype=torch.float64, device=device) for v in self._values]
+        owned = {id(p) for p in store._params.values()}
+        buffers = [t for t in self._free if not t.requires_grad or id(t) in owned]
+
+        def whole(tensors: list[Tensor], lifted: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+            return self._whole(tensors, lifted, state)
+
+        with restored(buffers):
+            graph = make_fx(whole)(call.tensors, lifted, self._free)
+        graph.graph.set_codegen(fx.graph.CodeGen())
+        _tidy(graph)
+        guards, kept = _split_reads(graph, len(self._reads))
+        first = len(call.tensors) + len(lifted)
+        used = _prune([graph, guards] if kept else [graph], first, len(self._free))
+        state = [self._free[i] for i in used]
+        where = {id(t): i for i, t in enumerate(state)}
+        if any(id(leaf) not in where for leaf in self._leaves):
+            raise Untraceable("the model makes a parameter anew at every call")
+        if self._environment.changed() is not None:
+            self._environment.forgive()
+        for p in self._lifted:
+            if isinstance(p, Place):
+                self._environment.release(p.container, p.key)
+        leaves = [where[id(x)] for x in self._leaves]
+        plan = Plan(
+            graph, first, state, leaves, list(self._run.sites), self._environment, self._floats, self._lifted
+        )
+        plan.guards.numbers = self._number_guards()
+        plan.read = set(self._numbers.read)
+        if kept:
+            plan.guards.tensors = guards
+            plan.guards.where = [self._reads[i].where for i in kept]
             with torch.no_grad():
-                for name, old in written.items():
-                    old.copy_(detach_provenance(store._params[name]))
-            store._params.clear()
-            store._params.update(entries)
-            return outputs
+                plan.guards.expected = [t.clone() for t in guards(*call.tensors, *lifted, *state)]
+        return plan
 
-        buffers = [t for t in free if not t.requires_grad or any(t is p for p in store._params.values())]
-        with restored(buffers), _quiet():
-            graph = make_fx(whole)(data, free)
-    graph.graph.set_codegen(fx.graph.CodeGen())
-    _refuse_dynamic(graph)
-    _tidy(graph)
-    used = _prune(graph, len(data), len(free))
-    state = [free[i] for i in used]
-    where = {id(t): i for i, t in enumerate(state)}
-    missing = [leaf for leaf in leaves if id(leaf) not in where]
-    if missing:
-        raise Untraceable("a parameter is made anew inside the model at every call")
-    stale = environment.changed()
-    if stale is not None:
-        environment.forgive()
-    return Plan(graph, len(data), state, [where[id(x)] for x in leaves], list(sites), environment)
+    def _number_guards(self) -> list[tuple[Any, Any]]:
+        guards = list(self._numbers.guards)
+        for i in self._numbers.read:
+            guards.append((operator.itemgetter(i), self._values[i]))
+        return guards
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _own_memory(gradients: dict[Tensor, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, copied where they share memory with an input or lie in another order than their parameter."""
+    taken = {t.untyped_storage()._cdata for t in inputs}
+    outputs = []
+    for leaf, g in gradients.items():
+        g = detach_provenance(g).detach()
+        if g.stride() != leaf.stride() or g.untyped_storage()._cdata in taken:
+            if leaf.is_contiguous():
+                g = g.clone(memory_format=torch.contiguous_format)
+            else:
+                g = torch.empty_like(leaf).copy_(g)
+        taken.add(g.untyped_storage()._cdata)
+        outputs.append(g)
+    return outputs
 
 
 @contextmanager
-def _reasons(last: _LastSite, model: Any, guide: Any) -> Iterator[None]:
+def _reasons(last: LastSite) -> Iterator[None]:
+    """Turn any error of a run into ``Untraceable`` with the site and line that it comes from."""
     try:
         yield
-    except Untraceable:
-        raise
+    except Untraceable as error:
+        text = str(error).partition("\n")[0]  # Pyro appends the shapes of the trace
+        raise Untraceable(text if last.name is None else f"{text} (last site {last.name!r})") from error
     except Exception as error:
         message = str(error).strip().splitlines()
         text = message[0] if message else type(error).__name__
         if "tracing tensor" in text or "data-dependent" in text or "_local_scalar_dense" in text:
             text = "Python code or a sampler asks for the value of a tensor"
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _internal(f.filename)]
-        at = f", {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
         site = re.search(r"site '([^']+)'", str(error))
         name = site.group(1) if site else last.name
-        raise Untraceable(f"{text} (last site {name!r}{at})") from error
+        raise Untraceable(f"{text} (last site {name!r}{_line(error)})") from error
 
 
-def _internal(path: str) -> bool:
-    return any(part in path for part in ("/torch/", "/pyro/", "/pyroelbo/compiled/", "contextlib.py"))
-
-
-def _refuse_dynamic(graph: fx.GraphModule) -> None:
-    for node in graph.graph.nodes:
-        func = node.target
-        if node.op != "call_function" or not isinstance(func, torch._ops.OpOverload):
-            continue
-        packet = func.overloadpacket
-        if packet is torch.ops.aten.index:
-            masks = [i for i in node.args[1] if i is not None and _dtype(i) in (torch.bool, torch.uint8)]
-            dynamic = bool(masks)
-        else:
-            dynamic = torch.Tag.dynamic_output_shape in func.tags
-        if dynamic:
-            raise Untraceable(f"the shape of {packet.__name__}'s result depends on values of tensors")
-
-
-def _dtype(node: Any) -> Any:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return getattr(value, "dtype", None)
+def _line(error: BaseException) -> str:
+    """The line of user code that led to ``error``, or of the library's where the trace began there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    user = [f for f in frames if not internal(f.filename)]
+    ours = sys.modules[__name__].__file__.rpartition("/")[0]  # type: ignore[union-attr]
+    found = user or [f for f in frames if not f.filename.startswith(ours)]
+    return f", {found[-1].filename.rpartition('/')[2]}:{found[-1].lineno}" if found else ""
 
 
 def _tidy(graph: fx.GraphModule) -> None:
@@ -477,7 +263,7 @@ def _tidy(graph: fx.GraphModule) -> None:
     numbers and the same draws, in forms that Inductor can fuse or call cheaply."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
-        if node.target in _FRESH and getattr(node.args[0], "op", "") == "get_attr":
+        if node.target in FRESH and getattr(node.args[0], "op", "") == "get_attr":
             constant = getattr(graph, node.args[0].target)
             if constant.numel() != 1 or constant.is_complex():
                 continue
@@ -503,119 +289,76 @@ def _tidy(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
 
 
-def _prune(graph: fx.GraphModule, num_data: int, num_state: int) -> list[int]:
-    holders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    assert len(holders) == num_data + num_state
-    used = [i for i in range(num_state) if holders[num_data + i].users]
-    for i in range(num_state):
-        if not holders[num_data + i].users:
-            graph.graph.erase_node(holders[num_data + i])
-    graph.recompile()
-    return used
+def _split_reads(graph: fx.GraphModule, reads: int) -> tuple[fx.GraphModule, list[int]]:
+    """Take the last ``reads`` outputs out of ``graph`` into a graph of their own, which the guards run.
 
-
-def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., list]:
-    """Compile a captured graph. Random numbers come from torch's own generators, in eager's order."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    patches: dict[str, Any] = {"fallback_random": True}
-    patches |= {name: False for name in ("size_asserts", "alignment_asserts") if hasattr(config, name)}
-    patches |= options
-    own = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in own.graph.find_nodes(op="placeholder"):
-        node.meta.pop("val", None)  # cpp_wrapper would take these fake tensors, of several modes, for inputs
-    with torch.no_grad(), _quiet():
-        return compile_fx(own, list(inputs), config_patches=patches)  # type: ignore[return-value]
-
-
-def reference(
-    loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict, plan: Plan, seed: int
-) -> list[Tensor | None]:
-    """Eager loss, gradients and written state under ``seed``; everything is put back."""
-    state = plan.state() or []
-    trained = [t for t in state if t.requires_grad]
-    leaves = [state[i] for i in plan.leaves]
-    saved = [t.grad for t in trained]
-    others = plan.mutable()
-    names = pyro.get_param_store()._param_to_name
-    stored = [names.get(t) for t in others]
-    try:
-        for t in trained:
-            t.grad = None
-        with restored(others), _quiet():
-            torch.manual_seed(seed)
-            value = evaluate(loss, kind, model, guide, args, kwargs)
-            params = pyro.get_param_store()._params
-            found = (params.get(n, t) for t, n in zip(others, stored, strict=True))
-            after = [detach_provenance(t).detach().clone() for t in found]
-        extra = [t for t in trained if t.grad is not None and not any(t is leaf for leaf in leaves)]
-        if extra and kind != "loss":
-            raise Mismatch("eager finds a gradient that the graph lacks")
-        gradients = [None if t.grad is None else t.grad.clone() for t in leaves]
-        return [torch.as_tensor(value, dtype=torch.float64).detach(), *gradients, *after]
-    finally:
-        for t, g in zip(trained, saved, strict=True):
-            t.grad = g
-
-
-def autocasting() -> bool:
-    return torch.is_autocast_enabled("cpu") or (
-        torch.cuda.is_available() and torch.is_autocast_enabled("cuda")
-    )
-
-
-def verify(
-    plan: Plan,
-    runner: Callable[..., list],
-    data: Sequence[Tensor],
-    eager: Callable[[int], list[Tensor | None]],
-) -> None:
-    """Compare ``runner`` with eager under equal seeds: loss, every gradient, every buffer.
-
-    A draw may fall on the other side of a threshold by rounding, so the best of three seeds counts. Under autocast the
-    two round to half precision in other places: that tolerance then holds for all numbers.
-    Raises ``Mismatch`` with the largest relative difference.
+    Returns that graph, and which reads it computes: those that do not depend on inputs are constants.
     """
-    worst, least = "", LOOSE if autocasting() else 0.0
-    for seed in (20, 21, 22):
-        expected = eager(seed)
-        state = plan.state() or []
-        others = plan.mutable()
-        with restored(others), torch.no_grad():
-            torch.manual_seed(seed)
-            outputs = list(runner(*data, *state))
-            outputs = [t.detach().clone() for t in (*outputs, *others)]
-        worst = difference(expected, outputs, 1 + len(plan.leaves), least)
-        if not worst:
-            return
-    raise Mismatch(worst)
+    if not reads:
+        return graph, []
+    output = graph.graph.output_node()
+    outputs = list(output.args[0])  # type: ignore[arg-type]
+    needed = [_needed(graph, node) for node in outputs[-reads:]]
+    kept = [i for i, nodes in enumerate(needed) if any(n.op == "placeholder" for n in nodes)]
+    names = {n.name for i in kept for n in needed[i]}
+    wanted = [outputs[len(outputs) - reads + i].name for i in kept]
+    output.args = (outputs[:-reads],)
+    guards = fx.GraphModule(graph, fx.Graph())
+    copies: dict[fx.Node, fx.Node] = {}
+    by_name = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or node.name in names:
+            by_name[node.name] = copies[node] = guards.graph.node_copy(node, copies.__getitem__)
+    guards.graph.output([by_name[name] for name in wanted])
+    guards.recompile()
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return guards, kept
 
 
-def difference(
-    expected: Sequence[Tensor | None], found: Sequence[Tensor | None], gradients: int, least: float = 0.0
-) -> str:
-    """Empty where all agree, else a sentence; norms are compared, gradients beside the whole gradient's. No tolerance
-    is below ``least``."""
-    whole = sum(float(g.detach().double().norm()) ** 2 for g in expected[1:gradients] if g is not None) ** 0.5
-    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-        if a is None or b is None:
-            if a is not b:
-                return f"output {i} is missing on one side"
-            continue
-        tolerance = TOLERANCE.get(b.dtype, LOOSE)
-        if i == 0:
-            tolerance = max(TOLERANCE.get(t.dtype, LOOSE) for t in found[:gradients] if t is not None)
-        tolerance = max(tolerance, least)
-        x, y = a.detach().double(), b.detach().double()
-        if not torch.equal(x.isfinite(), y.isfinite()):
-            return f"output {i} is finite on one side only"
-        x, y = x.nan_to_num(0, 0, 0), y.nan_to_num(0, 0, 0)
-        scale = float(x.norm()) + (0.01 * whole if 0 < i < gradients else 0.0)
-        gap = float((x - y).norm())
-        if gap > tolerance * scale + 1e-12:
-            what = (
-                "the loss" if i == 0 else f"gradient {i - 1}" if i < gradients else f"buffer {i - gradients}"
-            )
-            return f"{what} differs by {gap / max(scale, 1e-300):.1e} of its size"
-    return ""
+def _needed(graph: fx.GraphModule, target: fx.Node) -> set[fx.Node]:
+    """The nodes that ``target`` is computed from, with the writes in place to any of their tensors before it."""
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    needed: set[fx.Node] = set()
+    todo = [target]
+    while todo:
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo += node.all_input_nodes
+        roots = {_root(node) for node in needed}
+        todo = [
+            node
+            for node in order
+            if node not in needed and order[node] < order[target] and _writes(node) and _root(node) in roots
+        ]
+    return needed
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node that made the memory of ``node``'s result."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is None or any(r.alias_info is not None for r in schema.returns) or schema.is_mutable
+        if not aliases:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _prune(graphs: Sequence[fx.GraphModule], first: int, num_state: int) -> list[int]:
+    """Remove the state that no graph uses from the inputs of all; the indices of what is left."""
+    holders = [[node for node in g.graph.nodes if node.op == "placeholder"] for g in graphs]
+    assert all(len(h) == first + num_state for h in holders)
+    used = [i for i in range(num_state) if any(h[first + i].users for h in holders)]
+    for graph, nodes in zip(graphs, holders, strict=True):
+        for i in set(range(num_state)) - set(used):
+            graph.graph.erase_node(nodes[first + i])
+        graph.recompile()
+    return used

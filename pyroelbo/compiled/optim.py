@@ -19,9 +19,10 @@ class FusedOptim(PyroOptim):
 
     ``FusedOptim(torch.optim.Adam, {"lr": 1e-3})``. ``optim_args`` may be a function of the parameter's name
     that returns such a dict, and ``clip_args`` is PyroOptim's (its norms are per parameter). Torch's fused
-    kernels are used where the optimizer has them. Parameters without a gradient are left alone; gradients are
+    kernels are used where the optimizer has them. As in Pyro, a parameter that is in the step's trace without a
+    gradient is stepped with a zero gradient if it has had one before, and is skipped otherwise. Gradients are
     released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so
-    that either can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
+    that each can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
     optimizer (None before the first step), for schedulers or for setting ``param_groups[i]["lr"]``.
     """
 
@@ -33,37 +34,47 @@ class FusedOptim(PyroOptim):
     ):
         if not (inspect.isclass(optim_constructor) and issubclass(optim_constructor, torch.optim.Optimizer)):
             raise TypeError(
-                f"optim_constructor: got {optim_constructor!r}, takes a class such as torch.optim.Adam"
+                f"optim_constructor: expected a class such as torch.optim.Adam, got {optim_constructor!r}"
             )
         if not (callable(optim_args) or isinstance(optim_args, dict)):
             raise TypeError(
-                f"optim_args: got {type(optim_args).__name__}, takes a dict or a function of a name"
+                f"optim_args: expected a dict or a function of a name, got {type(optim_args).__name__}"
             )
         super().__init__(optim_constructor, optim_args, clip_args)
         self._can_fuse = "fused" in inspect.signature(optim_constructor).parameters
         self.optimizer: torch.optim.Optimizer | None = None
         self._known: dict[Tensor, str] = {}
+        self._trained: set[Tensor] = set()
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """Step every parameter in ``params`` that has a gradient."""
+        """Step every parameter in ``params`` that has a gradient, or has had one in an earlier step."""
         known = self._known
         params = list(params)
         new = [p for p in params if p not in known]
         if new:
             self._admit(new)
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p) if p in self._trained else None
+            elif p not in self._trained:
+                self._trained.add(p)
+                self._start_momentum(p)
         if self.pt_clip_args:
             for p in params:
                 if p.grad is not None and self.grad_clip[p] is not None:
                     self.grad_clip[p](p)
+        absent = []
         if len(params) != len(known):
             given = set(params)
-            for p in known:
-                if p not in given:
-                    p.grad = None
+            absent = [(p, p.grad) for p in known if p not in given]
+        for p, _ in absent:
+            p.grad = None
         assert self.optimizer is not None
         self.optimizer.step(*args, **kwargs)
         for p in params:
             p.grad = None
+        for p, gradient in absent:
+            p.grad = gradient
 
     def _admit(self, new: list[Tensor]) -> None:
         names = pyro.get_param_store()._param_to_name
@@ -78,7 +89,7 @@ class FusedOptim(PyroOptim):
         for p in new:
             options = dict(self._get_optim_args(p))
             if self._can_fuse and not options.get("foreach") and not options.get("differentiable"):
-                options.setdefault("fused", _fusable(p))
+                options.setdefault("fused", _fusable(p) and not options.get("dampening"))
             groups.setdefault(repr(sorted(options.items())), {**options, "params": []})["params"].append(p)
         for group in groups.values():
             if self.optimizer is None:
@@ -91,6 +102,15 @@ class FusedOptim(PyroOptim):
             if waiting is not None:
                 self._restore(p, waiting)
 
+    def _start_momentum(self, p: Tensor) -> None:
+        """torch's fused SGD fails where only some parameters have a momentum yet; without dampening it starts at 0."""
+        assert self.optimizer is not None
+        if not isinstance(self.optimizer, torch.optim.SGD) or self.optimizer.state[p]:
+            return
+        for group in self.optimizer.param_groups:
+            if group["momentum"] and group.get("fused") and any(q is p for q in group["params"]):
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
     def _join(self, group: dict[str, Any]) -> None:
         assert self.optimizer is not None
         for existing in self.optimizer.param_groups:
@@ -101,6 +121,7 @@ class FusedOptim(PyroOptim):
 
     def _forget(self, p: Tensor) -> None:
         del self._known[p]
+        self._trained.discard(p)
         self.grad_clip.pop(p, None)
         assert self.optimizer is not None
         self.optimizer.state.pop(p, None)
@@ -140,7 +161,7 @@ class FusedOptim(PyroOptim):
         return state
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of ``get_state``; parameters not seen yet get theirs when they come."""
+        """Load the state of ``get_state``; parameters not seen yet get theirs at their first step."""
         super().set_state(state_dict)
         for p, name in self._known.items():
             waiting = self._state_waiting_to_be_consumed.pop(name, None)
@@ -148,7 +169,7 @@ class FusedOptim(PyroOptim):
                 self._restore(p, waiting)
 
     def load(self, filename: str, map_location: Any = None) -> None:
-        """Read what ``save`` wrote; anything but tensors and plain values in the file is refused."""
+        """Read a file of ``save``; only tensors and plain values are loaded, anything else is refused."""
         with open(filename, "rb") as file:
             self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 

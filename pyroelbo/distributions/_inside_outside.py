@@ -158,7 +158,7 @@ def inside(
             blocks.peak,
             top,
             new(0, 0, 0, 0) if possible is None else possible,
-            lengths,
+            lengths.contiguous(),
         )
         run.inside(run.Charts(*chart[:6]), given, threshold, limits.tiny, boolean, doubtful)
     whole = torch.zeros_like(lengths), torch.arange(batch, device=leaves.device), lengths
@@ -262,7 +262,7 @@ def outside(
             inner.contiguous(),
             transposed.contiguous(),
             chart.posterior,
-            lengths,
+            lengths.contiguous(),
             nodes,
             slack,
             grad.to(leaf.dtype).contiguous(),

@@ -1,5 +1,4 @@
-"""Per-datum log probabilities of a pair: many particles in one pass, unscaled but masked, every site by
-name."""
+"""Per-datum log probabilities of a pair, by site: many particles in one pass, unscaled but masked."""
 
 from __future__ import annotations
 
@@ -7,256 +6,187 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation import memory
+from pyroelbo.evaluation.layout import LatentSite, Layout
+from pyroelbo.evaluation.memory import LargestTensor
+from pyroelbo.evaluation.probes import LatentReads, check_masks, coupled_site
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
-    POINT,
     Unavailable,
-    base_of,
     check_observation,
-    check_scale,
-    check_sites,
-    data_frame,
     inner_plates,
     is_one,
     is_point,
     sample_sites,
-    sites_beyond,
 )
-from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
-from pyroelbo.results import Terms
+from pyroelbo.evaluation.strategies import Joint, Loop, Plate, Repeat, Strategy
+from pyroelbo.pair import Pair
+from pyroelbo.results import Bound, Terms
 
 __all__ = ["Evaluator"]
 
-# Bytes that the largest intermediate tensor of one pass may take; a pass holds a few of that size.
-_BUDGET = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-
-
-@dataclass(frozen=True)
-class LatentSite:
-    """A latent site as the model declares it: event shape, plate shape left of the data plate, and support.
-
-    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
-    parse) constrain one another.
-    """
-
-    name: str
-    event_shape: torch.Size
-    plate_shape: tuple[int, ...]
-    support: Any
-    has_enumerate_support: bool
-    free: bool
-
-    @classmethod
-    def of(cls, name: str, fn: Any, plates: tuple[int, ...]) -> LatentSite:
-        return cls(
-            name,
-            torch.Size(fn.event_shape),
-            plates,
-            fn.support,
-            bool(getattr(fn, "has_enumerate_support", False)),
-            bool(getattr(base_of(fn), "free_labels", True)),
-        )
-
-    @property
-    def event_dim(self) -> int:
-        return len(self.event_shape)
-
-    @property
-    def dims(self) -> int:
-        """Numbers in one datum's value."""
-        return math.prod(self.event_shape) * math.prod(self.plate_shape)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-class View:
-    """A pair that brings an evaluator of another kind (abstract)."""
-
-    evaluator: type[Evaluator]
+# What a program may raise under a strategy that does not suit it.
+_UNSUITED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+_AGREE = 1e-3  # relative and absolute tolerance between a strategy and one particle at a time
 
 
 class Evaluator:
-    """Evaluates a pair on one batch, per datum: ``draw(K)``, ``score(latents)``, and their chunks by memory.
+    """Evaluates a pair on one batch: :meth:`sample` draws from the guide, :meth:`terms` evaluates given
+    latents.
 
-    Particles come as a vectorized plate where the pair's networks allow it; where they refuse the extra
-    dimension (``Conv2d`` does), or give other numbers with it, the data are repeated along the batch; the
-    last resort is a loop. Which one is right is *checked* on a few rows against one particle at a time, not
-    assumed. Everything runs in evaluation mode.
+    With ``scope="datum"`` every row of the batch is a datum. With ``scope="joint"`` the whole batch is a
+    single datum: ``size`` is 1, latents are [K, 1, *batch, *event] and may stand anywhere, inside the data
+    plate, outside, or without any plate.
+
+    ``layout`` holds what is known of the pair's sites, ``strategy`` how particles are run: as a vectorized
+    plate where the pair's networks allow it; where they refuse the extra dimension (``Conv2d`` does), or give
+    other numbers with it, with the data repeated along the batch; else one at a time, which ``notes`` then
+    explain. Each strategy is checked on a few rows against one particle at a time. Everything runs in
+    evaluation mode.
 
     Raises ValueError, naming the site, for: sites outside the data plate, scales other than the data plate's
-    own subsampling and those marked :class:`~pyroelbo.pair.within_datum`, latent sites of one program that
-    the other lacks, a data plate whose size is not the batch's, batch dimensions that no plate declares,
-    relaxed guides of discrete latents.
+    own subsampling and those marked :class:`~pyroelbo.pair.within_datum` (any scale in joint scope), latent
+    sites of one program that the other lacks, a data plate whose size is not the batch's, batch dimensions
+    that no plate declares, relaxed guides of discrete latents.
     """
 
-    def __new__(cls, pair: Pair | View, *_: Any, **__: Any) -> Evaluator:
-        return object.__new__(pair.evaluator if isinstance(pair, View) else cls)
-
-    _checks = True
-
-    def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True) -> None:
+    def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True, scope: str = "datum") -> None:
+        if scope not in ("datum", "joint"):
+            raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
         self.pair = pair
         self.batch: Batch = batches.to(batches.as_batch(batch, "y"), pair.device)
-        self.size = batches.size(self.batch)
-        self.with_guide = with_guide
-        self.scaled_site: str | None = None
-        with torch.no_grad(), self._quiet():
-            encoder = getattr(pair, "encoder", None)
-            if with_guide and isinstance(encoder, AutoGuide) and encoder.prototype_trace is None:
-                batches.call(encoder, self.batch)  # it takes its plates' sizes from its first batch
-            try:
-                self._learn(batches.rows(self.batch, slice(0, 3)))
-                self.sliceable = True
-            except (RuntimeError, ValueError, IndexError, AssertionError):
-                # A pair that is tied to its whole batch (a mask or a plate of its own size) is looked at whole.
-                self._learn(self.batch)
-                self.sliceable = False
+        self.size = 1 if scope == "joint" else batches.size(self.batch)
+        self.scope = scope
+        self.notes: tuple[str, ...] = ()
+        self.programs = Programs(pair, with_guide)
+        self._check_values = True
+        with torch.no_grad(), self.programs.quiet():
+            self.layout, self.strategy, self._elements = self._look()
+            with _same_random_numbers(self.batch):
+                self._probe()
 
     # ------------------------------------------------------------------------------------------ public
 
-    def draw(self, particles: int, rows: slice | None = None) -> Terms:
-        """Terms of ``particles`` draws from the guide for each datum (of ``rows``), in one pass."""
-        batch = self._take(rows)
-        with self._quiet():
-            return self._draw(batch, particles, self.strategy)
+    @property
+    def latents(self) -> Mapping[str, LatentSite]:
+        return self.layout.latents
 
-    def score(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
-        """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them.
-
-        Latents that ``poutine.mask`` leaves out keep their prior here: it integrates to one, so that the
-        integral over all latents is p(y); the terms of :meth:`draw` leave them out of model and guide alike.
-        """
-        batch = self._take(rows)
-        particles = len(next(iter(latents.values())))
-        if self.strategy == "loop" and particles > 1:
-            return torch.cat(
-                [self.score({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)]
-            )
-        with self._quiet():
-            _, model = self._traces(batch, particles, self.strategy, dict(latents), with_guide=False)
-            terms = self._terms(model, batch, particles, self.strategy, "model", mask_latents=False)
-        return Terms(terms, {}, self.observed, {}).log_joint
-
-    def terms(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Terms:
-        """Terms of given latents {site: [K, *plates, B, *event]} under model and guide, differentiable in
-        them."""
-        batch = self._take(rows)
-        particles = len(next(iter(latents.values())))
-        if self.strategy == "loop" and particles > 1:
-            alone = [
-                self.terms({s: v[k : k + 1] for s, v in latents.items()}, rows) for k in range(particles)
-            ]
-            return _concatenate(alone, 0, self)
-        with self._quiet():
-            return self._draw(batch, particles, self.strategy, dict(latents))
-
-    def score_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
-        """ln q(z | y) of given latents {site: [K, *plates, B, *event]}, all of the guide's or its first ones,
-        under each datum's guide, [K, B]. The model is not run."""
-        batch = self._take(rows)
-        particles = len(next(iter(latents.values())))
-        if self.strategy == "loop" and particles > 1:
-            return torch.cat(
-                [
-                    self.score_guide({s: v[k : k + 1] for s, v in latents.items()}, rows)
-                    for k in range(particles)
-                ]
-            )
-        guide = self.pair.guide
-        if self.strategy == "plate":
-            guide = pyro.plate("_particles", particles, dim=-1 - self.depth)(guide)
-        given = {k: self._unfold(v, self.latents[k], particles, self.strategy) for k, v in latents.items()}
-        with self._quiet():
-            batch_in = batches.repeat(batch, particles) if self.strategy == "repeat" else batch
-            trace = batches.call(poutine.trace(poutine.condition(guide, data=given)).get_trace, batch_in)
-            terms = self._terms(prune_subsample_sites(trace), batch, particles, self.strategy, "guide")
-        return Terms({}, {k: terms[k] for k in latents}, self.observed, {}).log_proposal
-
-    def traces(self) -> tuple[Any, Any]:
-        """Traces of guide and model on the whole batch, one draw."""
-        with self._quiet():
-            return self._plain_traces(self.batch)
-
-    def guide_trace(self) -> Any:
-        """A trace of the guide on the whole batch, one draw."""
-        with self._quiet():
-            return prune_subsample_sites(batches.call(poutine.trace(self.pair.guide).get_trace, self.batch))
+    @property
+    def observed(self) -> frozenset[str]:
+        return self.layout.observed
 
     @property
     def auxiliary(self) -> frozenset[str]:
         """Guide sites that the model lacks: given latents do not fix them."""
-        return self._guide_sites - frozenset(self.latents) - self.observed
+        return self.layout.auxiliary
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether rows of the batch can be evaluated alone."""
+        return self.layout.sliceable
+
+    def sample_pass(self, particles: int, rows: slice | None = None) -> Terms:
+        """Terms of ``particles`` draws from the guide for each datum (of ``rows``), in one pass."""
+        with self.programs.quiet():
+            return self._terms(self._rows(rows), particles)
+
+    def sample(self, particles: int, *, latents: bool = True) -> Terms:
+        """Terms of ``particles`` draws from the guide for each datum, in as many passes as memory demands.
+
+        Without ``latents`` the result does not hold the draws: those of a thousand sites would fill the
+        memory that the passes save.
+        """
+        by_rows: dict[int, list[Terms]] = {}
+        for rows, count in self.chunks(particles):
+            part = self.sample_pass(count, rows)
+            by_rows.setdefault(rows.start, []).append(part if latents else replace(part, latents={}))
+        blocks = [self._concatenated(block, 0) for block in by_rows.values()]
+        return self._concatenated(blocks, 1)
+
+    def terms(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Terms:
+        """Terms of given latents {site: [K, *plates, B, *event]} under model and guide, differentiable in
+        them."""
+        with self.programs.quiet():
+            parts = [self._terms(self._rows(rows), len_of(z), z) for z in self._passes(latents)]
+        return self._concatenated(parts, 0)
+
+    def log_joint(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
+        """ln p(y, z) of given latents {site: [K, *plates, B, *event]}, [K, B], differentiable in them.
+
+        Latents that ``poutine.mask`` leaves out keep their prior here: it integrates to one, so that the
+        integral over all latents is p(y). The terms of :meth:`sample` leave them out of model and guide.
+        """
+        batch, found = self._rows(rows), []
+        with self.programs.quiet():
+            for part in self._passes(latents):
+                _, model = self._traces(batch, len_of(part), part, with_guide=False)
+                log_model = self._by_site(model, batch, len_of(part), "model", mask_latents=False)
+                found.append(Terms(log_model, {}, self.observed, {}).log_joint)
+        return torch.cat(found)
+
+    def log_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
+        """ln q(z | y) of given latents {site: [K, *plates, B, *event]}, all of the guide's or its first ones,
+        under each datum's guide, [K, B]. The model is not run."""
+        batch, found = self._rows(rows), []
+        for part in self._passes(latents):
+            count = len_of(part)
+            given = {k: self.strategy.unfold(v, self.latents[k]) for k, v in part.items()}
+            with self.programs.quiet():
+                repeated = self.strategy.batch(batch, count)
+                trace = self.programs.guide(repeated, given, wrap=self.strategy.wrap(count))
+                log_guide = self._by_site(trace, batch, count, "guide")
+            found.append(Terms({}, {k: log_guide[k] for k in part}, self.observed, {}).log_proposal)
+        return torch.cat(found)
+
+    def traces(self) -> tuple[Any, Any]:
+        """Traces of guide and model on the whole batch, one draw."""
+        with self.programs.quiet():
+            return self.programs.traces(self.batch)
+
+    def guide_trace(self) -> Any:
+        """A trace of the guide on the whole batch, one draw."""
+        with self.programs.quiet():
+            return self.programs.guide(self.batch)
 
     @property
     def cells(self) -> int:
-        """How many (particle, datum) pairs one pass may hold."""
-        budget = _BUDGET.get(self._device().type, _BUDGET["cpu"]) // torch.get_default_dtype().itemsize
-        return max(1, int(budget / self._elements))
+        """Number of (particle, datum) pairs in one pass."""
+        device = next(iter(batches.parts(self.batch).values())).device
+        return memory.cells(self._elements, device, self.layout.dtype)
 
     @functools.cached_property
     def guide_cells(self) -> int:
-        """How many (point, datum) pairs one pass of :meth:`score_guide` may hold."""
+        """Number of (point, datum) pairs in one pass of :meth:`log_guide`."""
         rows = slice(0, 3) if self.sliceable else None
         with torch.no_grad():
-            latents = self.draw(16, rows).latents
+            latents = self.sample_pass(16, rows).latents
             with LargestTensor() as counter:
-                self.score_guide(latents, rows)
+                self.log_guide(latents, rows)
         return max(1, int(self.cells * self._elements * 16 * min(3, self.size) / counter.numel))
 
     def chunks(self, particles: int) -> Iterator[tuple[slice, int]]:
         """Cut [particles, B] into passes ``(rows, particles)`` that fit in memory; rows are the outer
         loop."""
-        cells = self.cells
-        rows = max(1, min(self.size, cells // max(1, min(particles, cells)))) if self.sliceable else self.size
-        step = max(1, min(particles, cells // rows))
-        for start in range(0, self.size, rows):
-            for done in range(0, particles, step):
-                yield slice(start, min(start + rows, self.size)), min(step, particles - done)
-
-    def draws(self, particles: int, *, latents: bool = True) -> Terms:
-        """Like :meth:`draw`, chunked by memory; the result is whole. Without ``latents`` it does not hold them: those
-        of a thousand sites would fill the memory that the chunks save."""
-        by_rows: dict[int, list[Terms]] = {}
-        for rows, count in self.chunks(particles):
-            part = self.draw(count, rows)
-            by_rows.setdefault(rows.start, []).append(part if latents else replace(part, latents={}))
-        blocks = [_concatenate(block, 0, self) for block in by_rows.values()]
-        return _concatenate(blocks, 1, self)
+        return memory.cut(particles, self.size, self.cells, self.sliceable)
 
     def in_chunks(
         self,
         what: Callable[[dict[str, Tensor], slice | None], Tensor],
         latents: Mapping[str, Tensor],
     ) -> Tensor:
-        """``what(latents, rows)`` [k, b] of given latents {site: [K, *plates, B, *event]}, chunked by memory; the
-        result is whole, [K, B], in float64."""
+        """``what(latents, rows)`` [k, b] of given latents {site: [K, *plates, B, *event]}, in as many passes
+        as memory demands: [K, B], in float64."""
         by_rows: dict[int, list[Tensor]] = {}
-        for rows, count in self.chunks(len(next(iter(latents.values())))):
+        for rows, count in self.chunks(len_of(latents)):
             done = sum(map(len, by_rows.setdefault(rows.start, [])))
             piece = {
                 k: v[done : done + count].narrow(
@@ -266,6 +196,14 @@ class Evaluator:
             }
             by_rows[rows.start].append(what(piece, rows if self.sliceable else None).double())
         return torch.cat([torch.cat(block) for block in by_rows.values()], 1)
+
+    def finish(self, bound: Bound) -> Bound:
+        """The bound in this evaluation's scope (one value for a joint one), with the evaluator's notes."""
+        parts: dict[str, Any] = {"scope": self.scope, "notes": (*bound.notes, *self.notes)}
+        for name in ("value", "stderr", "ess", "k_hat", "resolution") if self.scope == "joint" else ():
+            part = getattr(bound, name)
+            parts[name] = None if part is None else part.reshape(())
+        return replace(bound, **parts)
 
     def refuse_empty(self) -> None:
         """:class:`Unavailable` for a model without latents."""
@@ -278,273 +216,239 @@ class Evaluator:
             raise Unavailable(f"guide site {min(self.auxiliary)!r} is auxiliary: {why}")
 
     def refuse_scales(self, method: str) -> None:
-        """:class:`Unavailable` where a site carries a scale within its datum, which importance weights and sums over
-        latents cannot have."""
-        if self.scaled_site is not None:
+        """:class:`Unavailable` where a site carries a scale within its datum: importance weights and sums
+        over latents would be wrong with it."""
+        if self.layout.scaled_site is not None:
             raise Unavailable(
-                f"site {self.scaled_site!r} carries a scale within its datum (a subsampled inner plate or within_datum): "
-                f"its ELBO is an estimate of a sum, and {method}'s weights would be wrong. Evaluate the whole datum"
+                f"site {self.layout.scaled_site!r} carries a scale within its datum (a subsampled inner "
+                f"plate or within_datum): its ELBO is an estimate of a sum, and {method}'s weights would be "
+                "wrong. Evaluate the whole datum"
             )
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
-        """Within this no value is looked at, so that the operations can be recorded: data are taken to have been
-        checked, and a latent outside the model's support may have NaN for -inf."""
-        self._checks = False
+        """Context manager that disables value-dependent checks, so that operations can be recorded: the data
+        are assumed valid, and a latent outside the model's support may have NaN instead of -inf."""
+        self._check_values = False
         try:
             yield
         finally:
-            self._checks = True
+            self._check_values = True
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _take(self, rows: slice | Tensor | None) -> Batch:
-        return self.batch if rows is None else batches.rows(self.batch, rows)
+    def _look(self) -> tuple[Layout, Strategy, float]:
+        """Layout, strategy, and elements of the largest tensor per particle and datum."""
+        if self.scope == "joint":
+            return self._choose(Layout.of(self.programs, self.batch, "joint"), self.batch)
+        encoder = getattr(self.pair, "encoder", None)
+        if self.programs.with_guide and isinstance(encoder, AutoGuide) and encoder.prototype_trace is None:
+            batches.call(encoder, self.batch)  # it takes its plates' sizes from its first batch
+        few = batches.rows(self.batch, slice(0, 3))
+        try:
+            return self._choose(Layout.of(self.programs, few, "datum", sliceable=True), few)
+        except _UNSUITED:
+            # Tied to its whole batch, by a mask or a plate of a fixed size; or an error that
+            # the batch raises again.
+            return self._choose(Layout.of(self.programs, self.batch, "datum"), self.batch)
 
-    def _device(self) -> torch.device:
-        return next(iter(batches.parts(self.batch).values())).device
+    def _probe(self) -> None:
+        """Refuse masked latents that are in use, and data that depend on one another."""
+        if self.layout.masked:
+            for rows in sorted({(r.start, r.stop) for r, _ in self.chunks(1)}):
+                check_masks(self.programs, self._rows(slice(*rows)))
+        if self.scope == "joint":
+            return
+        few = self._rows(_unlike(self.batch) if self.sliceable else None)
+        tries = 1 if self.strategy.most is None else 4  # a branch on latents may go the same way by chance
+        site = next((s for s in (coupled_site(self.programs, few) for _ in range(tries)) if s), None)
+        if site is not None:
+            raise ValueError(
+                f"model site {site!r}: the term of a datum depends on other data of the batch (a centring, a "
+                'sum over the batch?), so there is no evidence per datum, only a joint one, scope="joint"'
+            )
 
-    def _quiet(self):
-        return _Stack(evaluation_mode(self.pair), unregistered(), pyro.validation_enabled(False))
-
-    def _learn(self, few: Batch) -> None:
-        """Learn sites and plates, refuse what is no bound, and find how particles can be run."""
-        guide, model = self._plain_traces(few)
-        check_sites(guide, model, self.with_guide)
-        self._refuse_points(guide, model, few)
-        self.latents: dict[str, LatentSite] = {}
-        depth, frames = 1, []
-        for program, trace in (("guide", guide), ("model", model)):
-            for name, site in sample_sites(trace):
-                frame = data_frame(site, program)
-                if frame.size != batches.size(few):
-                    raise ValueError(
-                        f"the plate {PLATE!r} holds {frame.size} data at {program} site "
-                        f"{name!r}, the batch {batches.size(few)} rows: "
-                        f"write pyro.plate({PLATE!r}, len(y)), or give subsample_size=len(y) where it is subsampled"
-                    )
-                frames.append(frame.dim)
-                depth = max([depth, *(-f.dim for f in site["cond_indep_stack"] if f.dim is not None)])
-                scaled = check_scale(site, program)
-                self.scaled_site = self.scaled_site or (name if scaled else None)
-        self.observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
-        self.beyond = sites_beyond(guide, model)
-        if set(frames) != {-1}:
-            raise ValueError(f"the plate {PLATE!r} must stand at dim=-1, got dim {sorted(set(frames))}")
-        self.depth = depth
-        self._guide_sites = frozenset(k for k, _ in sample_sites(guide))
-        for name, site in sample_sites(model):
-            if name not in self.observed:
-                fn = site["fn"]
-                plates = tuple(fn.batch_shape[:-1])
-                while plates and plates[0] == 1:
-                    plates = plates[1:]
-                self.latents[name] = LatentSite.of(name, fn, plates)
-        self.strategy, self._elements = self._choose(few)
-
-    def _refuse_points(self, guide: Any, model: Any, few: Batch) -> None:
-        """Refuse continuous latents that a guide, an automatic one, sets to the same value in every draw."""
-        names = [
-            name
-            for name, site in sample_sites(guide)
-            if name in model.nodes and is_point(site["fn"]) and not is_point(model.nodes[name]["fn"])
-        ]
-        names = [n for n in names if self.with_guide and not model.nodes[n]["fn"].support.is_discrete]
-        if names:
-            again = batches.call(poutine.trace(self.pair.guide).get_trace, few)
-            for name in names:
-                if torch.equal(guide.nodes[name]["value"], again.nodes[name]["value"]):
-                    raise ValueError(POINT.format(name))
-
-    def _plain_traces(self, batch: Batch) -> tuple[Any, Any]:
-        if self.with_guide:
-            guide = batches.call(poutine.trace(self.pair.guide).get_trace, batch)
-            model = batches.call(poutine.trace(poutine.replay(self.pair.model, trace=guide)).get_trace, batch)
-        else:
-            guide = poutine.Trace()
-            model = batches.call(poutine.trace(self.pair.model).get_trace, batch)
-        return prune_subsample_sites(guide), prune_subsample_sites(model)
-
-    def _choose(self, probe: Batch) -> tuple[str, float]:
-        """The first strategy that gives, on a few rows, what one particle at a time gives; and elements per
-        particle and datum."""
-        n = batches.size(probe)
-        for strategy in ("plate", "repeat"):
-            try:
-                with LargestTensor() as counter:
-                    terms = self._draw(probe, 2, strategy)
-                alone = [
-                    self._draw(probe, 1, "loop", {k: v[i : i + 1] for k, v in terms.latents.items()})
-                    for i in range(2)
-                ]
-            except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
-                continue
-            if all(
-                torch.allclose(
-                    getattr(terms, part),
-                    torch.cat([getattr(a, part) for a in alone]),
-                    rtol=1e-3,
-                    atol=1e-3,
-                    equal_nan=True,
-                )
-                for part in ("log_joint", "log_proposal")
-            ):
-                return strategy, counter.numel / (2 * n)
+    def _choose(self, layout: Layout, probe: Batch) -> tuple[Layout, Strategy, float]:
+        """The first strategy that gives on ``probe`` what one particle at a time gives."""
+        self.layout = layout
+        first: list[Strategy] = (
+            [Joint(layout)] if layout.scope == "joint" else [Plate(layout), Repeat(layout)]
+        )
+        size, reasons = 1 if layout.scope == "joint" else batches.size(probe), []
+        for self.strategy in first:
+            with LargestTensor() as counter:
+                reason = self._differs(probe)
+            if reason is None:
+                return layout, self.strategy, counter.numel / (2 * size)
+            reasons.append(f"{type(self.strategy).__name__.lower()}: {reason}")
+        self.strategy = Joint(layout, vectorized=False) if layout.scope == "joint" else Loop(layout)
+        self.notes = (f"particles run one at a time, which is slow ({'; '.join(reasons)})",)
         with LargestTensor() as counter:
-            self._draw(probe, 1, "loop")
-        return "loop", counter.numel / n
+            self._terms(probe, 1)
+        return layout, self.strategy, counter.numel / size
 
-    def _draw(
-        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None = None
-    ) -> Terms:
-        if strategy == "loop" and particles > 1:
-            return _concatenate([self._draw(batch, 1, "loop") for _ in range(particles)], 0, self)
-        guide, model = self._traces(batch, particles, strategy, latents, self.with_guide)
-        log_model = self._terms(model, batch, particles, strategy, "model")
-        log_guide = self._terms(guide, batch, particles, strategy, "guide") if self._guide_sites else {}
+    def _differs(self, probe: Batch) -> str | None:
+        """Why two particles under the strategy are not what one particle at a time gives; None where they
+        are."""
+        try:
+            traces = self._traces(probe, 2)
+            together = [
+                self._by_site(t, probe, 2, p) for t, p in zip(traces, ("guide", "model"), strict=True)
+            ]
+            vectorized, self.strategy = self.strategy, self._alone()
+            try:
+                alone = [self._again(probe, traces, vectorized, i) for i in range(2)]
+            finally:
+                self.strategy = vectorized
+        except _UNSUITED as error:
+            return f"{type(error).__name__}, {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
+        for found, which in zip(together, (0, 1), strict=True):
+            for name, value in found.items():
+                again = torch.cat([a[which][name] for a in alone])
+                if not torch.allclose(value, again, rtol=_AGREE, atol=_AGREE, equal_nan=True):
+                    return f"other log probabilities at site {name!r}"
+        return None
+
+    def _alone(self) -> Strategy:
+        return Joint(self.layout, vectorized=False) if self.layout.scope == "joint" else Loop(self.layout)
+
+    def _again(
+        self, probe: Batch, traces: tuple[Any, Any], vectorized: Strategy, index: int
+    ) -> list[dict[str, Tensor]]:
+        """Guide and model terms of one particle of vectorized traces, run alone."""
+        drawn = traces[0] if self.programs.with_guide else traces[1]
+        values = {
+            name: vectorized.one(site["value"], site, 2, index)
+            for name, site in sample_sites(drawn)
+            if name not in self.observed and not is_point(site["fn"]) and not site["is_observed"]
+        }
+        with LatentReads(values) as watch:
+            again = self.programs.again(probe, values)
+        if watch.read:
+            raise RuntimeError("the program reads a latent's value (a Python branch?)")
+        return [self._by_site(t, probe, 1, p) for t, p in zip(again, ("guide", "model"), strict=True)]
+
+    def _rows(self, rows: slice | Tensor | None) -> Batch:
+        return self.batch if rows is None or self.scope == "joint" else batches.rows(self.batch, rows)
+
+    def _passes(self, latents: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        """Given latents by as many particles as the strategy takes in a pass."""
+        if self.strategy.most is None:
+            return [latents]
+        return [{k: v[i : i + 1] for k, v in latents.items()} for i in range(len_of(latents))]
+
+    def _terms(self, batch: Batch, particles: int, latents: Mapping[str, Tensor] | None = None) -> Terms:
+        """Terms of given latents or of draws from the guide."""
+        if self.strategy.most is not None and particles > self.strategy.most:
+            return self._concatenated([self._terms(batch, self.strategy.most) for _ in range(particles)], 0)
+        guide, model = self._traces(batch, particles, latents)
+        log_model = self._by_site(model, batch, particles, "model")
+        log_guide = self._by_site(guide, batch, particles, "guide") if self.layout.guide_sites else {}
         if not log_guide:
             log_guide = {"(none)": torch.zeros_like(next(iter(log_model.values())))}
+        size = self._size(batch)
         values = {
-            k: self._fold(model.nodes[k]["value"], site, batch, particles, strategy)
+            k: self.strategy.fold(model.nodes[k]["value"], site, particles, size)
             for k, site in self.latents.items()
         }
         return Terms(log_model, log_guide, self.observed, values)
 
-    def _traces(
-        self, batch: Batch, particles: int, strategy: str, latents: dict[str, Tensor] | None, with_guide: bool
-    ) -> tuple[Any, Any]:
-        """Guide and model traces; given latents are scored, else the guide draws them."""
-        model, guide = self.pair.model, self.pair.guide
-        batch_in = batches.repeat(batch, particles) if strategy == "repeat" else batch
-        if strategy == "plate":
-            plate = pyro.plate("_particles", particles, dim=-1 - self.depth)
-            model, guide = plate(model), plate(guide)
-        if latents is not None:
-            given = {k: self._unfold(v, self.latents[k], particles, strategy) for k, v in latents.items()}
-            model, guide = poutine.condition(model, data=given), poutine.condition(guide, data=given)
-        guide_trace = poutine.Trace()
-        if with_guide:
-            guide_trace = batches.call(poutine.trace(guide).get_trace, batch_in)
-            model = poutine.replay(model, trace=guide_trace)
-        model_trace = batches.call(poutine.trace(model).get_trace, batch_in)
-        return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+    def _size(self, batch: Batch) -> int:
+        return 1 if self.scope == "joint" else batches.size(batch)
 
-    def _terms(
-        self, trace: Any, batch: Batch, particles: int, strategy: str, program: str, mask_latents: bool = True
+    def _traces(
+        self,
+        batch: Batch,
+        particles: int,
+        latents: Mapping[str, Tensor] | None = None,
+        with_guide: bool | None = None,
+    ) -> tuple[Any, Any]:
+        """Guide and model traces of one pass; given latents are evaluated, else the guide draws them."""
+        given = None
+        if latents is not None:
+            given = {k: self.strategy.unfold(v, self.latents[k]) for k, v in latents.items()}
+        return self.programs.traces(
+            self.strategy.batch(batch, particles),
+            given,
+            wrap=self.strategy.wrap(particles),
+            with_guide=with_guide,
+        )
+
+    def _by_site(
+        self, trace: Any, batch: Batch, particles: int, program: str, mask_latents: bool = True
     ) -> dict[str, Tensor]:
         """Log probability of each site, unscaled but masked, summed to [K, B]."""
-        n = batches.size(batch)
         terms = {}
         for name, site in sample_sites(trace):
-            frame = data_frame(site, program)
-            expected = n * particles if strategy == "repeat" else n
-            if frame.size != expected:
-                raise ValueError(
-                    f"the plate {PLATE!r} holds {frame.size} data at {program} site {name!r}, expected {expected}"
-                )
             log_prob = self._log_prob(name, site, batch, program, mask_latents)
-            shape = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
-            full = [shape.get(d, 1) for d in range(min([*shape, -log_prob.dim(), -1]), 0)]
-            for axis, (have, declared) in enumerate(zip(log_prob.shape[::-1], full[::-1], strict=False)):
-                if have not in (1, declared):
-                    raise ValueError(
-                        f"{program} site {name!r} has a batch dimension of size {have} at dim "
-                        f"{-1 - axis}, where its plates declare "
-                        f"{declared}: declare the dimension as an event with .to_event(), or add a plate"
-                    )
-            log_prob = log_prob.expand(full)
-            if strategy == "plate":
-                lead = log_prob.dim() - 1 - self.depth
-                log_prob = log_prob.reshape(particles if lead >= 0 else 1, -1, n).sum(1)
-                terms[name] = log_prob.expand(particles, n)
-            else:
-                terms[name] = log_prob.reshape(-1, expected).sum(0).reshape(-1, n)
+            terms[name] = self.strategy.total(log_prob, site, program, particles, self._size(batch))
         return terms
 
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
-        if self._checks and site["is_observed"] and name in self.observed:
+        if self._check_values and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
-        latent, beyond = name in self.latents, (program, name) in self.beyond
+        latent, beyond = name in self.latents, (program, name) in self.layout.beyond
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except RuntimeError as error:
             if latent and beyond and not bool(site["fn"].support.check(site["value"]).all()):
                 other = "guide" if program == "model" else "model"
                 raise Unavailable(
-                    f"the {other} draws values that latent site {name!r} cannot take in the {program}: {error}"
+                    f"the {other} draws values that latent site {name!r} cannot take in the {program}: "
+                    f"{error}"
                 ) from error
             raise
-        checked = self._checks and program == "model"
+        checked = self._check_values and program == "model"
         if latent and (beyond or (checked and bool(log_prob.isnan().any()))):
-            log_prob = _zero_outside(site, log_prob)
+            # Neither NaN nor a formula's value outside its range (an exponential's is finite below zero).
+            log_prob = torch.where(site["fn"].support.check(site["value"]), log_prob, -math.inf)
         scale = site.get("within_datum", 1.0) * inner_plates(site)
         log_prob = log_prob if is_one(scale) else log_prob * scale
-        return _mask(log_prob, site["mask"]) if mask_latents or name not in self.latents else log_prob
+        return _masked(log_prob, site["mask"]) if mask_latents or not latent else log_prob
 
-    def _fold(self, value: Tensor, site: LatentSite, batch: Batch, particles: int, strategy: str) -> Tensor:
-        """A traced value as [K, *plates, B, *event]."""
-        n = batches.size(batch)
-        shape = (*site.plate_shape, n, *site.event_shape)
-        if strategy == "plate":
-            return value.reshape(-1, *shape).expand(particles, *shape) if value.numel() else value
-        if strategy == "loop":
-            return value.reshape(1, *shape)
-        value = value.reshape(*site.plate_shape, particles, n, *site.event_shape)
-        return value.movedim(len(site.plate_shape), 0)
+    def _concatenated(self, parts: list[Terms], dim: int) -> Terms:
+        """Terms side by side, along particles (0) or data (1)."""
+        if len(parts) == 1:
+            return parts[0]
 
-    def _unfold(self, value: Tensor, site: LatentSite, particles: int, strategy: str) -> Tensor:
-        """[K, *plates, B, *event] as the programs want it; the inverse of :meth:`_fold`."""
-        if strategy == "plate":
-            gap = self.depth - 1 - len(site.plate_shape)
-            return value.reshape(particles, *[1] * gap, *value.shape[1:])
-        if strategy == "loop":
-            return value[0]
-        k = len(site.plate_shape)
-        value = value.movedim(0, k)
-        return value.reshape(*value.shape[:k], -1, *site.event_shape)
+        def joined(field: str) -> dict[str, Tensor]:
+            return {
+                k: torch.cat([getattr(t, field)[k] for t in parts], dim) for k in getattr(parts[0], field)
+            }
+
+        latents = {
+            k: torch.cat([t.latents[k] for t in parts], 0 if dim == 0 else 1 + len(site.plate_shape))
+            for k, site in self.latents.items()
+            if k in parts[0].latents
+        }
+        return Terms(joined("log_model"), joined("log_guide"), parts[0].observed, latents)
 
 
-class _Stack:
-    """Several context managers as one, entered anew each time."""
-
-    def __init__(self, *managers: Any) -> None:
-        self.managers = managers
-
-    def __enter__(self) -> None:
-        for manager in self.managers:
-            manager.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for manager in reversed(self.managers):
-            manager.__exit__(*error)
+@contextmanager
+def _same_random_numbers(batch: Batch) -> Iterator[None]:
+    """Context manager that leaves the states of the random number generators as they were."""
+    devices = {t.device for t in batches.parts(batch).values() if t.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
-def _zero_outside(site: Any, log_prob: Tensor) -> Tensor:
-    """-inf, neither NaN nor a formula's value out of its range (an exponential's is finite below zero), where the
-    guide draws what the model's latent cannot be."""
-    inside = site["fn"].support.check(site["value"])
-    return torch.where(inside, log_prob, -math.inf)
+def _unlike(batch: Batch, rows: int = 3, most: int = 1000) -> Tensor:
+    """Indices of the first row and of others, first of those that differ from it."""
+    parts = [t[:most].reshape(min(most, len(t)), -1) for t in batches.parts(batch).values()]
+    differs = torch.stack([(t != t[:1]).any(1) for t in parts]).any(0)
+    differs[0] = True
+    return differs.long().argsort(descending=True, stable=True)[:rows]
 
 
-def _mask(log_prob: Tensor, mask: Any) -> Tensor:
+def len_of(latents: Mapping[str, Tensor]) -> int:
+    """Number of particles."""
+    return len(next(iter(latents.values())))
+
+
+def _masked(log_prob: Tensor, mask: Any) -> Tensor:
     if mask is None or mask is True:
         return log_prob
     if mask is False:
         return torch.zeros_like(log_prob)
     return torch.where(mask, log_prob, log_prob.new_zeros(()))
-
-
-def _concatenate(terms: list[Terms], dim: int, evaluator: Evaluator) -> Terms:
-    if len(terms) == 1:
-        return terms[0]
-
-    def joined(field: str) -> dict[str, Tensor]:
-        return {k: torch.cat([getattr(t, field)[k] for t in terms], dim) for k in getattr(terms[0], field)}
-
-    latents = {
-        k: torch.cat([t.latents[k] for t in terms], 0 if dim == 0 else 1 + len(site.plate_shape))
-        for k, site in evaluator.latents.items()
-        if k in terms[0].latents
-    }
-    return Terms(joined("log_model"), joined("log_guide"), terms[0].observed, latents)

@@ -1,5 +1,4 @@
-"""Guides without an encoder: the distributions of a guide's sites with parameters of their own for each
-datum."""
+"""Guides without an encoder: the distributions of a guide's sites with separate parameters for each datum."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair
 
-__all__ = ["Family", "unamortized"]
+__all__ = ["FreeGuide", "unamortized"]
 
-# Distributions whose parameters are freed, by the names their constructors take.
+# Distributions whose parameters are freed, and the names of their constructors' arguments.
 _PARAMETERS = {
     "Normal": ("loc", "scale"),
     "LogNormal": ("loc", "scale"),
@@ -41,11 +40,11 @@ class _Site:
     parameters: dict[str, Tensor]
 
 
-class Family:
+class FreeGuide:
     """The distributions of a guide's sites with free parameters for each datum of the evaluator's batch.
 
-    Raises :class:`Unavailable`, naming the site, for guides whose parameters depend on their own draws, masked
-    sites, and distributions without a known reparametrized family.
+    Raises :class:`Unavailable`, naming the site, for guides whose parameters depend on their own draws,
+    masked sites, and distributions without a known reparametrized family.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -57,8 +56,8 @@ class Family:
             for key, value in site.parameters.items():
                 if not torch.equal(value, second[name].parameters[key]):
                     raise Unavailable(
-                        f"guide site {name!r} depends on other draws of the guide: a datum's best member is not "
-                        "a point of its parameters"
+                        f"guide site {name!r} depends on other draws of the guide: a datum's best member is "
+                        "not a single value of its parameters"
                     )
 
     @torch.no_grad()
@@ -68,7 +67,7 @@ class Family:
 
     def _site(self, name: str, node: Any) -> _Site:
         if node["mask"] is not None and node["mask"] is not True:
-            raise Unavailable(f"guide site {name!r} is masked: evaluate its data without padding")
+            raise Unavailable(f"guide site {name!r} is masked: evaluate data without padding")
         fn, latent = node["fn"], self.evaluator.latents[name]
         while type(fn).__name__ in ("Independent", "ExpandedDistribution"):
             fn = fn.base_dist
@@ -88,7 +87,7 @@ class Family:
         return _Site(kind, latent.event_dim - fn.event_dim, parameters)
 
     def start(self) -> dict[_Key, Tensor]:
-        """The amortized guide's parameters on the whole line, by site and name."""
+        """The amortized guide's parameters, unconstrained, by site and name."""
         return {
             (name, key): transform_to(site.kind.arg_constraints[key]).inv(value)
             for name, site in self.sites.items()
@@ -96,11 +95,11 @@ class Family:
         }
 
     def second_start(self) -> dict[_Key, Tensor]:
-        """Another member: every free parameter moved by a standard normal draw."""
+        """Another member: every free parameter shifted by a standard normal draw."""
         return {k: v + torch.randn_like(v) for k, v in self.start().items()}
 
     def member(self, free: Mapping[_Key, Tensor]) -> dict[str, Any]:
-        """The distributions by site of parameters on the whole line."""
+        """The distributions by site for unconstrained parameters."""
         out = {}
         for name, site in self.sites.items():
             arguments = {
@@ -111,16 +110,16 @@ class Family:
 
 
 def unamortized(pair: Pair, y: Any) -> tuple[Pair, Batch]:
-    """The pair with a guide of free parameters for each datum of ``y``, and the data that it takes, (index, y).
+    """The pair with a guide of free parameters for each datum of ``y``, and the data for it, (index, y).
 
-    The guide keeps the distributions of ``pair.guide``; their parameters are numbers of each datum that start
-    where the guide's are. The model is that of ``pair`` itself, whose parameters it shares (part
-    ``generator``; the free ones are the part ``encoder``). Batches begin with the data's indices, as
-    ``fit(*unamortized(pair, y))`` trains on them; a dict batch gets the key ``index``. For data that were not
-    in ``y`` the guide has no parameters: audit those by the amortized pair, or make them a free guide of
-    their own with ``freeze=("generator",)``. An :class:`ExactPair` keeps its evidence and posterior.
+    The guide keeps the distributions of ``pair.guide``; their parameters are separate numbers for each datum,
+    initialized at the guide's. The model is that of ``pair``, whose parameters it shares (part ``generator``;
+    the free ones are the part ``encoder``). Batches begin with the indices of the data, as
+    ``fit(*unamortized(pair, y))`` trains on them; a dict batch gets the key ``index``. The guide has no
+    parameters for data that were not in ``y``: audit those with the amortized pair, or give them a free guide
+    with ``freeze=("generator",)``. An :class:`ExactPair` keeps its evidence and posterior.
 
-    Raises :class:`Unavailable` as :class:`Family` says. Memory: the parameters of all data; a step of Adam
+    Raises :class:`Unavailable` as :class:`FreeGuide` does. Memory: the parameters of all data; a step of Adam
     moves them all.
 
     Source: Hoffman, Blei, Wang and Paisley (2013), section 2.2, for local variational parameters.
@@ -134,7 +133,7 @@ def unamortized(pair: Pair, y: Any) -> tuple[Pair, Batch]:
 
 
 class _Members(Messenger):
-    """Puts other distributions in the place of a guide's."""
+    """Replaces the distributions of a guide."""
 
     def __init__(self, members: Mapping[str, Any]) -> None:
         super().__init__()
@@ -148,13 +147,13 @@ class _Members(Messenger):
 class _Unamortized(Pair):
     def __init__(self, pair: Pair, batch: Batch) -> None:
         super().__init__()
-        family = Family(Evaluator(pair, batch))
+        family = FreeGuide(Evaluator(pair, batch))
         self.__dict__.update(_pair=pair, _family=family, _size=batches.size(batch))
         # Registering the pair as a PyroModule's child would change its names in Pyro's store.
         nn.Module.add_module(self, "generator", pair)
         self.encoder = nn.Module()
         for (site, key), value in family.start().items():
-            # The data's dimension first, so that an index takes rows.
+            # The data dimension first, so that an index selects rows.
             rows = value.movedim(family.plates[site], 0).contiguous()
             self.encoder.register_parameter(_name(site, key), nn.Parameter(rows))
 
@@ -166,9 +165,7 @@ class _Unamortized(Pair):
         index, batch = (named.pop("index"), batch) if named else (batch[0], batch[1:])
         if index.dim() != 1 or index.is_floating_point():
             size = self.__dict__["_size"]
-            raise ValueError(
-                f"index takes the data's places in y, integers from 0 to {size - 1}, got {index.dtype}"
-            )
+            raise ValueError(f"index: expected the rows of y, integers in [0, {size - 1}], got {index.dtype}")
         return index, batch
 
     def model(self, *batch: Any, **named: Any) -> Any:

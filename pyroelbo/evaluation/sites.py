@@ -1,4 +1,4 @@
-"""The sites of traced programs: what is refused because no bound would follow, and why."""
+"""Checks of traced sites: what is refused because no bound would follow, and why."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch.distributions import biject_to, constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.supports import is_circular, support_of, within_circle
 from pyroelbo.pair import PLATE
 
 __all__ = [
     "Unavailable",
+    "check_joint",
     "check_observation",
     "check_scale",
     "check_sites",
@@ -25,20 +27,20 @@ __all__ = [
 ]
 
 POINT = (
-    "guide site {!r} is a point mass on a continuous latent: it has no density, and ln p(y, z) at a point is no bound "
-    "on ln p(y)"
+    "guide site {!r}: expected a distribution with a density, got a point mass on a continuous latent. ln "
+    "p(y, z) at a point is no bound on ln p(y)"
 )
 
 
 class Unavailable(ValueError):
-    """This pair has no such value; the message says why."""
+    """The pair has no such value; the message says why."""
 
 
 def refuse_infinite(elbo: Tensor) -> None:
-    """:class:`Unavailable` where an ELBO, or a log weight, has no finite parts."""
+    """:class:`Unavailable` if an ELBO or a log weight is infinite and cannot be split."""
     if bool(elbo.isinf().any()):
         raise Unavailable(
-            "the guide draws what the model gives probability zero: the ELBO is -inf and has no finite parts"
+            "the guide draws values of probability zero under the model: the ELBO is -inf and cannot be split"
         )
 
 
@@ -58,16 +60,17 @@ def data_frame(site: Any, program: str) -> Any:
             return frame
     kind = "observes" if site["is_observed"] else "draws a latent"
     raise ValueError(
-        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}: only a joint bound "
-        "over the whole batch is "
-        'possible for it, scope="joint", and this one is per datum. '
-        f'Write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}, so there is no bound per "
+        "datum: only a "
+        f'joint one over the whole batch, scope="joint". Write `with pyro.plate("{PLATE}", len(y)):` around '
+        "the sites "
+        "of one datum"
     )
 
 
 def observed_part(site: Any, batch: Batch) -> str | None:
-    """The name of the part of the batch that an observed site looks at, by shared memory; None if it is none
-    as it is."""
+    """The name of the part of the batch whose memory an observed site shares; None if it observes something
+    else."""
     found = (k for k, part in batches.parts(batch).items() if batches.same_memory(site["value"], part))
     return next(found, None)
 
@@ -78,12 +81,13 @@ def check_observation(site: Any, batch: Batch) -> None:
     event = tuple(fn.event_shape)
     if event and value.dim() <= len(event) and observed_part(site, batch) is not None:
         raise ValueError(
-            f"observed site {name!r} takes events of shape {event} for each datum, and the data, of shape "
-            f"{tuple(value.shape)}, have no dimension left to run over data: pass a batch, y[None] for a single datum"
+            f"observed site {name!r}: expected a batch of events of shape {event}, got data of shape "
+            f"{tuple(value.shape)}. Pass y[None] for a single datum"
         )
     if event and tuple(value.shape[value.dim() - len(event) :]) != event:
         raise ValueError(
-            f"observed site {name!r} takes events of shape {event}, got data of shape {tuple(value.shape)}"
+            f"observed site {name!r}: expected events of shape {event}, got data of shape "
+            f"{tuple(value.shape)}"
         )
     support = getattr(fn, "support", None)
     if support is not None and isinstance(value, Tensor):
@@ -91,7 +95,7 @@ def check_observation(site: Any, batch: Batch) -> None:
 
 
 def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
-    """ValueError, naming the site and what is wrong, for a value outside the support."""
+    """ValueError, naming the site, for a value outside the support."""
     if bool(support.check(value).all()):
         return
     base = support.base_constraint if isinstance(support, constraints.independent) else support
@@ -100,15 +104,14 @@ def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
     advice = ""
     if base is constraints.boolean and bool(((value >= 0) & (value <= 1)).all()):
         advice = (
-            ": grey pixels have no Bernoulli probability. Binarize them, (y > 0.5).float() or "
-            "pyroelbo.data.binarize(y), or take a likelihood for grey"
+            ". Grey pixels have no Bernoulli probability: binarize them, (y > 0.5).float() or "
+            "pyroelbo.data.binarize(y), or choose a likelihood for grey values"
         )
-    raise ValueError(f"observed site {name!r} ({kind}) takes values in {base}, got {bad:.6g}{advice}")
+    raise ValueError(f"observed site {name!r} ({kind}): expected values in {base}, got {bad:.6g}{advice}")
 
 
 def inner_plates(site: Any) -> float:
-    """Scale by which plates within a datum (a subsampled time, a subsampled token) stand for all of
-    theirs."""
+    """Scale of subsampled plates within a datum (of time steps, of tokens): full size over size."""
     scale = 1.0
     for frame in site["cond_indep_stack"]:
         if frame.name != PLATE and frame.full_size is not None and frame.full_size != frame.size:
@@ -117,20 +120,37 @@ def inner_plates(site: Any) -> float:
 
 
 def check_scale(site: Any, program: str) -> bool:
-    """Whether the site carries a scale within the datum; an error for any other but the data plate's own."""
+    """Whether the site carries a scale within its datum; ValueError for any scale but that and the data
+    plate's."""
     frame = data_frame(site, program)
     within = site.get("within_datum", 1.0) * inner_plates(site)
     outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
     scale, expected = torch.as_tensor(site["scale"]), torch.as_tensor(within * outer)
     if not torch.allclose(scale.double(), expected.double(), rtol=1e-5):
         raise ValueError(
-            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} "
-            "(poutine.scale or an outer plate), so what "
-            "would be computed is no bound. Put KL annealing into the objective (fit(..., "
-            "kl_weight=...)), and mark a "
-            "scale that belongs to one datum's estimate with pyroelbo.within_datum"
+            f"{program} site {site['name']!r} is scaled by {float(scale.double().mean()):.4g} (poutine.scale "
+            "or an outer plate): no bound follows. Put KL annealing into the objective (fit(..., "
+            "kl_weight=...)), and mark a scale that belongs to one datum's estimate with "
+            "pyroelbo.within_datum"
         )
     return not is_one(within)
+
+
+def check_joint(site: Any, program: str) -> None:
+    """Refuse a site of a joint evaluation that is subsampled or scaled."""
+    name = site["name"]
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise ValueError(
+                f"{program} site {name!r}: expected all {frame.full_size} elements of the plate "
+                f"{frame.name!r} for a joint bound, got {frame.size}"
+            )
+    scale = torch.as_tensor(site["scale"]).double()
+    if "within_datum" in site or bool((scale != 1).any()):
+        raise ValueError(
+            f"{program} site {name!r} is scaled by {float(scale.mean()):.4g}: no bound follows. Put KL "
+            "annealing into the objective (fit(..., kl_weight=...))"
+        )
 
 
 def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
@@ -151,24 +171,26 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
         refusal: type[ValueError] = ValueError if drawn else Unavailable
         raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    for name in sorted(latent):
+        _check_circular(name, drawn[name]["fn"], model.nodes[name]["fn"])
     auxiliary = sorted(set(drawn) - latent)
     if auxiliary:
         # A change of variables, as automatic guides make, has as many numbers on one side as on the other.
         made = [
             k for k in latent if is_point(drawn[k]["fn"]) and not model.nodes[k]["fn"].support.is_discrete
         ]
-        inner = sum(biject_to(model.nodes[k]["fn"].support).inv(drawn[k]["value"]).numel() for k in made)
+        inner = sum(biject_to(support_of(model.nodes[k]["fn"])).inv(drawn[k]["value"]).numel() for k in made)
         if sum(drawn[k]["value"].numel() for k in auxiliary) > inner:
             raise Unavailable(
-                f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their density under the "
-                "guide is an integral over it, and no bound follows without a model of it"
+                f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their "
+                "density under the guide is an integral over it, and no bound follows without a model of it"
             )
     watched = sorted(k for k, s in sample_sites(guide) if s["is_observed"])
     if watched and not auxiliary:
         # Beside auxiliary sites a factor may be the Jacobian of what was made of them.
         raise ValueError(
-            f"guide site {watched[0]!r} is observed (a factor?): it would enter q(z | y), which is no density then, and no "
-            "bound follows"
+            f"guide site {watched[0]!r} is observed (a factor?): it would enter q(z | y), which is no "
+            "density then, and no bound follows"
         )
     for name in sorted(latent):
         shapes = [tuple(s["fn"].event_shape) for s in (drawn[name], model.nodes[name])]
@@ -199,14 +221,27 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
                 for s, k in zip(supports, (kind, own), strict=True)
             ]
             raise ValueError(
-                f"guide site {name!r} is {what[0]}, the model's {what[1]}: a probability over a density is no weight, and "
-                "no bound follows from it"
+                f"guide site {name!r} is {what[0]}, the model's {what[1]}: a probability over a density is "
+                "no weight, and no bound follows from it"
             )
 
 
+def _check_circular(name: str, mine: Any, theirs: Any) -> None:
+    """Refuse a guide that draws an angle of the model on the line."""
+    support = _support(theirs)
+    if support is None or not is_circular(support):
+        return
+    if is_point(mine) or not within_circle(_support(mine)):
+        kind, own = (type(base_of(fn)).__name__ for fn in (mine, theirs))
+        raise ValueError(
+            f"guide site {name!r}: expected a circular distribution, as the model's {own}, got a {kind}. Use "
+            "VonMises: a density on the line counts every angle many times"
+        )
+
+
 def sites_beyond(guide: Any, model: Any) -> frozenset[tuple[str, str]]:
-    """(program, site) of the latents that may be asked for the density of values outside their support, as guide and
-    model do not have the same (point masses of automatic guides are there by construction)."""
+    """(program, site) of the latents that may be asked for the density of values outside their support, as
+    guide and model do not have the same (point masses of automatic guides are there by construction)."""
     found = set()
     for name, site in sample_sites(guide):
         if name in model.nodes and not site["is_observed"] and not is_point(site["fn"]):
@@ -222,7 +257,7 @@ def is_point(fn: Any) -> bool:
 
 def _support(fn: Any) -> Any:
     try:
-        support = fn.support
+        support = support_of(fn)
     except NotImplementedError:
         return None
     while isinstance(support, constraints.independent):

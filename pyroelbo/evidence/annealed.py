@@ -1,5 +1,5 @@
-"""Annealed importance sampling: lower bounds on the evidence, and upper ones where an exact posterior draw is
-to be had."""
+"""Annealed importance sampling: lower bounds on the evidence, and upper bounds when exact posterior samples
+are available."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import scoped
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
 from pyroelbo.evidence.lattice import Lattice
@@ -26,10 +25,9 @@ __all__ = ["ais", "bdmc"]
 
 _TARGET = 0.8  # acceptance that the pilot's step sizes aim at
 _PILOT = 8  # particles of the pilot
-_PILOT_MOVES = 60  # the pilot's fewest transitions: with few temperatures it makes several at each
+_PILOT_MOVES = 60  # fewest transitions of the pilot: with few temperatures it makes several at each
 
 
-@scoped
 def ais(
     pair: Pair,
     y: Any,
@@ -39,59 +37,79 @@ def ais(
     start: str = "guide",
     leapfrog: int = 5,
     reverse: bool | str = False,
+    scope: str = "datum",
     progress: bool = True,
 ) -> Bound:
     """Annealed importance sampling: a lower bound on ln p(y) of each datum (an upper one with ``reverse``),
     in nats, [B].
 
-    Particles go from f_0, the guide q(z | y) or the prior, to f_1 = p(y, z) along f_β = f_0^(1-β) f_1^β, over
-    ``temperatures`` values of β that are dense at both ends (a sigmoid's), all particles and data together.
-    At each value in between, continuous latents make one Hamiltonian transition of ``leapfrog`` steps on the
-    unconstrained latents; discrete ones make 3 · ``leapfrog`` Metropolis proposals, of one coordinate each, and
-    one of all latents drawn anew from f_0 (the only one for structures whose labels constrain one another, such
-    as parses); mixed ones make both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y),
-    so that E ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a pilot run
-    of its own and then held fixed: adapted under way, the weights would be biased. The standard error is the
-    delta method's over the particles; ``ess`` and ``k_hat`` are those of the weights.
+    Particles move from f_0, the guide q(z | y) or the prior, to f_1 = p(y, z) along f_β = f_0^(1-β) f_1^β,
+    with values of β that are dense at both ends (those of a sigmoid), all particles and data together. At
+    each value in between, continuous latents make one Hamiltonian transition on the unconstrained latents;
+    discrete ones make 3 · ``leapfrog`` Metropolis proposals of one coordinate each, and one of all latents
+    drawn anew from f_0 (the only one for structures whose labels constrain one another, such as parses);
+    mixed ones make both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y), so that E
+    ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a separate pilot run
+    and then fixed: adaptation during the run would bias the weights. The standard error is the jackknife's
+    over the particles; ``ess`` and ``k_hat`` are those of the weights.
 
     ``reverse=True`` runs the same chains backwards from exact posterior draws of an :class:`ExactPair`: their
     weights have mean c/p(y), where c ≤ 1 is the probability that a draw from f_0 has p(y, z) > 0, and -ln of
-    their mean is an upper bound, on any data. Where f_0 draws latents that rule the datum out (a grammar's
-    prior, trees of other lengths), it stays -ln c above ln p(y) at any number of temperatures, and a note says
-    so. ``reverse="chains"`` takes any pair and starts from the particles of a forward run, resampled by their
-    weights and moved on by as many transitions at β = 1: an ``estimate``, above ln p(y) only as far as those
-    have reached the posterior.
+    their mean is an upper bound, for any data. If f_0 draws latents that are impossible given the datum (a
+    grammar's prior, trees of other lengths), it stays -ln c above ln p(y) at any number of temperatures,
+    which a note states. ``reverse="chains"`` works for any pair and starts from the particles of a forward
+    run, resampled by their weights and moved by as many transitions at β = 1: an ``estimate``, above ln p(y)
+    only as far as the chains have reached the posterior.
 
-    Raises :class:`Unavailable`, naming the site, for auxiliary sites of the guide, for continuous latents that
-    a density looks at without a gradient (rounding, ``detach``), and for ``reverse=True`` without an exact
-    posterior; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says and for scales within the datum. Cost: a
-    gradient counts as three evaluations, so about 3 · temperatures · leapfrog · (particles + 8) a datum, the
-    pilot included; as many again for discrete latents beside continuous ones; three times as many for chains.
+    Args:
+        pair: the pair.
+        y: the batch.
+        temperatures: number of steps of β, at least 1.
+        particles: chains per datum.
+        start: ``"guide"`` or ``"prior"``, f_0.
+        leapfrog: leapfrog steps of a Hamiltonian transition.
+        reverse: False, True or ``"chains"``.
+        scope: ``"datum"``, or ``"joint"`` for the whole batch as one datum.
+        progress: whether to show a progress bar.
+
+    Raises :class:`Unavailable`, naming the site, for auxiliary sites of the guide, for continuous latents
+    that a density depends on without a gradient (rounding, ``detach``), and for ``reverse=True`` without an
+    exact posterior; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` does and for scales
+    within the datum. Cost: a gradient counts as three evaluations, so about 3 · temperatures · leapfrog ·
+    (particles + 8) per datum, the pilot included; as many again for discrete latents next to continuous ones;
+    three times as many for chains.
 
     Source: Neal (2001), equations 3 to 11; Grosse, Ghahramani and Adams (2015) for the reverse chains; Wu,
     Burda, Salakhutdinov and Grosse (2017) for the schedule; Liu (1996) for moves to other values only.
     """
     count_of(particles)
     if reverse not in (False, True, "chains"):
-        raise ValueError(f"reverse takes False, True or 'chains', got {reverse!r}")
-    if reverse is True and not isinstance(pair, ExactPair):
+        raise ValueError(f"reverse: expected False, True or 'chains', got {reverse!r}")
+    if reverse is True and (scope == "joint" or not isinstance(pair, ExactPair)):
         raise Unavailable(
-            f"{type(pair).__name__} has no exact posterior to start from: reverse=True takes an ExactPair, "
-            "reverse='chains' any pair (an estimate), and bdmc any pair that simulates"
+            f"{type(pair).__name__} has no exact posterior to start from in {scope} scope: reverse=True "
+            "expects an ExactPair, reverse='chains' any pair (an estimate), and bdmc any pair that simulates"
         )
-    annealer = _Annealer(pair, y, temperatures, leapfrog, start)
+    evaluator = Evaluator(pair, y, with_guide=_with_guide(start), scope=scope)
+    annealer = _Annealer(evaluator, temperatures, leapfrog, start)
     if reverse == "chains" and temperatures < 2:
-        raise ValueError(f"reverse='chains' takes at least 2 temperatures, got {temperatures}")
+        raise ValueError(f"temperatures: expected at least 2 for reverse='chains', got {temperatures}")
     with annealer.bar((1 + 2 * (reverse == "chains")) * particles, progress) as bar:
         annealer.adapt(bar)
         if reverse == "chains":
-            return annealer.bound(
-                annealer.reverse(*annealer.posterior_chains(particles, bar), bar), "estimate"
-            )
-        if reverse:
-            draws = posterior_draws(pair, annealer.evaluator, particles)
-            return annealer.bound(annealer.reverse(*annealer.coordinates(draws), bar), "upper")
-        return annealer.bound(annealer.forward(particles, bar), "lower")
+            log_w, kind = annealer.reverse(*annealer.posterior_chains(particles, bar), bar), "estimate"
+        elif reverse:
+            exact = posterior_draws(pair, evaluator, particles)
+            log_w, kind = annealer.reverse(*annealer.coordinates(exact), bar), "upper"
+        else:
+            log_w, kind = annealer.forward(particles, bar), "lower"
+    return evaluator.finish(annealer.bound(log_w, kind))
+
+
+def _with_guide(start: str) -> bool:
+    if start not in ("guide", "prior"):
+        raise ValueError(f"start: expected 'guide' or 'prior', got {start!r}")
+    return start == "guide"
 
 
 def bdmc(
@@ -106,41 +124,51 @@ def bdmc(
     like: Any = None,
     progress: bool = True,
 ) -> Sandwich:
-    """Bidirectional Monte Carlo: lower and upper bounds on ln p(y) of ``num_data`` data simulated from the
-    model, in nats.
+    """Bidirectional Monte Carlo: lower and upper bounds on ln p(y) of data simulated from the model, in nats.
 
     ``pair.simulate`` draws (z, y); z is then one exact draw of p(z | y). Forward AIS gives the lower bound;
     AIS run backwards from that z, by ``particles`` chains, the upper one: -ln (1/K) Σ_k 1/w_k, whose
     expectation over z and the chains is at least ln p(y). It holds for simulated data only. Chains that share
-    a z are dependent, so the upper bound has no standard error of its own (NaN): errors are taken across the
-    data, as ``Sandwich.mean_gap_error`` does. ``given`` and ``like`` are those of
-    :meth:`~pyroelbo.Pair.simulate`.
+    a z are dependent, so the upper bound has no standard error (NaN): errors are computed across the data, as
+    in ``Sandwich.mean_gap_error``.
 
-    Raises and costs what :func:`ais` does, with twice the particles.
+    Args:
+        pair: the pair.
+        num_data: number of simulated data.
+        temperatures: number of steps of β, at least 1.
+        particles: chains per datum and direction.
+        start: ``"guide"`` or ``"prior"``, f_0.
+        leapfrog: leapfrog steps of a Hamiltonian transition.
+        given: leading parts of a conditional batch, as for :meth:`~pyroelbo.Pair.simulate`.
+        like: a batch whose shapes are used, as for :meth:`~pyroelbo.Pair.simulate`.
+        progress: whether to show a progress bar.
+
+    Raises as :func:`ais` does, at the cost of twice the particles.
 
     Source: Grosse, Ghahramani and Adams (2015), algorithm 2.
     """
     count_of(particles)
     latents, batch = pair.simulate(num_data, *given, like=like)
-    annealer = _Annealer(pair, batch, temperatures, leapfrog, start)
-    size = annealer.evaluator.size
-    draws = {
+    evaluator = Evaluator(pair, batch, with_guide=_with_guide(start))
+    annealer = _Annealer(evaluator, temperatures, leapfrog, start)
+    size = evaluator.size
+    simulated = {
         name: latents[name]
         .reshape(1, *site.plate_shape, size, *site.event_shape)
         .expand(particles, *site.plate_shape, size, *site.event_shape)
-        for name, site in annealer.evaluator.latents.items()
+        for name, site in evaluator.latents.items()
     }
     with annealer.bar(2 * particles, progress) as bar:
         annealer.adapt(bar)
-        lower = annealer.bound(annealer.forward(particles, bar), "lower")
+        lower = evaluator.finish(annealer.bound(annealer.forward(particles, bar), "lower"))
         before = annealer.cost
-        log_w = annealer.reverse(*annealer.coordinates(draws), bar)
+        log_w = annealer.reverse(*annealer.coordinates(simulated), bar)
     value, _ = log_mean_exp(log_w)
-    notes = ["valid on data simulated by the model only; its chains share one posterior draw a datum"]
+    notes = ["valid only for data simulated by the model; its chains share one posterior draw per datum"]
     beyond = int((value == -math.inf).sum())
     if beyond:
         notes += (
-            f"infinite for {beyond} of {size} data: the {start} cannot draw the latents that made them",
+            f"infinite for {beyond} of {size} data: the {start} cannot draw the latents that generated them",
         )
     notes += annealer.floor()
     upper = Bound(
@@ -157,8 +185,8 @@ def bdmc(
 
 @dataclass(frozen=True)
 class _Points:
-    """Particles, u [K, b, D] and k [K, b, E], with the two log densities [K, b] there and their gradients
-    by u (None where no transition asked for them)."""
+    """Particles, u [K, b, D] and k [K, b, E], with both log densities [K, b] and their gradients with respect
+    to u (None if no transition asked for them)."""
 
     u: Tensor
     k: Tensor
@@ -175,7 +203,7 @@ class _Points:
         return (1 - beta) * self.base_slope + beta * self.joint_slope
 
     def where(self, accept: Tensor, other: _Points) -> _Points:
-        """This where ``accept``, else the other."""
+        """These particles where ``accept``, the others elsewhere."""
 
         def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
             if mine is None or theirs is None:
@@ -186,24 +214,22 @@ class _Points:
 
 
 class _Annealer:
-    """The path of one batch: its densities, its fixed schedule, and the step sizes that a pilot run set."""
+    """The annealing path of one batch: densities, fixed schedule, and step sizes from a pilot run."""
 
-    def __init__(self, pair: Pair, y: Any, temperatures: int, leapfrog: int, start: str) -> None:
-        if start not in ("guide", "prior"):
-            raise ValueError(f"start takes 'guide' or 'prior', got {start!r}")
+    def __init__(self, evaluator: Evaluator, temperatures: int, leapfrog: int, start: str) -> None:
         positive_count("temperatures", temperatures, "number of steps")
         positive_count("leapfrog", leapfrog, "number of steps")
         self.start, self.leapfrog = start, leapfrog
-        self.evaluator = Evaluator(pair, y, with_guide=start == "guide")
+        self.evaluator = evaluator
         self.evaluator.refuse_scales("AIS")
         self.evaluator.refuse_empty()
-        self.evaluator.refuse_auxiliary("q(z | y) has no density then; take start='prior'")
+        self.evaluator.refuse_auxiliary("q(z | y) has no density then; use start='prior'")
         self.space = Unconstrained(self.evaluator, partial=True)
         self.lattice = Lattice(self.evaluator)
         self.potential = Potential(self.evaluator, self.space, self.lattice, start)
         self.betas = _schedule(temperatures)
         self.method = f"ais-{temperatures}"
-        self.name = pair.name
+        self.name = evaluator.pair.name
         self.cost = 0
         self.moved = 0.0
         self.moves = 0
@@ -215,7 +241,7 @@ class _Annealer:
             self._refuse_flat()
 
     def bar(self, particles: int, progress: bool) -> tqdm:
-        """A bar over transitions of one particle of one datum."""
+        """Progress bar over transitions of one particle of one datum."""
         each = (len(self.betas) - 2) * (particles + _PILOT * self.pilot_moves)
         work = self.evaluator.size * (each + 10 * _PILOT * (self.pilot_moves > 0 and len(self.betas) > 2))
         return tqdm(total=work, unit="move", unit_scale=True, disable=None if progress else True)
@@ -223,7 +249,7 @@ class _Annealer:
     # ------------------------------------------------------------------------------------------ runs
 
     def adapt(self, bar: tqdm) -> None:
-        """The pilot: scales of the latents from the start's draws, then step sizes along the path."""
+        """Pilot run: scales of the latents from draws of f_0, then step sizes along the path."""
         if not self.space.dims:
             return
         bar.set_description(f"AIS of {self.name}: step sizes")
@@ -251,7 +277,7 @@ class _Annealer:
 
     def reverse(self, u: Tensor, k: Tensor, bar: tqdm) -> Tensor:
         """ln 1/w of chains that end in given posterior draws, run backwards, [K, B]."""
-        bar.set_description(f"AIS of {self.name}: bound from above on ln p(y) of {u.shape[1]} data")
+        bar.set_description(f"AIS of {self.name}: upper bound on ln p(y) of {u.shape[1]} data")
         blocks: dict[int, list[Tensor]] = {}
         for rows, count in self.evaluator.chunks(len(u)):
             done = sum(len(b) for b in blocks.get(rows.start, []))
@@ -297,34 +323,40 @@ class _Annealer:
         if empty:
             notes.append(f"all weights are zero for {empty} of {self.evaluator.size} data")
         if kind == "lower":
-            return weighted(self.method, log_w, kind, self.cost, tuple(notes), source=self.start)
+            return weighted(
+                self.method, log_w, kind, self.cost, tuple(notes), source=self.start, jackknife=True
+            )
         lost = float((log_w == -math.inf).double().mean())
         if lost:
             notes.append(
-                f"the {self.start} gives probability zero to where {lost:.1%} of the chains start: a looser bound"
+                f"{lost:.1%} of the chains start where the {self.start} has probability zero: the bound is "
+                "looser"
             )
         notes += self.floor()
         if kind == "upper":
-            return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
-        notes.append("from posterior chains, not exact draws: an upper bound only if they have converged")
-        above = weighted(f"reverse {self.method} from chains", log_w, "upper", self.cost, tuple(notes))
+            return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes), jackknife=True)
+        notes.append(
+            "from posterior chains, not exact draws: an upper bound only if the chains have converged"
+        )
+        method = f"reverse {self.method} from chains"
+        above = weighted(method, log_w, "upper", self.cost, tuple(notes), jackknife=True)
         return replace(above, kind=kind)
 
     def floor(self) -> tuple[str, ...]:
-        """A note on how far reverse chains stay above ln p(y), where the start draws what p(y, z) rules out."""
+        """A note on how far reverse chains stay above ln p(y) if f_0 draws latents with p(y, z) = 0."""
         if not self.ruled_out:
             return ()
         share = self.ruled_out / self.drawn
         nats = f"{-math.log1p(-share):.2g} nats or more" if share < 1 else "far"
         return (
-            f"p(y, z) is zero for {share:.1%} of the {self.start}'s draws: the bound stays {nats} above ln p(y) on "
-            "average, at any number of temperatures",
+            f"p(y, z) is zero for {share:.1%} of the {self.start}'s draws: the bound stays {nats} above ln "
+            "p(y) on average, at any number of temperatures",
         )
 
     # ------------------------------------------------------------------------------------------ inside
 
     def _forward(self, particles: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor]:
-        """ln w [K, B] of particles that start from f_0, and where they end."""
+        """ln w [K, B] of particles that start from f_0, and their final positions."""
         bar.set_description(f"AIS of {self.name}: lower bound on ln p(y) of {self.evaluator.size} data")
         blocks: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for rows, count in self.evaluator.chunks(particles):
@@ -338,8 +370,8 @@ class _Annealer:
     def _anneal(
         self, points: _Points, betas: list[float], steps: Tensor, rows: slice, bar: tqdm
     ) -> tuple[_Points, Tensor]:
-        """Where the particles end and Σ_t (β_t - β_{t-1}) ln f_1/f_0 at them along ``betas``, [K, b], with a
-        transition at each inner β."""
+        """Final particles and Σ_t (β_t - β_{t-1}) ln f_1/f_0 along ``betas``, [K, b], with a transition at
+        each inner β."""
         where = self._rows(rows)
         log_w = torch.zeros_like(points.base, dtype=torch.float64)
         for t in range(1, len(betas)):
@@ -357,10 +389,10 @@ class _Annealer:
     def _move(
         self, points: _Points, beta: float, step: Tensor | None, scale: Tensor | None, rows: slice | None
     ) -> tuple[_Points, Tensor]:
-        """Transitions that leave f_β invariant, and the Hamiltonian one's acceptance probability [K, b], NaN
-        for particles of density zero and where there is none.
+        """Transitions that leave f_β invariant, and the acceptance probability of the Hamiltonian one [K, b].
 
-        Momenta are in units of ``scale`` [b, D], steps [b] jittered by a fifth against resonance.
+        It is NaN for particles of density zero and if there are no continuous latents. Momenta are in units
+        of ``scale`` [b, D]; steps [b] are jittered by a fifth against resonance.
         """
         rate = torch.full_like(points.base, math.nan)
         if self.space.dims:
@@ -390,7 +422,7 @@ class _Annealer:
         return end.where(accept, points), torch.where(energy.isinf(), torch.full_like(rate, math.nan), rate)
 
     def _metropolis(self, points: _Points, beta: float, rows: slice | None) -> _Points:
-        """Proposals of one discrete coordinate each, then one of everything, drawn from f_0."""
+        """Proposals of one discrete coordinate each, then of all latents drawn from f_0."""
         for _ in range(3 * self.leapfrog if self.lattice.moves else 0):
             other = self._points(points.u, self.lattice.propose(points.k), rows, slopes=False)
             log_ratio = _log_acceptance(-points.density(beta), -other.density(beta))
@@ -407,7 +439,7 @@ class _Annealer:
 
     @torch.no_grad()
     def _draw_latents(self, particles: int, rows: slice | None) -> tuple[Tensor, Tensor]:
-        latents = self.evaluator.draw(particles, rows).latents
+        latents = self.evaluator.sample_pass(particles, rows).latents
         u, k = self.coordinates(latents)
         self.cost += u.shape[0] * u.shape[1]
         return u, k
@@ -416,7 +448,7 @@ class _Annealer:
         if not self.space.dims:
             k = self.lattice.to_vector(latents)
             return torch.zeros(*k.shape[:2], 0, device=k.device)
-        # A guide that reaches beyond the model's support: NaN has density zero everywhere below.
+        # A guide that draws outside the model's support: NaN has density zero everywhere below.
         u = self.space.unconstrain(latents)
         return torch.where(self.space.inside(latents).unsqueeze(-1), u, torch.full_like(u, math.nan))
 
@@ -436,9 +468,9 @@ class _Annealer:
         return (self.steps[t, rows] if self.space.dims else None), self._scale(rows)
 
     def _refuse_flat(self) -> None:
-        """Unavailable for a continuous latent on which other sites depend without any gradient."""
+        """Unavailable for a continuous latent that other sites depend on without a gradient."""
         rows = self._rows(slice(0, 3))
-        terms = self.evaluator.draw(4, rows)
+        terms = self.evaluator.sample_pass(4, rows)
         self.cost += terms.log_joint.numel()
         latents = {k: v.detach() for k, v in terms.latents.items()}
 
@@ -464,19 +496,19 @@ class _Annealer:
             except RuntimeError as error:
                 reason = f"gives no gradient ({error})"
             raise Unavailable(
-                f"the density of other sites changes with latent site {name!r} and {reason}: Hamiltonian "
-                "transitions would not see it"
+                f"the density of other sites depends on latent site {name!r} and {reason}: Hamiltonian "
+                "transitions would ignore it"
             )
 
 
 def _schedule(temperatures: int) -> list[float]:
-    """0 = β_0 < … < β_T = 1, a sigmoid's values at equal distances, stretched to both ends."""
+    """0 = β_0 < … < β_T = 1: equidistant values of a sigmoid, stretched to both ends."""
     ticks = torch.linspace(-4.0, 4.0, temperatures + 1, dtype=torch.float64).sigmoid()
     return ((ticks - ticks[0]) / (ticks[-1] - ticks[0])).tolist()
 
 
 def _log_acceptance(before: Tensor, after: Tensor) -> Tensor:
-    """ln of the Metropolis ratio of energies before and after, -inf where the trajectory diverged."""
+    """ln of the Metropolis ratio of two energies, -inf for diverged trajectories."""
     return _no_nan(before - after)
 
 

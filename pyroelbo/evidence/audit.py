@@ -1,4 +1,4 @@
-"""`audit`: the bounds of a pair on the same data, side by side with the best reference there is."""
+"""`audit`: the bounds of a pair on the same data, next to the best reference available."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tqdm import tqdm
 from pyroelbo import batch as batches
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import view
+from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
+from pyroelbo.evaluation.supports import support_of
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
@@ -23,7 +24,7 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
 from pyroelbo.results import Audit, Bound
 
-__all__ = ["audit"]
+__all__ = ["Contradiction", "audit"]
 
 
 def _ais(pair: Pair, batch: Any, *, temperatures: int, scope: str, progress: bool) -> Bound:
@@ -40,6 +41,8 @@ _REFERENCES: dict[str, Callable[..., Bound]] = {
     "ais": _ais,
 }
 _DEFAULT = ("exact", "quadrature")
+_FALSE_ALARM = 1e-9
+_ROUNDING = 1e-4  # of the summed terms, within which a draw of an exact guide has ln w = ln p(y)
 
 
 def audit(
@@ -53,28 +56,34 @@ def audit(
     budget: str | int | None = None,
     progress: bool = True,
 ) -> Audit:
-    """How tight is the bound? ELBO and IWAE with ``particles`` draws each, beside a reference, per datum, in
-    nats.
+    """How tight is the bound? ELBO and IWAE next to a reference, per datum, in nats.
 
-    ``references`` names what to hold them against, some of ``"exact"``, ``"quadrature"`` and ``"ais"`` (of
-    ``temperatures``; a lower bound itself, so that gaps to it are lower estimates, which a note says), or Bounds
-    on the same data that were found elsewhere; the gaps are taken from the first, and one that the pair does
-    not have raises :class:`~pyroelbo.evidence.Unavailable`.
-    Left out, the exact evidence is used where there is one, else quadrature for one or two continuous latent
-    dimensions; the notes say what was not possible and why. ``scope="joint"`` takes the whole batch as one
-    datum, for models with latents outside the data plate.
+    By default the reference is the exact evidence if there is one, else quadrature for one or two continuous
+    latent dimensions; notes say what was not possible and why.
 
-    ``budget`` chooses ``particles`` and ``temperatures``, and AIS where nothing better is to be had: a time such
-    as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient counts as three). A pilot
-    measures the pair's speed; a note says what was chosen. ValueError for a budget too small for any estimate.
+    Args:
+        pair: the pair.
+        y: the batch.
+        particles: draws per datum of ELBO and IWAE each.
+        references: some of ``"exact"``, ``"quadrature"`` and ``"ais"``, or Bounds on the same data from
+            elsewhere. Gaps are relative to the first one (AIS is a lower bound itself, so that its gaps are
+            lower estimates, as a note says).
+        temperatures: those of AIS.
+        scope: ``"datum"``, or ``"joint"`` for the whole batch as one datum, for models with latents outside
+            the data plate.
+        budget: a time such as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient
+            counts as three). It chooses ``particles`` and ``temperatures``, and AIS if there is nothing
+            better; a pilot measures the pair's speed, and a note says what was chosen.
+        progress: whether to show progress.
 
-    ``print(audit(pair, y))`` is a table. Cost: 2 ``particles`` evaluations a datum and the reference's.
+    ``print(audit(pair, y))`` is a table. Raises :class:`~pyroelbo.evidence.Unavailable` for a reference that
+    the pair does not have, ValueError for a budget too small for any estimate. Cost: 2 ``particles``
+    evaluations per datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
-    whole = view(pair, scope)
     if isinstance(references, (str, Bound)):
         raise ValueError(
-            f"references takes a sequence, such as ('ais',), got a {type(references).__name__} alone"
+            f"references: expected a sequence such as ('ais',), got a {type(references).__name__}"
         )
     notes: list[str] = []
     found: list[Bound] = []
@@ -98,7 +107,9 @@ def audit(
                 found.append(name)
                 continue
             if name not in _REFERENCES:
-                raise ValueError(f"references takes some of {tuple(_REFERENCES)}, or Bounds, got {name!r}")
+                raise ValueError(
+                    f"references: expected some of {tuple(_REFERENCES)}, or Bounds, got {name!r}"
+                )
             tell(name)
             try:
                 reference = _REFERENCES[name]
@@ -113,10 +124,10 @@ def audit(
                 break
         if not found:
             notes.append(
-                "no reference, so no gap: the lower bounds alone do not say how far they are from ln p(y)"
+                "no reference, hence no gap: lower bounds alone do not tell their distance from ln p(y)"
             )
         elif found[0].kind == "lower":
-            notes.append(f"{found[0].method} is a lower bound itself: the gaps to it are lower estimates")
+            notes.append(f"{found[0].method} is a lower bound itself: gaps to it are lower estimates")
         if plan is not None:
             particles = plan.particles(found)
             notes.append(plan.note(particles, found))
@@ -129,31 +140,78 @@ def audit(
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
-    notes += _uncovered(whole, batch)
+    _check_exact(pair, batch, scope, Audit(pair.name, tuple(bounds), found[0].method if found else None))
+    notes += _uncovered(pair, batch, scope)
     if scope == "joint":
-        notes.insert(0, f"joint: all {batches.size(batch)} data together, as one datum")
+        notes.insert(0, f"joint: all {batches.size(batch)} data as one datum")
     return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
 
 
 def _check(bound: Bound, size: int, scope: str) -> None:
     if bound.scope != scope or bound.value.numel() != (1 if scope == "joint" else size):
+        expected = "one joint value" if scope == "joint" else f"{size} values per datum"
         raise ValueError(
-            f"references holds {bound.method!r}, {bound.scope} values of shape {tuple(bound.value.shape)}: this audit "
-            f"is of {size} data, scope={scope!r}"
+            f"references: expected {expected}, got {bound.method!r} with scope {bound.scope!r} and shape "
+            f"{tuple(bound.value.shape)}"
         )
 
 
+class Contradiction(RuntimeError):
+    """An exact row that the other rows of the ``audit`` refute."""
+
+    def __init__(self, message: str, audit: Audit) -> None:
+        super().__init__(message)
+        self.audit = audit
+
+
+def _check_exact(pair: Pair, batch: Any, scope: str, found: Audit) -> None:
+    """:class:`Contradiction` if an exact row cannot be right.
+
+    If it is, weights w̄_i of independent draws have E Π_i w̄_i / p(y_i) = 1, so that P(Σ_i (IWAE_i - exact_i)
+    > ln 1/α) ≤ α by Markov's inequality, whatever the weights' tails: α = 1e-9. With an exact guide every
+    single draw has ln w = ln p(y), which shows a value that is too high as well.
+    """
+    exact = next((b for b in found.bounds if b.kind == "exact"), None)
+    weights = next((b for b in found.bounds if b.method.startswith("iwae")), None)
+    if exact is None:
+        return
+    if weights is not None:
+        excess = weights.value.double() - exact.value.double().to(weights.value.device)
+        excess = torch.where(weights.value == exact.value, 0.0, excess)  # both -inf
+        if float(excess.sum()) > -math.log(_FALSE_ALARM):
+            raise Contradiction(
+                f"the exact evidence is contradicted: {weights.method} lies {float(excess.sum()):.4g} nats "
+                f"above it, summed over {excess.numel()} data, which has a probability below {_FALSE_ALARM} "
+                "if it is right. error.audit holds the rows",
+                found,
+            )
+    if scope == "datum" and getattr(pair, "exact_guide", False):
+        with torch.no_grad(), in_double(pair):
+            terms = Evaluator(pair, double(batch)).sample(1, latents=False)
+        size = sum(t[0].double().abs() for t in (*terms.log_model.values(), *terms.log_guide.values()))
+        apart = (terms.log_weight[0].double() - exact.value).abs()
+        wrong = apart > _ROUNDING * (1 + size)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise Contradiction(
+                "the exact evidence is contradicted: the guide is the exact posterior, and ln p(y, z) - ln "
+                f"q(z | y) lies {float(apart[row]):.4g} nats from it for datum {row}. error.audit holds the "
+                "rows",
+                found,
+            )
+
+
 @torch.no_grad()
-def _uncovered(whole: Any, batch: Any) -> list[str]:
-    """A note for each site where the guide's support leaves out draws of the prior that may have made the datum:
-    weights that stay finite do not tell."""
+def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
+    """A note for each site whose guide cannot draw values of the prior that may have made the datum: weights
+    that stay finite do not show it."""
     try:
-        evaluator = Evaluator(whole, batch)
+        evaluator = Evaluator(pair, batch, scope=scope)
         trace = evaluator.guide_trace()
         sites = {name: trace.nodes[name]["fn"] for name in evaluator.latents}
     except Unavailable:
         return []
-    # a finite set or a structure's labels do not say what has mass; nor need a prior over these be drawn from
+    # The support of a finite set or of a structure's labels does not tell what has mass.
     sites = {
         name: fn
         for name, fn in sites.items()
@@ -163,19 +221,19 @@ def _uncovered(whole: Any, batch: Any) -> list[str]:
     }
     if not sites:
         return []
-    prior = Evaluator(whole, batch, with_guide=False)
-    terms = prior.draw(min(64, max(1, prior.cells // prior.size)))
+    prior = Evaluator(pair, batch, with_guide=False, scope=scope)
+    terms = prior.sample_pass(min(64, max(1, prior.cells // prior.size)))
     seen = [term for name, term in terms.log_model.items() if name not in terms.latents]
-    possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to be missed
+    possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to miss
     notes = []
     for name, fn in sites.items():
-        outside = ~fn.support.check(terms.latents[name])
+        outside = ~support_of(fn).check(terms.latents[name])
         plates = [1] * (outside.dim() - possible.dim())
         counted = possible.reshape(len(possible), *plates, *possible.shape[1:]).expand_as(outside)
         share = float((outside & counted).sum() / counted.sum().clamp_min(1))
         if share > 0:
             notes.append(
-                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: what lies there is missing from "
-                "ELBO, IWAE and AIS started from it, and their errors do not show it"
+                f"the guide cannot draw {share:.0%} of the prior's values of {name!r}: ELBO, IWAE and AIS "
+                "started from it miss that part, and their errors do not show it"
             )
     return notes

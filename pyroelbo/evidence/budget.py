@@ -1,134 +1,164 @@
-"""What an audit can afford: estimators and their sizes from a time or a number of evaluations."""
+"""Choice of estimators and their sizes from a time or a number of evaluations."""
 
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import view
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
+from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.evidence.unconstrained import Unconstrained
+from pyroelbo.numerics import duration
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
 
 __all__ = ["Budget"]
 
-_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
-_LEAST = 8  # draws of the smallest ELBO and IWAE worth printing
-_SHARE = 0.7  # of the budget that a reference may take
-_QUADRATURE = {1: 10_000, 2: 110_000}  # evaluations a datum, by dimensions
-_CHAIN = 3 * 5 * (16 + 8)  # evaluations a datum and temperature of AIS with its defaults
-_FEWEST = 20  # temperatures below which AIS is not worth its pilot
-_PILOT = 0.1  # of the time
-_LARGEST = 32_768  # draws in the pilot's largest pass
-_MOST = 40_000_000  # weights kept at once
+_MIN_DRAWS = 8  # of the smallest ELBO and IWAE worth printing
+_REFERENCE_SHARE = 0.7  # of the budget
+_QUADRATURE = {1: 10_000, 2: 110_000}  # evaluations per datum, by dimensions
+_CHAIN = 3 * 5 * (16 + 8)  # evaluations per datum and temperature of AIS with its defaults
+_MIN_TEMPERATURES = 20  # below which AIS is not worth its pilot
+_PILOT_SHARE = 0.1  # of the time
+_MAX_PILOT_DRAWS = 32_768  # in one pass
+_MAX_WEIGHTS = 40_000_000  # held at once
+_TRIAL = 4  # data whose reference is timed
 
 
 class Budget:
-    """Spends ``budget``, seconds as ``"1min"`` or evaluations as an integer, on references first and draws
-    then.
+    """Spends ``budget``, seconds as ``"1min"`` or evaluations as an integer, first on references, then on
+    draws.
 
-    A pilot on a few data measures evaluations a second where the budget is a time. ValueError for what is no
-    budget, and for one too small for eight draws a datum.
+    For a time, a pilot on a few data measures evaluations per second. ValueError for anything else, and for a
+    budget too small for eight draws per datum.
     """
 
     def __init__(self, budget: str | int, pair: Pair, batch: Batch, scope: str) -> None:
         self.budget, self.pair, self.batch, self.scope = budget, pair, batch, scope
         self.data = 1 if scope == "joint" else batches.size(batch)
-        self.seconds = _seconds(budget) if isinstance(budget, str) else None
+        self.seconds = duration(budget) if isinstance(budget, str) else None
         self.started = time.monotonic()
         self.speed = 0.0
+        self.evaluations: float
         if self.seconds is not None:
             self.speed = self._pilot(self.seconds)
-            self.evaluations = int(self.seconds * self.speed)
+            self.evaluations = self.seconds * self.speed
         elif isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-            raise ValueError(f"budget takes a time such as '1min' or a number of evaluations, got {budget!r}")
+            raise ValueError(
+                f"budget: expected a time such as '1min' or a number of evaluations, got {budget!r}"
+            )
         else:
             self.evaluations = budget
-        needed = 2 * _LEAST * self.data
+        needed = 2 * _MIN_DRAWS * self.data
         if self.evaluations < needed:
-            each = "" if self.seconds is None else f", some {self.speed:,.0f} evaluations a second here"
+            speed = "" if self.seconds is None else f" (some {self.speed:,.0f} a second here)"
             raise ValueError(
-                f"a budget of {budget!r} ({self.evaluations:,} evaluations{each}) is too small for any estimate of "
-                f"{self.data} data, which takes {needed:,}: give more, or fewer data"
+                f"budget: expected at least {needed:,} evaluations for any estimate of {self.data} data, got "
+                f"{budget!r}, {self.evaluations:,.0f} evaluations{speed}. Give more, or fewer data"
             )
 
-    def references(self) -> tuple[Sequence[str], list[str]]:
-        """What to hold the bounds against, and why nothing better."""
-        try:
-            few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, 1))
-            exact(self.pair, few, scope=self.scope)
-            return ("exact",), []
-        except Unavailable as reason:
-            notes = [f"no exact value: {reason}"]
-        each = _SHARE * self.evaluations / self.data
-        try:
-            dims = Unconstrained(Evaluator(view(self.pair, self.scope), self.batch)).dims
-        except Unavailable:
-            dims = 0
-        if dims in _QUADRATURE:
-            if each >= _QUADRATURE[dims]:
-                return ("quadrature",), notes
-            notes.append(f"no quadrature value: it takes some {_QUADRATURE[dims]:,} evaluations a datum")
-        if each >= _FEWEST * _CHAIN:
+    def references(self) -> tuple[Sequence[str | Bound], list[str]]:
+        """The reference to compare the bounds with, and notes on why there is no better one.
+
+        A reference that must take all data at once is computed here; of others the cost is extrapolated from
+        a few data.
+        """
+        notes = []
+        for estimator in (exact, quadrature):
+            name = estimator.__name__
+            try:
+                if estimator is quadrature:
+                    self._check_grid()
+                bound, seconds = self._trial(estimator)
+            except Unavailable as reason:
+                notes.append(f"no {name} value: {reason}")
+                continue
+            size = 1 if self.scope == "joint" else bound.value.numel()
+            if size == self.data:
+                return (bound,), notes
+            scale = self.data / size
+            if self._affords(scale * seconds, scale * bound.cost):
+                return (name,), notes
+            notes.append(f"no {name} value: it would take more than the budget")
+        each = _REFERENCE_SHARE * self.evaluations / self.data
+        needed = _MIN_TEMPERATURES * _CHAIN
+        if each >= needed:
             return ("ais",), notes
-        notes.append(f"no AIS: {_FEWEST} temperatures take {_FEWEST * _CHAIN:,} evaluations a datum")
+        notes.append(f"no AIS: {_MIN_TEMPERATURES} temperatures need {needed:,} evaluations per datum")
         return (), notes
 
+    def _trial(self, estimator: Callable[..., Bound]) -> tuple[Bound, float]:
+        """The estimator on a few data (all of them in joint scope), and its seconds."""
+        few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, _TRIAL))
+        start = time.monotonic()
+        bound = estimator(self.pair, few, scope=self.scope)
+        return bound, time.monotonic() - start
+
+    def _affords(self, seconds: float, evaluations: float) -> bool:
+        if self.seconds is None:
+            return evaluations <= _REFERENCE_SHARE * self.evaluations
+        return seconds <= _REFERENCE_SHARE * (self.seconds - (time.monotonic() - self.started))
+
+    def _check_grid(self) -> None:
+        """:class:`Unavailable` if the usual cost of a quadrature exceeds the budget: none is tried then."""
+        needed = _QUADRATURE.get(Unconstrained(Evaluator(self.pair, self.batch, scope=self.scope)).dims, 0)
+        if needed > _REFERENCE_SHARE * self.evaluations / self.data:
+            raise Unavailable(f"it needs some {needed:,} evaluations per datum")
+
     def temperatures(self, names: Sequence[Any]) -> int:
-        """Of AIS, where it is among the references."""
-        speed = 1.0
-        if "ais" in names and self.seconds is not None:
-            speed = self._gradients() / self.speed
-        return max(2, int(speed * _SHARE * self.evaluations / self.data / _CHAIN))
+        """Number of temperatures, if AIS is among the references."""
+        evaluations = self.evaluations
+        if self.seconds is not None:
+            evaluations = self.seconds * self._gradients() if "ais" in names else 0.0
+        return max(2, int(_REFERENCE_SHARE * evaluations / self.data / _CHAIN))
 
     def particles(self, found: Sequence[Bound]) -> int:
-        """Draws a datum, of ELBO and IWAE each, from what is left."""
+        """Draws per datum, of ELBO and IWAE each, that the rest of the budget allows."""
         if self.seconds is not None:
             left = (self.seconds - (time.monotonic() - self.started)) * self.speed
         else:
             left = self.evaluations - sum(b.cost for b in found)
-        return max(_LEAST, min(int(left / (2 * self.data)), _MOST // self.data))
+        return int(max(_MIN_DRAWS, min(left / (2 * self.data), _MAX_WEIGHTS // self.data)))
 
     def note(self, particles: int, found: Sequence[Bound]) -> str:
-        speed = "" if self.seconds is None else f" at some {self.speed:,.0f} evaluations a second"
-        chosen = [b.method for b in found] + [f"{particles} draws a datum for ELBO and IWAE each"]
+        measured = self.seconds is not None and math.isfinite(self.speed)
+        speed = f" at some {self.speed:,.0f} evaluations a second" if measured else ""
+        chosen = [b.method for b in found] + [f"{particles} draws per datum for ELBO and IWAE each"]
         return f"a budget of {self.budget}{speed} chose {', '.join(chosen)}"
 
     def _few(self) -> Batch:
         return self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, 50))
 
     def _pilot(self, seconds: float) -> float:
-        """Evaluations a second, from ELBOs of growing size on a few data."""
-        few, particles = self._few(), _LEAST
+        """Evaluations per second, from ELBOs of growing size on a few data."""
+        few, particles = self._few(), _MIN_DRAWS
 
         def once() -> Bound:
-            try:
-                return elbo(self.pair, few, particles, scope=self.scope)
-            except Unavailable:
-                return exact(self.pair, few, scope=self.scope)
+            return elbo(self.pair, few, particles, scope=self.scope)
 
-        once()  # what happens only once (building, caches) is not counted
+        try:
+            once()  # costs that occur only once (building, caches) are not counted
+        except Unavailable:
+            return math.inf  # nothing is drawn; what a reference takes is tried
         while True:
             start = time.monotonic()
             bound = once()
             now = time.monotonic()
-            # Large passes, as the audit's own will be: what each call costs by itself must not count.
-            if now - self.started > _PILOT * seconds or particles >= _LARGEST:
+            # Large passes, like those of the audit, so that the overhead of a call does not count.
+            if now - self.started > _PILOT_SHARE * seconds or particles >= _MAX_PILOT_DRAWS:
                 return bound.cost / max(now - start, 1e-9)
             particles *= 4
 
     def _gradients(self) -> float:
-        """Evaluations a second that AIS counts."""
+        """Evaluations per second, as AIS counts them."""
         start = time.monotonic()
         few = self._few()
         try:
@@ -136,12 +166,3 @@ class Budget:
         except Unavailable:
             bound = ais(self.pair, few, 3, start="prior", scope=self.scope, progress=False)
         return bound.cost / max(time.monotonic() - start, 1e-9)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text.lower())
-    if not found or found[2] not in _UNITS or not 0 < float(found[1]) < math.inf:
-        raise ValueError(
-            f"budget takes a time such as '90s', '1min' or '2h', or a number of evaluations, got {text!r}"
-        )
-    return float(found[1]) * _UNITS[found[2]]

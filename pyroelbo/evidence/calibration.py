@@ -1,4 +1,4 @@
-"""Simulation-based calibration: whether a guide's draws could have made the data."""
+"""Simulation-based calibration: ranks of simulated latents among the guide's draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyroelbo.results.diagnostics import Calibration
 
 __all__ = ["calibration"]
 
-_MOST_BINS, _LEAST_EACH = 20, 10
+_MAX_BINS, _MIN_PER_BIN = 20, 10
 
 
 @torch.no_grad()
@@ -26,30 +26,31 @@ def calibration(
     ``pair.simulate`` draws (z, y) from the generator; for each y the guide draws z_1 … z_L, L = ``draws``. If
     q(z | y) = p(z | y), then z is exchangeable with them, and the rank of any f(z, y) among f(z_l, y) is
     uniform on 0 … L. The quantities are the coordinates of all latents (those that never vary are left out)
-    and the log joint ln p(y, z), which also tells a guide that ignores the data: the prior itself ranks
+    and the log joint ln p(y, z), which also detects a guide that ignores the data: the prior itself ranks
     every coordinate uniformly. Ties, as of discrete latents, are broken at random, which keeps uniformity
-    exact. p values are the chi-square test's in bins of equal size, at most 20, ten data or more each. It
-    tells how a guide errs on data of the model, not on yours. ``given`` and ``like`` are those of
-    :meth:`~pyroelbo.Pair.simulate`.
+    exact. The p values are those of the chi-square test in bins of equal size, at most 20, with ten data or
+    more each. The result shows how a guide errs on data of the model, not on yours. ``given`` and ``like``
+    are those of :meth:`~pyroelbo.Pair.simulate`.
 
-    Raises ValueError for too few data or draws to make two bins, and as :class:`~pyroelbo.evaluation.evaluator.Evaluator`
-    says. Cost: ``num_data`` · (2 ``draws`` + 1) evaluations.
+    Raises ValueError for too few data or draws to make two bins, and as
+    :class:`~pyroelbo.evaluation.evaluator.Evaluator` does. Cost: ``num_data`` · (2 ``draws`` + 1)
+    evaluations.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); Modrák et al. (2023) for the log joint.
     """
     positive_count("num_data", num_data)
     positive_count("draws", draws)
-    most = min(_MOST_BINS, num_data // _LEAST_EACH)
+    most = min(_MAX_BINS, num_data // _MIN_PER_BIN)
     bins = max((b for b in range(2, most + 1) if (draws + 1) % b == 0), default=1)
     if bins < 2:
         raise ValueError(
-            f"{num_data} data and {draws} draws make no two bins of {_LEAST_EACH} data and equally many ranks: take "
-            "at least 20 data, and a number of draws such as 99"
+            f"num_data, draws: expected at least two bins of {_MIN_PER_BIN} data with equally many ranks, "
+            f"got {num_data} data and {draws} draws. Use at least 20 data, and a number of draws such as 99"
         )
     latents, batch = pair.simulate(num_data, *given, like=like)
     evaluator = Evaluator(pair, batch)
     evaluator.refuse_scales("calibration")
-    guessed = evaluator.draws(draws).latents
+    guessed = evaluator.sample(draws).latents
     names, ranks, everything = [], [], {}
     for name, site in evaluator.latents.items():
         true = latents[name].reshape(1, *site.plate_shape, evaluator.size, *site.event_shape)
@@ -60,12 +61,12 @@ def calibration(
             if bool((flat[..., d] != flat[0, 0, d]).any()):
                 names.append(name if flat.shape[-1] == 1 else f"{name}[{d}]")
                 ranks.append(_rank(flat[..., d].double(), 0.0))
-    log_joint = evaluator.in_chunks(evaluator.score, everything)
+    log_joint = evaluator.in_chunks(evaluator.log_joint, everything)
     names.append("log joint")
-    # The same point may be scored with another rounding elsewhere in a pass.
+    # The same point may be rounded differently elsewhere in a pass.
     tolerance = (
         100
-        * torch.finfo(torch.get_default_dtype()).eps
+        * torch.finfo(evaluator.layout.dtype).eps
         * (1 + float(log_joint.abs().nan_to_num(posinf=0).max()))
     )
     ranks.append(_rank(log_joint, tolerance))

@@ -24,11 +24,11 @@ _CHECKS = 8  # points at which the prior is compared between data
 def pareto_k_hat(log_w: Tensor) -> Tensor:
     """Tail index k of the importance weights over dimension 0: ``[K, *]`` to ``[*]``.
 
-    A generalized Pareto distribution is fitted to the largest min(K/5, 3√K) weights, with the weakly
-    informative prior that draws k towards 1/2. Below 1/2 the weights' variance is finite; above 0.7 (or 1 -
-    1/log10 K for few draws) the estimate and its standard error mislead. NaN where fewer than five weights
-    make the tail, where they tie, or all weights are zero; -inf where the largest weights all lie within a
-    thousandth of each other. Cost: O(K log K) for each datum.
+    A generalized Pareto distribution is fitted to the largest min(K/5, 3√K) weights, with a weakly
+    informative prior that shrinks k towards 1/2. Below 1/2 the variance of the weights is finite; above 0.7
+    (or 1 - 1/log10 K for few draws) the estimate and its standard error mislead. NaN if the tail has fewer
+    than five weights, or ties, or all weights are zero; -inf if the largest weights lie within a thousandth
+    of each other. Cost: O(K log K) per datum.
 
     Source: Zhang and Stephens (2009); Vehtari, Simpson, Gelman, Yao and Gabry (2024), appendix C.
     """
@@ -40,9 +40,9 @@ def pareto_k_hat(log_w: Tensor) -> Tensor:
         flat = flat - flat.amax(0)
         ordered = flat.sort(0).values
         excess = ordered[-tail:].exp() - ordered[-tail - 1].exp()
-        # Weights within a thousandth of each other (rounding, with an exact guide) are no tail to fit.
+        # Weights within a thousandth of each other (rounding, with an exact guide) have no tail to fit.
         fit = excess[-1] > 1e-3
-        # Weights of a discrete latent take few values: where a quarter of the tail ties there is none to fit either.
+        # Weights of a discrete latent have few values: nothing can be fitted if a quarter of the tail ties.
         fit &= excess[int(tail / 4 + 0.5) - 1] > 0
         result[fit] = _fit_tail(excess[:, fit])
         result[excess[-1] <= 1e-3] = -math.inf
@@ -69,23 +69,23 @@ def _fit_tail(x: Tensor) -> Tensor:
 def diagnostics(
     pair: Pair, y: Any, draws: int = 8, *, site: str | None = None, points: int = 2000
 ) -> Diagnostics:
-    """The aggregated posterior q(z) = (1/N) Σ_n q(z | y_n) of the data ``y``, evaluated exactly as a mixture,
-    against the prior, in nats.
+    """The aggregated posterior q(z) = (1/N) Σ_n q(z | y_n) against the prior, in nats; it is evaluated
+    exactly, as a mixture.
 
-    With ``draws`` draws z ~ q(z | y_n) for each of the N data: reconstruction E ln p(y | z), cross-entropy
-    -E ln p(z), entropy -E ln q(z | y); index-code mutual information E[ln q(z | y) - ln q(z)] and
-    KL(q(z), p) = E[ln q(z) - ln p(z)], whose sum is the mean KL(q(z | y), p). ``points`` draws of the prior
-    give the mass of its holes, ln p(z) - ln q(z) > 3. Coordinates are split where prior and guide are products
-    over them: KL(q(z), p) = KL(q(z), Π_d q(z_d)) + Σ_d KL(q(z_d), p(z_d)). All are averages of exact log
-    densities over draws, so unbiased; standard errors are those of the draws, the data being fixed. An
-    activity, Var_n E_q[z_d | y_n], has the draws' variance taken off.
+    With ``draws`` draws z ~ q(z | y_n) for each of the N data: reconstruction E ln p(y | z), cross-entropy -E
+    ln p(z), entropy -E ln q(z | y); index-code mutual information E[ln q(z | y) - ln q(z)] and KL(q(z), p) =
+    E[ln q(z) - ln p(z)], whose sum is the mean KL(q(z | y), p). ``points`` draws of the prior give the mass
+    of its holes, ln p(z) - ln q(z) > 3. Coordinates are split if prior and guide are products over them:
+    KL(q(z), p) = KL(q(z), Π_d q(z_d)) + Σ_d KL(q(z_d), p(z_d)). All are averages of exact log densities over
+    draws, hence unbiased; standard errors are those of the draws, given the data. An activity, Var_n E_q[z_d
+    | y_n], is corrected for the variance of the draws.
 
     z is all latents together, or ``site`` alone, which must be a first one: neither its prior nor its guide
-    may look at other latents. Any guide and any prior of known density will do. Raises :class:`Unavailable`,
-    naming the site, for auxiliary or masked guide sites and priors that differ between data (of conditional
-    pairs), and for guides that reach beyond the model's support; ValueError as
-    :class:`~pyroelbo.evaluation.evaluator.Evaluator` says. Cost: N · (``draws`` · N + ``points``) densities of the guide and
-    N · ``draws`` evaluations.
+    may depend on other latents. Any guide and any prior of known density will do. Raises
+    :class:`Unavailable`, naming the site, for auxiliary or masked guide sites and priors that differ between
+    data (of conditional pairs), and for guides that reach outside the model's support; ValueError as
+    :class:`~pyroelbo.evaluation.evaluator.Evaluator` does. Cost: N · (``draws`` · N + ``points``) densities
+    of the guide and N · ``draws`` evaluations.
 
     Source: Hoffman and Johnson (2016); Chen, Li, Grosse and Duvenaud (2018), equation 2, for the split by
     coordinates; Burda, Grosse and Salakhutdinov (2016), section 5, for active units.
@@ -97,8 +97,8 @@ def diagnostics(
     evaluator.refuse_auxiliary()
     sites = tuple(evaluator.latents) if site is None else (site,)
     if not set(sites) <= set(evaluator.latents):
-        raise ValueError(f"site takes one of {sorted(evaluator.latents)}, got {site!r}")
-    terms = evaluator.draws(draws)
+        raise ValueError(f"site: expected one of {sorted(evaluator.latents)}, got {site!r}")
+    terms = evaluator.sample(draws)
     _check(evaluator, sites)
     z = {name: terms.latents[name] for name in sites}
     log_q = torch.stack([terms.log_guide[name] for name in sites]).sum(0).double()
@@ -108,7 +108,7 @@ def diagnostics(
     flat = {name: _points(evaluator, name, value) for name, value in z.items()}
     log_mix = _log_mixture(evaluator, flat).reshape(draws, evaluator.size)
 
-    prior = Evaluator(pair, evaluator.batch, with_guide=False).draws(math.ceil(points / evaluator.size))
+    prior = Evaluator(pair, evaluator.batch, with_guide=False).sample(math.ceil(points / evaluator.size))
     fresh = {name: _points(evaluator, name, prior.latents[name])[:points] for name in sites}
     log_prior = torch.stack([prior.log_model[name] for name in sites]).sum(0).double().reshape(-1)[:points]
     excess = log_prior - _log_mixture(evaluator, fresh)
@@ -143,7 +143,7 @@ def diagnostics(
 
 
 def _activity(z: Tensor) -> Estimate:
-    """Variance over the data of E[z | y] from draws z [K, N, D], without the draws' own variance."""
+    """Variance over the data of E[z | y] from draws z [K, N, D], without the variance of the draws."""
     count, size = z.shape[:2]
     if count < 2 or size < 2 or z.numel() == 0:
         return Estimate(z.new_full(z.shape[2:], math.nan), z.new_full(z.shape[2:], math.nan))
@@ -166,12 +166,12 @@ def _side_by_side(points: dict[str, Tensor]) -> Tensor:
 
 
 def _check(evaluator: Evaluator, sites: tuple[str, ...]) -> None:
-    """Unavailable where the sites have no density of their own under guide or prior."""
+    """Unavailable if the sites have no density of their own under guide or prior."""
     for name, node in evaluator.guide_trace().nodes.items():
         if name in sites and node["mask"] is not None and node["mask"] is not True:
-            raise Unavailable(f"guide site {name!r} is masked: evaluate its data without padding")
-    latents = evaluator.draw(min(_CHECKS, evaluator.cells)).latents
-    # The same points for every datum, those drawn for the first one.
+            raise Unavailable(f"guide site {name!r} is masked: evaluate data without padding")
+    latents = evaluator.sample_pass(min(_CHECKS, evaluator.cells)).latents
+    # The same points for every datum: those drawn for the first one.
     given = {
         name: latents[name]
         .select(1 + len(evaluator.latents[name].plate_shape), 0)
@@ -183,16 +183,16 @@ def _check(evaluator: Evaluator, sites: tuple[str, ...]) -> None:
     for name in sites:
         prior = first.log_model[name]
         for terms, other, what in (
-            (prior, second.log_model[name], "depends on other latents: take a first one"),
+            (prior, second.log_model[name], "depends on other latents: choose a first one"),
             (
                 first.log_guide[name],
                 second.log_guide[name],
-                "depends on other latents in the guide: take a first one",
+                "depends on other latents in the guide: choose a first one",
             ),
             (
                 prior,
                 prior[:, :1].expand_as(prior),
-                "differs between data: there is no one prior to compare with",
+                "has a prior that differs between data: there is no single one to compare with",
             ),
         ):
             if not torch.allclose(terms, other, rtol=1e-4, atol=1e-4, equal_nan=True):
@@ -216,7 +216,7 @@ def _log_mixture(evaluator: Evaluator, points: dict[str, Tensor]) -> Tensor:
                 shape = list(piece.shape)
                 shape[axis] = rows.stop - rows.start
                 latents[name] = piece.expand(shape)
-            log_q = evaluator.score_guide(latents, rows if evaluator.sliceable else None)
+            log_q = evaluator.log_guide(latents, rows if evaluator.sliceable else None)
             sums.append(logsumexp(log_q.double(), 1))
         found.append(logsumexp(torch.stack(sums), 0))
     return torch.cat(found) - math.log(size)
@@ -225,16 +225,16 @@ def _log_mixture(evaluator: Evaluator, points: dict[str, Tensor]) -> Tensor:
 def _by_coordinate(
     evaluator: Evaluator, sites: tuple[str, ...], z: dict[str, Tensor], log_mix: Tensor
 ) -> tuple[dict[str, Estimate], tuple[str, ...]]:
-    """Information, marginal KL and total correlation by coordinate, where both densities are products over
+    """Information, marginal KL and total correlation by coordinate, if both densities are products over
     coordinates."""
     if len(sites) > 1 or evaluator.latents[sites[0]].plate_shape:
-        return {}, ("no split by coordinate: it takes one latent site",)
+        return {}, ("no split by coordinate: more than one latent site",)
     name = sites[0]
     guide, model = evaluator.traces()
     parts = [_coordinates(trace.nodes[name]["fn"]) for trace in (guide, model)]
     if parts[0] is None or parts[1] is None:
         which = "guide" if parts[0] is None else "prior"
-        return {}, (f"no split by coordinate: the {which} of {name!r} is no product over its coordinates",)
+        return {}, (f"no split by coordinate: the {which} of {name!r} is not a product over its coordinates",)
     value = z[name]
     draws, size = value.shape[:2]
     log_q, log_p = (part.log_prob(value).double().reshape(draws, size, -1) for part in parts)

@@ -1,4 +1,4 @@
-"""The evidence exactly: closed form or dynamic program where the pair has one, else enumeration of finite
+"""The exact evidence: a closed form or dynamic program if the pair has one, else enumeration of finite
 latents."""
 
 from __future__ import annotations
@@ -6,9 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyroelbo import batch as batches
-from pyroelbo.evaluation.enumeration import enumerate_latents
+from pyroelbo.evaluation.enumeration import enumerate_latents, log_evidence_of_all
+from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.results import Bound
@@ -18,36 +20,44 @@ __all__ = ["exact"]
 
 @torch.no_grad()
 def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
-    """ln p(y) of each datum, [B], in nats: ``pair.log_evidence`` for an :class:`ExactPair`, else by
+    """ln p(y) of each datum, [B], in nats: ``pair.log_evidence`` of an :class:`ExactPair`, else by
     enumeration.
 
-    Enumeration works for any pair all of whose latents are finite and discrete: their sum is taken in log
-    space by eliminating one latent after the other, so that chains and trees cost what their dynamic program
-    costs. With ``scope="joint"`` it is ln p(y) of the whole batch: what ``log_evidence`` gives as one number, or
-    the sum over data. Raises :class:`Unavailable` for continuous latents, and for a joint value of a pair whose
-    latents stand outside the data plate and that has no ``log_evidence``.
+    Enumeration works for any pair all of whose latents are finite and discrete: they are summed in log space
+    by eliminating one latent after the other, so that chains and trees cost what their dynamic program costs.
+    With ``scope="joint"`` the value is ln p(y) of the whole batch: what ``log_evidence`` returns as one
+    number, or the sum over data; for data that depend on one another, or latents outside the data plate, the
+    sum over all latents together. Everything is computed in float64, whatever the type of parameters and
+    data. Raises :class:`Unavailable` for continuous latents, and for more than a million joint values.
     """
     if scope not in ("datum", "joint"):
-        raise ValueError(f"scope takes 'datum' or 'joint', got {scope!r}")
-    batch = batches.to(batches.as_batch(y, "y"), pair.device)
-    if isinstance(pair, ExactPair):
-        with evaluation_mode(pair), unregistered():
-            value = batches.call(pair.log_evidence, batch)
-        if value.shape != (batches.size(batch),) and (scope == "datum" or value.shape != ()):
-            raise ValueError(
-                f"{type(pair).__name__}.log_evidence gave shape {tuple(value.shape)} for "
-                f"{batches.size(batch)} data: it must give [B]{', or one number' if scope == 'joint' else ''}"
-            )
-        cost = batches.size(batch)
-    else:
-        try:
-            graph = enumerate_latents(pair, batch)
-        except Unavailable:
+        raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
+    batch = double(batches.to(batches.as_batch(y, "y"), pair.device))
+    size = batches.size(batch)
+    with in_double(pair):
+        if not isinstance(pair, ExactPair):
+            value, cost = _enumerated(pair, batch, scope)
+        else:
+            with evaluation_mode(pair), unregistered():
+                value, cost = batches.call(pair.log_evidence, batch), size
+    if isinstance(pair, ExactPair) and value.shape != (size,) and (scope == "datum" or value.shape != ()):
+        raise ValueError(
+            f"{type(pair).__name__}.log_evidence: expected shape ({size},)"
+            f"{' or one number' if scope == 'joint' else ''}, got {tuple(value.shape)}"
+        )
+    value = value.double().sum() if scope == "joint" else value.double()
+    return Bound("exact", value, torch.zeros_like(value), "exact", scope, cost=cost)
+
+
+def _enumerated(pair: Pair, batch: batches.Batch, scope: str) -> tuple[Tensor, int]:
+    """ln p(y) by eliminating the latents of each datum; for a joint value of data that depend on one another
+    by summing over the values of all latents together."""
+    try:
+        graph = enumerate_latents(pair, batch)
+        return graph.log_partition(), graph.size * graph.states
+    except Unavailable:
+        raise
+    except ValueError:
+        if scope == "datum":
             raise
-        except ValueError as reason:
-            if scope == "datum":
-                raise
-            raise Unavailable(str(reason)) from reason
-        value, cost = graph.log_partition(), graph.size * graph.states
-    value = value.double().sum() if scope == "joint" else value
-    return Bound("exact", value.double(), torch.zeros_like(value.double()), "exact", scope, cost=cost)
+    return log_evidence_of_all(pair, batch)

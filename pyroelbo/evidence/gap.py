@@ -1,4 +1,4 @@
-"""Who is to blame for a loose bound: the guide's family, its amortization, or the estimator."""
+"""The gap of a bound, split into what the guide's family, its amortization and the estimator lose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.local import Family
+from pyroelbo.evaluation.local import FreeGuide
 from pyroelbo.evaluation.sites import Unavailable, refuse_infinite
 from pyroelbo.evidence.bounds import averaged, count_of, iwae
 from pyroelbo.evidence.exact import exact
@@ -30,25 +30,30 @@ def gap(
     learning_rate: float = 0.05,
     draws: int = 16,
 ) -> Decomposition:
-    """ln p(y) - ELBO of each datum, split into what the guide's family and what its amortization lose, in
-    nats.
+    """ln p(y) - ELBO of each datum, split into approximation and amortization gap, in nats.
 
     ln p(y) - ELBO(q) = [ln p(y) - ELBO(q*)] + [ELBO(q*) - ELBO(q)]: the *approximation gap* of q*, the best
     member of the guide's family for this datum, and the *amortization gap* of the encoder against it. q* has
-    the distributions of the guide's sites with parameters of its own for each datum. They are found by Adam
-    over ``steps`` steps of ``draws`` path-derivative gradients, all data at once, from the amortized guide
-    and from a second start far from it; a note says for how many data the two disagree by more than 3
-    standard errors and 0.05 nats. For each datum the better of the two is taken, by draws that are not used
-    again. All ELBOs are means of ``particles`` fresh draws with their standard errors.
-
-    ``reference`` is a Bound on the same data, such as AIS's; left out, it is the exact evidence, else
-    quadrature, else :class:`Unavailable` is raised. The *estimator's gap* is what the importance-weighted
+    the distributions of the guide's sites with separate parameters for each datum. They are found by Adam
+    with path-derivative gradients, all data at once, from the amortized guide and from a second start far
+    from it; a note gives the number of data for which the two disagree by more than 3 standard errors and
+    0.05 nats. For each datum the better of the two is chosen, by draws that are not used again. All ELBOs are
+    means of fresh draws with their standard errors. The *estimator's gap* is what the importance-weighted
     bound of ``particles`` draws still loses. Optimization is never perfect, so against an exact reference the
-    approximation gap is an upper estimate and the amortization gap a lower one; the labels say so.
+    approximation gap is an upper estimate and the amortization gap a lower one, as the labels say.
 
-    Raises :class:`Unavailable`, naming the site, for guides whose parameters depend on their own draws,
-    masked sites, and distributions without a known reparametrized family. Cost: 3 · 2 · ``steps`` · ``draws``
-    + 5 · ``particles`` evaluations a datum.
+    Args:
+        pair: the pair.
+        y: the batch.
+        particles: draws per datum of every ELBO and of the importance-weighted bound.
+        reference: a Bound on the same data, such as AIS's; by default the exact evidence, else quadrature.
+        steps: steps of Adam.
+        learning_rate: that of Adam.
+        draws: draws per datum and step.
+
+    Raises :class:`Unavailable` if there is no reference, and, naming the site, for guides whose parameters
+    depend on their own draws, masked sites, and distributions without a known reparametrized family. Cost: 3
+    · 2 · ``steps`` · ``draws`` + 5 · ``particles`` evaluations per datum.
 
     Source: Cremer, Li and Duvenaud (2018), section 3; Roeder, Wu and Duvenaud (2017), equation 8, for the
     gradient.
@@ -57,15 +62,16 @@ def gap(
     positive_count("steps", steps)
     positive_count("draws", draws)
     if not learning_rate > 0:
-        raise ValueError(f"learning_rate takes a positive number, got {learning_rate!r}")
+        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("gap")
     evaluator.refuse_empty()
-    family = Family(evaluator)
+    family = FreeGuide(evaluator)
     anchor = _reference(pair, evaluator) if reference is None else reference
     if anchor.value.shape != (evaluator.size,):
         raise ValueError(
-            f"reference has shape {tuple(anchor.value.shape)} for {evaluator.size} data: it takes one value each"
+            f"reference: expected shape ({evaluator.size},), one value per datum, got "
+            f"{tuple(anchor.value.shape)}"
         )
     starts = [family.start(), family.second_start()]
     found = [_climb(evaluator, family, s, steps, draws, learning_rate) for s in starts]
@@ -95,18 +101,18 @@ def _reference(pair: Pair, evaluator: Evaluator) -> Bound:
         except Unavailable as reason:
             reasons.append(str(reason))
     raise Unavailable(
-        f"no reference for the gap ({'; '.join(reasons)}): give one, reference=evidence.ais(pair, y)"
+        f"no reference for the gap ({'; '.join(reasons)}): pass one, reference=evidence.ais(pair, y)"
     )
 
 
 def _log_weight(
-    evaluator: Evaluator, family: Family, free: dict[tuple[str, str], Tensor], count: int
+    evaluator: Evaluator, family: FreeGuide, free: dict[tuple[str, str], Tensor], count: int
 ) -> Tensor:
-    """ln p(y, z) - ln q(z) of draws along the path, without the score's term in the gradient, [K, B]."""
+    """ln p(y, z) - ln q(z) of reparametrized draws, without the score term in the gradient, [K, B]."""
     live = family.member(free)
     held = family.member({k: v.detach() for k, v in free.items()})
     latents = {name: q.rsample(torch.Size((count,))) for name, q in live.items()}
-    total = evaluator.score(latents)
+    total = evaluator.log_joint(latents)
     for name, z in latents.items():
         log_q = held[name].log_prob(z)
         total = total - log_q.reshape(count, -1, evaluator.size).sum(1)
@@ -120,7 +126,7 @@ def _choose(first: Tensor, a: Tensor, b: Tensor, plates: int) -> Tensor:
 
 def _climb(
     evaluator: Evaluator,
-    family: Family,
+    family: FreeGuide,
     start: dict[tuple[str, str], Tensor],
     steps: int,
     draws: int,
@@ -144,7 +150,7 @@ def _climb(
 @torch.no_grad()
 def _elbo(
     evaluator: Evaluator,
-    family: Family,
+    family: FreeGuide,
     free: dict[tuple[str, str], Tensor],
     particles: int,
     method: str = "elbo",

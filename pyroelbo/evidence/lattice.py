@@ -1,4 +1,4 @@
-"""The discrete latents of a datum as one vector of whole numbers, and proposals that change one of them."""
+"""The discrete latents of a datum as one vector of integers, and proposals that change one of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.evaluation.evaluator import Evaluator, LatentSite
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.layout import LatentSite
 
 __all__ = ["Lattice", "is_discrete"]
 
@@ -21,8 +22,8 @@ def is_discrete(site: LatentSite) -> bool:
 class Lattice:
     """Maps the discrete latents {site: [K, *plates, B, *event]} to k [K, B, D], LongTensor, and back.
 
-    ``moves`` counts the coordinates that :meth:`propose` may change: those with at least two values, whose
-    values are all possible beside any others (labels of a chain are, the cells of a parse chart are not).
+    ``moves`` is the number of coordinates that :meth:`propose` may change: those with at least two values
+    that can be combined with any others (labels of a chain can, the cells of a parse chart cannot).
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -64,7 +65,7 @@ class Lattice:
         return torch.zeros(len(value), value.shape[1 + plates], 0, dtype=torch.long, device=value.device)
 
     def to_latents(self, k: Tensor) -> dict[str, Tensor]:
-        """k [K, B, D] to latents, in the types that they came in."""
+        """k [K, B, D] to latents, in their own dtypes."""
         latents, start = {}, 0
         for name, (shape, plates) in self._sites.items():
             piece = k[..., start : start + shape.numel()].reshape(*k.shape[:-1], *shape)
@@ -73,10 +74,10 @@ class Lattice:
         return latents
 
     def propose(self, k: Tensor) -> Tensor:
-        """k with one coordinate of each particle, chosen at random, moved: to another of finitely many values
-        at random, or, where there is no last value, up or down by 1, 2, 4, 8 or 16.
+        """k with one random coordinate of each particle changed: to another of finitely many values,
+        uniformly, or, if there is no last value, up or down by 1, 2, 4, 8 or 16.
 
-        Symmetric: as likely from here to there as from there to here. Steps below the first value stay put.
+        Symmetric: the move back has the same probability. Steps below the first value stay.
         """
         shape = (*k.shape[:-1], 1)
         start, size, movable = (x.to(k.device) for x in (self._start, self._size, self._movable))
@@ -92,7 +93,8 @@ class Lattice:
 
 
 def _range(support: Any) -> tuple[int, int]:
-    """First value and number of values of each coordinate: 0 for endless, 1 for what must not be touched."""
+    """First value and number of values of each coordinate: 0 if there is no last value, 1 if it must not be
+    changed."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if support is constraints.boolean:

@@ -1,4 +1,5 @@
-"""Sequential Monte Carlo: lower bounds on the evidence of chains, by particles that are resampled on the way."""
+"""Sequential Monte Carlo: lower bounds on the evidence of chains, by particles that are resampled along the
+way."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from tqdm import tqdm
 
 from pyroelbo import batch as batches
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import scoped
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.bounds import count_of
 from pyroelbo.numerics import effective_sample_size, log_mean_exp, positive_count
@@ -22,7 +22,6 @@ from pyroelbo.results import Bound
 __all__ = ["smc"]
 
 
-@scoped
 @torch.no_grad()
 def smc(
     pair: Pair,
@@ -32,27 +31,38 @@ def smc(
     *,
     proposal: str = "guide",
     threshold: float = 0.5,
+    scope: str = "datum",
     progress: bool = True,
 ) -> Bound:
-    """A particle filter's lower bound on ln p(y) of each datum, in nats, [B].
+    """Lower bound on ln p(y) of each datum by a particle filter, in nats, [B].
 
-    Latents are drawn one after the other, from the guide or the ``"prior"`` (the bootstrap filter), and each step
-    multiplies a particle's weight by what the model says of it over what proposed it. Where the effective number
-    of particles of a datum falls below ``threshold`` · ``particles``, they are drawn anew by their weights
-    (systematically) and all take their mean weight: the mean weight at the end, Ẑ, is unbiased for p(y) whenever
-    and however often that happens. E ln (1/F) Σ_f Ẑ_f ≤ ln p(y) over F = ``filters`` independent filters, whose
-    spread gives the standard error (the delta method's); for one filter it is NaN and the value the filtering
-    objective FIVO. ``threshold=0`` never resamples: importance sampling. ``ess`` sums the filters' smallest
-    effective numbers of particles.
+    Latents are drawn one after the other, and each step multiplies a particle's weight by its probability
+    under the model over that under the proposal. If the effective number of particles of a datum falls below
+    ``threshold`` · ``particles``, they are resampled by their weights (systematically) and all get the mean
+    weight: the mean weight at the end, Ẑ, is unbiased for p(y) whenever and however often that happens. E ln
+    (1/F) Σ_f Ẑ_f ≤ ln p(y) over F independent filters, whose spread gives the standard error (the delta
+    method's); for one filter it is NaN and the value is the filtering objective FIVO. ``ess`` sums the
+    filters' smallest effective numbers of particles.
 
-    A pair whose path is one site walks along its :meth:`~pyroelbo.Pair.latent_path`; else its latent sites are the
-    steps, in the guide's order, and a term of the model enters as soon as all latents before it are drawn. That
-    runs both programs once a step: N latents cost ``particles`` · ``filters`` · N evaluations a datum, a chain
-    ``particles`` · ``filters``. An exact guide needs no filter: it looks ahead, and resampling by the past alone
-    loses that; ``proposal="prior"`` or an :func:`iwae` is tighter there.
+    A pair whose path is one site follows its :meth:`~pyroelbo.Pair.latent_path`; otherwise its latent sites
+    are the steps, in the guide's order, and a term of the model enters as soon as all latents before it are
+    drawn. That runs both programs once per step: N latents cost ``particles`` · ``filters`` · N evaluations
+    per datum, a chain ``particles`` · ``filters``. An exact guide needs no filter: it looks ahead, and
+    resampling by the past alone loses that; ``proposal="prior"`` or :func:`iwae` is tighter there.
 
-    Raises :class:`Unavailable` for a pair with a single latent site and no chain, and for auxiliary sites of the
-    guide; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says and for scales within the datum.
+    Args:
+        pair: the pair.
+        y: the batch.
+        particles: particles of each filter, per datum.
+        filters: number F of independent filters.
+        proposal: ``"guide"``, or ``"prior"`` for the bootstrap filter.
+        threshold: share of the particles, in [0, 1]; 0 never resamples, which is importance sampling.
+        scope: ``"datum"``, or ``"joint"`` for the whole batch as one datum.
+        progress: whether to show a progress bar.
+
+    Raises :class:`Unavailable` for a pair with a single latent site and no path, and for auxiliary sites of
+    the guide; ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` does and for scales within the
+    datum.
 
     Source: Del Moral (2004), section 7.4, for unbiasedness; Doucet and Johansen (2009), section 3.5, for the
     weights after adaptive resampling; Maddison et al. (2017) for FIVO.
@@ -60,19 +70,19 @@ def smc(
     count_of(particles)
     positive_count("filters", filters)
     if proposal not in ("guide", "prior"):
-        raise ValueError(f"proposal takes 'guide' or 'prior', got {proposal!r}")
+        raise ValueError(f"proposal: expected 'guide' or 'prior', got {proposal!r}")
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold takes a share of the particles, 0 to 1, got {threshold!r}")
-    evaluator = Evaluator(pair, y, with_guide=proposal == "guide")
+        raise ValueError(f"threshold: expected a share of the particles in [0, 1], got {threshold!r}")
+    evaluator = Evaluator(pair, y, with_guide=proposal == "guide", scope=scope)
     evaluator.refuse_scales("SMC")
-    evaluator.refuse_auxiliary("take proposal='prior'")
+    evaluator.refuse_auxiliary("use proposal='prior'")
     totals: dict[int, list[Tensor]] = {}
     smallest: dict[int, list[Tensor]] = {}
     cost = 0
     with tqdm(unit="step", disable=None if progress else True) as bar, evaluation_mode(pair), unregistered():
         bar.set_description(f"SMC of {pair.name}: lower bound on ln p(y) of {evaluator.size} data")
         for rows in {rows.start: rows for rows, _ in evaluator.chunks(particles)}.values():
-            # Whole filters in a pass; one that does not fit in memory is run all the same.
+            # Whole filters in a pass, even if a single one does not fit in memory.
             some = max(1, evaluator.cells // (particles * (rows.stop - rows.start)))
             for done in range(0, filters, some):
                 walk = _walk(pair, evaluator, rows if evaluator.sliceable else None, proposal)
@@ -85,9 +95,9 @@ def smc(
     value, stderr = log_mean_exp(log_z)
     dead = int((log_z == -math.inf).any(0).sum())
     notes = (f"all particles of a filter died for {dead} of {evaluator.size} data",) if dead else ()
-    return Bound(
-        f"smc-{particles}", value, stderr, "lower", draws=particles * filters, cost=cost, ess=ess, notes=notes
-    )
+    draws = particles * filters
+    bound = Bound(f"smc-{particles}", value, stderr, "lower", draws=draws, cost=cost, ess=ess, notes=notes)
+    return evaluator.finish(bound)
 
 
 def _filter(walk: _Walk, particles: int, groups: int, threshold: float, bar: tqdm) -> tuple[Tensor, Tensor]:
@@ -107,18 +117,18 @@ def _filter(walk: _Walk, particles: int, groups: int, threshold: float, bar: tqd
 
 
 def _reset(log_w: Tensor, poor: Tensor) -> Tensor:
-    """The weights after resampling: their mean where it took place. log_w [F, K, B], poor [F, B]."""
+    """The weights after resampling: their mean where resampling took place. log_w [F, K, B], poor [F, B]."""
     mean, _ = log_mean_exp(log_w, 1)
     return torch.where(poor.unsqueeze(1), mean.unsqueeze(1), log_w)
 
 
 def _ancestors(log_w: Tensor, poor: Tensor) -> Tensor:
-    """Whom each particle follows, [F · K, B]: a systematic draw by the weights [F, K, B] where ``poor`` [F, B],
-    itself elsewhere."""
+    """Ancestor of each particle, [F · K, B]: a systematic draw by the weights [F, K, B] where ``poor`` [F,
+    B], else the particle itself."""
     groups, particles, size = log_w.shape
     peak = log_w.amax(1, keepdim=True)
     weight = (log_w - torch.where(peak.isinf(), torch.zeros_like(peak), peak)).exp().movedim(1, -1)
-    # Where all weights are zero anyone will do: the weight stays zero.
+    # If all weights are zero any ancestor is right: the weight stays zero.
     weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, torch.ones_like(weight))
     edges = weight.cumsum(-1)
     edges = edges / edges[..., -1:]
@@ -156,8 +166,9 @@ def _walk(pair: Pair, evaluator: Evaluator, rows: slice | None, proposal: str) -
         raise Unavailable(f"{type(pair).__name__} has no latents to filter: its log probability is exact")
     if len(evaluator.latents) < 2:
         raise Unavailable(
-            f"{type(pair).__name__} has one latent site, {next(iter(evaluator.latents))!r}, and no latent_path(self, *batch) "
-            "that says how to draw it step by step: a filter would be importance sampling, iwae"
+            f"{type(pair).__name__} has one latent site, {next(iter(evaluator.latents))!r}, and no "
+            "latent_path(self, *batch) that says how to draw it step by step: a filter would be importance "
+            "sampling, iwae"
         )
     return _Sites(evaluator, rows, proposal)
 
@@ -208,7 +219,7 @@ class _Sites(_Walk):
         if self.drawn:
             terms = self.evaluator.terms(self.drawn, self.rows)
         else:
-            terms = self.evaluator.draw(particles, self.rows)
+            terms = self.evaluator.sample_pass(particles, self.rows)
             source = terms.log_guide if self.proposal == "guide" else terms.log_model
             self.order = [k for k in source if k in self.evaluator.latents]
         self.drawn[self.order[t]] = terms.latents[self.order[t]]

@@ -1,4 +1,5 @@
-"""The two densities at the ends of an annealing path, with their gradients, at the speed of bare tensor operations."""
+"""The two densities at the ends of an annealing path and their gradients, at the speed of plain tensor
+operations."""
 
 from __future__ import annotations
 
@@ -19,21 +20,21 @@ from pyroelbo.results import Terms
 
 __all__ = ["Potential"]
 
-_PATIENCE = 3  # evaluations of one shape before its operations are recorded
+_PATIENCE = 3  # evaluations of one shape before they are recorded
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Potential:
-    """ln f_0 and ln f_1 [K, b] at u [K, b, D], k [K, b, E], of the whole space, and their gradients by u (empty
+    """ln f_0 and ln f_1 [K, b] at u [K, b, D], k [K, b, E], and their gradients with respect to u (empty
     without ``slopes``).
 
-    Pyro's handlers take milliseconds a pass, whatever its size, and an annealing run makes thousands of passes of
-    one shape over the same data. So after a few the operations are recorded (by ``make_fx``), what does not depend
-    on u or k is computed once (an encoder's output, say), and the rest is replayed. A record is used only if it
-    gives what the programs give, at the particles it was made from and at others; programs that look at values (a
-    branch on a latent), leave torch, or draw numbers of their own, are run as they are.
+    Pyro's handlers take milliseconds per pass, whatever its size, and an annealing run makes thousands of
+    passes of one shape over the same data. So after a few passes the operations are recorded (by
+    ``make_fx``), what does not depend on u or k is computed once (an encoder's output, say), and the rest is
+    replayed. A record is used only if it agrees with the programs, at the particles it was made from and at
+    others; programs that branch on values, leave torch or draw random numbers are run as they are.
     """
 
     def __init__(self, evaluator: Evaluator, space: Unconstrained, lattice: Lattice, start: str) -> None:
@@ -72,7 +73,7 @@ class Potential:
         return torch.stack([v for k, v in terms.log_model.items() if k not in terms.observed]).sum(0)
 
     def _record(self, u: Tensor, k: Tensor, rows: slice | None, slopes: bool) -> Callable | None:
-        """The operations of one evaluation as a function; None where they cannot be had."""
+        """The operations of one evaluation as a function; None if they cannot be recorded."""
         state = torch.get_rng_state()
         others = 0.9 * u.roll(1, 0).roll(1, 1), k.roll(1, 0).roll(1, 1)
         for _ in range(8 if self.lattice.moves else 0):
@@ -97,7 +98,7 @@ class Potential:
 
 
 def _draws(graph: fx.GraphModule) -> bool:
-    """Whether the results depend on random numbers (those of a subsampled plate's indices do not matter)."""
+    """Whether the results depend on random numbers (the indices of a subsampled plate do not count)."""
     todo = [n for n in graph.graph.nodes if n.op == "output"]
     live = set(todo)
     while todo:
@@ -112,7 +113,7 @@ def _clean(x: Tensor) -> Tensor:
 
 
 def _folded(graph: fx.GraphModule) -> Callable[[Tensor, Tensor], Values]:
-    """The graph without what does not depend on its inputs, which is computed here."""
+    """The graph with everything that does not depend on its inputs computed once."""
     values: dict[fx.Node, Any] = {}
     moving: set[fx.Node] = set()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The evidence by numerical integration over one or two continuous latents, by two rules that must agree."""
+"""Numerical integration of the evidence over one or two continuous latents, by two rules that must agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import scoped
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.numerics import logsumexp
@@ -23,38 +22,37 @@ __all__ = ["quadrature"]
 
 _FLOOR = 20.0  # a cell this many nats below the largest one is left out of the next, finer grid
 _DRAWS = 128
+_NODES = 8  # effective number of Gauss–Hermite nodes below which they are too far apart
+_USELESS = 1.0  # nats of disagreement beyond which it is no measure of the error
 
 
-@scoped
 @torch.no_grad()
-def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
+def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4, *, scope: str = "datum") -> Bound:
     """ln ∫ p(y, z) dz of each datum over one or two continuous latent dimensions, an ``estimate`` in nats,
     [B].
 
-    Two rules that share no nodes. An *adaptive grid*: a box around prior and guide draws, narrowed around
+    Two rules that share no nodes. An *adaptive grid*: a box around draws of prior and guide, narrowed to
     where the integrand is, then doubled until two grids agree to ``tolerance`` (a datum that has agreed is
     not refined). *Gauss–Hermite*: nodes centred on the guide's draws for the datum, recentred on the
-    integrand's own mean and covariance, then doubled in the same way. The value is the grid's; ``resolution``
-    is the two rules' absolute difference plus the grid's last change. Latents with a bounded support are
+    integrand's mean and covariance, then doubled in the same way. The value is the grid's; ``resolution`` is
+    the absolute difference of the two rules plus the grid's last change. Latents with a bounded support are
     mapped to the whole line first. Raises :class:`Unavailable` for discrete latents or more than two
-    dimensions, ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` says. Cost: some 100,000 evaluations
-    a datum in two dimensions, 10,000 in one.
+    dimensions, ValueError as :class:`~pyroelbo.evaluation.evaluator.Evaluator` does. Cost: some 100,000
+    evaluations per datum in two dimensions, 10,000 in one.
 
     Source: Naylor and Smith (1982) for the recentred Gauss–Hermite rule.
     """
     if not tolerance > 0:
-        raise ValueError(f"tolerance takes a positive number of nats, got {tolerance!r}")
-    evaluator = Evaluator(pair, y)
+        raise ValueError(f"tolerance: expected a positive number of nats, got {tolerance!r}")
+    evaluator = Evaluator(pair, y, scope=scope)
     evaluator.refuse_scales("quadrature")
     space = Unconstrained(evaluator)
     if space.dims not in (1, 2):
-        raise Unavailable(
-            f"the latents of one datum have {space.dims} dimensions, quadrature takes one or two"
-        )
+        raise Unavailable(f"quadrature: expected one or two latent dimensions per datum, got {space.dims}")
     work = _Integrand(space)
-    prior = space.unconstrain(Evaluator(pair, y, with_guide=False).draws(_DRAWS).latents)
-    guessed = evaluator.draws(_DRAWS).latents
-    # Where the guide reaches beyond the support, the prior's draws stand in.
+    prior = space.unconstrain(Evaluator(pair, y, with_guide=False, scope=scope).sample(_DRAWS).latents)
+    guessed = evaluator.sample(_DRAWS).latents
+    # Draws of the guide outside the support are replaced by the prior's.
     guide = torch.where(space.inside(guessed).unsqueeze(-1), space.unconstrain(guessed), prior)
     grid, change = _adaptive_grid(work, torch.cat([prior, guide]), guide, tolerance)
     hermite = _gauss_hermite(work, guide, prior, tolerance)
@@ -63,13 +61,18 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
     notes: tuple[str, ...] = ()
     if bad:
         notes += (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",)
+    # A rule that misses the mass altogether says nothing about the other one.
+    unknown = resolution.isfinite() & (resolution > _USELESS)
+    if bool(unknown.any()):
+        notes += (f"the error is unknown for {int(unknown.sum())} of {evaluator.size} data",)
+        resolution = torch.where(unknown, math.nan, resolution)
     cut = int(resolution.isinf().sum())
     if cut:
         notes += (
-            f"for {cut} data probability lies closer to the boundary of the latents' support than floating point "
-            "reaches: their values are too low by an unknown amount",
+            f"for {cut} data probability lies closer to the boundary of the latents' support than floating "
+            "point can represent: their values are too low by an unknown amount",
         )
-    return Bound(
+    bound = Bound(
         "quadrature",
         grid,
         torch.zeros_like(grid),
@@ -78,10 +81,11 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4) -> Bound:
         resolution=resolution,
         notes=notes,
     )
+    return evaluator.finish(bound)
 
 
 class _Integrand:
-    """The log integrand at nodes that differ from datum to datum, chunked by memory and counted."""
+    """The log integrand at nodes that differ between data; counts evaluations and respects memory."""
 
     def __init__(self, space: Unconstrained) -> None:
         self.space = space
@@ -99,7 +103,7 @@ class _Integrand:
             rows = index[first : first + width]
             block = nodes[:, first : first + width]
             out = [
-                self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows)
+                self.space.density(block[m : m + step].to(self.space.dtype), rows)
                 for m in range(0, len(nodes), step)
             ]
             columns.append(torch.cat(out).double())
@@ -107,12 +111,12 @@ class _Integrand:
         return value.masked_fill(self.saturated(nodes) | value.isnan(), -math.inf)
 
     def saturated(self, nodes: Tensor) -> Tensor:
-        return self.space.saturated(nodes.to(torch.get_default_dtype()))
+        return self.space.saturated(nodes.to(self.space.dtype))
 
 
 def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """ln of the midpoint rule's sum and its last change, [B] each; ``seen`` [M, B, D] are points the first
-    box must hold."""
+    """ln of the midpoint rule's sum and its last change, [B] each; ``seen`` [M, B, D] are points that the
+    first box contains."""
     seen, guide = seen.double(), guide.double()
     data, dims = seen.shape[1], seen.shape[2]
     low, high = seen.amin(0), seen.amax(0)
@@ -120,11 +124,11 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
     low, high = low - margin, high + margin
     everyone = torch.arange(data, device=seen.device)
     points = 257 if dims == 1 else 33
-    # Modes that no draw came near: the coarse grid's local maxima, climbed by ever finer grids around each.
+    # Modes that no draw came near: local maxima of the coarse grid, climbed by ever finer grids around each.
     modes = _climb(work, low, high, everyone, points)
     guide = torch.cat([guide, modes])
-    # Narrow the box: a coarse grid, with the guide's draws beside it so that a spike between its nodes is not lost.
-    at_guide = work(guide.to(torch.get_default_dtype()), everyone)
+    # Narrow the box by a coarse grid and the guide's draws, so that a spike between the nodes is not lost.
+    at_guide = work(guide, everyone)
     for _ in range(12):
         nodes, step = _midpoints(low, high, points)
         f = work(nodes, everyone)
@@ -132,7 +136,7 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
         keep, keep_guide = f > peak - _FLOOR, at_guide > peak - _FLOOR
         new_low = torch.minimum(_hull(nodes - step, keep, -1), _hull(guide - step, keep_guide, -1))
         new_high = torch.maximum(_hull(nodes + step, keep, 1), _hull(guide + step, keep_guide, 1))
-        # Where the integrand has not died away at an edge, the box grows instead.
+        # Where the integrand has not decayed at an edge, the box grows instead.
         width = high - low
         grown_low, grown_high = new_low < low, new_high > high
         new_low, new_high = new_low - 0.5 * width * grown_low, new_high + 0.5 * width * grown_high
@@ -186,7 +190,7 @@ def _climb(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, points: i
 
 
 def _cut_off(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, points: int) -> Tensor:
-    """Data whose integrand has not died away, to e^-9 of its peak, where floating point ends at a boundary:
+    """Data whose integrand has not decayed to e^-9 of its peak where floating point ends at a boundary,
     [B]."""
     dims, margin = low.shape[-1], 0.1 * (high - low)
     nodes, _ = _midpoints(low - margin, high + margin, points)
@@ -221,9 +225,12 @@ def _midpoint_sum(work: _Integrand, low: Tensor, high: Tensor, index: Tensor, po
 
 
 def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: float) -> Tensor:
-    """ln of the Gauss–Hermite sum, [B]: around the guide's mean and as wide as the prior first, then
-    recentred on the integrand's moments and refined until three sums in a row agree. A tenth of the first
-    covariance stays in, so that a small mode far away is not lost."""
+    """ln of the Gauss–Hermite sum, [B].
+
+    Around the guide's mean and as wide as the prior first, then recentred on the integrand's moments and
+    refined until three sums in a row agree. A tenth of the first covariance is kept while the nodes
+    resolve the integrand, so that a small mode far away is not lost.
+    """
     guide, prior = guide.double(), prior.double()
     everyone = torch.arange(guide.shape[1], device=guide.device)
     mean = guide.mean(0)
@@ -231,6 +238,7 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     wide = torch.einsum("mbi,mbj->bij", spread, spread) / len(spread)
     covariance = wide.clone()
     value = torch.full_like(mean[:, 0], -math.inf)
+    kept = torch.full_like(value, 0.1)
     open_rows, agreed = everyone, torch.zeros_like(everyone, dtype=torch.bool)
     for points in (
         (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384)
@@ -240,10 +248,13 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
         share = (terms - finer).exp().nan_to_num(nan=0.0)
         mean[open_rows] = center = torch.einsum("mb,mbi->bi", share, nodes)
         spread = nodes - center
-        covariance[open_rows] = torch.einsum("mb,mbi,mbj->bij", share, spread, spread) + 0.1 * wide[open_rows]
+        # If a few nodes hold all mass the kept part must shrink, or no refinement would resolve it.
+        kept[open_rows] *= torch.where(share.square().sum(0) > 1 / _NODES, 0.1, 1.0)
+        moment = torch.einsum("mb,mbi,mbj->bij", share, spread, spread)
+        covariance[open_rows] = moment + kept[open_rows, None, None] * wide[open_rows]
         agrees = (finer - value[open_rows]).abs() <= tolerance
         value[open_rows] = finer
-        # Once may be chance: a sum that misses a mode agrees with another that misses it.
+        # Two agreeing sums may both miss a mode.
         settled = agrees & agreed[open_rows]
         agreed[open_rows] = agrees
         open_rows = open_rows[~settled]
@@ -272,9 +283,8 @@ def _cholesky(covariance: Tensor) -> Tensor:
 def _hermite_rule(points: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss–Hermite nodes and ln(weight) + x² within eleven standard deviations, |x| < 8.
 
-    The nodes are the zeros of the Hermite function ψ_n: first where its WKB phase says, then by Newton's
-    method; and weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) for each node, so that thousands of points are
-    no matter.
+    The nodes are the zeros of the Hermite function ψ_n, first approximated by its WKB phase, then by Newton's
+    method; weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) per node, so that thousands of nodes are cheap.
     """
     turning = math.sqrt(2 * points + 1)
     grid = np.linspace(0, min(8.2, turning * (1 - 1e-9)), 20_000)

@@ -1,4 +1,4 @@
-"""Networks for pairs. All accept any number of leading dimensions, so that particles vectorize."""
+"""Networks for pairs. All accept any number of leading dimensions, so that particles are vectorized."""
 
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
 from pyroelbo.nn.layers import (
@@ -11,6 +11,9 @@ from pyroelbo.nn.layers import (
     Dense,
     GatedMLP,
     LinearNormal,
+    bounded,
+    join,
+    masked_mlp,
 )
 
 __all__ = [
@@ -25,4 +28,7 @@ __all__ = [
     "GatedMLP",
     "LinearNormal",
     "PixelCNN",
+    "bounded",
+    "join",
+    "masked_mlp",
 ]

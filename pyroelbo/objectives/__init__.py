@@ -1,10 +1,11 @@
-"""Training objectives beside Pyro's own: each is a Pyro ``ELBO``, for ``SVI(loss=...)`` and for ``fit`` alike."""
+"""Training objectives beyond Pyro's own: each is a Pyro ``ELBO``, for ``SVI(loss=...)`` and for ``fit``."""
 
-from pyroelbo.objectives.base import Weighted_ELBO
+from pyroelbo.objectives.base import Objective, Update, Weighted_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
-from pyroelbo.objectives.layered import Layered_ELBO, mean_field_fault
-from pyroelbo.objectives.registry import OBJECTIVES
+from pyroelbo.objectives.layered import Layered_ELBO
+from pyroelbo.objectives.order import mean_field_fault
+from pyroelbo.objectives.registry import OBJECTIVES, build
 
 __all__ = [
     "IWAE_ELBO",
@@ -13,6 +14,9 @@ __all__ = [
     "Exact_ELBO",
     "Hard_ELBO",
     "Layered_ELBO",
+    "Objective",
+    "Update",
     "Weighted_ELBO",
+    "build",
     "mean_field_fault",
 ]

@@ -8,32 +8,46 @@ from typing import Any
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyroelbo import evidence
+from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import check_scale, data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.objectives.base import Pathwise
+from pyroelbo.objectives.base import Pathwise, refuse_failing
+from pyroelbo.pair import Pair
+from pyroelbo.results import Bound
 
 __all__ = ["IWAE_ELBO"]
 
 
 class IWAE_ELBO(Pathwise):
-    """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the guide, in nats.
+    """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the
+    guide, in nats.
 
-    ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate "data", whose
-    scale (subsampling) multiplies the bound and never the weights. The draws come as one vectorized plate, so that what
-    does not stand on them (features of y) is computed once. With ``weight`` 1 it is a lower bound on ln p(y), at least
-    the ELBO and monotone in K; K = 1 is the ELBO. A generator trained by it may leave to the weights what the guide
-    cannot follow; the guide's own gradient loses against its noise as K grows (Rainforth et al., 2018), so take few
-    draws, or take it for a last phase.
+    ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate
+    "data", whose subsampling scale multiplies the bound and never the weights. The particles are one
+    vectorized plate, so what does not depend on them (features of y) is computed once. With ``weight`` 1 it
+    is a lower bound on ln p(y), at least the ELBO and monotone in K; K = 1 is the ELBO. The signal-to-noise
+    ratio of the guide's gradient falls as K grows (Rainforth et al., 2018): use few particles, or use it as a
+    last phase.
 
-    Raises ValueError, naming the site, for latents that are not reparametrized or that the guide lacks, sites outside
-    the data plate, and scales other than the plate's own, which would enter the weights. Cost: K evaluations a datum.
+    Raises ValueError, naming the site, for latents that are not reparametrized or that the guide lacks, sites
+    outside the data plate, and scales other than the plate's own, which would enter the weights. Cost: K
+    evaluations a datum.
 
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
     """
 
+    takes_particles = True
+
     def __init__(self, num_particles: int = 5, weight: float = 1.0, **options: Any) -> None:
         count = positive_count("num_particles", num_particles, "number of draws")
         super().__init__(weight, num_particles=count, vectorize_particles=True, **options)
+
+    def check(self, pair: Pair, batch: Batch) -> None:
+        refuse_failing(self, pair, batch, "networks that accept a leading dimension of particles")
+
+    def validate(self, pair: Pair, y: Batch) -> Bound:
+        return evidence.iwae(pair, y, particles=self.num_particles)
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         log_w: Any = 0.0
@@ -47,7 +61,7 @@ class IWAE_ELBO(Pathwise):
                 continue
             if name not in guide_trace.nodes:
                 raise ValueError(
-                    f"model site {name!r} is missing in the guide: its draws would have no weight"
+                    f"model site {name!r}: expected a site of the same name in the guide, got none"
                 )
             drawn = guide_trace.nodes[name]
             self._check_pathwise(name, drawn)
@@ -58,7 +72,7 @@ class IWAE_ELBO(Pathwise):
                 log_w = log_w - self.scale * self._per_datum(site, frame, outer, "guide")
         particles = self.num_particles
         bound = log_w if particles == 1 else logsumexp(log_w, 0) - math.log(particles)
-        # Of all particles' sum Trace_ELBO takes the mean.
+        # Trace_ELBO divides the sum over particles by their number.
         loss = -outer * particles * bound.sum()
         return loss.detach(), loss
 
@@ -68,8 +82,9 @@ class IWAE_ELBO(Pathwise):
         if isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
             check_scale(site, program)
             raise ValueError(
-                f"{program} site {site['name']!r} has a scale within the datum, which would enter its weights: "
-                "IWAE_ELBO takes whole data, Trace_ELBO estimates of them"
+                f"{program} site {site['name']!r}: expected no scale within the datum (it would enter the "
+                f"weights), got one: "
+                "use Trace_ELBO for data that are estimated by subsampling"
             )
         terms = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
         keep = {terms.dim() + frame.dim} | ({0} if self.num_particles > 1 else set())

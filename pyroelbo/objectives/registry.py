@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
-from pyroelbo.objectives.exact import Evidence_ELBO, Hard_ELBO
+from pyroelbo.objectives.base import Objective, adapt
+from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
 from pyroelbo.objectives.layered import Layered_ELBO
+from pyroelbo.pair import ExactPair, Pair
 
-__all__ = ["OBJECTIVES"]
+__all__ = ["OBJECTIVES", "build"]
 
-OBJECTIVES: dict[str, Callable[[], ELBO]] = {
-    "elbo": Trace_ELBO,
-    "mean_field": TraceMeanField_ELBO,
-    "layered": Layered_ELBO,
-    "hard": Hard_ELBO,
-    "iwae": IWAE_ELBO,
-    "enum": lambda: TraceEnum_ELBO(max_plate_nesting=1),
-    "evidence": Evidence_ELBO,
+
+def _elbo(pair: Pair, particles: int) -> ELBO:
+    return Exact_ELBO() if isinstance(pair, ExactPair) and pair.exact_guide else Trace_ELBO()
+
+
+def _iwae(pair: Pair, particles: int) -> ELBO:
+    if particles < 2:
+        raise ValueError(
+            f"particles: expected at least 2 for objective 'iwae', got {particles}: with one draw it is "
+            f"'elbo'"
+        )
+    return IWAE_ELBO(particles)
+
+
+# name: (pair, particles) -> an Objective or one of Pyro's losses
+OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
+    "elbo": _elbo,
+    "mean_field": lambda pair, particles: TraceMeanField_ELBO(),
+    "layered": lambda pair, particles: Layered_ELBO(),
+    "hard": lambda pair, particles: Hard_ELBO(),
+    "iwae": _iwae,
+    "enum": lambda pair, particles: TraceEnum_ELBO(max_plate_nesting=1),
+    "evidence": lambda pair, particles: Evidence_ELBO(),
 }
+
+
+def build(objective: Any, pair: Pair, particles: int) -> Objective:
+    """The objective of this name for ``pair``, or ``objective`` itself, an :class:`Objective` or a Pyro ELBO.
+
+    Raises ValueError for unknown names, TypeError for what is no loss that ``fit`` can train.
+    """
+    if not isinstance(objective, str):
+        return adapt(objective)
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective: expected one of {tuple(OBJECTIVES)}, an Objective or a pyro.infer.ELBO, got "
+            f"{objective!r}"
+        )
+    return adapt(OBJECTIVES[objective](pair, particles))

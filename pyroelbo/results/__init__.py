@@ -13,7 +13,7 @@ from pyroelbo.results.bounds import (
     Terms,
     short,
 )
-from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, Layers
+from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, SiteGaps
 
 __all__ = [
     "KINDS",
@@ -26,9 +26,9 @@ __all__ = [
     "Estimate",
     "Gap",
     "Json",
-    "Layers",
     "Run",
     "Sandwich",
+    "SiteGaps",
     "Terms",
     "short",
 ]

@@ -1,4 +1,4 @@
-"""Results: frozen records that `report` and the command line read. All log quantities are in nats."""
+"""Results: frozen records for `report` and the command line. All log quantities are in nats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCOPES = ("datum", "joint")
 
 
 class Json:
-    """A record that writes itself (abstract)."""
+    """A record that serializes itself (abstract)."""
 
     def to_dict(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -61,8 +61,11 @@ class Terms:
 
     @property
     def log_weight(self) -> Tensor:
-        """ln p(y, z) - ln q(z | y), [K, B]; its mean over K is the ELBO of each datum."""
-        return self.log_joint - self.log_proposal
+        """ln p(y, z) - ln q(z | y), [K, B], -inf where p(y, z) = 0; its mean over K is the ELBO of each
+        datum."""
+        log_joint = self.log_joint
+        # The posterior of impossible data has no density: inf - inf there would be NaN.
+        return torch.where(log_joint == -math.inf, log_joint, log_joint - self.log_proposal)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:
@@ -71,14 +74,13 @@ def _total(terms: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Bound:
-    """What one estimator says about ln p(y) in nats: one value per datum, or one for the whole batch.
+    """An estimator's statement about ln p(y) in nats: one value per datum, or one for the whole batch.
 
     ``kind``: ``lower`` and ``upper`` hold in expectation, ``exact`` is a closed form, a dynamic program or an
-    enumeration, ``estimate`` errs either way. ``stderr`` is the Monte Carlo standard error of each value
-    (zero for exact ones, NaN where one draw cannot tell). ``resolution`` is what a quadrature states instead:
-    the absolute disagreement of its two rules. ``cost`` counts model evaluations (one particle of one datum).
-    ``ess`` is the effective number of draws and ``k_hat`` the Pareto tail index of the weights, where there
-    are weights.
+    enumeration, ``estimate`` errs on either side. ``stderr`` is the Monte Carlo standard error of each value
+    (zero for exact ones, NaN if there is only one draw). ``resolution`` replaces it for quadrature: the
+    absolute disagreement of two rules. ``cost`` counts model evaluations (one particle of one datum). ``ess``
+    is the effective number of draws and ``k_hat`` the Pareto tail index of the weights, if there are weights.
     """
 
     method: str
@@ -95,18 +97,18 @@ class Bound:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"Bound.kind takes one of {KINDS}, got {self.kind!r}")
+            raise ValueError(f"Bound.kind: expected one of {KINDS}, got {self.kind!r}")
         if self.scope not in SCOPES:
-            raise ValueError(f"Bound.scope takes one of {SCOPES}, got {self.scope!r}")
+            raise ValueError(f"Bound.scope: expected one of {SCOPES}, got {self.scope!r}")
         if self.value.shape != self.stderr.shape:
             raise ValueError(
-                f"Bound.stderr has shape {tuple(self.stderr.shape)}, its value {tuple(self.value.shape)}"
+                f"Bound.stderr: expected shape {tuple(self.value.shape)}, as its value, got "
+                f"{tuple(self.stderr.shape)}"
             )
 
     @property
     def error(self) -> Tensor:
-        """The stated error of each value: the resolution error where there is one, else the standard
-        error."""
+        """The stated error of each value: the resolution error if there is one, else the standard error."""
         return self.stderr if self.resolution is None else self.resolution
 
     @property
@@ -153,7 +155,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Gap:
-    """Reference minus bound, per datum, in nats. The errors of the two are independent and are combined."""
+    """Reference minus bound, per datum, in nats. The errors of both are independent and combined in
+    quadrature."""
 
     method: str
     reference: str
@@ -186,11 +189,12 @@ class Gap:
 
 @dataclass(frozen=True)
 class Decomposition(Json):
-    """A guide's gap split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
+    """The gap of a guide, split: ``reference`` - ``amortized`` = (``reference`` - ``local``) + (``local`` -
     ``amortized``).
 
     ``local`` is the ELBO of the best member of the guide's family for each datum, ``amortized`` the guide's
-    own, ``estimator`` the importance-weighted bound. :attr:`labels` say which way each part errs.
+    own, ``estimator`` the importance-weighted bound. :attr:`labels` give the direction in which each part
+    errs.
     """
 
     name: str
@@ -201,12 +205,12 @@ class Decomposition(Json):
 
     @property
     def approximation(self) -> Gap:
-        """What the family cannot reach."""
+        """The gap of the best member of the guide's family."""
         return Gap.between(self.reference, self.local)
 
     @property
     def amortization(self) -> Gap:
-        """What the encoder loses against the best member of its family."""
+        """The loss of the encoder against the best member of its family."""
         return Gap.between(self.local, self.amortized)
 
     @property
@@ -215,20 +219,20 @@ class Decomposition(Json):
 
     @property
     def estimation(self) -> Gap:
-        """What the importance-weighted bound still loses."""
+        """The remaining gap of the importance-weighted bound."""
         return Gap.between(self.reference, self.estimator)
 
     def as_audit(self) -> Audit:
-        """The four bounds side by side, gaps taken from the reference."""
+        """The four bounds side by side, with gaps relative to the reference."""
         rows = (self.reference, self.local, self.amortized, self.estimator)
         return Audit(self.name, rows, self.reference.method)
 
     @property
     def labels(self) -> dict[str, str]:
-        """Which way each part errs in expectation.
+        """The direction in which each part errs in expectation.
 
         Imperfect local optimization overstates the approximation gap and understates the amortization gap; a
-        lower reference understates every gap taken from it.
+        lower reference understates every gap relative to it.
         """
         whole = {"exact": "unbiased"}.get(self.reference.kind, self.reference.kind)
         family = "upper" if self.reference.kind in ("exact", "upper") else "estimate"
@@ -236,12 +240,14 @@ class Decomposition(Json):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.name}: {self.local.value.numel()} data, gap in nats per datum against {self.reference.method}"
+            f"{self.name}: {self.local.value.numel()} data, gap in nats per datum against "
+            f"{self.reference.method}"
         ]
         for part, label in self.labels.items():
             row = getattr(self, part)
             lines.append(
-                f"{part:<14} {row.mean:9.4f} ± {short(row.mean_error):<8} {label:<9} {row.reference} - {row.method}"
+                f"{part:<14} {row.mean:9.4f} ± {short(row.mean_error):<8} {label:<9} {row.reference} - "
+                f"{row.method}"
             )
         notes = [n for b in (self.reference, self.local, self.estimator) for n in b.notes]
         return "\n".join([*lines, *(f"note: {n}" for n in notes)])
@@ -254,10 +260,10 @@ class Decomposition(Json):
 
 @dataclass(frozen=True)
 class Sandwich(Json):
-    """A lower and an upper bound on ln p(y) of data simulated from the model: between them lies what cannot
-    be told.
+    """A lower and an upper bound on ln p(y) of data simulated from the model: their difference is the
+    remaining uncertainty.
 
-    Data are independent, chains of one datum are not: the gap's standard error is taken across the data.
+    Data are independent, chains of one datum are not: the gap's standard error is computed across the data.
     """
 
     name: str
@@ -309,8 +315,8 @@ class Sandwich(Json):
 class Audit(Json):
     """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
 
-    ``print(audit)`` is a table; ``reference`` is the method the gaps are taken from, ``None`` where nothing
-    but lower bounds could be had. ``notes`` say what was not possible and why.
+    ``print(audit)`` is a table; ``reference`` is the method that gaps are relative to, ``None`` if there are
+    only lower bounds. ``notes`` say what was not possible and why.
     """
 
     name: str
@@ -416,11 +422,11 @@ def _finite(node: Any) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run left behind: one row of metrics per epoch, and where its files are, if anywhere.
+    """The record of a training run: one row of metrics per epoch, and the directory of its files, if any.
 
-    ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` says why
-    it ended (``"epochs"``, ``"early"`` for the validation bound, ``"converged"`` for EM, ``"interrupted"``);
-    ``seconds`` counts this process only.
+    ``metrics`` rows are ``{"epoch", "step", "loss", ...}``, the loss in nats per datum; ``stopped`` is the
+    reason it ended (``"epochs"``, ``"early"`` for the validation bound, ``"converged"`` for EM,
+    ``"budget"``, ``"interrupted"``); ``seconds`` counts this process only.
     """
 
     metrics: tuple[dict[str, Any], ...]

@@ -1,4 +1,4 @@
-"""Results of looking into a pair: frozen records that `report` reads. All log quantities are in nats."""
+"""Results of analysing a pair: frozen records for `report`. All log quantities are in nats."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from pyroelbo.results.bounds import Json, short
 
-__all__ = ["Calibration", "Diagnostics", "Estimate", "Layers"]
+__all__ = ["Calibration", "Diagnostics", "Estimate", "SiteGaps"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers with their Monte Carlo standard errors, of one shape; NaN where one draw cannot tell."""
+    """Numbers with their Monte Carlo standard errors, of one shape; NaN for a single draw."""
 
     value: Tensor
     stderr: Tensor
 
     @classmethod
     def of(cls, draws: Tensor) -> Estimate:
-        """Mean over draws and data [K, N, *] and its standard error, the data being fixed."""
+        """Mean over draws and data [K, N, *] and its standard error, given the data."""
         count, size = draws.shape[:2]
         error = draws.var(0).mean(0).div(count * size).sqrt() if count > 1 else draws[0, 0] * math.nan
         return cls(draws.mean((0, 1)), error)
@@ -40,15 +40,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Diagnostics(Json):
-    """How a pair uses its latents: the ELBO taken apart at the aggregated posterior q(z) = (1/N) Σ_n q(z | y_n).
+    """How a pair uses its latents: the ELBO split at the aggregated posterior q(z) = (1/N) Σ_n q(z | y_n).
 
     ``elbo`` = ``reconstruction`` - ``cross_entropy`` + ``entropy`` and ``kl`` = ``information`` +
     ``marginal_kl``, in nats. ``information`` is the index-code mutual information, at most ln N. ``holes`` is
     the prior mass where ln p(z) - ln q(z) > 3. ``activity`` [D] is the variance over the data of each
-    coordinate's posterior mean; where the coordinates are independent under prior and guide,
-    ``unit_information`` [D] and ``unit_kl`` [D] are ``information`` and ``marginal_kl`` of each alone and
-    ``marginal_kl`` = ``total_correlation`` + Σ ``unit_kl``. ``prior_draws`` [M, D] with ``prior_excess`` [M] =
-    ln p(z) - ln q(z) show where the holes are, ``guide_draws`` [M, D] where the codes are.
+    coordinate's posterior mean. If the coordinates are independent under prior and guide,
+    ``unit_information`` [D] and ``unit_kl`` [D] are ``information`` and ``marginal_kl`` of each alone, and
+    ``marginal_kl`` = ``total_correlation`` + Σ ``unit_kl``. ``prior_draws`` [M, D] with ``prior_excess`` [M]
+    = ln p(z) - ln q(z) show the holes, ``guide_draws`` [M, D] the codes.
     """
 
     name: str
@@ -112,8 +112,8 @@ class Calibration(Json):
     """Simulation-based calibration: ``ranks`` [N, Q] of N simulated values of Q quantities among ``draws``
     draws of the guide.
 
-    With a guide that is the exact posterior, every column is uniform on 0 … ``draws``. ``p_values`` [Q] are
-    the chi-square test's on the histograms ``counts`` [Q, bins].
+    If the guide is the exact posterior, every column is uniform on 0 … ``draws``. ``p_values`` [Q] are those
+    of the chi-square test on the histograms ``counts`` [Q, bins].
     """
 
     name: str
@@ -130,7 +130,7 @@ class Calibration(Json):
 
     @property
     def p_value(self) -> float:
-        """That of the worst quantity times their number (Bonferroni), at most 1."""
+        """The p value of the worst quantity times their number (Bonferroni), at most 1."""
         return min(1.0, float(self.p_values.min()) * len(self.quantities))
 
     def __str__(self) -> str:
@@ -154,15 +154,15 @@ class Calibration(Json):
 
 
 @dataclass(frozen=True)
-class Layers(Json):
-    """The ELBO and its gap by latent site, in the guide's order, in nats (means over the data).
+class SiteGaps(Json):
+    """The ELBO and its gap by latent site, in the guide's order, in nats per datum (means over the data).
 
-    ``rates`` are E_q[ln q - ln p] of each site, and ``elbo`` = ``reconstruction`` - Σ rates. ``kinds`` say
-    what a rate is: ``"KL"`` where the site's prior looks only at sites the guide draws before it, so that the
-    rate is an expected KL divergence; ``"difference"`` (a bottom-up encoder's lower layers) where it is none
-    and may be negative. ``gaps`` are each site's share of ``total`` = reference - ELBO,
-    E KL(q(z_l | z_<l, y), p(z_l | z_<l, y)), as estimates from importance weights, and ``rest`` is what the
-    weights left: zero where the reference is the weights' own bound.
+    ``rates`` are E_q[ln q - ln p] of each site, and ``elbo`` = ``reconstruction`` - Σ rates. ``kinds`` label
+    each rate: ``"KL"`` if the site's prior depends only on sites that the guide draws before it, so that the
+    rate is an expected KL divergence; ``"difference"`` (lower layers of a bottom-up encoder) if it is not,
+    and may be negative. ``gaps`` are each site's share of ``total`` = reference - ELBO, E KL(q(z_l | z_<l,
+    y), p(z_l | z_<l, y)), estimated by importance weights, and ``rest`` is what remains: zero if the
+    reference is the bound of these weights.
     """
 
     name: str

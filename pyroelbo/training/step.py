@@ -1,27 +1,25 @@
-"""One training step in eager torch, with the face of :class:`~pyroelbo.compiled.CompiledStep`."""
+"""A training step in eager torch, and several updates in one step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyroelbo.optim import OPTIMIZERS, aligned, averaging
+from pyroelbo.optim import Reduction, TrainingStep, UpdateRule
 from pyroelbo.runs import group
 
-__all__ = ["EagerStep"]
+__all__ = ["EagerStep", "UpdateSequence"]
 
 
-class EagerStep:
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 - a)·θ̄ + a·θ, a by :func:`averaging`.
+class EagerStep(TrainingStep):
+    """:class:`~pyroelbo.optim.TrainingStep` on eager gradients of ``objective.differentiable_loss(model,
+    guide, *batch)``.
 
-    ``step(*batch)`` returns the loss before the update, a detached tensor []. Gradients are taken for ``parameters`` alone:
-    others that the loss reaches stay as they are, and no backward pass is spent on them. Where the whole gradient is longer
-    than ``skip_norm``, or not finite, parameters and optimizer stay as they are, and ``skipped`` counts it. ``buffers``, by
-    name, are averaged as the parameters are.
+    Gradients are taken for ``parameters`` only: no backward pass is spent on others. ``rule`` are fields of
+    :class:`~pyroelbo.optim.UpdateRule`.
     """
 
     def __init__(
@@ -31,83 +29,63 @@ class EagerStep:
         guide: Callable[..., Any],
         parameters: Mapping[str, Tensor],
         *,
-        optimizer: str = "adam",
         lr: float = 1e-3,
-        clip_norm: float | None = None,
-        skip_norm: float | None = None,
-        ema: float | None = None,
         buffers: Mapping[str, Tensor] | None = None,
+        reduce: Reduction | None = None,
+        **rule: Any,
     ) -> None:
+        super().__init__(parameters, UpdateRule(**rule), lr, buffers, reduce)
         self.objective, self._model, self._guide = objective, model, guide
-        self.parameters = dict(parameters)
-        self._leaves = list(self.parameters.values())
-        self._optimizer = OPTIMIZERS[optimizer](self._leaves, lr=lr, fused=True)
-        self._clip_norm, self._skip_norm, self._ema = clip_norm, skip_norm, ema
-        self.skipped = torch.zeros(())
-        self._clock = 0
-        self._averaged = {} if ema is None else {**self.parameters, **(buffers or {})}
-        self.averages = {n: t.detach().clone() for n, t in self._averaged.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        torch.clear_autocast_cache()  # a caller's autocast keeps casts of the weights of the previous step
+        loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        found = zip(self.parameters, gradients, strict=True)
+        self.update({name: g for name, g in found if g is not None})
+        return loss.detach()
+
+
+class UpdateSequence:
+    """Updates by name, one after another, each with a loss and parameters of its own: one step of training.
+
+    ``times[name]`` repeats an update within the step. ``sequence(*batch)`` returns the losses before each
+    (last) update, [number of updates]. The other members merge those of the updates.
+    """
+
+    def __init__(self, updates: Mapping[str, TrainingStep], times: Mapping[str, int]) -> None:
+        self.updates, self.times = dict(updates), dict(times)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        losses = []
+        for name, update in self.updates.items():
+            for _ in range(self.times[name]):
+                loss = update(*args, **kwargs)
+            losses.append(loss)
+        return torch.stack(losses)
 
     @property
     def lr(self) -> float:
-        return self._optimizer.param_groups[0]["lr"]
+        return next(iter(self.updates.values())).lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        for settings in self._optimizer.param_groups:
-            settings["lr"] = value
+        for update in self.updates.values():
+            update.lr = value
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        torch.clear_autocast_cache()  # under a caller's autocast it holds casts of the weights of the step before
-        loss = self.objective.differentiable_loss(self._model, self._guide, *args, **kwargs)
-        gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        for leaf, gradient in zip(self._leaves, gradients, strict=True):
-            leaf.grad = None if gradient is None else aligned(gradient, leaf)
-        take = True
-        if self._clip_norm is not None or self._skip_norm is not None:
-            most = math.inf if self._clip_norm is None else self._clip_norm
-            norm = nn.utils.clip_grad_norm_(self._leaves, most, foreach=True)
-            take = self._skip_norm is None or bool(norm <= self._skip_norm)
-        if take:
-            self._optimizer.step()
-        else:
-            self.skipped += 1
-        for leaf in self._leaves:
-            leaf.grad = None
-        self._clock += int(take)
-        if self._ema is not None:
-            weight = averaging(self._ema, self._clock)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.averages.values()), list(self._averaged.values()), weight)
-        return loss.detach()
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return {k: v for update in self.updates.values() for k, v in update.averages.items()}
+
+    @property
+    def skipped(self) -> int:
+        return sum(int(update.skipped) for update in self.updates.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer and averages as one flat dict of tensors."""
-        state = self._optimizer.state_dict()["state"]
-        flat = {
-            f"{k}.{i}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)
-        }
-        flat |= {"skipped": self.skipped} if self._skip_norm is not None else {}
-        flat |= {"clock": torch.tensor(self._clock)} if self.averages else {}
-        return flat | {f"ema.{n}": v for n, v in self.averages.items()}
+        """The updates' states, each under the update's name."""
+        return {f"{n}/{k}": v for n, update in self.updates.items() for k, v in update.state_dict().items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`; ValueError for averages of other parameters."""
-        averages = group(tensors, "ema.")
-        if averages.keys() != self.averages.keys():
-            odd = sorted(averages.keys() ^ self.averages.keys())[0]
-            raise ValueError(f"tensors: the average of {odd!r} is missing or unknown")
-        # Checkpoints of before there was a clock have Adam's.
-        self._clock = int(tensors.get("clock", tensors.get("step.0", 0)))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key == "skipped":
-                self.skipped.copy_(value)
-            elif key != "clock" and not key.startswith("ema."):
-                name, index = key.rsplit(".", 1)
-                state.setdefault(int(index), {})[name] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        with torch.no_grad():
-            for name, average in self.averages.items():
-                average.copy_(averages[name])
+        """The inverse of :meth:`state_dict`; ValueError for the state of other updates."""
+        for name, update in self.updates.items():
+            update.load_state_dict(group(tensors, f"{name}/"))

@@ -133,7 +133,7 @@ class StructuredContract:
         with torch.no_grad():
             assert not q.topk(1)[1].requires_grad
         for k in (0, -1, 2.0):
-            with pytest.raises(ValueError, match=f"k takes a positive integer, got {k}"):
+            with pytest.raises(ValueError, match=f"k: expected a positive integer, got {k}"):
                 q.topk(k)
 
     def test_entropy(self, q):

@@ -11,6 +11,7 @@ from torch import nn
 
 from pyroelbo import Pair, evidence, within_datum
 from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.strategies import Loop, Plate, Repeat
 from tests.pairs import TABLE, Convolutional, Nonlinear
 
 
@@ -19,9 +20,9 @@ def test_scores_agree_with_pyro_one_particle_at_a_time(name):
     make, draw = TABLE[name]
     pair, y = make().eval(), draw(4)
     evaluator = Evaluator(pair, y)
-    terms = evaluator.draws(3)
+    terms = evaluator.sample(3)
     assert terms.log_weight.shape == (3, 4)
-    torch.testing.assert_close(evaluator.score(terms.latents), terms.log_joint)
+    torch.testing.assert_close(evaluator.log_joint(terms.latents), terms.log_joint)
     for k in range(3):
         given = {s: v[k] for s, v in terms.latents.items()}
         model = poutine.trace(poutine.condition(pair.model, given)).get_trace(y)
@@ -31,26 +32,100 @@ def test_scores_agree_with_pyro_one_particle_at_a_time(name):
 
 
 def test_networks_that_refuse_particles_get_the_data_repeated():
-    assert Evaluator(Convolutional(), torch.randn(3, 16)).strategy == "repeat"
-    assert Evaluator(Nonlinear(), torch.randn(3, 4)).strategy == "plate"
+    assert isinstance(Evaluator(Convolutional(), torch.randn(3, 16)).strategy, Repeat)
+    assert isinstance(Evaluator(Nonlinear(), torch.randn(3, 4)).strategy, Plate)
 
 
 class Stubborn(Nonlinear):
-    """Takes batches of the data's own size only, and mixes rows if particles come any other way."""
+    """Takes batches of one size only."""
 
     def model(self, y):
         with self.plate(y):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            assert z.dim() == 2
-            pyro.sample(
-                "y", dist.Normal(self.generator(z - 0.1 * z.sum(0) * (len(y) > 2)), 0.5).to_event(1), obs=y
-            )
+            assert z.shape == (3, 2), "three rows"
+            pyro.sample("y", dist.Normal(self.generator(z), 0.5).to_event(1), obs=y)
 
 
 def test_a_loop_is_the_last_resort():
     evaluator = Evaluator(Stubborn(), torch.randn(3, 4))
-    assert evaluator.strategy == "loop"
-    assert evaluator.draws(5).log_weight.shape == (5, 3)
+    assert isinstance(evaluator.strategy, Loop)
+    assert evaluator.sample(5).log_weight.shape == (5, 3)
+    (note,) = evidence.iwae(Stubborn(), torch.randn(3, 4), 5).notes
+    assert note.startswith("particles run one at a time") and "plate: AssertionError, three rows" in note
+    assert "repeat: AssertionError, three rows" in note
+
+
+def test_a_branch_on_a_latent_is_run_one_particle_at_a_time():
+    """A vectorized pass takes one branch for all particles; two equal ones would not show it."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.999)))
+            loc = torch.full((len(y),), 3.0) if bool(k.sum() > 0) else torch.zeros(len(y))
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.999)))
+
+    pair, y = Pair.of(model, guide), torch.tensor([1.0])
+    evaluator = Evaluator(pair, y)
+    assert isinstance(evaluator.strategy, Loop)
+    assert "reads a latent's value" in evaluator.notes[0]
+    k = torch.tensor([[1.0], [0.0]])
+    prior = dist.Bernoulli(0.999).log_prob(k)
+    right = prior + dist.Normal(3 * k, 1.0).log_prob(y)
+    torch.testing.assert_close(evaluator.log_joint({"k": k}), right)
+    exact = evidence.exact(pair, y, scope="joint").value
+    torch.testing.assert_close(exact, right.logsumexp((0, 1)), rtol=0, atol=1e-12)
+
+
+class TwoPlates(Nonlinear):
+    """Latents in two plates within a datum, and a model that refuses a further dimension."""
+
+    def model(self, y):
+        with self.plate(y):
+            row, column = pyro.plate("row", 2, dim=-3), pyro.plate("column", 3, dim=-2)
+            with row, column:
+                prior = dist.Normal(torch.arange(3.0)[:, None], 1.0)
+                z = pyro.sample("z", prior.expand([2, 3, len(y)]))
+            assert z.shape[:-1] == (2, 3)
+            with column:
+                w = pyro.sample("w", dist.Normal(z.sum(0), torch.tensor([1.0, 2.0, 3.0])[:, None]))
+            pyro.sample("y", dist.Normal(w.T[:, :2], 0.5).to_event(1), obs=y[:, :2])
+
+    def guide(self, y):
+        with self.plate(y):
+            row, column = pyro.plate("row", 2, dim=-3), pyro.plate("column", 3, dim=-2)
+            with row, column:
+                drawn = dist.Normal(0.1 * y[:, 0], torch.tensor([[0.5], [0.7], [0.9]]))
+                pyro.sample("z", drawn.expand([2, 3, len(y)]))
+            with column:
+                pyro.sample("w", dist.Normal(y[:, :3].T, 1.5))
+
+
+def test_repeated_data_with_two_plates_within_a_datum():
+    """Every term against a sum by hand, datum by datum and particle by particle."""
+    pair, y = TwoPlates(), torch.randn(4, 4)
+    evaluator = Evaluator(pair, y)
+    assert isinstance(evaluator.strategy, Repeat)
+    terms = evaluator.sample(5)
+    z, w = terms.latents["z"], terms.latents["w"]
+    assert z.shape == (5, 2, 3, 4) and w.shape == (5, 3, 4)
+    normal = dist.Normal
+    for k in range(5):
+        for b in range(4):
+            log_z = normal(torch.arange(3.0), 1.0).log_prob(z[k, :, :, b]).sum()
+            log_w = normal(z[k, :, :, b].sum(0), torch.tensor([1.0, 2.0, 3.0])).log_prob(w[k, :, b]).sum()
+            log_y = normal(w[k, :2, b], 0.5).log_prob(y[b, :2]).sum()
+            log_q = normal(0.1 * y[b, 0], torch.tensor([0.5, 0.7, 0.9])).log_prob(z[k, :, :, b]).sum()
+            log_q = log_q + normal(y[b, :3], 1.5).log_prob(w[k, :, b]).sum()
+            torch.testing.assert_close(terms.log_model["z"][k, b], log_z)
+            torch.testing.assert_close(terms.log_model["w"][k, b], log_w)
+            torch.testing.assert_close(terms.log_joint[k, b], log_z + log_w + log_y)
+            torch.testing.assert_close(terms.log_proposal[k, b], log_q)
+    torch.testing.assert_close(evaluator.log_joint(terms.latents), terms.log_joint)
+    torch.testing.assert_close(evaluator.log_guide(terms.latents), terms.log_proposal)
 
 
 class Wrong(Nonlinear):
@@ -63,7 +138,7 @@ class Wrong(Nonlinear):
 
 
 def test_vectorization_is_checked_not_assumed():
-    assert Evaluator(Wrong(), torch.randn(3, 4)).strategy == "repeat"
+    assert isinstance(Evaluator(Wrong(), torch.randn(3, 4)).strategy, Repeat)
 
 
 def test_chunks_cover_everything(monkeypatch):
@@ -75,8 +150,8 @@ def test_chunks_cover_everything(monkeypatch):
         for rows, count in evaluator.chunks(9):
             seen[rows] += count
         assert torch.equal(seen, torch.full((11,), 9))
-        terms = evaluator.draws(9)
-        torch.testing.assert_close(evaluator.score(terms.latents), terms.log_joint)
+        terms = evaluator.sample(9)
+        torch.testing.assert_close(evaluator.log_joint(terms.latents), terms.log_joint)
 
 
 def padded_pair():
@@ -118,8 +193,8 @@ def test_dropout_is_off_and_modes_are_restored():
     pair.generator = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5))
     pair.train()
     terms = Evaluator(pair, torch.randn(3, 4))
-    latents = terms.draw(2).latents
-    assert torch.equal(terms.score(latents), terms.score(latents))
+    latents = terms.sample_pass(2).latents
+    assert torch.equal(terms.log_joint(latents), terms.log_joint(latents))
     assert pair.training and pair.generator[1].training
 
 
@@ -200,7 +275,7 @@ def plain_model(y, z="z", plate="data", size=None, scale=1.0, event=True, obs=Tr
         (
             lambda y: plain_model(torch.zeros(7)),
             lambda y: plain_guide(torch.zeros(7)),
-            "holds 7 data at guide site 'z', the batch 5",
+            "expected 5 data, the batch's rows, got 7 at guide site 'z'",
         ),
     ],
 )
@@ -215,7 +290,7 @@ def test_a_global_latent_is_refused():
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(w, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match="'w' draws a latent outside the plate 'data': only a joint bound"):
+    with pytest.raises(ValueError, match="'w' draws a latent outside the plate 'data', .*only a joint one"):
         evidence.elbo(Pair.of(model, lambda y: pyro.sample("w", dist.Normal(0.0, 1.0))), torch.randn(5))
 
 
@@ -326,13 +401,13 @@ def test_an_undeclared_batch_dimension_is_refused():
             with poutine.mask(mask=True):
                 pyro.sample("y", dist.Normal(z, 1.0).expand([2, len(y)]), obs=y.expand(2, -1))
 
-    with pytest.raises(ValueError, match=r"'y' has a batch dimension of size 2 at dim -2.*to_event"):
+    with pytest.raises(ValueError, match=r"'y': expected .* at batch dim -2, .* got 2.*to_event"):
         evidence.elbo(Pair.of(model, plain_guide), torch.randn(5))
 
 
 def test_data_outside_the_support_are_refused():
     make, _ = TABLE["vae-bernoulli"]
-    with pytest.raises(ValueError, match=r"'y' \(Bernoulli\) takes values in .*Binarize"):
+    with pytest.raises(ValueError, match=r"'y' \(Bernoulli\): expected values in .*binarize"):
         evidence.elbo(make(), torch.full((3, 6), 0.5))
     with pytest.raises(ValueError, match=r"takes \[B, 6\]"):
         evidence.elbo(make(), torch.zeros(3, 5))
@@ -350,7 +425,7 @@ def test_one_datum_without_its_batch_dimension_is_refused():
             z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
             pyro.sample("y", dist.Normal(z.unsqueeze(-1).expand(-1, 4), 1.0).to_event(1), obs=y)
 
-    with pytest.raises(ValueError, match="no dimension left to run over data"):
+    with pytest.raises(ValueError, match="expected a batch of events"):
         evidence.elbo(Pair.of(model, plain_guide), torch.randn(4))
 
 
@@ -360,6 +435,6 @@ def test_draws_without_their_latents_are_the_same_draws():
     found = []
     for latents in (True, False):
         pyro.set_rng_seed(3)
-        found.append(evaluator.draws(5, latents=latents))
+        found.append(evaluator.sample(5, latents=latents))
     assert torch.equal(found[0].log_weight, found[1].log_weight)
     assert set(found[0].latents) == {"z"} and not found[1].latents

@@ -17,7 +17,6 @@ from pyro.infer.autoguide import (
 
 from pyroelbo import ExactPair, Pair, audit, evidence
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.joint import Joint
 from tests.pairs import TABLE
 
 Z_LIMIT = 4.9  # two-sided normal tail of 1e-6: the declared false-alarm rate of one z-test
@@ -91,11 +90,11 @@ def test_autoguides_on_a_hierarchy_with_both_kinds_of_latents(auto):
     guide = auto(hierarchy, init_scale=0.7)
     guide(y)
     pair = Pair.of(hierarchy, guide)
-    assert Evaluator(Joint(pair), y).strategy == "plate"
+    assert Evaluator(pair, y, scope="joint").strategy.vectorized
     iwae = evidence.iwae(pair, y, 60_000, scope="joint")
     assert abs(float(torch.expm1(truth - iwae.value))) < Z_LIMIT * float(iwae.stderr)
     assert float(evidence.elbo(pair, y, 500, scope="joint").value) < float(truth)
-    with pytest.raises(evidence.Unavailable, match="take start='prior'"):
+    with pytest.raises(evidence.Unavailable, match="use start='prior'"):
         evidence.ais(pair, y, 10, scope="joint")
     ais = evidence.ais(pair, y, 60, 100, start="prior", scope="joint", progress=False)
     assert abs(float(torch.expm1(truth - ais.value))) < Z_LIMIT * float(ais.stderr)
@@ -121,7 +120,7 @@ def test_one_global_dimension_by_quadrature():
     result = audit(Pair.of(coin, beta_guide), y, scope="joint", particles=500)
     assert result.reference == "quadrature" and abs(result["quadrature"].mean - truth) < 1e-6
     assert result["elbo"].scope == "joint" and result["elbo"].mean < truth
-    assert "joint" in str(result) and "all 6 data together" in str(result)
+    assert "joint" in str(result) and "all 6 data as one datum" in str(result)
 
 
 def test_a_pair_with_local_latents_only_sums_its_data():
@@ -183,7 +182,7 @@ def test_a_model_that_refuses_particles_runs_one_at_a_time(data):
         pyro.sample("w", posterior)
 
     pair = Pair.of(model, guide)
-    assert Evaluator(Joint(pair), data).strategy == "loop"
+    assert not Evaluator(pair, data, scope="joint").strategy.vectorized
     assert abs(float(evidence.iwae(pair, data, 3, scope="joint").value - truth)) < 1e-8
 
 
@@ -202,17 +201,21 @@ def test_what_is_no_joint_bound(data):
         with poutine.scale(scale=0.3):
             regression(x, y)
 
-    with pytest.raises(ValueError, match="sees 12 of the plate 'data''s 100"):
+    with pytest.raises(
+        ValueError, match="expected all 100 elements of the plate 'data' for a joint bound, got 12"
+    ):
         evidence.elbo(Pair.of(subsampled, guide), data, scope="joint")
     with pytest.raises(ValueError, match=r"'w' is scaled by 0\.3"):
         evidence.elbo(Pair.of(scaled, guide), data, scope="joint")
-    with pytest.raises(ValueError, match="scope takes"):
+    with pytest.raises(ValueError, match="scope: expected"):
         evidence.elbo(Pair.of(regression, guide), data, scope="global")
 
 
 @pytest.mark.parametrize("which", ["laplace", "list"])
 def test_a_point_behind_auxiliary_sites_is_refused_too(data, which):
-    """Before its curvature is asked for, a Laplace guide draws its mode; in a list, others make the auxiliary sites."""
+    """Before its curvature is asked for, a Laplace guide draws its mode; in a list, others make the auxiliary
+    sites.
+    """
 
     def model(x, y):
         pyro.sample("scale", dist.Gamma(2.0, 1.0))
@@ -231,5 +234,5 @@ def test_a_point_behind_auxiliary_sites_is_refused_too(data, which):
 def test_a_point_is_no_guide_of_a_continuous_latent(data):
     guide = AutoDelta(regression)
     guide(*data)
-    with pytest.raises(ValueError, match="'w' is a point mass"):
+    with pytest.raises(ValueError, match="'w': expected .*point mass"):
         evidence.elbo(Pair.of(regression, guide), data, scope="joint")

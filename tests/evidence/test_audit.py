@@ -22,13 +22,13 @@ def test_the_reference_is_named_and_why_others_are_not():
     assert result.reference == "quadrature" and "no exact value" in result.notes[0]
     result = audit(Nonlinear(latent=3), torch.randn(3, 4))
     assert result.reference is None and result.gaps == ()
-    assert len(result.notes) == 3 and "no reference, so no gap" in str(result)
+    assert len(result.notes) == 3 and "no reference, hence no gap" in str(result)
 
 
 def test_a_reference_asked_for_is_not_replaced():
     with pytest.raises(evidence.Unavailable):
         audit(Nonlinear(), torch.randn(3, 4), references=("exact",))
-    with pytest.raises(ValueError, match="references takes"):
+    with pytest.raises(ValueError, match="references: expected"):
         audit(Nonlinear(), torch.randn(3, 4), references=("truth",))
     make, draw = TABLE["ppca"]
     both = audit(make(), draw(2), references=("quadrature", "exact"))
@@ -38,7 +38,7 @@ def test_a_reference_asked_for_is_not_replaced():
 def test_ais_as_a_reference_is_labelled():
     result = audit(Nonlinear(latent=3), torch.randn(2, 4), references=("ais",), temperatures=3)
     assert result.reference == "ais-3" and result["ais-3"].kind == "lower"
-    assert "the gaps to it are lower estimates" in str(result)
+    assert "gaps to it are lower estimates" in str(result)
 
 
 def test_dict_and_tuple_batches():
@@ -81,7 +81,7 @@ def test_references_found_elsewhere():
     better = evidence.iwae(pair, y, 2000)
     result = audit(pair, y, references=(better,))
     assert result.reference == "iwae-2000" and "lower estimates" in str(result)
-    with pytest.raises(ValueError, match="references holds 'iwae-2000'"):
+    with pytest.raises(ValueError, match="references: expected .* got 'iwae-2000'"):
         audit(pair, y[:2], references=(better,))
 
 
@@ -96,7 +96,7 @@ def test_a_budget_of_evaluations():
     alone = audit(Nonlinear(), torch.randn(2, 4), budget=4000)
     assert (
         alone.reference is None
-        and "no quadrature value: it takes" in str(alone)
+        and "no quadrature value: it needs" in str(alone)
         and "no AIS: 20" in str(alone)
     )
     total = sum(b.cost for b in alone.bounds)
@@ -137,17 +137,19 @@ def test_the_pilot_looks_past_what_each_call_costs(monkeypatch):
 
 @pytest.mark.parametrize("budget", ["soon", "0s", "1 year", 0, True, 2.5, "-1s"])
 def test_what_is_no_budget(budget):
-    with pytest.raises(ValueError, match="budget takes a time"):
+    with pytest.raises(ValueError, match="budget: expected a time"):
         audit(Nonlinear(), torch.randn(2, 4), budget=budget)
 
 
 def test_one_reference_is_still_a_sequence():
-    with pytest.raises(ValueError, match="references takes a sequence"):
+    with pytest.raises(ValueError, match="references: expected a sequence"):
         audit(Nonlinear(), torch.randn(2, 4), references="ais")
 
 
 def test_a_budget_too_small_is_refused():
-    with pytest.raises(ValueError, match="too small for any estimate of 40 data, which takes 640"):
+    with pytest.raises(
+        ValueError, match="budget: expected at least 640 evaluations for any estimate of 40 data"
+    ):
         audit(Nonlinear(), torch.randn(40, 4), budget=100)
 
 
@@ -202,7 +204,8 @@ def test_a_guide_that_leaves_out_part_of_the_support_is_told():
     assert result["iwae-64"].k_hat.nanmedian() < 0.7  # the weights look well
     assert any("the guide cannot draw 6" in note for note in result.notes)  # 66 %
     assert "cannot draw" not in str(audit(Nonlinear(), torch.randn(3, 4)))
-    # A cell holds all that a grey level may come from, and a prior's draw in another cell has made another datum.
+    # A cell holds all that a grey level may come from, and a prior's draw in another cell has made another
+    # datum.
     flow = DequantizedFlow(3, 5, layers=1, hidden=(4,))
     assert "cannot draw" not in str(audit(flow, torch.full((200, 3), 2.0), particles=4))
     # The lowest level has a tail below its cell as well.

@@ -10,6 +10,7 @@ from pyro import poutine
 
 from pyroelbo import Pair, evidence
 from pyroelbo.evaluation import evaluator as terms
+from pyroelbo.evaluation import layout
 from pyroelbo.models import PPCA
 from tests.pairs import EXACT, TABLE
 
@@ -36,7 +37,7 @@ def test_with_another_guide_the_weights_are_unbiased_and_the_bounds_ordered(name
     make, draw = TABLE[name]
     pair, y = make(), draw(4)
     exact = evidence.exact(pair, y).value
-    log_w = terms.Evaluator(pair, y).draws(20000).log_weight.detach()
+    log_w = terms.Evaluator(pair, y).sample(20000).log_weight.detach()
     for i in range(len(y)):
         assert abs(z_of_mean((log_w[:, i] - exact[i]).exp(), 1.0)) < Z_LIMIT
     blocks = log_w.reshape(-1, 20, 4)
@@ -101,12 +102,12 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
     if bug == "a leaked scale":
         honest = terms.inner_plates
         monkeypatch.setattr(terms, "inner_plates", lambda site: honest(site) * 1000 / 5)
-        monkeypatch.setattr(terms, "check_scale", lambda site, program: False)
+        monkeypatch.setattr(layout, "check_scale", lambda site, program: False)
     elif bug == "a forgotten mask":
-        monkeypatch.setattr(terms, "_mask", lambda log_prob, mask: log_prob)
+        monkeypatch.setattr(terms, "_masked", lambda log_prob, mask: log_prob)
     else:
         monkeypatch.setattr(terms.Terms, "log_weight", property(lambda t: t.log_joint + t.log_proposal))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         check_against_exact(*check_problem())
 
 
@@ -115,7 +116,7 @@ def test_one_draw_has_no_standard_error():
     pair, y = make(), draw(3)
     assert evidence.elbo(pair, y, particles=1).stderr.isnan().all()
     assert evidence.iwae(pair, y, particles=1).stderr.isnan().all()
-    with pytest.raises(ValueError, match="particles takes a positive number"):
+    with pytest.raises(ValueError, match="particles: expected a positive number"):
         evidence.elbo(pair, y, particles=0)
 
 
@@ -185,7 +186,7 @@ def test_draws_outside_the_support_are_told_of_the_guide_only():
         (evidence.ais(pair, y, 3, 50, progress=False), True),
         (evidence.ais(pair, y, 3, 50, start="prior", progress=False), False),
     ):
-        assert any("the guide draws" in note for note in bound.notes) == told
+        assert any("of the guide's draws have probability zero" in note for note in bound.notes) == told
 
 
 @pytest.mark.parametrize("name", ["ppca", "mixture"])
@@ -242,7 +243,7 @@ def test_the_upper_bound_of_posterior_draws_exceeds_by_the_reverse_divergence():
     assert bound.kind == "upper"
     # 8 z-scores at 5.5: false alarms 3e-7
     assert ((bound.value - truth).abs() < 5.5 * bound.stderr).all()
-    weighted = evidence.eubo(pair, y, 20_000, draws="weights")
+    weighted = evidence.eubo(pair, y, 20_000, source="weights")
     assert weighted.kind == "estimate" and "either side" in weighted.notes[0]
     assert ((weighted.value - truth).abs() < 5.5 * weighted.stderr).all()
     same = evidence.eubo(PPCA(5, 2), y, 3)
@@ -250,7 +251,9 @@ def test_the_upper_bound_of_posterior_draws_exceeds_by_the_reverse_divergence():
 
 
 def test_the_chi_bound_is_only_an_estimate():
-    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws fall below it."""
+    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws
+    fall below it.
+    """
 
     def model(y):
         with pyro.plate("data", len(y)):
@@ -271,7 +274,7 @@ def test_the_chi_bound_is_only_an_estimate():
     assert many.kind == few.kind == "estimate" and "no upper bound" in many.notes[-1]
     assert (many.value - truth).abs().max() < 0.05
     assert few.value.mean() < constant < truth
-    with pytest.raises(ValueError, match="order takes"):
+    with pytest.raises(ValueError, match="order: expected"):
         evidence.cubo(pair, y, order=0.5)
 
 
@@ -279,5 +282,5 @@ def test_posterior_draws_are_asked_of_an_exact_pair_only():
     make, draw = TABLE["own"]
     with pytest.raises(evidence.Unavailable, match="no exact posterior"):
         evidence.eubo(make(), draw(2))
-    with pytest.raises(ValueError, match="draws takes"):
-        evidence.eubo(make(), draw(2), draws="chains")
+    with pytest.raises(ValueError, match="source: expected"):
+        evidence.eubo(make(), draw(2), source="chains")

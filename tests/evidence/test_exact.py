@@ -125,5 +125,5 @@ def test_what_cannot_be_summed_is_refused():
         def posterior(self, y):
             return dist.Normal(y, 1.0)
 
-    with pytest.raises(ValueError, match=r"gave shape \(\) for 2 data"):
+    with pytest.raises(ValueError, match=r"expected shape \(2,\), got \(\)"):
         evidence.exact(Sums(), torch.zeros(2))

@@ -104,7 +104,7 @@ def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="no reference for the gap"):
         evidence.gap(Nonlinear(latent=3), torch.randn(2, 4))
     for options in ({"particles": 0}, {"steps": 0}, {"draws": 0}, {"learning_rate": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} takes"):
+        with pytest.raises(ValueError, match=next(iter(options))):
             evidence.gap(Nonlinear(), torch.randn(2, 4), **options)
 
     def model(y):
@@ -137,6 +137,6 @@ def test_a_guide_that_leaves_the_support_has_no_gap_to_split():
 
 def test_one_draw_tells_no_error():
     pair, y = Nonlinear(), torch.randn(2, 4)
-    assert evidence.eubo(pair, y, 1, draws="weights").stderr.isnan().all()
+    assert evidence.eubo(pair, y, 1, source="weights").stderr.isnan().all()
     reference = evidence.iwae(pair, y, 50)
     assert evidence.gap(pair, y, 1, steps=1, reference=reference).local.stderr.isnan().all()

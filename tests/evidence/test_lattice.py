@@ -1,4 +1,5 @@
-"""AIS over discrete latents, alone and beside continuous ones: transitions leave their density as it is, and Ẑ is unbiased.
+"""AIS over discrete latents, alone and beside continuous ones: transitions leave their density as it is, and
+Ẑ is unbiased.
 
 False alarms: 1e-6 over all z-scores of the file together (Bonferroni)."""
 
@@ -139,7 +140,7 @@ def test_reverse_weights_mean_is_one_over_the_evidence(name):
 
 def test_reverse_of_mixed_latents():
     pair, y, exact = switching()
-    annealer = annealed._Annealer(pair, y, 4, 1, "prior")
+    annealer = annealed._Annealer(Evaluator(pair, y, with_guide=False), 4, 1, "prior")
     bar = annealer.bar(1500, False)
     annealer.adapt(bar)
     log_w = annealer.reverse(*annealer.coordinates(pair.draws(y, 1500)), bar)
@@ -180,7 +181,7 @@ def check_invariance():
             pyro.sample("a", dist.Bernoulli(torch.tensor([0.7, 0.4])).to_event(1))
             pyro.sample("b", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])))
 
-    annealer = annealed._Annealer(Pair.of(model, guide), torch.tensor([0.7]), 3, 1, "guide")
+    annealer = annealed._Annealer(Evaluator(Pair.of(model, guide), torch.tensor([0.7])), 3, 1, "guide")
     annealer._draw_latents(1, None)
     every = annealer._points(torch.zeros(12, 1, 0), values[:, None], None)
     for beta in (0.3, 1.0):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pyroelbo import Pair, evidence
+from pyroelbo.evaluation import memory
 from pyroelbo.evidence import particle
 from pyroelbo.models import HMM, StateSpace
 from pyroelbo.pair import ExactPair
@@ -191,7 +192,9 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
 
 
 def test_ancestors_follow_the_weights():
-    """Systematic draws: each particle has within one of its expected number of followers, and it is right on average."""
+    """Systematic draws: each particle has within one of its expected number of followers, and it is right on
+    average.
+    """
     log_w = torch.randn(500, 7, 2)
     log_w[:, 2] = -math.inf
     index = particle._ancestors(log_w, torch.ones(500, 2, dtype=torch.bool)).reshape(500, 7, 2)
@@ -254,7 +257,7 @@ def test_one_filter_is_the_filtering_objective():
 
 def test_chunks_by_memory_cover_all_filters(monkeypatch):
     pair, y, exact = CASES["hmm"]()
-    monkeypatch.setitem(particle.Evaluator.__init__.__globals__["_BUDGET"], "cpu", 8 * 1500)
+    monkeypatch.setitem(memory.BUDGET, "cpu", 8 * 1500)
     bound = evidence.smc(pair, y, 10, 300)
     assert bound.draws == 3000 and bound.cost == 9000
     assert (z_scores(bound, exact).abs() < Z_LIMIT).all()
@@ -281,8 +284,8 @@ def test_what_it_does_not_take():
     for options, message in (
         ({"particles": 0}, "particles takes"),
         ({"filters": 0}, "filters takes"),
-        ({"proposal": "posterior"}, "proposal takes"),
-        ({"threshold": 1.5}, "threshold takes"),
+        ({"proposal": "posterior"}, "proposal: expected"),
+        ({"threshold": 1.5}, "threshold: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             evidence.smc(make(), draw(2), **options)

@@ -87,7 +87,7 @@ def test_training_by_the_evidence_is_training_by_its_exact_bound(compiled):
         torch.tensor(runs[0].losses), torch.tensor(runs[1].losses), rtol=1e-7, atol=1e-7
     )
     # Of the second run: what was validated is the exact evidence of the weights as they were left.
-    assert runs[1].metrics[-1]["valid_elbo"] == pytest.approx(
+    assert runs[1].metrics[-1]["valid_exact"] == pytest.approx(
         float(pair.log_evidence(y[:5]).mean().detach()), rel=1e-10
     )
 
@@ -116,7 +116,7 @@ def test_frozen_parts_stay():
     assert all(torch.equal(after[k], before[k]) == k.startswith("encoder") for k in before)
     with pytest.raises(ValueError, match="no part 'decoder'"):
         quiet(pair, y, freeze=("decoder",))
-    with pytest.raises(ValueError, match="no parameter to train"):
+    with pytest.raises(ValueError, match="freeze: expected to leave parameters"):
         quiet(pair, y, freeze=("encoder", "generator"))
     with pytest.raises(TypeError, match="sequence of part names"):
         quiet(pair, y, freeze="encoder")
@@ -192,7 +192,9 @@ def test_clipping_bounds_the_step():
 
 
 def test_eager_training_under_a_callers_autocast_sees_its_own_updates():
-    """Casts of weights are kept until the outermost autocast ends: all steps would see the first one's, without a word."""
+    """Casts of weights are kept until the outermost autocast ends: all steps would see the first one's,
+    without a word.
+    """
     torch.set_default_dtype(torch.float32)
     y, found = torch.randn(8, 4), []
     for keeping in (True, False):
@@ -408,31 +410,43 @@ def model_with_global(y):
 @pytest.mark.parametrize(
     ("pair", "y", "settings", "error", "message"),
     [
-        (Nonlinear, torch.full((3, 4), float("nan")), {}, ValueError, "data has NaN"),
-        (Nonlinear, torch.zeros(0, 4), {}, ValueError, "data is empty"),
-        (Nonlinear, (torch.zeros(3, 4), torch.zeros(2)), {}, ValueError, "different lengths"),
+        (Nonlinear, torch.full((3, 4), float("nan")), {}, ValueError, "data: expected finite entries"),
+        (Nonlinear, torch.zeros(0, 4), {}, ValueError, "data: expected at least one row"),
+        (
+            Nonlinear,
+            (torch.zeros(3, 4), torch.zeros(2)),
+            {},
+            ValueError,
+            "expected parts with the same first dimension",
+        ),
         (
             Nonlinear,
             torch.zeros(3, 5),
             {},
             ValueError,
-            r"could not be run on a batch of shapes and types \{'batch': \(\(3, 5\)",
+            r"expected a batch that Nonlinear can be run on, got shapes and types \{'batch': \(\(3, 5\)",
         ),
         (
             TABLE["vae-bernoulli"][0],
             torch.full((3, 6), 0.5),
             {},
             ValueError,
-            "grey pixels have no Bernoulli probability",
+            "Grey pixels have no Bernoulli probability",
         ),
         (
             TABLE["vae-categorical"][0],
             torch.full((3, 6), 7.0),
             {},
             ValueError,
-            "takes values in IntegerInterval",
+            "expected values in IntegerInterval",
         ),
-        (TABLE["vae-l2"][0], torch.zeros(3, 5), {}, ValueError, r"takes \[B, 6\]"),
+        (
+            TABLE["vae-l2"][0],
+            torch.zeros(3, 5),
+            {},
+            ValueError,
+            r"y: expected shape \[B, 6\] .*, got \(3, 5\)$",
+        ),
         (
             lambda: Pair.of(model_without_plate, guide_without_plate),
             torch.zeros(3, 1),
@@ -454,18 +468,30 @@ def model_with_global(y):
             ValueError,
             "'z' is missing in the guide",
         ),
-        (Nonlinear, torch.zeros(3, 4), {"epochs": 0}, ValueError, "epochs takes a positive"),
-        (Nonlinear, torch.zeros(3, 4), {"learning_rate": -1.0}, ValueError, "learning_rate takes a positive"),
-        (Nonlinear, torch.zeros(3, 4), {"ema": 1.0}, ValueError, "ema takes a decay"),
+        (Nonlinear, torch.zeros(3, 4), {"epochs": 0}, ValueError, "epochs: expected a positive"),
+        (
+            Nonlinear,
+            torch.zeros(3, 4),
+            {"learning_rate": -1.0},
+            ValueError,
+            "learning_rate: expected a positive",
+        ),
+        (Nonlinear, torch.zeros(3, 4), {"ema": 1.0}, ValueError, "ema: expected a decay"),
         (Nonlinear, torch.zeros(3, 4), {"patience": 3}, ValueError, "give valid="),
-        (Nonlinear, torch.zeros(3, 4), {"objective": "elbow"}, ValueError, "objective takes one of"),
+        (Nonlinear, torch.zeros(3, 4), {"objective": "elbow"}, ValueError, "objective: expected one of"),
         (Nonlinear, torch.zeros(3, 4), {"objective": 3}, TypeError, "pyro.infer.ELBO"),
         (Nonlinear, torch.zeros(3, 4), {"objective": TraceGraph_ELBO()}, TypeError, "differentiable_loss"),
-        (Nonlinear, torch.zeros(3, 4), {"optimizer": "lion"}, ValueError, "optimizer takes one of"),
-        (Nonlinear, torch.zeros(3, 4), {"schedule": "linear"}, ValueError, "schedule takes"),
-        (Nonlinear, torch.zeros(3, 4), {"kl_weight": -1.0}, ValueError, "kl_weight takes"),
+        (Nonlinear, torch.zeros(3, 4), {"optimizer": "lion"}, ValueError, "optimizer: expected one of"),
+        (Nonlinear, torch.zeros(3, 4), {"schedule": "linear"}, ValueError, "schedule: expected"),
+        (Nonlinear, torch.zeros(3, 4), {"kl_weight": -1.0}, ValueError, "kl_weight: expected"),
         (Nonlinear, torch.zeros(3, 4), {"resume": True}, ValueError, "give out="),
-        (Nonlinear, torch.zeros(3, 4), {"objective": "evidence"}, TypeError, "'evidence' takes an ExactPair"),
+        (
+            Nonlinear,
+            torch.zeros(3, 4),
+            {"objective": "evidence"},
+            TypeError,
+            "'evidence': expected an ExactPair",
+        ),
         (
             TABLE["ppca"][0],
             torch.zeros(3, 5),
@@ -534,7 +560,7 @@ def test_all_data_in_memory_are_checked():
     make, draw = TABLE["vae-bernoulli"]
     y = draw(50)
     y[49, 0] = 0.5
-    with pytest.raises(ValueError, match="takes values in Boolean"):
+    with pytest.raises(ValueError, match="expected values in Boolean"):
         quiet(make(), y)
 
 
@@ -572,7 +598,9 @@ def test_a_callback_that_raises_loses_nothing(tmp_path):
 @pytest.mark.parametrize("kind", ["eager", "compiled", "fallback"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_steps_with_a_long_gradient_are_left_out(kind, optimizer):
-    """A batch of outliers, and one that is not finite, leave parameters and optimizer as if they had never come."""
+    """A batch of outliers, and one that is not finite, leave parameters and optimizer as if they had never
+    come.
+    """
     from pyroelbo.compiled import CompiledStep
     from pyroelbo.training.step import EagerStep
 
@@ -615,5 +643,5 @@ def test_skipped_steps_are_counted_in_the_metrics():
     y = torch.cat([torch.randn(8, 4), 20 * torch.randn(1, 4)])
     run = fit(Nonlinear(), y, epochs=2, batch_size=1, skip_norm=100.0, progress=False)
     assert 0 < run.metrics[0]["skipped"] <= run.metrics[1]["skipped"] <= 4
-    with pytest.raises(ValueError, match="skip_norm takes a positive number"):
+    with pytest.raises(ValueError, match="skip_norm: expected a positive number"):
         fit(Nonlinear(), y, skip_norm=0.0)

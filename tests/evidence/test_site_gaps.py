@@ -43,9 +43,10 @@ def kl(a, b):
 
 def test_shares_of_a_top_down_guide():
     y = torch.randn(8)
-    found = evidence.layers(Pair.of(model, top_down), y, 400, 200)
+    found = evidence.site_gaps(Pair.of(model, top_down), y, 400, 200)
     top = kl(dist.Normal(0.2 * y, 0.7), dist.Normal(y / 3, math.sqrt(2 / 3))).mean()
-    # Given the top, low has the posterior N((top + y)/2, 1/2); the mean square of the guide's error is in closed form.
+    # Given the top, low has the posterior N((top + y)/2, 1/2); the mean square of the guide's error is in
+    # closed form.
     square = 0.01 * ((1.2 * y).square() + 0.49)
     low = (0.5 * (0.72 + square / 0.5 - 1) - 0.5 * math.log(0.72)).mean()
     exact = dist.Normal(0.0, math.sqrt(3)).log_prob(y).mean()
@@ -60,7 +61,7 @@ def test_shares_of_a_top_down_guide():
 
 def test_a_bottom_up_guides_lower_rate_is_no_kl():
     y = torch.randn(8)
-    found = evidence.layers(Pair.of(model, bottom_up), y, 400, 200)
+    found = evidence.site_gaps(Pair.of(model, bottom_up), y, 400, 200)
     assert found.sites == ("low", "top") and found.kinds == {"low": "difference", "top": "KL"}
     # p(low | y) = N(2y/3, 2/3), p(top | low) = N(low/2, 1/2)
     low = kl(dist.Normal(0.6 * y, 0.9), dist.Normal(2 * y / 3, math.sqrt(2 / 3))).mean()
@@ -74,18 +75,18 @@ def test_the_rest_is_what_the_reference_has_beyond():
     exact = evidence.exact(TABLE["ppca"][0](), torch.randn(5, 5))
     from dataclasses import replace
 
-    found = evidence.layers(Pair.of(model, top_down), y, 300, 300, reference=replace(exact, value=value))
+    found = evidence.site_gaps(Pair.of(model, top_down), y, 300, 300, reference=replace(exact, value=value))
     parts = sum(float(g) for g in found.gaps.values()) + float(found.rest)
     assert abs(parts - float(found.total)) < 1e-9 and close(found.rest, 0.25)
-    with pytest.raises(ValueError, match="reference has shape"):
-        evidence.layers(
+    with pytest.raises(ValueError, match="reference: expected shape"):
+        evidence.site_gaps(
             Pair.of(model, top_down), y, reference=exact.__class__("x", value[:2], value[:2], "exact")
         )
 
 
 def test_one_site_and_a_decoder_that_refuses_particles():
     make, draw = TABLE["own-conv"]
-    found = evidence.layers(make(), draw(3), 6, 5)
+    found = evidence.site_gaps(make(), draw(3), 6, 5)
     assert found.sites == ("z",) and float(found.gaps["z"]) == pytest.approx(float(found.total))
     with pytest.raises(ValueError, match="inner takes"):
-        evidence.layers(Nonlinear(), torch.randn(2, 4), inner=0)
+        evidence.site_gaps(Nonlinear(), torch.randn(2, 4), inner=0)

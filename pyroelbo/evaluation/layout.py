@@ -1,0 +1,202 @@
+"""What is learned of a pair by looking at it once: latent sites, plates, supports, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import event_mask, is_masked
+from pyroelbo.evaluation.programs import Programs
+from pyroelbo.evaluation.sites import (
+    POINT,
+    base_of,
+    check_joint,
+    check_scale,
+    check_sites,
+    data_frame,
+    is_point,
+    sample_sites,
+    sites_beyond,
+)
+from pyroelbo.evaluation.supports import support_of
+from pyroelbo.pair import PLATE
+
+__all__ = ["LatentSite", "Layout"]
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A latent site as the model declares it.
+
+    ``event_shape`` is the shape of one datum's event and ``plate_shape`` that of the plates left of the data
+    plate; a joint evaluation counts every batch dimension as part of the event, ``batch_dims`` of them.
+    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
+    parse) constrain one another.
+    """
+
+    name: str
+    event_shape: torch.Size
+    plate_shape: tuple[int, ...]
+    support: Any
+    has_enumerate_support: bool
+    free: bool
+    batch_dims: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def per_datum(cls, name: str, fn: Any, dtype: torch.dtype) -> LatentSite:
+        plates = tuple(fn.batch_shape[:-1])
+        while plates and plates[0] == 1:
+            plates = plates[1:]
+        return cls(name, torch.Size(fn.event_shape), plates, support_of(fn), *_values(fn), dtype=dtype)
+
+    @classmethod
+    def joint(cls, name: str, fn: Any, dtype: torch.dtype) -> LatentSite:
+        dims = len(fn.batch_shape)
+        support = constraints.independent(support_of(fn), dims) if dims else support_of(fn)
+        event = torch.Size((*fn.batch_shape, *fn.event_shape))
+        return cls(name, event, (), support, *_values(fn), dims, dtype)
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.event_shape)
+
+    @property
+    def dims(self) -> int:
+        """Numbers in one datum's value."""
+        return math.prod(self.event_shape) * math.prod(self.plate_shape)
+
+
+def _values(fn: Any) -> tuple[bool, bool]:
+    """Whether the values can be enumerated, and whether all combinations of them are possible."""
+    return bool(getattr(fn, "has_enumerate_support", False)), bool(getattr(base_of(fn), "free_labels", True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sites of a pair and how they are laid out over plates.
+
+    ``depth`` is the number of plate dimensions, ``beyond`` the (program, site) whose latents may be evaluated
+    outside their support, ``scaled_site`` a site with a scale within its datum, ``shapes`` the shape of each
+    site's value for one particle of the batch looked at. A pair that is not ``sliceable`` is tied to its
+    whole batch (by a mask or a plate of a fixed size). ``masked`` says whether a latent has a mask in the
+    model or inside the guide's event.
+    """
+
+    scope: str
+    latents: Mapping[str, LatentSite]
+    observed: frozenset[str]
+    guide_sites: frozenset[str]
+    beyond: frozenset[tuple[str, str]]
+    shapes: Mapping[str, torch.Size]
+    depth: int
+    scaled_site: str | None = None
+    sliceable: bool = False
+    masked: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, programs: Programs, batch: Batch, scope: str, sliceable: bool = False) -> Layout:
+        """Run both programs once and refuse, naming the site, what has no bound of this ``scope``."""
+        guide, model = programs.traces(batch)
+        check_sites(guide, model, programs.with_guide)
+        _refuse_points(programs, guide, model, batch)
+        both = [("guide", *s) for s in sample_sites(guide)] + [("model", *s) for s in sample_sites(model)]
+        scaled = None
+        if scope == "joint":
+            for program, _, site in both:
+                check_joint(site, program)
+            depth = max([1, *(len(site["fn"].batch_shape) for _, _, site in both), *_depths(both)])
+            make = LatentSite.joint
+        else:
+            scaled = _check_plates(both, batches.size(batch))
+            depth = max([1, *_depths(both)])
+            make = LatentSite.per_datum
+        observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
+        latents = {k: make(k, s["fn"], s["value"].dtype) for k, s in sample_sites(model) if k not in observed}
+        return cls(
+            scope,
+            MappingProxyType(latents),
+            observed,
+            frozenset(k for k, _ in sample_sites(guide)),
+            sites_beyond(guide, model),
+            MappingProxyType({name: _shape(site["value"]) for _, name, site in both}),
+            depth,
+            scaled,
+            sliceable,
+            any(_masks(guide, model, latents)),
+            _dtype(programs, both),
+        )
+
+    @property
+    def auxiliary(self) -> frozenset[str]:
+        """Guide sites that the model lacks: given latents do not fix them."""
+        return self.guide_sites - frozenset(self.latents) - self.observed
+
+
+def _masks(guide: Any, model: Any, latents: Mapping[str, LatentSite]) -> Iterator[bool]:
+    for name in latents:
+        for trace in (guide, model):
+            if name in trace.nodes:
+                site = trace.nodes[name]
+                yield is_masked(site["mask"]) or event_mask(site["fn"]) is not None
+
+
+def _shape(value: Any) -> torch.Size:
+    return value.shape if isinstance(value, Tensor) else torch.Size()
+
+
+def _dtype(programs: Programs, both: list[tuple[str, str, Any]]) -> torch.dtype:
+    """The widest floating type of the parameters and the sites' values."""
+    tensors = list(programs.pair.parameters()) + [site["value"] for _, _, site in both]
+    kinds = {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+    return functools.reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
+
+
+def _depths(both: list[tuple[str, str, Any]]) -> list[int]:
+    return [-f.dim for _, _, site in both for f in site["cond_indep_stack"] if f.dim is not None]
+
+
+def _check_plates(both: list[tuple[str, str, Any]], size: int) -> str | None:
+    """Refuse sites outside the data plate and scales over it; the first site with a scale within its
+    datum."""
+    scaled, dims = None, set()
+    for program, name, site in both:
+        frame = data_frame(site, program)
+        if frame.size != size:
+            raise ValueError(
+                f"the plate {PLATE!r}: expected {size} data, the batch's rows, got {frame.size} at {program} "
+                f"site {name!r}. Write pyro.plate({PLATE!r}, len(y)), or give subsample_size=len(y) where it "
+                "is subsampled"
+            )
+        dims.add(frame.dim)
+        if check_scale(site, program):
+            scaled = scaled or name
+    if dims != {-1}:
+        raise ValueError(f"the plate {PLATE!r}: expected dim=-1, got {sorted(dims)}")
+    return scaled
+
+
+def _refuse_points(programs: Programs, guide: Any, model: Any, batch: Batch) -> None:
+    """Refuse continuous latents that a guide, an automatic one, sets to the same value in every draw."""
+    names = [
+        name
+        for name, site in sample_sites(guide)
+        if name in model.nodes and is_point(site["fn"]) and not is_point(model.nodes[name]["fn"])
+    ]
+    names = [n for n in names if programs.with_guide and not model.nodes[n]["fn"].support.is_discrete]
+    if names:
+        again = programs.guide(batch)
+        for name in names:
+            if torch.equal(guide.nodes[name]["value"], again.nodes[name]["value"]):
+                raise ValueError(POINT.format(name))

@@ -1,0 +1,63 @@
+"""Masks that differ between model and guide: the model's mask decides, entry by entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import Independent
+
+__all__ = ["ModelMasks", "event_mask", "is_masked"]
+
+
+class ModelMasks(Messenger):
+    """Makes the model's masks those of the guide; a handler of both programs, ``with ModelMasks(): ...``.
+
+    A masked entry of a latent has no term in the model. Without a term in the guide it leaves the ELBO; with
+    one, or if the guide masks an entry that the model does not, what is computed is no bound. So every guide
+    site that the model is replayed on gets the model's mask, as does the auxiliary site
+    ``<name>_unconstrained`` that an automatic guide draws it from. ``d.mask(m)`` is the same as
+    ``poutine.mask(mask=m)`` around the site.
+
+    It must be inside ``poutine.trace`` and ``poutine.replay``: wrap the programs, not the loss. Whether a
+    masked entry is unused is for :func:`~pyroelbo.evaluation.probes.check_masks` to find out.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn, mask = msg["fn"], msg["mask"]
+        while isinstance(fn, MaskedDistribution) and not msg["is_observed"]:
+            mask = fn._mask if mask is None else _both(mask, fn._mask)
+            fn = fn.base_dist
+        msg["fn"], msg["mask"] = fn, mask
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        for frame in _PYRO_STACK:
+            if isinstance(frame, ReplayMessenger) and frame.trace is not None and name in frame.trace.nodes:
+                for drawn in (name, f"{name}_unconstrained"):
+                    node = frame.trace.nodes.get(drawn)
+                    if node is not None and (drawn == name or node["infer"].get("is_auxiliary")):
+                        node["mask"] = msg["mask"]
+
+
+def _both(a: Any, b: Any) -> Any:
+    if isinstance(a, bool) or isinstance(b, bool):
+        return (b if a else False) if isinstance(a, bool) else (a if b else False)
+    return a & b
+
+
+def is_masked(mask: Any) -> bool:
+    return mask is not None and mask is not True
+
+
+def event_mask(fn: Any) -> Tensor | bool | None:
+    """The mask inside an event, as of ``Normal(...).mask(m).to_event(1)``; None if there is none."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+        if isinstance(fn, MaskedDistribution):
+            return fn._mask
+    return None

@@ -1,0 +1,90 @@
+"""Running a pair's model and guide: in evaluation mode, traced, with given values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import ModelMasks
+from pyroelbo.pair import Pair, evaluation_mode, unregistered
+
+__all__ = ["Programs"]
+
+Wrap = Callable[[Callable], Callable]
+
+
+def _as_it_is(program: Callable) -> Callable:
+    return program
+
+
+class Programs:
+    """The model of a pair and, ``with_guide``, its guide. Every trace of an evaluation is taken here.
+
+    ``wrap`` encloses each program, for instance in a plate of particles.
+    """
+
+    def __init__(self, pair: Pair, with_guide: bool = True) -> None:
+        self.pair = pair
+        self.with_guide = with_guide
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode, without ``pyro.param`` statements for registered parameters and without
+        validation."""
+        with evaluation_mode(self.pair), unregistered(), pyro.validation_enabled(False):
+            yield
+
+    def traces(
+        self,
+        batch: Batch,
+        latents: Mapping[str, Tensor] | None = None,
+        *,
+        wrap: Wrap = _as_it_is,
+        with_guide: bool | None = None,
+    ) -> tuple[Any, Any]:
+        """Traces of guide and model, the model replayed on the guide's draws. Given ``latents`` are evaluated
+        in both programs instead of drawn. Without a guide its trace is empty."""
+        guide, model = (wrap(ModelMasks()(p)) for p in (self.pair.guide, self.pair.model))
+        if latents is not None:
+            guide, model = (poutine.condition(p, data=latents) for p in (guide, model))
+        drawn = poutine.Trace()
+        if self.with_guide if with_guide is None else with_guide:
+            drawn = batches.call(poutine.trace(guide).get_trace, batch)
+            model = poutine.replay(model, trace=drawn)
+        seen = batches.call(poutine.trace(model).get_trace, batch)
+        return prune_subsample_sites(drawn), prune_subsample_sites(seen)
+
+    def again(self, batch: Batch, values: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """Traces of guide and model with given ``values``, those of the guide's auxiliary sites included."""
+        drawn = poutine.Trace()
+        if not self.with_guide:
+            return drawn, self.model(batch, values)
+        guide = poutine.condition(ModelMasks()(self.pair.guide), data=values)
+        drawn = batches.call(poutine.trace(guide).get_trace, batch)
+        for name in values:
+            drawn.nodes[name]["is_observed"] = False  # a model is replayed on draws only
+        program = poutine.replay(ModelMasks()(self.pair.model), trace=drawn)
+        seen = batches.call(poutine.trace(program).get_trace, batch)
+        return prune_subsample_sites(drawn), prune_subsample_sites(seen)
+
+    def model(self, batch: Batch, latents: Mapping[str, Tensor]) -> Any:
+        """A trace of the model alone, at given latents."""
+        program = poutine.condition(ModelMasks()(self.pair.model), data=latents)
+        return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))
+
+    def guide(
+        self, batch: Batch, latents: Mapping[str, Tensor] | None = None, *, wrap: Wrap = _as_it_is
+    ) -> Any:
+        """A trace of the guide alone, with its own masks."""
+        program = wrap(ModelMasks()(self.pair.guide))
+        if latents is not None:
+            program = poutine.condition(program, data=latents)
+        return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))

@@ -1,0 +1,141 @@
+"""One reader for each kind of file: whatever is wrong with a file becomes one ValueError that names it.
+Nothing unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["read_json", "read_jsonl", "read_npz", "read_tensors", "write", "write_tensors"]
+
+_KEY = "pyroelbo"  # of the metadata of a safetensors file
+_LARGEST = 2**31  # bytes of one array in an npz file
+
+
+def _damaged(path: Path, error: object) -> ValueError:
+    text = str(error).splitlines()
+    return ValueError(f"{path} is damaged: {text[0] if text else type(error).__name__}")
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError for a damaged one, OSError for one that cannot be read."""
+    content = _parsed(_text(path), path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_jsonl(path: Path, rows: int | None = None) -> list[dict[str, Any]]:
+    """The first ``rows`` objects (None: all) of a file with one a line; ValueError where there are fewer."""
+    lines = _text(path).splitlines()[:rows]
+    if rows is not None and len(lines) < rows:
+        raise ValueError(f"{path}: expected at least {rows} rows, got {len(lines)}")
+    content = [_parsed(line, path) for line in lines]
+    if not all(isinstance(row, dict) for row in content):
+        raise ValueError(f"{path}: expected a JSON object in each row")
+    return content
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a safetensors file written by :func:`write_tensors`; ValueError for any other
+    file.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            meta = opened.metadata() or {}
+            tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the reader's own errors are of many types
+        raise _damaged(path, error) from error
+    if _KEY not in meta:
+        raise ValueError(f"{path} was not written by pyroelbo")
+    content = _parsed(meta[_KEY], path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object in its metadata, got {type(content).__name__}")
+    return tensors, content
+
+
+def read_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
+    """Arrays of an npz file by name; ``arrays`` gives the dtype kinds (such as ``"u"``) and the shape that
+    each must have, None for any length.
+
+    Headers are checked before anything is unpacked. ValueError, naming file and array, for what is missing,
+    of another dtype or shape, larger than 2 GiB, or damaged.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name, (kinds, shape) in arrays.items():
+                if f"{name}.npy" not in archive.namelist():
+                    raise ValueError(f"expected an array {name!r}, got {sorted(archive.namelist())}")
+                with archive.open(f"{name}.npy") as member:
+                    _check_header(member, name, kinds, shape)
+                with archive.open(f"{name}.npy") as member:
+                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zlib.error, BadZipFile, EOFError, struct.error, SyntaxError, ...
+        raise _damaged(path, error) from error
+    return found
+
+
+def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, ...]) -> None:
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array {name!r} has npy version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    got, _, dtype = read(member)
+    fits = len(got) == len(shape) and all(b is None or a == b for a, b in zip(got, shape, strict=True))
+    if dtype.kind not in kinds or not fits:
+        raise ValueError(f"array {name!r}: expected kind {kinds!r} and shape {shape}, got {dtype} {got}")
+    if math.prod(got) * dtype.itemsize > _LARGEST:
+        raise ValueError(f"array {name!r}: expected at most {_LARGEST} bytes, got shape {got} of {dtype}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves the old one or the new one: beside it, synced, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a safetensors file with JSON metadata, as :func:`write` does."""
+    # Copies: safetensors refuses tensors that share memory, as tied parameters do.
+    plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    write(path, save(plain, {_KEY: json.dumps(dict(meta))}))

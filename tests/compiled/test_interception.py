@@ -1,0 +1,237 @@
+"""Values of tensors that Python code reads or copies are followed, guarded or refused."""
+
+import copy
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+
+from pyroelbo.compiled import CompiledELBO, CompileWarning
+from pyroelbo.compiled.capture import capture
+from pyroelbo.compiled.eager import Call
+from pyroelbo.compiled.verify import Mismatch, verify
+from tests.compiled.cases import data, follow, normal_guide, nothing
+
+
+def scaled(weight):
+    """A model that multiplies its term by a number that ``weight`` makes from the argument."""
+
+    def model(y, b):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(y)), pyro.poutine.scale(scale=weight(b)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda b: torch.tensor([b, b])[0],
+        lambda b: torch.tensor([[b, 2.0], [3, b * b]])[1, 1],
+        lambda b: torch.tensor((b, 1)).sum(),
+        lambda b: torch.as_tensor([b, b], dtype=torch.float32)[1].double(),
+        lambda b: torch.asarray([b, b])[0],
+        lambda b: b.new_tensor([b, 1.0])[0],
+        lambda b: torch.tensor([b.reshape(1)])[0],
+        lambda b: torch.tensor(b),
+        lambda b: copy.deepcopy(b),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_tensors_made_from_tensors_are_followed(weight):
+    y = data(7)
+    loss = follow(scaled(weight), nothing, [(y, torch.tensor(1.0 + i)) for i in range(9)])
+    assert (loss.counters.captures, loss.counters.compiled_calls) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda b: b.item(),
+        lambda b: float(b),
+        lambda b: int(b),
+        lambda b: b.tolist(),
+        lambda b: torch.as_tensor(b.numpy() * 2.0),
+        lambda b: torch.as_tensor(np.asarray(b) + 1.0),
+        lambda b: 2.0 if b > 1.5 else 3.0,
+        lambda b: 2.0 if torch.equal(b, torch.tensor(2.0)) else 3.0,
+        lambda b: 2.0 if 2.0 in b else 3.0,
+        lambda b: torch.ones(5)[: int(b)].sum(),
+        lambda b: torch.ones(5)[: b.long()].sum(),
+        lambda b: torch.arange(1.0, 6.0)[..., b.long()],
+        lambda b: max(1.0, float(b * b)),
+    ],
+)
+def test_values_that_python_reads_are_guards(weight):
+    y = data(7)
+    loss = follow(scaled(weight), nothing, [(y, torch.tensor(1.0 + i // 3 % 2)) for i in range(12)])
+    assert loss.counters.captures == 2
+    assert loss.counters.compiled_calls >= 10
+    assert loss.counters.fallbacks == 0
+
+
+def test_reads_of_constants_cost_nothing():
+    def model(y):
+        n = torch.tensor([2.0, 3.0]).sum().item()
+        for i in range(torch.arange(3).max() + 1):
+            pyro.sample(f"y{i}", dist.Normal(pyro.param("loc", torch.tensor(0.3)), n), obs=y[i])
+
+    loss = follow(model, nothing, [(data(4, seed=i),) for i in range(5)])
+    (graph,) = loss._cache.graphs.popitem()[1]
+    assert not graph.plan.guarded
+
+
+def test_lengths_and_assertions_are_guards():
+    def model(y, lengths):
+        assert lengths.max() <= 6
+        longest = int(lengths.max())
+        assert (lengths > 0).all()
+        mask = torch.arange(longest) < lengths[:, None]
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=mask.all(-1)):
+            pyro.sample("y", dist.Normal(loc, 1.0).expand([longest]).to_event(1), obs=y[:, :longest])
+
+    lengths = [torch.tensor(x) for x in ([1, 2, 3], [3, 3, 2], [4, 4, 1])]
+    loss = follow(model, nothing, [(data(3, 6, seed=i), lengths[i // 2 % 3]) for i in range(12)])
+    assert (loss.counters.captures, loss.counters.fallbacks) == (2, 0)
+    assert loss.counters.compiled_calls == 10
+
+
+def test_a_read_after_a_write_in_place_is_refused():
+    count = torch.zeros((), dtype=torch.int64)
+
+    def model(y):
+        count.add_(1)
+        loc = pyro.param("loc", torch.tensor(0.3)) * (1.0 if int(count) % 2 else 2.0)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(CompileWarning, match=r"changes in place, test_interception.py:\d+"):
+        values = [loss.loss_and_grads(model, nothing, torch.tensor(0.7)) for _ in range(6)]
+    assert len(set(values)) == 2
+
+
+def test_scratch_memory_before_a_read_is_computed_anew():
+    def model(y):
+        scratch = torch.zeros(3)
+        scratch[1:].copy_(y[1:3])
+        scratch[0] += y[0]
+        weight = 1.0 if scratch.sum() > 0 else 2.0
+        pyro.sample(
+            "y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), weight).expand([3]).to_event(1), obs=y
+        )
+
+    loss = follow(model, nothing, [((-1) ** i * torch.tensor([0.1, 0.2, 0.3]),) for i in range(8)])
+    assert (loss.counters.captures, loss.counters.fallbacks) == (2, 0)
+
+
+@pytest.mark.parametrize("classes", [3, -1])
+def test_one_hot(classes):
+    table = torch.randn(3, 2)
+
+    def model(y, k):
+        w = pyro.param("w", torch.ones(3, 2))
+        with pyro.plate("data", len(y)):
+            loc = (F.one_hot(k, classes).to(w.dtype) @ (w * table)).sum(-1)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    ks = [torch.tensor([0, 2, 1, 1]), torch.tensor([2, 2, 0, 1])]
+    loss = follow(model, nothing, [(data(4, seed=i), ks[i % 2]) for i in range(6)])
+    assert (loss.counters.captures, loss.counters.compiled_calls) == (1, 5)
+
+
+def one_hot_model(y):
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        pyro.sample("y", dist.Normal(k @ pyro.param("m", torch.tensor([-1.0, 0.0, 1.0])), 1.0), obs=y)
+
+
+def one_hot_guide(y):
+    with pyro.plate("data", len(y)):
+        pyro.sample("k", dist.OneHotCategorical(logits=pyro.param("logits", torch.zeros(len(y), 3))))
+
+
+@pytest.mark.parametrize("make_loss", [Trace_ELBO, TraceGraph_ELBO])
+def test_one_hot_categorical(make_loss):
+    loss = follow(one_hot_model, one_hot_guide, [(data(4, seed=i),) for i in range(6)], make_loss)
+    assert loss.counters.compiled_calls == 5
+
+
+def bernoulli_model(y):
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Bernoulli(torch.full((4,), 0.4)))
+        pyro.sample("y", dist.Normal(pyro.param("w", torch.tensor(0.5)) * z, 1.0), obs=y)
+
+
+def bernoulli_guide(y):
+    with pyro.plate("data", 4):
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.zeros(4))))
+
+
+@pytest.mark.parametrize("kind", ["loss", "loss_and_grads"])
+def test_no_draw_is_baked_into_a_graph(kind):
+    """``detach()`` of a provenance tensor lost its place in the graph: one constant for all calls."""
+    loss = follow(bernoulli_model, bernoulli_guide, [(data(4),)] * 20, TraceGraph_ELBO, kind)
+    assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (19, 0)
+
+
+def test_a_constant_is_caught_even_where_the_loss_takes_few_values():
+    """A graph that holds one of two possible draws agrees with eager under every second seed."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("y", dist.Normal(0.0, 1.0 + z), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+    call = Call(Trace_ELBO(), "loss", model, guide, (torch.tensor(0.3),), {})
+    plan = capture(call)
+    outputs = plan.graph(*call.tensors, *plan.state())
+    verify(plan, call, plan.graph)
+    with pytest.raises(Mismatch, match="the loss differs"):
+        verify(plan, call, lambda *inputs: outputs)
+
+
+def test_unused_draws_keep_their_place():
+    """A guide's global latent before a subsampled plate whose indices nobody uses."""
+
+    def model(y):
+        g = pyro.sample("g", dist.Normal(torch.zeros(200), 1.0).to_event(1))
+        with pyro.plate("data", 500, subsample_size=125):
+            z = pyro.sample("z", dist.Normal(g.mean(), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("g", dist.Normal(pyro.param("loc", torch.zeros(200)), 1.0).to_event(1))
+        with pyro.plate("data", 500, subsample_size=125):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(125)), 1.0))
+
+    y = data(125)
+    follow(model, guide, [(y,)] * 4)
+    pyro.clear_param_store()
+    loss = CompiledELBO(Trace_ELBO())
+    for i in range(3):
+        pyro.set_rng_seed(i)
+        value = loss.loss_and_grads(model, guide, y)
+        pyro.set_rng_seed(i)
+        assert value == pytest.approx(Trace_ELBO().loss(model, guide, y), rel=1e-9)
+    assert (loss.counters.compiles, loss.counters.compiled_calls) == (1, 2)
+
+
+def test_a_read_of_a_draw_names_its_line():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z.item(), 1.0), obs=y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(
+        CompileWarning, match=r"depends on a random draw, test_interception.py:\d+ \(last site 'z'\)"
+    ):
+        for _ in range(3):
+            loss.loss_and_grads(model, normal_guide, torch.tensor(0.5))
