@@ -86,5 +86,5 @@ def refuse_transforms(**arguments: Tensor) -> None:
         if wrapped or dual:
             raise NotImplementedError(
                 f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, jvp, ...); give the "
-                "distribution a batch dimension instead of vmap, and use torch.autograd for derivatives"
+                "distribution a batch dimension instead of vmap, and use torch.autograd"
             )

@@ -102,7 +102,7 @@ def kernel(function: Callable | None = None, *, fastmath: Any = REORDER) -> Any:
 
 def _memory(x: Any) -> Any:
     if isinstance(x, Tensor):
-        return (x.detach() if x.requires_grad else x).numpy()
+        return x.detach().numpy() if x.requires_grad else x.numpy()
     if isinstance(x, tuple):
         return type(x)._make(map(_memory, x))  # type: ignore[attr-defined]
     return x
