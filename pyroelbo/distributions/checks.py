@@ -85,6 +85,6 @@ def refuse_transforms(**arguments: Tensor) -> None:
         dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
         if wrapped or dual:
             raise NotImplementedError(
-                f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, jvp, ...); give the "
+                f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, ...); give the "
                 "distribution a batch dimension instead of vmap, and use torch.autograd"
             )
