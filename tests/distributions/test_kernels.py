@@ -432,7 +432,7 @@ PLANTED = {
     "smooth": ("chain", "out.counts[r, i, j] +=", "j]", "j + 1]"),
     "draw": ("path", "z[n, b, t] = _choose(", "t]", "t + 1]"),
     "viterbi": ("path", "store(delta, r * far + t * padded + j,", "j,", "j + 1,"),
-    "alpha_beta": ("alignment", "occupancy[t, lattice.used[u]]", "[t,", "[t + 1,"),
+    "alpha_beta": ("alignment", "occupancy[t, used[u]]", "[t,", "[t + 1,"),
     "inside": ("inside_outside", "relative[0, 1], child, 0, wide)", "child, 0,", "child, 1,"),
     "outside": ("inside_outside", "out.two[i, b] = flow", "[i,", "[i + 1,"),
     "kalman_filter": ("kalman", "states.mean[row, t + 1, i] = x", "t + 1", "t + 2"),

@@ -118,10 +118,11 @@ def _probabilities(log_probs, length, used, p_m, p_e):
 def _forward(length, states, lattice, numbers):
     """Fill ``a``; returns m and e of the sum over all alignments."""
     p_m, p_e, a_m, a_e, _, _ = numbers
+    place, skips = lattice.place, lattice.skips
     for s in range(states + 2):
         a_m[0, s], a_e[0, s] = 0.0, _ZERO
     for s in range(min(2, states)):
-        u = lattice.place[s]
+        u = place[s]
         a_m[0, s + 2], a_e[0, s + 2] = p_m[0, u], p_e[0, u]
     for t in range(1, length):
         first = max(0, states - 2 * (length - t))
@@ -132,9 +133,9 @@ def _forward(length, states, lattice, numbers):
             a_m[t, s + 2], a_e[t, s + 2] = 0.0, _ZERO
         for s in range(first, last):
             m, e = _add(a_m[t - 1, s + 2], a_e[t - 1, s + 2], a_m[t - 1, s + 1], a_e[t - 1, s + 1])
-            if lattice.skips[s]:
+            if skips[s]:
                 m, e = _add(m, e, a_m[t - 1, s], a_e[t - 1, s])
-            u = lattice.place[s]
+            u = place[s]
             m, e = _normalize(m * p_m[t, u], e + p_e[t, u])
             a_m[t, s + 2], a_e[t, s + 2] = m, e
     m, e = a_m[length - 1, states + 1], a_e[length - 1, states + 1]
@@ -147,7 +148,8 @@ def _forward(length, states, lattice, numbers):
 def _backward(length, states, z, lattice, numbers, occupancy):
     """Fill ``occupancy [T,C]`` of the used symbols, ``z`` being m and e of the sum over all alignments."""
     p_m, p_e, a_m, a_e, b_m, b_e = numbers
-    count = lattice.used.shape[0]
+    place, skips, used, _ = lattice
+    count = used.shape[0]
     z_m, z_e = z
     inverse = 1.0 / z_m
     sums = np.empty(count)
@@ -161,9 +163,9 @@ def _backward(length, states, z, lattice, numbers, occupancy):
                 m, e = (1.0, 0.0) if s >= states - 2 else (0.0, _ZERO)
             else:
                 m, e = _add(b_m[s], b_e[s], b_m[s + 1], b_e[s + 1])
-                if s + 2 < states and lattice.skips[s + 2]:
+                if s + 2 < states and skips[s + 2]:
                     m, e = _add(m, e, b_m[s + 2], b_e[s + 2])
-            u = lattice.place[s]
+            u = place[s]
             if s >= first and s < last:
                 d = a_e[t, s + 2] + e - z_e
                 product = a_m[t, s + 2] * m * inverse
@@ -176,7 +178,7 @@ def _backward(length, states, z, lattice, numbers, occupancy):
             b_m[s], b_e[s] = _normalize(m * p_m[t, u], e + p_e[t, u])
         b_m[states], b_e[states] = 0.0, _ZERO
         for u in range(count):
-            occupancy[t, lattice.used[u]] = sums[u]
+            occupancy[t, used[u]] = sums[u]
 
 
 @kernel(fastmath=False)

@@ -36,6 +36,7 @@ from pyroelbo.distributions.kernels.gate import (
     expect_contiguous,
     expect_index,
     expect_shapes,
+    inlined,
     kernel,
 )
 from pyroelbo.distributions.kernels.simd import LANES, fill, load, multiply_add, store
@@ -121,7 +122,7 @@ def _splits_for(size, wide, n, spans, like):
     return Splits(np.empty((2, size), like.dtype), parts[0], parts[1], pairs)
 
 
-@compiled
+@inlined
 def _scaled(x, at, factor, out, to, wide):
     """One row of ``out`` is ``factor`` times one of ``x``."""
     none = fill(x.dtype.type(0))
@@ -129,7 +130,7 @@ def _scaled(x, at, factor, out, to, wide):
         store(out, to + k, multiply_add(load(x, at + k), fill(factor), none))
 
 
-@compiled
+@inlined
 def _split(charts, b, i, w, n, splits, s):
     """Fill ``relative``, the right parts and the pairs of span s of a chunk: sentence b's of width w at word
     i; returns the scale.
@@ -158,7 +159,7 @@ def _split(charts, b, i, w, n, splits, s):
     return peak
 
 
-@compiled
+@inlined
 def _add_leaves(charts, given, b, i, w, splits, child, value, s):
     """Add to row s of ``value`` the two splits of a span that cut off one word, from the left or from the
     right.
@@ -178,7 +179,7 @@ def _add_leaves(charts, given, b, i, w, splits, child, value, s):
     multiply("onto", 1, (1, n), child, (0, 0, 1), given.leaf_right, y_at, value, to)
 
 
-@compiled
+@inlined
 def _enter(charts, given, b, i, w, peak, value, s, limits):
     """Enter row s of ``value``, rescaled, in the charts; returns whether an entry may have underflowed."""
     size, rows, cells, wide = charts.left.shape
@@ -299,7 +300,7 @@ def _flow_for(size, wide, n, chunk, like):
     )
 
 
-@compiled
+@inlined
 def _leave(charts, given, b, i, w, flow, s, out):
     """Row s of ``flow.raw`` from the gradients of a span's entries; returns its expected number of nodes."""
     size, n, j = charts.left.shape[0], out.two.shape[2], i + w - 1
@@ -322,7 +323,7 @@ def _leave(charts, given, b, i, w, flow, s, out):
     return found
 
 
-@compiled
+@inlined
 def _spread(charts, given, b, i, w, splits, flow, s):
     """Hand row s of ``flow.raw`` down to the parts of a span."""
     size, rows, cells, wide = charts.left.shape
