@@ -561,12 +561,12 @@ def test_divergence_of_what_has_no_structures_in_common_is_refused():
         (
             alignment.posterior(target),
             CTC(torch.zeros(2, 5, 4), blank=3).posterior(target.clamp(max=2)[:1].expand(2, 2)),
-            "other has target 2|other has blank 3",
+            "other: expected (target 3|blank 0)",
         ),
         (
             chain,
             LinearChain(*(x[..., :2] for x in (parts[0], parts[1][:, :2], parts[2]))),
-            r"other has initial of shape",
+            r"other: expected initial of event shape",
         ),
         (
             chain,
