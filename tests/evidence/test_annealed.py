@@ -451,8 +451,6 @@ def test_chains_at_the_posterior_give_an_estimate_from_above():
     gap = above.value - exact
     assert above.kind == "estimate"
     assert any("only if the chains have converged" in note for note in above.notes)
-        "only if the chains have converged" in note for note in above.notes
-    )
     assert abs(float(gap.mean())) < 0.1 + Z_LIMIT * float(gap.std()) / math.sqrt(30)
 
 
