@@ -24,7 +24,9 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def duration(text: str, name: str = "budget") -> float:
-    """Seconds of a time such as ``"90s"``, ``"10min"`` or ``"2h"``; ValueError, naming the argument, for anything else."""
+    """Seconds of a time such as ``"90s"``, ``"10min"`` or ``"2h"``; ValueError, naming the argument, for
+    anything else.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text) if isinstance(text, str) else None
     if found is None or found[2] not in _SECONDS or float(found[1]) == 0:
         raise ValueError(f"{name}: expected a time such as '90s', '10min' or '2h', got {text!r}")
@@ -41,7 +43,8 @@ def positive_count(name: str, value: Any, what: str = "number") -> int:
 def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:
     """ln Σ exp(x) over ``dim``: where every term is -inf the value is -inf and the gradient is zero.
 
-    ``torch.logsumexp`` has NaN gradients there, which spread through a dynamic program even if the cell is not used. The gradient elsewhere is the softmax; NaN in gives NaN out. Cost: O(x.numel()).
+    ``torch.logsumexp`` has NaN gradients there, which spread through a dynamic program even if the cell is
+    not used. The gradient elsewhere is the softmax; NaN in gives NaN out. Cost: O(x.numel()).
     """
     peak = x.detach().amax(dim, keepdim=True)
     peak = torch.where(peak.isinf(), torch.zeros_like(peak), peak)

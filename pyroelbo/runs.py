@@ -126,13 +126,13 @@ class RunDirectory:
             raise ValueError(f"{file} was not written by pyroelbo")
         return config
 
-    def finish(self, weights: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
-        """Write the weights to keep and the run's summary, whose ``steps`` tell their age, and release the
-        lock.
-        """
-        files.write_tensors(self.path / WEIGHTS, weights, {"step": summary["steps"]})
-        self.write_json(SUMMARY, dict(summary))
-        self.close()
+    def finish(
+        self, weights: Mapping[str, Tensor], *, stopped: str, epochs: int, steps: int, seconds: float
+    ) -> None:
+        """Write the weights to keep, with their number of steps, and the run's summary."""
+        files.write_tensors(self.path / WEIGHTS, weights, {"step": steps})
+        summary = {"stopped": stopped, "epochs": epochs, "steps": steps, "seconds": round(seconds, 3)}
+        self.write_json(SUMMARY, summary)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=1) + "\n")

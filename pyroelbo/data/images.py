@@ -86,6 +86,12 @@ def _find(root: Path | None, name: str) -> Path:
     return path
 
 
+def _row(name: str) -> tuple[Callable[[Path | None], dict[str, Tensor]], tuple[int, ...], int]:
+    if name not in _SETS:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name[:80]!r}")
+    return _SETS[name]
+
+
 def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> dict[str, Tensor]:
     """The splits ``{"train", "valid", "test"}`` of a data set of images, each [N, D], in row-major order.
 
@@ -95,9 +101,7 @@ def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> di
     read from ``root`` or ``$PYROELBO_DATA``. Raises ValueError for unknown names, FileNotFoundError for
     missing files.
     """
-    if name not in _SETS:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    splits = _SETS[name][0](None if root is None else Path(root))
+    splits = _row(name)[0](None if root is None else Path(root))
     if form == "grey":
         return splits
     if form == "binary":
@@ -128,12 +132,12 @@ def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
 
 def shape(name: str) -> tuple[int, ...]:
     """Height and width of one image of the data set."""
-    return _SETS[name][1]
+    return _row(name)[1]
 
 
 def levels(name: str) -> int:
     """Number of grey levels of the data set."""
-    return _SETS[name][2]
+    return _row(name)[2]
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

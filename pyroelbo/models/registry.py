@@ -127,6 +127,9 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in found.items() if k not in ("shape", "dims", "levels")}
 
 
+_LARGEST = 10**6  # of an integer setting
+
+
 def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings whose types are those of the model's defaults; raises ValueError, naming the first that is
     not."""
@@ -138,9 +141,16 @@ def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         default = known[key].default
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
-        if isinstance(value, bool) or (not isinstance(value, kinds) and value is not None):
-            raise ValueError(f"{key}: expected a value like {default!r} for model {name!r}, got {value!r}")
+        single = default[0] if isinstance(default, tuple) and default else default
+        kinds = (int, float) if single is None or isinstance(single, float) else type(single)
+        for each in value if isinstance(default, tuple) else (value,):
+            fits = isinstance(each, kinds) and not isinstance(each, bool)
+            if not (fits or (each is None and default is None)):
+                raise ValueError(
+                    f"{key}: expected a value like {default!r} for model {name!r}, got {value!r}"
+                )
+            if isinstance(each, int) and abs(each) > _LARGEST:
+                raise ValueError(f"{key}: expected at most {_LARGEST}, got {each}")
         checked[key] = value
     return checked
 

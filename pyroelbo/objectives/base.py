@@ -16,6 +16,7 @@ from pyroelbo import batch as batches
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.masks import ModelMasks
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.objectives.order import mean_field_fault
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
@@ -131,6 +132,25 @@ def adapt(loss: Any) -> Objective:
     return Adapted_ELBO(loss)
 
 
+def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
+    """Run a loss once: whatever it raises becomes a ValueError that says what the loss expects of a pair."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return loss.differentiable_loss(pair.model, pair.guide, *args, **kwargs)
+
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), Programs(pair).quiet():
+            batches.call(run, batch)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"objective: expected {expected}, got {pair.name}, on which {loss.describe()} raises "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error
+
+
 class WrappedELBO(ELBO):
     """An ELBO made from another one (abstract), with the same particles and plates."""
 
@@ -167,6 +187,8 @@ class Adapted_ELBO(Objective, WrappedELBO):
 
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             found = batches.call(fault, batch)
+        if found is None:
+            refuse_failing(self, pair, batch, "a guide site for every latent, with a density for each")
         if found is not None:
             raise ValueError(
                 f"objective 'mean_field' (TraceMeanField_ELBO) is wrong for {pair.name}: {found}"

@@ -12,7 +12,7 @@ from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import check_scale, data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.objectives.base import Pathwise
+from pyroelbo.objectives.base import Pathwise, refuse_failing
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
 
@@ -42,6 +42,9 @@ class IWAE_ELBO(Pathwise):
     def __init__(self, num_particles: int = 5, weight: float = 1.0, **options: Any) -> None:
         count = positive_count("num_particles", num_particles, "number of draws")
         super().__init__(weight, num_particles=count, vectorize_particles=True, **options)
+
+    def check(self, pair: Pair, batch: Batch) -> None:
+        refuse_failing(self, pair, batch, "networks that accept a leading dimension of particles")
 
     def validate(self, pair: Pair, y: Batch) -> Bound:
         return evidence.iwae(pair, y, particles=self.num_particles)

@@ -204,13 +204,7 @@ def fit_em(
         )
         seconds = time.perf_counter() - began
         if run is not None:
-            summary = {
-                "stopped": stopped,
-                "epochs": job.epoch,
-                "steps": job.step,
-                "seconds": round(seconds, 3),
-            }
-            run.finish(state_of(pair), summary)
+            run.finish(state_of(pair), stopped=stopped, epochs=job.epoch, steps=job.step, seconds=seconds)
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
 
 

@@ -122,13 +122,7 @@ def fit(
         stopped = job.train(loader, place, progress, callbacks)
         seconds = time.perf_counter() - began
         if run is not None:
-            summary = {
-                "stopped": stopped,
-                "epochs": job.epoch,
-                "steps": job.step,
-                "seconds": round(seconds, 3),
-            }
-            run.finish(job.state, summary)
+            run.finish(job.state, stopped=stopped, epochs=job.epoch, steps=job.step, seconds=seconds)
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
 
 
