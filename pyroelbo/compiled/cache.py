@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pyroelbo.compiled import build as _build
 from pyroelbo.compiled.capture import capture
-from pyroelbo.compiled.eager import Call, Place, autocasting, restored
+from pyroelbo.compiled.eager import FLOATS, Call, Place, autocasting, restored
 from pyroelbo.compiled.environment import Environment, Untraceable
 from pyroelbo.compiled.plan import Plan
 from pyroelbo.compiled.verify import Mismatch, verify
@@ -133,8 +133,8 @@ def signature(args: tuple, kwargs: dict) -> Signature:
             tensors.append(x if x.is_contiguous() else x.contiguous())
             if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
                 key.append(torch.get_autocast_dtype("cuda"))
-        elif type(x) is float:
-            key.append(float)
+        elif type(x) in FLOATS:
+            key.append(type(x))
             floats.append(x)
         else:
             key.append((type(x), x if _hashable(x) else id(x)))
@@ -284,7 +284,11 @@ class GraphCache:
             before, now = environment.value_before(place.container, place.key), place.get()
         except (KeyError, IndexError, ValueError, StopIteration):
             return False
-        if type(before) is not float or type(now) is not float or place in self._constant.get(key, ()):
+        if (
+            type(before) not in FLOATS
+            or type(now) is not type(before)
+            or place in self._constant.get(key, ())
+        ):
             return False
         self._lift(key, place)
         environment.release(place.container, place.key)

@@ -87,9 +87,13 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment]:
     environment = Environment(call.roots)
     census = _Counted(environment)
     values = [t for t in environment.kept if isinstance(t, Tensor) and not t.requires_grad]
+    tensors = [t.clone() for t in call.tensors]
+    versions = [t._version for t in tensors]
     with restored(list({id(t): t for t in values}.values())), census:
-        run(Interception(census), call.tensors, call.floats)
+        run(Interception(census), tensors, call.floats)
         drawn = census.drawn()
+    if [t._version for t in tensors] != versions:
+        raise Untraceable("the model changes its arguments in place; let it work on a copy")
     if drawn is not None:
         raise Untraceable(f"the model draws from {drawn}; draw with torch instead")
     changed = environment.forgive()
@@ -98,8 +102,12 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment]:
             f"running the model changes the Python value {changed!r}, which a compiled call would not do;"
             " keep it in a tensor"
         )
-    own = {id(t) for t in call.tensors}
+    own = {id(t) for t in tensors}
+    leaves = [*environment.kept, *pyro.get_param_store()._params.values()]
+    gradients = {id(t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf and t.grad is not None}
     for i in census.free:
+        if i in gradients:
+            raise Untraceable("the model reads the .grad of a parameter")
         container, key = environment.tensors.get(i, (None, None))
         if container is not None and Place(container, key).get() is not census.free[i]:
             raise Untraceable(

@@ -19,7 +19,10 @@ from torch.utils import _pytree as pytree
 
 from pyroelbo.compiled.environment import Environment
 
+FLOATS = (float, np.float64)
+
 __all__ = [
+    "FLOATS",
     "Call",
     "Place",
     "autocasting",
@@ -42,7 +45,8 @@ def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: 
         return loss.loss_and_grads(model, guide, *args, **kwargs)
     if hasattr(loss, "differentiable_loss"):
         value = loss.differentiable_loss(model, guide, *args, **kwargs)
-        value.backward()
+        if value.requires_grad:
+            value.backward()
         return value.detach()
     return loss.loss_and_grads(model, guide, *args, **kwargs)
 
@@ -80,7 +84,7 @@ class Call:
         self.loss, self.kind, self.model, self.guide = loss, kind, model, guide
         self._flat, self._spec = pytree.tree_flatten((args, kwargs))
         self.tensors = [x.detach().contiguous() for x in self._flat if isinstance(x, Tensor)]
-        self.floats = [x for x in self._flat if type(x) is float]
+        self.floats = [x for x in self._flat if type(x) in FLOATS]
         self.objects = [x for x in self._flat if not isinstance(x, Tensor)]
         self.roots = [model, guide, loss, *self.objects]
 
@@ -90,7 +94,7 @@ class Call:
         """Run the loss on other tensors and floats, with other values in ``placed``."""
         tensor, number = iter(tensors), iter(floats)
         flat = [
-            next(tensor) if isinstance(x, Tensor) else next(number) if type(x) is float else x
+            next(tensor) if isinstance(x, Tensor) else next(number) if type(x) in FLOATS else x
             for x in self._flat
         ]
         args, kwargs = pytree.tree_unflatten(flat, self._spec)

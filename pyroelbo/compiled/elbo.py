@@ -23,31 +23,33 @@ __all__ = ["CompiledELBO"]
 
 
 class CompiledELBO(ELBO):
-    """A Pyro loss, with its gradients, as one compiled graph: the same numbers, without Pyro's Python time.
+    """A Pyro loss with its gradients as one compiled graph: the same numbers, without Pyro's Python time.
 
     ::
 
         svi = SVI(model, guide, FusedOptim(torch.optim.Adam, {"lr": 1e-3}), CompiledELBO(Trace_ELBO()))
 
-    ``loss`` is any Pyro ELBO with ``loss_and_grads`` or ``differentiable_loss``. The first call of each
-    structure (shapes, dtypes, devices, train/eval modes, Python values that the model reads) runs in eager
-    mode. The second captures the loss through Pyro's handlers, compares it with eager under equal seeds,
+    The first call of each structure (shapes, dtypes, devices, train/eval modes, Python values that the model
+    reads) runs in eager mode. The second captures the loss through Pyro's handlers, compares it with eager,
     builds it with Inductor and compares again; further comparisons follow after 10, 100, 1000, ... calls.
     Draws come from torch's generators in eager's order, so a seed gives eager's draws. Parameters, buffers
-    and tensors that the model closes over are inputs of the graph.
+    and tensors that the model closes over are inputs of the graph. Python floats that change between calls
+    become inputs; other Python values, and values of tensors that Python code reads, are guards.
 
-    What cannot be one static graph (samplers and control flow that look at values, models that change Python
-    numbers as they run, more than ``max_graphs`` structures) runs in eager mode, after one ``CompileWarning``
-    that names the site or value. Pyro's validation of arguments happens only in the eager runs.
+    What cannot be one static graph (samplers and control flow that depend on random draws, models that change
+    Python values as they run or draw from other generators, more than ``max_graphs`` structures) runs in eager
+    mode, after one ``CompileWarning`` that names the site, line or value. Pyro validates arguments in eager
+    calls only. All other attributes are those of the wrapped loss.
 
-    :param backend: "inductor", or "eager": the captured graph run operation by operation, without a compiler.
-    :param max_graphs: bound on the graphs kept; each further structure stays eager.
-    :param options: Inductor options for the build, for instance ``{"triton.cudagraphs": True}``.
+    Args:
+        loss: a Pyro ELBO with ``loss_and_grads`` or ``differentiable_loss``; its values are in nats.
+        backend: "inductor", or "eager": the captured graph run operation by operation, without a compiler.
+        max_graphs: most graphs kept; each further structure stays eager.
+        options: Inductor options for the build, for instance ``{"triton.cudagraphs": True}``.
 
-    Losses are in nats, summed over the batch as Pyro does. ``counters`` tells calls, captures, builds and
-    fallbacks; printed, also after how many calls the time to compile is paid back. Inductor keeps its builds
-    on disk, so that a second process builds faster. Cost beside the graph: O(parameters + Python values that
-    the model can see), tens of microseconds for a small model.
+    ``counters`` counts calls, captures, builds and fallbacks; printed, it also says after how many calls the
+    time to compile is paid back. Inductor keeps its builds on disk, so a second process builds faster. Cost
+    besides the graph: O(parameters + Python values that the model can see), tens of microseconds for a small model.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class CompiledELBO(ELBO):
         return value
 
     def differentiable_loss(self, model, guide, *args, **kwargs):
-        """The loss as a tensor whose ``backward`` hands out the gradients that the graph has computed."""
+        """The loss as a tensor; its ``backward`` returns the gradients that the graph has computed."""
         if torch.is_grad_enabled():
             found = self._evaluate("differentiable", model, guide, args, kwargs)
             if found is not None:

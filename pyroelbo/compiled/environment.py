@@ -27,12 +27,14 @@ class Untraceable(RuntimeError):
     """The loss cannot become one static graph; the message says why and where."""
 
 
-_SCALARS = (int, float, complex, bool, str, bytes, type(None))
+_SCALARS = (int, float, complex, bool, str, bytes, type(None), np.generic)
 _LIBRARIES = {"torch", "pyro", "numpy", "opt_einsum", "scipy"} | sys.stdlib_module_names
 _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_pyro_context", "_non_persistent_buffers_set"}
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _MAX_EDGES = 50_000
+_MAX_ITEMS = 2_000
 _MAX_BYTES = 2**20
 _SAMPLED = 4_096
 _INSTALLED = tuple(
@@ -70,7 +72,8 @@ class Environment:
     attribute, slot, closure cell, referenced global, default and container item that is reachable from the
     roots, so that a change is seen before a stale graph runs. Objects, closures and containers are walked
     first, then the globals that their code names. Code of installed packages is entered only for packages
-    that define a module or function among the roots' own objects, never for torch, pyro, numpy or scipy.
+    that define a module or function among the roots' own objects, never for torch, pyro, numpy or scipy;
+    of other packages it watches the scalars and small containers that the model's code names.
     Tensors are kept apart (``tensors``: id to place): they are inputs of the graph, not constants.
     ``sources`` are the random number generators in sight.
 
@@ -201,6 +204,7 @@ class Environment:
             return
         own = getattr(thing, "__dict__", None)
         if isinstance(own, dict):
+            self._size(own, name)
             for key, value in list(own.items()):
                 self._edge(own, key, value, f"{name}.{key}")
         for base in cls.__mro__:
@@ -216,18 +220,23 @@ class Environment:
         self._code.append((cls, name))
 
     def _items(self, container: Any, items: Iterable[tuple[Any, Any]], name: str) -> None:
-        self._sized.append(container)
-        self._sizes.append(len(container))
-        self._size_names.append(name)
+        self._size(container, name)
         for key, value in list(items):
             self._edge(container, key, value, f"{name}[{key!r}]" if isinstance(key, _SCALARS) else name)
 
+    def _size(self, container: Any, name: str) -> None:
+        self._sized.append(container)
+        self._sizes.append(len(container))
+        self._size_names.append(name)
+
     def _module(self, module: nn.Module, name: str) -> None:
         own = vars(module)
-        for part in ("_parameters", "_buffers", "_modules"):
+        for part in _REGISTRIES:
             for key, value in own[part].items():
                 self._edge(own[part], key, value, f"{name}.{key}")
         builtin = type(module).__module__.startswith("torch.nn.modules.")
+        for container in (own, own["_modules"]) if builtin else (own, *(own[part] for part in _REGISTRIES)):
+            self._size(container, name)
         for key, value in list(own.items()):
             if key in _HOOKS:
                 self._hooks(value, f"{name}.{key}")
@@ -254,6 +263,7 @@ class Environment:
                 continue
             self.kept.append(base)
             space = vars(base)
+            self._size(space, base.__name__)
             for key, value in list(space.items()):
                 if not (key.startswith("__") and key not in ("__call__", "__init__")):
                     self._edge(space, key, value, f"{base.__name__}.{key}")
@@ -289,10 +299,12 @@ class Environment:
                 continue
             value = space[key]
             if isinstance(value, types.ModuleType):
-                if not self._foreign(value.__name__):
+                foreign = self._foreign(value.__name__)
+                if _top(value.__name__) not in _LIBRARIES:
                     inner = vars(value)
                     for attribute in names & inner.keys():
-                        self._global(inner, attribute, inner[attribute], f"{key}.{attribute}")
+                        if not foreign or _small(inner[attribute]):
+                            self._global(inner, attribute, inner[attribute], f"{key}.{attribute}")
             else:
                 self._global(space, key, value, key)
 
@@ -405,6 +417,11 @@ class Environment:
 
 
 _MISSING = object()
+
+
+def _small(value: Any) -> bool:
+    """True for what is watched in installed packages: scalars and small containers."""
+    return isinstance(value, _SCALARS) or (isinstance(value, (dict, list)) and len(value) <= _MAX_ITEMS)
 
 
 def _fingerprint(array: np.ndarray) -> tuple:

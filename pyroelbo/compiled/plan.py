@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import pyro
@@ -10,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from pyroelbo.compiled.eager import Place
+from pyroelbo.compiled.eager import FLOATS, Place
 from pyroelbo.compiled.environment import Environment
 
 __all__ = ["Plan"]
@@ -78,6 +79,7 @@ class Plan:
         self._mapped = [place for place in self._placed if not isinstance(place[0], _CELL)]
         self._shapes = [_layout(t) for t in state]
         self._pointers = [t.data_ptr() for t in state]
+        self._last = list(state)
         self._trained = [t.requires_grad for t in state]
         self.labels = [
             names.get(id(t)) or environment.tensor_names.get(id(t)) or f"a tensor of shape {tuple(t.shape)}"
@@ -122,7 +124,7 @@ class Plan:
             now = [floats[p] if isinstance(p, int) else p.get() for p in self.lifted]
         except (KeyError, IndexError, ValueError):
             return None
-        return now if all(type(v) is float for v in now) else None
+        return now if all(type(v) in FLOATS for v in now) else None
 
     def number_tensors(self, numbers: Sequence[float]) -> list[Tensor]:
         return [torch.tensor(v, dtype=torch.float64, device=self._device) for v in numbers]
@@ -144,10 +146,10 @@ class Plan:
             return None
         if trained != self._trained:  # frozen or thawed in place
             return None
-        if pointers != self._pointers:
+        if pointers != self._pointers or not all(map(is_, now, self._last)):
             if [_layout(t) for t in now] != self._shapes:
                 return None
-            self._pointers = pointers
+            self._pointers, self._last = pointers, now
         return now
 
     def mutable(self) -> list[Tensor]:

@@ -18,6 +18,7 @@ __all__ = ["Mismatch", "difference", "reference", "verify"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOOSE = 5e-2
 _SEEDS = (20, 21)
+_SCALE = 1.01
 
 
 class Mismatch(RuntimeError):
@@ -25,12 +26,16 @@ class Mismatch(RuntimeError):
 
 
 class Case(NamedTuple):
-    """Inputs and a seed on which eager and graph are compared; ``required`` says that eager accepts them."""
+    """Inputs and a seed on which eager and graph are compared.
+
+    ``required`` says that eager accepts them, ``scaled_state`` that all floating state is scaled meanwhile.
+    """
 
     tensors: list[Tensor]
     numbers: list[float]
     seed: int
     required: bool
+    scaled_state: bool = False
 
 
 def reference(plan: Plan, call: Call, case: Case) -> list[Tensor | None]:
@@ -73,8 +78,8 @@ def _exact(value: object) -> torch.dtype:
 
 
 def cases(plan: Plan, call: Call, thorough: bool) -> Iterator[Case]:
-    """The batch under two seeds; with ``thorough`` also with its rows resampled, with each floating tensor scaled by
-    1 + 1e-3, and with other values for the lifted numbers."""
+    """The batch under two seeds; with ``thorough`` also with its rows resampled, with each floating tensor or all
+    floating state scaled by 1.01, and with other values for the lifted numbers."""
     numbers = plan.numbers(call.floats) or []
     for seed in _SEEDS:
         yield Case(call.tensors, numbers, seed, True)
@@ -84,10 +89,11 @@ def cases(plan: Plan, call: Call, thorough: bool) -> Iterator[Case]:
     if resampled is not None:
         yield Case(resampled, numbers, _SEEDS[0], False)
     if any(t.is_floating_point() for t in call.tensors):
-        scaled = [t * (1 + 1e-3) if t.is_floating_point() else t for t in call.tensors]
+        scaled = [t * _SCALE if t.is_floating_point() else t for t in call.tensors]
         yield Case(scaled, numbers, _SEEDS[0], False)
+    yield Case(call.tensors, numbers, _SEEDS[0], False, True)
     for i in range(len(numbers)):
-        other = [v * (1 + 1e-3) + (1e-3 if v == 0 else 0.0) if k == i else v for k, v in enumerate(numbers)]
+        other = [v * _SCALE + (_SCALE - 1 if v == 0 else 0.0) if k == i else v for k, v in enumerate(numbers)]
         yield Case(call.tensors, other, _SEEDS[0], False)
 
 
@@ -112,25 +118,41 @@ def verify(plan: Plan, call: Call, runner: Callable[..., list], thorough: bool =
     """
     least = LOOSE if autocasting() else 0.0
     for case in cases(plan, call, thorough):
-        state, others = plan.state() or [], plan.mutable()
-        inputs = [*case.tensors, *plan.number_tensors(case.numbers), *state]
-        if not case.required and plan.guards.failed(inputs, case.numbers) is not None:
-            continue
-        try:
-            expected = reference(plan, call, case)
-        except Mismatch:
-            raise
-        except Exception:
-            if case.required:
-                raise
-            continue
-        with restored(others), torch.no_grad():
-            torch.manual_seed(case.seed)
-            outputs = list(runner(*inputs))
-            outputs = [t.detach().clone() for t in (*outputs, *others)]
-        found = difference(expected, outputs, 1 + len(plan.leaves), least, plan.output_name)
+        state = plan.state() or []
+        with restored(state if case.scaled_state else []):
+            if case.scaled_state:
+                _scale(state)
+            found = _compared(plan, call, runner, case, least)
         if found:
             raise Mismatch(found)
+
+
+def _scale(state: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for t in state:
+            overlapping = any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True))
+            if t.is_floating_point() and not overlapping:
+                t.mul_(_SCALE)
+
+
+def _compared(plan: Plan, call: Call, runner: Callable[..., list], case: Case, least: float) -> str:
+    state, others = plan.state() or [], plan.mutable()
+    inputs = [*case.tensors, *plan.number_tensors(case.numbers), *state]
+    if not case.required and plan.guards.failed(inputs, case.numbers) is not None:
+        return ""
+    try:
+        expected = reference(plan, call, case)
+    except Mismatch:
+        raise
+    except Exception:
+        if case.required:
+            raise
+        return ""
+    with restored(others), torch.no_grad():
+        torch.manual_seed(case.seed)
+        outputs = list(runner(*inputs))
+        outputs = [t.detach().clone() for t in (*outputs, *others)]
+    return difference(expected, outputs, 1 + len(plan.leaves), least, plan.output_name)
 
 
 def difference(

@@ -16,6 +16,7 @@ from pyroelbo import batch as batches
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.masks import ModelMasks
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.objectives.order import mean_field_fault
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
@@ -61,7 +62,7 @@ class Objective:
     """Whether the loss draws ``particles`` itself; otherwise ``fit`` repeats each batch."""
 
     weightable = True
-    """Whether there is a KL term to weigh."""
+    """Whether there is a KL term to weight."""
 
     scales_subsamples = True
     """Whether the loss is multiplied by the scale of a subsampled data plate."""
@@ -138,7 +139,7 @@ def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
         return loss.differentiable_loss(pair.model, pair.guide, *args, **kwargs)
 
     try:
-        with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
+        with torch.random.fork_rng(), torch.no_grad(), Programs(pair).quiet():
             batches.call(run, batch)
     except ValueError:
         raise
@@ -187,9 +188,7 @@ class Adapted_ELBO(Objective, WrappedELBO):
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             found = batches.call(fault, batch)
         if found is None:
-            refuse_failing(
-                self, pair, batch, "a guide site for every latent, with a log_prob or a KL for each"
-            )
+            refuse_failing(self, pair, batch, "a guide site for every latent, with a density for each")
         if found is not None:
             raise ValueError(
                 f"objective 'mean_field' (TraceMeanField_ELBO) is wrong for {pair.name}: {found}"

@@ -265,3 +265,44 @@ def branching_rows(y):
 
 def rows_guide(y):
     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+
+def test_arguments_changed_in_place_are_refused_and_not_changed_twice():
+    def model(y):
+        y.add_(1.0)
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0), obs=y)
+
+    loss, y = CompiledELBO(Trace_ELBO(), backend="eager"), torch.tensor(0.0)
+    with pytest.warns(CompileWarning, match="changes its arguments in place"):
+        for _ in range(5):
+            loss.loss_and_grads(model, nothing, y)
+    assert float(y) == 5.0
+
+
+def test_reading_gradients_is_refused():
+    def model(y):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        g = loc.unconstrained().grad
+        pyro.sample("y", dist.Normal(loc if g is None else loc + 0.1 * g, 1.0), obs=y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(CompileWarning, match=r"reads the \.grad"):
+        for _ in range(4):
+            loss.loss_and_grads(model, nothing, torch.tensor(0.5))
+    assert loss.counters.compiled_calls == 0
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_constructor_that_no_mode_sees_is_caught_by_the_check(held):
+    state = torch.tensor(1.0)
+
+    def model(y, b):
+        s = torch.Tensor([state if held else b]).to(y.dtype)
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)) * s[0], 1.0), obs=y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(CompileWarning, match="differs"):
+        for i in range(4):
+            state.fill_(1.0 + i)
+            loss.loss_and_grads(model, nothing, torch.tensor(0.5), torch.tensor(1.0 + i))
+    assert loss.counters.compiled_calls == 0

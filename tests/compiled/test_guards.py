@@ -442,3 +442,75 @@ def test_arguments_made_anew_are_said_to_be_the_reason():
         for _ in range(70):
             loss.loss_and_grads(model, nothing, torch.tensor(0.5), argparse.Namespace(shift=1.0))
     assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (0, 1)
+
+
+class Default(nn.Module):
+    level = 1.0
+
+    def forward(self, y):
+        loc = pyro.param("loc", torch.tensor(0.3)) + self.level + getattr(self, "extra", 0)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("name", ["level", "extra"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_an_attribute_that_appears_later_is_seen(name, where):
+    model = type("Child", (Default,), {})()
+
+    def before(i):
+        if i == 4:
+            setattr(model if where == "instance" else type(model), name, 5)
+
+    assert follow(model, nothing, [(torch.tensor(0.5),)] * 8, before=before).counters.captures == 2
+
+
+def test_settings_in_an_installed_package_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
+    environment._installed.cache_clear()
+    package = make_package(tmp_path / "site", "settings_of_all", "LEVEL = 1\nTABLE = {'a': 1}\n", monkeypatch)
+    monkeypatch.setitem(globals(), "settings_of_all", package)
+
+    def before(i):
+        package.LEVEL, package.TABLE["a"] = 1 + i // 3, 1 + i // 5
+
+    model = shifted(lambda: settings_of_all.LEVEL + settings_of_all.TABLE["a"])  # noqa: F821
+    loss = follow(model, nothing, [(torch.tensor(0.5),)] * 9, before=before)
+    assert loss.counters.captures == 3
+
+
+def test_scalars_of_numpy_are_numbers():
+    for dtype in (np.float64, np.float32, np.int64):
+        pyro.clear_param_store()
+        module = VAE()
+        if dtype is not np.float64:
+            module.beta = dtype(1)
+        weights = [dtype(1 + (i // 6 if dtype is np.int64 else 0.1 * i)) for i in range(12)]
+        loss = follow(
+            module.model,
+            module.guide,
+            [(data(8, 6),)] * 12,
+            before=lambda i, m=module, w=weights: setattr(m, "beta", w[i]),
+        )
+        assert loss.counters.fallbacks == 0
+        assert loss.counters.compiled_calls >= (10 if dtype is not np.float32 else 0)
+
+
+def test_a_buffer_of_another_shape_at_the_same_address_is_seen():
+    """The address of a freed tensor is used again at once; the graph would read beyond the new one."""
+    module = nn.Module()
+    module.table = torch.ones(64)
+
+    def model(y):
+        loc = pyro.param("loc", torch.tensor(0.3)) * module.table.sum()
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    shapes = [(64,)] * 3 + [(8, 8), (64,), (4, 16)] * 4
+    for shape in shapes:
+        module.table = None
+        module.table = torch.full(shape, 0.5)
+        value = loss.loss_and_grads(model, nothing, torch.tensor(0.5))
+        assert value == pytest.approx(Trace_ELBO().loss(model, nothing, torch.tensor(0.5)), rel=1e-12)
+    for graphs in loss._cache.graphs.values():
+        for graph in graphs:
+            assert all(a is b for a, b in zip(graph.plan.state() or [], graph.plan._last, strict=False))
