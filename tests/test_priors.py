@@ -233,7 +233,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
         ),
         (
             lambda: models.VAE(6, 2, (8,), prior="mixture", components=0),
-            "'mixture' of 'z': components .*got 0",
+            "'mixture' of 'z': components: .*got 0",
         ),
         (
             lambda: models.VAE.for_data(torch.zeros(3, 6), 6, 2, prior="vamp", components=4),
@@ -253,7 +253,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
         ),
         (lambda: FlowPrior(3, "radial"), "kind: expected one of .* got 'radial'"),
         (lambda: AutoregressivePrior(3, hidden=()), "hidden: expected positive widths"),
-        (lambda: AutoregressivePrior(0), "dims .*got 0"),
+        (lambda: AutoregressivePrior(0), "dims: .*got 0"),
     ],
 )
 def test_bad_settings_are_named(make, message):
