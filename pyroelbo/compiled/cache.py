@@ -248,7 +248,7 @@ class GraphCache:
         """True where the model sees the same values as in the last call, up to floats that can be lifted."""
         if pending is None:
             self._new += 1
-            if self._new == _MAX_NEW * self.max_graphs:
+            if self._new == _MAX_NEW:
                 self.give_up(
                     key,
                     "every call has another structure; define model and guide once, and keep shapes fixed",
@@ -359,7 +359,7 @@ class GraphCache:
 
     def remember(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
         """After an eager run: note what the model could see, so that the next call may be captured."""
-        if not self.patient or (self._new >= _MAX_NEW * self.max_graphs and self._new % _MAX_NEW):
+        if not self.patient or (self._new >= _MAX_NEW and self._new % _MAX_NEW):
             return
         structure = signature(args, kwargs)
         key = (kind, model, guide, structure.key)

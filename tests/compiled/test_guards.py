@@ -437,7 +437,7 @@ def test_arguments_made_anew_are_said_to_be_the_reason():
     def model(y, options):
         pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)) + options.shift, 1.0), obs=y)
 
-    loss = CompiledELBO(Trace_ELBO(), backend="eager", max_graphs=1)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
     with pytest.warns(CompileWarning, match="every call has another structure"):
         for _ in range(70):
             loss.loss_and_grads(model, nothing, torch.tensor(0.5), argparse.Namespace(shift=1.0))
