@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test slow lint examples bench clean
+.PHONY: demo test slow lint examples bench fuzz kills clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/vae.py
@@ -31,6 +31,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e .[test,lint]
 	touch $(STAMP)
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/fuzz
+
+kills: $(STAMP)
+	$(BIN)/python -m benchmarks.kills
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

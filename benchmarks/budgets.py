@@ -1,10 +1,11 @@
-"""AIS or importance sampling: which bound is tighter for the same number of model evaluations, and how fast is AIS?
+"""AIS or importance sampling: which bound is tighter for the same number of model evaluations, and how fast
+is AIS?
 
-A VAE with 50 latents (binary 8 × 8 digits, or binarized MNIST with --data-dir) is trained by `fit`; then, on test data at
-three equal budgets of model evaluations a datum (a gradient counts as three, AIS's pilot run included): the importance-weighted
-bound, and AIS from the guide. `--sandwich` bounds the evidence of simulated data from both sides. `--speed` compares leapfrog
-steps a second with Hamiltonian Monte Carlo written by hand for the same decoder, and shows how AIS's time grows with temperatures
-and particles.
+A VAE with 50 latents (binary 8 × 8 digits, or binarized MNIST with --data-dir) is trained by `fit`; then, on
+test data at three equal budgets of model evaluations a datum (a gradient counts as three, AIS's pilot run
+included): the importance-weighted bound, and AIS from the guide. `--sandwich` bounds the evidence of
+simulated data from both sides. `--speed` compares leapfrog steps a second with Hamiltonian Monte Carlo
+written by hand for the same decoder, and shows how AIS's time grows with temperatures and particles.
 
 Usage: OMP_NUM_THREADS=1 python -m benchmarks.budgets [--sandwich] [--speed] [--data-dir DIR] [--epochs 100]
 """
@@ -70,7 +71,9 @@ def compare(pair, y, budgets, particles):
 
 
 def by_hand(pair, y, particles, transitions, step=0.05):
-    """Leapfrog steps a second of processor time, of HMC on ln p(z) p(y | z), all particles and data in one batch."""
+    """Leapfrog steps a second of processor time, of HMC on ln p(z) p(y | z), all particles and data in one
+    batch.
+    """
     decoder = pair.generator.decoder
     z = torch.randn(particles, len(y), pair.latent)
 
@@ -99,7 +102,9 @@ def by_hand(pair, y, particles, transitions, step=0.05):
 
 
 def ours(pair, y, particles, temperatures):
-    """Leapfrog steps a second of processor time, of AIS's transitions, setting up and pilot run included, and its seconds."""
+    """Leapfrog steps a second of processor time, of AIS's transitions, setting up and pilot run included, and
+    its seconds.
+    """
     began = time.process_time()
     bound = evidence.ais(pair, y, temperatures, particles, leapfrog=LEAPFROG, progress=False)
     seconds = time.process_time() - began

@@ -1,10 +1,11 @@
 """Does EM on Bach's chorales end as well as dynamax's, from the same starts, and what do more states bring?
 
-Hidden Markov models over 88 keys, on or off, trained on 229 chorales; the score is the evidence of the 77 test
-chorales in nats per time step. One row for each number of states, seed and method: ``ours`` with a pseudo-count of
-0.1 on every outcome (MAP) and without (flat priors); ``dynamax`` with the same two priors from the same start;
-``neural``, an HMM whose moves and keys a small network makes. Rows are appended to ``rows.jsonl`` under --out as
-they come, and a run started again leaves out those it finds there. Then a table and a JSON line.
+Hidden Markov models over 88 keys, on or off, trained on 229 chorales; the score is the evidence of the 77
+test chorales in nats per time step. One row for each number of states, seed and method: ``ours`` with a
+pseudo-count of 0.1 on every outcome (MAP) and without (flat priors); ``dynamax`` with the same two priors
+from the same start; ``neural``, an HMM whose moves and keys a small network makes. Rows are appended to
+``rows.jsonl`` under --out as they come, and a run started again leaves out those it finds there. Then a table
+and a JSON line.
 
 Usage: python -m benchmarks.chorales --data-dir DATA [--out runs/chorales] [--states 16 64] [--seeds 0 1 2]
 """
@@ -114,7 +115,8 @@ def table(rows):
                 mean = sum(r["test"] for r in mine) / len(mine)
                 seconds = sum(r["seconds"] for r in mine) / len(mine)
                 print(
-                    f"{states:6}  {name:14}{len(mine):6}{mean:10.4f}{best['test']:10.4f}{best['seed']:9}{seconds:9.1f}"
+                    f"{states:6}  "
+                    f"{name:14}{len(mine):6}{mean:10.4f}{best['test']:10.4f}{best['seed']:9}{seconds:9.1f}"
                 )
     print("nats a test step; best by the validation chorales")
 

@@ -1,10 +1,12 @@
-"""How many nats does each kind of model need for an 8x8 digit of 17 grey levels? (scikit-learn's, 300 held out)
+"""How many nats does each kind of model need for an 8x8 digit of 17 grey levels? (scikit-learn's, 300 held
+out)
 
-Every row is a probability of the same grey levels, so the numbers may be compared: a normalizing flow is bounded through
-dequantization (its ELBO is uniform dequantization, IW-K tightens it), a VAE, a hierarchy and a ladder by IW-K or, with two
-latents, quadrature; an autoregressive model gives its exact ln P(y). All numbers are means of -bounds on ln P(y) over the test
-digits; lower is better. Each row trains with early stopping on 200 validation digits, from one seed. The errors over data
-(some 0.7 nats) are of the digits drawn, which all rows share: `differs` is the mean difference to the row above with its error.
+Every row is a probability of the same grey levels, so the numbers may be compared: a normalizing flow is
+bounded through dequantization (its ELBO is uniform dequantization, IW-K tightens it), a VAE, a hierarchy and
+a ladder by IW-K or, with two latents, quadrature; an autoregressive model gives its exact ln P(y). All
+numbers are means of -bounds on ln P(y) over the test digits; lower is better. Each row trains with early
+stopping on 200 validation digits, from one seed. The errors over data (some 0.7 nats) are of the digits
+drawn, which all rows share: `differs` is the mean difference to the row above with its error.
 
     python -m benchmarks.digits
 """
@@ -77,7 +79,8 @@ def main():
     digits = data.load("digits", form="bytes")
     results, above = [], None
     print(
-        f"| model | parameters | epochs | -ELBO | -IW-{options.samples} | reference | differs from the row above |\n"
+        f"| model | parameters | epochs | -ELBO | -IW-{options.samples} | reference | differs from the row "
+        f"above |\n"
         "|---|---|---|---|---|---|---|"
     )
     for name, (make, settings) in ROWS.items():
@@ -117,7 +120,8 @@ def main():
         results.append(row)
         shown = "" if reference is None else f"{reference[0]} {-reference[1].mean:.2f}"
         print(
-            f"| {name} | {row['parameters']:,} | {row['epochs']} | {row['elbo']:.2f} | {row['iw']:.2f} | {shown} | {differs} |",
+            f"| {name} | {row['parameters']:,} | {row['epochs']} | {row['elbo']:.2f} | {row['iw']:.2f} | "
+            f"{shown} | {differs} |",
             flush=True,
         )
     print(

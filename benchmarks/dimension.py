@@ -1,12 +1,13 @@
 """How does the error of an estimate of ln p(y) grow with the number of latent dimensions?
 
-Probabilistic PCA of L latent and 2 L observed dimensions, whose evidence is known: plain Monte Carlo from the prior,
-importance sampling with the best diagonal guide (the posterior's mean, scales 1 / sqrt of its precision's diagonal), and annealed
-importance sampling from the prior and from that guide, all at the same number of model evaluations a datum (a gradient counts
-as three, the pilot run included). Error: mean of ln p(y) - estimate over data drawn from the model, in nats, with its
-standard error over them.
+Probabilistic PCA of L latent and 2 L observed dimensions, whose evidence is known: plain Monte Carlo from the
+prior, importance sampling with the best diagonal guide (the posterior's mean, scales 1 / sqrt of its
+precision's diagonal), and annealed importance sampling from the prior and from that guide, all at the same
+number of model evaluations a datum (a gradient counts as three, the pilot run included). Error: mean of ln
+p(y) - estimate over data drawn from the model, in nats, with its standard error over them.
 
-Usage: OMP_NUM_THREADS=1 python -m benchmarks.dimension [--budget 30000] [--data 20] [--out runs/dimension.png]
+Usage: OMP_NUM_THREADS=1 python -m benchmarks.dimension [--budget 30000] [--data 20] [--out
+    runs/dimension.png]
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """How fast is EM end to end, beside hmmlearn, dynamax and scikit-learn, and what do restarts cost?
 
-The same starts, the same number of steps, one core; processor time, the least of some runs in turn. Both ends are
-compared, which must agree. Chorales-sized work is 229 sequences of 60 steps: keys (88 Bernoulli variables, as
-dynamax has them; hmmlearn has none), 50 symbols, or Gaussians in 8 coordinates. dynamax compiles anew at every call:
-its time without that is what the steps after the first take. Mixtures are (50000, 16, 32): data, dimensions,
-components. Restarts: 20 of an HMM of one sequence of 1000 steps with 8 states, in units of a single run.
+The same starts, the same number of steps, one core; processor time, the least of some runs in turn. Both ends
+are compared, which must agree. Chorales-sized work is 229 sequences of 60 steps: keys (88 Bernoulli
+variables, as dynamax has them; hmmlearn has none), 50 symbols, or Gaussians in 8 coordinates. dynamax
+compiles anew at every call: its time without that is what the steps after the first take. Mixtures are
+(50000, 16, 32): data, dimensions, components. Restarts: 20 of an HMM of one sequence of 1000 steps with 8
+states, in units of a single run.
 
 Usage: OMP_NUM_THREADS=1 python -m benchmarks.em [--epochs 100] [--repeats 2] [--only mixture]
 """
@@ -179,7 +180,8 @@ def main():
     torch.set_default_dtype(torch.float64)
     rows = []
     print(
-        f"{options.epochs} iterations{'':15}{'ours':>9}{'peer':>9}{'ratio':>7}{'steps only':>12}   difference of evidence, nats"
+        f"{options.epochs} iterations{'':15}{'ours':>9}{'peer':>9}{'ratio':>7}{'steps only':>12}   "
+        f"difference of evidence, nats"
     )
     for name, (make, *arguments) in CASES.items():
         if not any(word in name for word in options.only):

@@ -1,8 +1,8 @@
 """How much faster is a step of `fit` than `pyro.infer.SVI.step`, for the demo's VAE?
 
-The VAE of examples/vae.py (8x8 digits, two latent dimensions, discretized logistic) on batches of 64, Adam. `fit` is timed as a
-user has it, batching and metrics included; `SVI.step` as shipped, its batches cut beforehand. Each round runs every row
-once; the table shows medians over rounds, in milliseconds a step.
+The VAE of examples/vae.py (8x8 digits, two latent dimensions, discretized logistic) on batches of 64, Adam.
+`fit` is timed as a user has it, batching and metrics included; `SVI.step` as shipped, its batches cut
+beforehand. Each round runs every row once; the table shows medians over rounds, in milliseconds a step.
 
     python benchmarks/fit_speed.py --threads 1 --rounds 7
 """

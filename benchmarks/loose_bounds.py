@@ -1,12 +1,13 @@
-"""What does a loose bound do to what is learned? Two models that can be trained exactly, trained under mean-field guides.
+"""What does a loose bound do to what is learned? Two models that can be trained exactly, trained under
+mean-field guides.
 
-Where KL(q, posterior) is far from zero, the maximum of the ELBO is not that of ln p. Each row has the gap at the end,
-the evidence lost against exact training on the same data, and how far a parameter went astray.
+Where KL(q, posterior) is far from zero, the maximum of the ELBO is not that of ln p. Each row has the gap at
+the end, the evidence lost against exact training on the same data, and how far a parameter went astray.
 
-- pPCA: a diagonal Gaussian guide with its scale free, then held at numbers that are more and more wrong. The ELBO is
-  maximized in closed form by L-BFGS.
-- HMM: a mean-field guide, q(z) = Π_t q(z_t), the best one for each sequence by coordinate ascent, against the exact
-  posterior; both by EM from the true parameters, over emissions that overlap more and more.
+- pPCA: a diagonal Gaussian guide with its scale free, then held at numbers that are more and more wrong. The
+  ELBO is maximized in closed form by L-BFGS.
+- HMM: a mean-field guide, q(z) = Π_t q(z_t), the best one for each sequence by coordinate ascent, against the
+  exact posterior; both by EM from the true parameters, over emissions that overlap more and more.
 
 Usage: python benchmarks/loose_bounds.py [--data 400] [--epochs 150] [--out runs/loose_bounds.png]
 """
@@ -71,7 +72,9 @@ def ppca_row(y, exact, scale):
 
 
 class MeanField(models.HMM):
-    """An HMM whose E-step is the best mean-field guide, started where the last one ended: no step lowers the ELBO."""
+    """An HMM whose E-step is the best mean-field guide, started where the last one ended: no step lowers the
+    ELBO.
+    """
 
     shares = None
 
@@ -171,7 +174,8 @@ def main(arguments=None):
     exact = models.PPCA(6, 2).solve(y)
     ppca = [ppca_row(y, exact, s) for s in (None, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)]
     print(
-        f"pPCA, {options.data} data: exact training ends at σ = {float(exact.generator.log_scale.detach().exp()):.4f}"
+        f"pPCA, {options.data} data: exact training ends at σ = "
+        f"{float(exact.generator.log_scale.detach().exp()):.4f}"
     )
     print(f"{'guide':<10} {'gap':>8} {'lost':>8} {'σ':>8}")
     for r in ppca:
@@ -179,10 +183,12 @@ def main(arguments=None):
 
     hmm = [hmm_row(s, options.data // 4, options.epochs) for s in (5.0, 4.0, 3.0, 2.5, 2.0, 1.5)]
     print(
-        f"\nHMM of 2 states, {options.data // 4} sequences of 50 steps, P(stay) = {STAY}; gap and lost are nats a sequence"
+        f"\nHMM of 2 states, {options.data // 4} sequences of 50 steps, P(stay) = {STAY}; gap and lost are "
+        f"nats a sequence"
     )
     print(
-        f"{'separation':<10} {'gap':>8} {'lost':>8}   P(stay), distance of the means, scale: mean-field | exact EM"
+        f"{'separation':<10} {'gap':>8} {'lost':>8}   P(stay), distance of the means, scale: mean-field | "
+        f"exact EM"
     )
     for r in hmm:
         loose, best = (", ".join(f"{x:.3f}" for x in r[k]) for k in ("loose", "exact"))

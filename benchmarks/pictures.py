@@ -4,12 +4,13 @@
     python -m benchmarks.pictures omniglot-vae --evaluate --num-data 200 --num-ais 20 --temperatures 100
     python -m benchmarks.pictures --table
 
-The rows are short runs (20 epochs of Omniglot, 300 of the faces), to compare kinds of models, not to set a mark. Options,
-estimators and the way of resuming are those of benchmarks/static_mnist.py. Omniglot is 28x28 by area averaging, each
-pixel drawn as a coin flip once, by seed 0; 17,352 training characters (background alphabets), 1,928 for validation, 13,180
-for the test (evaluation alphabets). This is not the 28x28 set of Burda, Grosse and Salakhutdinov (2016): its numbers must not
-be set beside published ones. The faces are 28x20 in 256 grey levels (1,565, 200 and 200, split at random by seed 0), under a
-discretized logistic likelihood; bits/dim are -IW-K of all images over 560 ln 2.
+The rows are short runs (20 epochs of Omniglot, 300 of the faces), to compare kinds of models, not to set a
+mark. Options, estimators and the way of resuming are those of benchmarks/static_mnist.py. Omniglot is 28x28
+by area averaging, each pixel drawn as a coin flip once, by seed 0; 17,352 training characters (background
+alphabets), 1,928 for validation, 13,180 for the test (evaluation alphabets). This is not the 28x28 set of
+Burda, Grosse and Salakhutdinov (2016): its numbers must not be set beside published ones. The faces are 28x20
+in 256 grey levels (1,565, 200 and 200, split at random by seed 0), under a discretized logistic likelihood;
+bits/dim are -IW-K of all images over 560 ln 2.
 """
 
 from benchmarks.static_mnist import System, main

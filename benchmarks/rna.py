@@ -3,12 +3,13 @@
 The grammar is that of Knudsen and Hein (1999), S → LS | L, L → s | dFd', F → dFd' | LS, brought into binary
 form: a preterminal "( a" opens a pair with base a, a nonterminal X_a remembers a until "b )" closes it. Rules
 are learned from the training structures: with the brackets as part of the words each sequence has one
-derivation, so that a single step of EM counts its rules (supervised). For prediction the words are bases alone.
-Structures are the best tree, and the one of maximum expected accuracy (pairs weigh 2 γ p_ij, unpaired bases
-1 - Σ p). Both, and Nussinov's maximum number of pairs, are modes of one dynamic program with other potentials.
+derivation, so that a single step of EM counts its rules (supervised). For prediction the words are bases
+alone. Structures are the best tree, and the one of maximum expected accuracy (pairs weigh 2 γ p_ij, unpaired
+bases 1 - Σ p). Both, and Nussinov's maximum number of pairs, are modes of one dynamic program with other
+potentials.
 
-Data: ``rna_bprna_short.json.gz`` (10 to 100 bases, its own split, made by hash: families leak from training to
-test). It prints a table and one JSON line; --data-dir, or $PYROELBO_DATA, says where the file lies.
+Data: ``rna_bprna_short.json.gz`` (10 to 100 bases, its own split, made by hash: families leak from training
+to test). It prints a table and one JSON line; --data-dir, or $PYROELBO_DATA, says where the file lies.
 
 Source: Knudsen and Hein (1999), *RNA secondary structure prediction using stochastic context-free grammars*;
 Dowell and Eddy (2004); Nussinov and Jacobson (1980).
@@ -33,7 +34,8 @@ CANONICAL = ("AU", "CG", "GC", "GU", "UA", "UG")
 LOOP = 3  # bases that a hairpin holds at least, for Nussinov
 
 
-# Nonterminals S, L, F and X_a, a pair opened by base a; preterminals "( a", "b )", an unpaired base as L and as S.
+# Nonterminals S, L, F and X_a, a pair opened by base a; preterminals "( a", "b )", an unpaired base as L and
+# as S.
 S, L, F, X = 0, 1, 2, range(3, 7)
 OPEN, CLOSE, SINGLE, LAST = range(7, 11), range(11, 15), 15, 16
 
@@ -101,7 +103,9 @@ def train(rows):
 
 
 def best_structure(paired, unpaired, lengths):
-    """The nested structure with the largest sum of ``paired [B, L, L]`` and ``unpaired [B, L]``: pairs [B, L, L]."""
+    """The nested structure with the largest sum of ``paired [B, L, L]`` and ``unpaired [B, L]``: pairs [B, L,
+    L].
+    """
     # one base is enough where the grammar only says what a structure is
     keep = torch.tensor([S, L, F, X[0], OPEN[0], CLOSE[0], SINGLE, LAST])
     spans = torch.zeros(*paired.shape, 4)

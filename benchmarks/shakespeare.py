@@ -3,10 +3,11 @@
     python -m benchmarks.shakespeare --train        # goes on where it was stopped
     python -m benchmarks.shakespeare                # the run so far
 
-The first 90 % of the text are for training, in windows of 64 bytes, one every 16; the last 10 % in windows of 64 bytes,
-one after the other: half of them (every other one) are for validation, the rest are the held-out text. A window begins without
-a memory of the one before, so its first bytes are the dearest: nats are also given for the second half of the windows alone.
-All figures are exact ln p, no bounds. What the bytes cost without any context, by their frequencies, is shown beside.
+The first 90 % of the text are for training, in windows of 64 bytes, one every 16; the last 10 % in windows of
+64 bytes, one after the other: half of them (every other one) are for validation, the rest are the held-out
+text. A window begins without a memory of the one before, so its first bytes are the dearest: nats are also
+given for the second half of the windows alone. All figures are exact ln p, no bounds. What the bytes cost
+without any context, by their frequencies, is shown beside.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def make(symbols):
 
 @torch.no_grad()
 def nats(pair, rows):
-    """Per byte: of whole windows, of their second halves, and the standard error of the first over windows."""
+    """Nats per byte: of whole windows, of their second halves, and the standard error of the first."""
     pair.eval()
     parts = []
     for block in rows.split(256):
@@ -105,7 +106,8 @@ def main():
     single = -float((share / share.sum()).log()[held_out].mean())
     mean, late, error = nats(pair, held_out)
     print(
-        f"held out: {mean:.4f} +- {error:.4f} nats a byte, {late:.4f} in second halves; single bytes {single:.4f}"
+        f"held out: {mean:.4f} +- {error:.4f} nats a byte, {late:.4f} in second halves; single bytes "
+        f"{single:.4f}"
     )
     print(
         json.dumps(

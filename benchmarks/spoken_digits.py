@@ -1,9 +1,9 @@
 """Do exact sums over alignments learn to hear digits? Label error rate of a CTC pair on spoken strings.
 
-Recordings of single digits (``fsdd_logmel24.npz``: 24 log-mel bands, 10 ms a frame, six speakers; its own split,
-recordings 0 … 4 of every speaker and digit are the test set) are joined into strings of 1 to 4 by one speaker.
-The pair is told the string, never the boundaries. It prints a table and one JSON line; --data-dir, or
-$PYROELBO_DATA, says where the file lies.
+Recordings of single digits (``fsdd_logmel24.npz``: 24 log-mel bands, 10 ms a frame, six speakers; its own
+split, recordings 0 … 4 of every speaker and digit are the test set) are joined into strings of 1 to 4 by one
+speaker. The pair is told the string, never the boundaries. It prints a table and one JSON line; --data-dir,
+or $PYROELBO_DATA, says where the file lies.
 """
 
 import argparse

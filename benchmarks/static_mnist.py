@@ -1,17 +1,19 @@
-"""What do latent-variable models reach on static binarized MNIST (50,000 / 10,000 / 10,000), in nats on the test split?
+"""What do latent-variable models reach on static binarized MNIST (50,000 / 10,000 / 10,000), in nats on the
+test split?
 
-    python -m benchmarks.static_mnist vamp --train                  # hours; again: goes on where it was killed
-    python -m benchmarks.static_mnist vamp --evaluate               # the run so far, on 500 random test images
-    python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; each block is kept on disk
-    python -m benchmarks.static_mnist --table
-    python -m benchmarks.static_mnist vamp --curve                  # nats against epochs and minutes of processor time
+    python -m benchmarks.static_mnist vamp --train                  # hours; again: goes on where it was
+    killed python -m benchmarks.static_mnist vamp --evaluate               # the run so far, on 500 random
+    test images python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; each block is
+    kept on disk python -m benchmarks.static_mnist --table python -m benchmarks.static_mnist vamp --curve
+    # nats against epochs and minutes of processor time
 
-A system is one row of SYSTEMS: how to build its pair, and the settings of `fit` that differ from DEFAULTS. Training stops
-early on the ELBO of some validation images, keeps a moving average of the weights, and can be stopped at any time by
-Ctrl-C. Evaluation draws its test images at random by seed (the split is sorted by class) and prints negative mean bounds:
-the ELBO, IW-K, AIS (all in expectation at least -ln p, so lower is better), and the gap that BDMC leaves open on data that
-the model simulated. Of an autoregressive model the exact -ln p is printed instead, of all test images. Standard errors are
-those of a mean over data; --seed seeds images and draws.
+A system is one row of SYSTEMS: how to build its pair, and the settings of `fit` that differ from DEFAULTS.
+Training stops early on the ELBO of some validation images, keeps a moving average of the weights, and can be
+stopped at any time by Ctrl-C. Evaluation draws its test images at random by seed (the split is sorted by
+class) and prints negative mean bounds: the ELBO, IW-K, AIS (all in expectation at least -ln p, so lower is
+better), and the gap that BDMC leaves open on data that the model simulated. Of an autoregressive model the
+exact -ln p is printed instead, of all test images. Standard errors are those of a mean over data; --seed
+seeds images and draws.
 """
 
 import argparse
@@ -52,12 +54,11 @@ def ladder(**settings):
     return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
 
 
-# The ladder learns its training images by heart within 65 epochs (83 nats beside 90 of validation), which distorted images
-# prevent; the importance-weighted bound is for its last phases:
-#   P="python -m benchmarks.static_mnist --num-valid 2000 --train" R=runs/static_mnist
-#   $P ladder; $P ladder-distorted --start $R/ladder; $P ladder-iwae --start $R/ladder-distorted
-#   $P ladder-distorted --name ladder-again --start $R/ladder-iwae --fit '{"epochs": 27}'
-#   $P ladder-last --start $R/ladder-again
+# The ladder learns its training images by heart within 65 epochs (83 nats beside 90 of validation), which
+# distorted images prevent; the importance-weighted bound is for its last phases: P="python -m
+# benchmarks.static_mnist --num-valid 2000 --train" R=runs/static_mnist $P ladder; $P ladder-distorted --start
+# $R/ladder; $P ladder-iwae --start $R/ladder-distorted $P ladder-distorted --name ladder-again --start
+# $R/ladder-iwae --fit '{"epochs": 27}' $P ladder-last --start $R/ladder-again
 LADDER = {
     "epochs": 71,
     "objective": "layered",
@@ -70,7 +71,9 @@ LADDER = {
 
 
 class HalfPixelCNN(PixelCNN):
-    """In training bfloat16 convolutions (twice as fast where the processor has them), float32 weights; else float32."""
+    """In training bfloat16 convolutions (twice as fast where the processor has them), float32 weights; else
+    float32.
+    """
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.training):
@@ -82,9 +85,9 @@ def pixelcnn(train):
     return models.Autoregressive((28, 28), network=HalfPixelCNN(2, (28, 28), channels=32, layers=5))
 
 
-# VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than the data's:
-#   python -m benchmarks.static_mnist vamp-100 --train
-#   python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
+# VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than
+# the data's: python -m benchmarks.static_mnist vamp-100 --train python -m benchmarks.static_mnist vamp
+# --train --start runs/static_mnist/vamp-100
 SYSTEMS = {
     "vae": System("VAE 784-300-300-40, gated, N(0, I)", gated_vae(), {"batch_size": 100}),
     "vamp-100": System(
@@ -160,8 +163,10 @@ DEFAULTS = {
 
 
 class Distorted(torch.utils.data.Dataset):
-    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift): every pixel is
-    that of the nearest place, so that images stay binary. An index is a list of rows, and gives a batch."""
+    """Training images, a ``share`` of them under a small random affine map (rotation, shear, scale, shift):
+    every pixel is that of the nearest place, so that images stay binary. An index is a list of rows, and
+    gives a batch.
+    """
 
     def __init__(self, images, share):
         self.images, self.share = images, float(share)
@@ -194,8 +199,10 @@ class Distorted(torch.utils.data.Dataset):
 
 
 def schedules(settings):
-    """The KL's weight and the factor on the learning rate, functions of the epoch: a linear warm-up, and a halving every
-    ``decay`` epochs, or with ``tail`` = (start, length) a cosine to zero that begins at epoch start."""
+    """The KL's weight and the factor on the learning rate, functions of the epoch: a linear warm-up, and a
+    halving every ``decay`` epochs, or with ``tail`` = (start, length) a cosine to zero that begins at epoch
+    start.
+    """
     warmup, decay, tail = settings.pop("warmup"), settings.pop("decay"), settings.pop("tail", None)
 
     def factor(epoch):
@@ -242,8 +249,9 @@ def train(options, system, images, folder):
 
 
 class Minutes:
-    """Prints each epoch's row of metrics, and notes it with the minutes of processor time so far, those of the epochs
-    noted before a resumption included."""
+    """Prints each epoch's row of metrics, and notes it with the minutes of processor time so far, those of
+    the epochs noted before a resumption included.
+    """
 
     def __init__(self, file):
         self.file = file
@@ -259,7 +267,8 @@ class Minutes:
 def curve(folder):
     """The validation bound (or exact nats) of the moving average after each epoch."""
     print(
-        "| epoch | steps | minutes of processor time | training loss | validation, nats |\n|---|---|---|---|---|"
+        "| epoch | steps | minutes of processor time | training loss | validation, nats "
+        "|\n|---|---|---|---|---|"
     )
     rows = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     for r in {r["epoch"]: r for r in rows}.values():  # an epoch that a kill undid was noted twice
@@ -268,8 +277,9 @@ def curve(folder):
 
 
 def load(pair, folder):
-    """The weights to keep of a run, into ``pair``: those of a finished one, else the best validated so far. Returns the
-    run's number of epochs."""
+    """The weights to keep of a run, into ``pair``: those of a finished one, else the best validated so far.
+    Returns the run's number of epochs.
+    """
     run = RunDirectory(folder)
     tensors, _ = run.load_weights()
     if not (folder / "weights.safetensors").exists():
@@ -278,8 +288,8 @@ def load(pair, folder):
     own = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
     inputs, size = tensors.get("prior.pseudo_inputs"), len(own.get("prior.pseudo_inputs", ()))
     if inputs is not None and len(inputs) != size:
-        # Another number of them: all in turn, told apart by a little noise. (Fresh training images in their place cost 1.5
-        # nats of the validation bound at first, of which 6 epochs won back 0.2.)
+        # Another number of them: all in turn, told apart by a little noise. (Fresh training images in their
+        # place cost 1.5 nats of the validation bound at first, of which 6 epochs won back 0.2.)
         inputs = inputs[torch.arange(size) % len(inputs)]
         tensors["prior.pseudo_inputs"] = inputs + 0.1 * torch.randn_like(inputs)
     copy_into(own, tensors, str(folder))
@@ -288,7 +298,9 @@ def load(pair, folder):
 
 
 def in_blocks(name, pair, y, which, rows, bound, record):
-    """Bounds of single images by index, each block appended to ``record``; what is there already is not done again."""
+    """Bounds of single images by index, each block appended to ``record``; what is there already is not done
+    again.
+    """
     done = {}
     if record.exists():
         done = {int(i): v for line in record.read_text().splitlines() for i, v in json.loads(line).items()}
@@ -344,8 +356,8 @@ def evaluate(options, system, images, folder):
     elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
     iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
-    # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn images, added to
-    # the ELBO of all, estimates the mean of IW-K over all.
+    # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn
+    # images, added to the ELBO of all, estimates the mean of IW-K over all.
     difference = summary(iw - elbo[which])
     result["iw of all"] = difference | {"value": round(result["elbo"]["value"] + difference["value"], 4)}
     if options.num_ais:
@@ -377,7 +389,8 @@ def write(result, images, folder):
 
 def table(folder):
     print(
-        "| system | epochs | -ELBO, all images | -IW-K, drawn images | -IW-K, all by difference, or exact | -AIS (-IW-K) "
+        "| system | epochs | -ELBO, all images | -IW-K, drawn images | -IW-K, all by difference, or exact | "
+        "-AIS (-IW-K) "
         "| BDMC gap | bits/dim |"
     )
     print("|---|---|---|---|---|---|---|---|")
@@ -404,8 +417,9 @@ def table(folder):
 
 
 def load_images(name, root):
-    """Splits of a data set by name, and its number of ``levels``. Omniglot's grey levels are drawn as coin flips once, by
-    seed 0, as static MNIST's were."""
+    """Splits of a data set by name, and its number of ``levels``. Omniglot's grey levels are drawn as coin
+    flips once, by seed 0, as static MNIST's were.
+    """
     form = {"omniglot": "grey", "freyfaces": "bytes"}.get(name, "binary")
     images = data.load(name, form=form, root=root)
     if form == "grey":

@@ -1,9 +1,9 @@
 """How fast is a training step?
 
-Each cell is the median, over interleaved rounds, of the mean time of one training step (loss, gradients,
-Adam update) in milliseconds, with the seconds spent compiling before the first fast step. With one thread it
-is processor time, so that other work on the machine counts less; with more it is the clock on the wall. Every row of a
-column trains the same model with the same shapes in float32, on as many cores as threads. Rows:
+Each cell is the median, over interleaved rounds, of the mean time of one training step (loss, gradients, Adam
+update) in milliseconds, with the seconds spent compiling before the first fast step. With one thread it is
+processor time, so that other work on the machine counts less; with more it is the clock on the wall. Every
+row of a column trains the same model with the same shapes in float32, on as many cores as threads. Rows:
 
     pyro SVI             pyro.infer.SVI with Pyro's loss and optimizer, as shipped (validation on)
     SVI, FusedOptim      the same with our optimizer alone

@@ -1,18 +1,21 @@
 """How tight is each bound, against the exact evidence?
 
-Every pair of the contract table (tests/pairs.py) whose evidence is exact (closed form, dynamic program, enumeration)
-or found by quadrature, times every estimator. A new pair joins by its row there; nothing is written here. Guides that
-are not exact are fitted first, generators stay as they were drawn; data are the row's.
+Every pair of the contract table (tests/pairs.py) whose evidence is exact (closed form, dynamic program,
+enumeration) or found by quadrature, times every estimator. A new pair joins by its row there; nothing is
+written here. Guides that are not exact are fitted first, generators stay as they were drawn; data are the
+row's.
 
-For each cell: the bias (mean of value - ln p(y) over the data, in nats), its standard error over the data, and the
-model evaluations a datum. Two checks, at 1e-6 over the whole grid together (Bonferroni):
+For each cell: the bias (mean of value - ln p(y) over the data, in nats), its standard error over the data,
+and the model evaluations a datum. Two checks, at 1e-6 over the whole grid together (Bonferroni):
 
-- order: for a lower bound E Π_i exp(value_i - ln p(y_i)) <= 1 over independent data, so by Markov's inequality
-  the mean excess stays below ln(cells / 1e-6) / data, whatever the weights' tails; for an upper bound from the other side;
-- mean: where Ẑ is unbiased, the mean of Ẑ/p(y) over the data is 1, by a z-test. It means nothing where the ratios' tails
-  are so heavy that they lack a third moment (Pareto k-hat above 1/3): those say "tail". From above, the mean of p(y)/Ẑ is
-  the share of the prior's draws under which y is possible at all, which draws of their own estimate without bias: 1
-  for most pairs, and for a grammar the probability that a tree has as many leaves as the sentence words.
+- order: for a lower bound E Π_i exp(value_i - ln p(y_i)) <= 1 over independent data, so by Markov's
+  inequality the mean excess stays below ln(cells / 1e-6) / data, whatever the weights' tails; for an upper
+  bound from the other side;
+- mean: where Ẑ is unbiased, the mean of Ẑ/p(y) over the data is 1, by a z-test. It means nothing where the
+  ratios' tails are so heavy that they lack a third moment (Pareto k-hat above 1/3): those say "tail". From
+  above, the mean of p(y)/Ẑ is the share of the prior's draws under which y is possible at all, which draws of
+  their own estimate without bias: 1 for most pairs, and for a grammar the probability that a tree has as many
+  leaves as the sentence words.
 
 Usage: OMP_NUM_THREADS=1 python -m benchmarks.tightness [--data 300] [--only NAME] [--seed 0]
 """
@@ -168,7 +171,8 @@ def main():
     warnings.simplefilter("ignore")
     rows = []
     print(
-        "| pair | estimator | kind | bias, nats | ± | evaluations | ordered | z |\n|---|---|---|---|---|---|---|---|"
+        "| pair | estimator | kind | bias, nats | ± | evaluations | ordered | z "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     for name in TABLE:
         if not name.startswith(options.only):

@@ -1,12 +1,12 @@
 """Eight schools, one of Pyro's own examples, audited: how good are Pyro's automatic guides here?
 
-The latents of a Bayesian model stand for all data at once, so there is one evidence, ln p(y) of all eight schools
-together, and the bounds on it are *joint*. In this model the effects and their mean can be integrated in closed form,
-which leaves one integral, over tau, for a computer: so the exact posterior can be put beside each guide. What the
-table calls the gap is KL(guide, posterior).
+The latents of a Bayesian model are shared by all data, so there is one evidence, ln p(y) of all eight schools
+together, and its bounds are *joint*. Here the effects and their mean can be integrated in closed form, and
+tau numerically, so each guide can be compared with the exact posterior. The gap in the table is KL(guide,
+posterior).
 
-The third guide is the second one with its scales divided by five, as a bug or an early end of training would leave
-it. Its draws look tidy. Its gap does not.
+The third guide is the second one with its scales divided by five, as by a bug or by training that ended
+early. Its draws look fine. Its gap is large.
 
     python examples/audit_a_pyro_model.py --out runs/eight-schools
 """
@@ -30,7 +30,7 @@ ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def model(y, sigma):
-    """As in Pyro's examples/eight_schools: a mean, a spread, and each school's deviation in units of it."""
+    """As in Pyro's examples/eight_schools: a mean, a scale, and each school's deviation in units of it."""
     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     tau = pyro.sample("tau", dist.HalfCauchy(25.0))
     with pyro.plate("schools", len(y)):
@@ -39,10 +39,11 @@ def model(y, sigma):
 
 
 class Exact:
-    """The posterior by integration over tau: given tau, y ~ N(0, diag(sigma² + tau²) + 100), and mu is Gaussian."""
+    """The posterior by integration over tau: given tau, y ~ N(0, diag(sigma² + tau²) + 100), and mu is
+    Gaussian."""
 
     def __init__(self, points=4000):
-        # The integrand is smooth in ln tau and vanishes at both ends, where the trapezoid rule is at its best.
+        # The integrand is smooth in ln tau and vanishes at both ends, so the trapezoidal rule is accurate.
         self.log_tau = torch.linspace(-14.0, 12.0, points, dtype=torch.float64)
         self.tau = self.log_tau.exp()
         y, sigma = EFFECTS.double(), ERRORS.double()
@@ -50,7 +51,7 @@ class Exact:
         covariance = torch.diag_embed(variance) + 100.0
         likelihood = dist.MultivariateNormal(torch.zeros(8, dtype=torch.float64), covariance).log_prob(y)
         prior = dist.HalfCauchy(torch.tensor(25.0, dtype=torch.float64)).log_prob(self.tau)
-        # The prior's density is that of tau; the step on the grid is one of ln tau.
+        # The prior is a density of tau, the grid one of ln tau.
         weight = likelihood + prior + self.log_tau + (self.log_tau[1] - self.log_tau[0]).log()
         self.log_evidence = float(weight.logsumexp(0))
         self.weight = weight.softmax(0)
@@ -65,7 +66,7 @@ class Exact:
         return self.weight[index] / (self.log_tau[1] - self.log_tau[0])
 
     def bound(self) -> Bound:
-        """The evidence as a row for the audit: quadrature, with what half the points change as its error."""
+        """The evidence as a row of the audit: quadrature, whose error is the change with half the points."""
         value = torch.tensor(self.log_evidence, dtype=torch.float64)
         change = (value - Exact(len(self.tau) // 2).log_evidence).abs()
         return Bound(
@@ -75,7 +76,7 @@ class Exact:
 
 
 def trained(auto, steps, seed):
-    """Pyro's usual loop, with several draws a step."""
+    """Pyro's usual loop, with several draws per step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = auto(model, init_scale=0.1)
@@ -108,8 +109,9 @@ def main(arguments=None):
 
     def judge(name, guide):
         pair = Pair.of(model, guide)
-        # Latents outside the data's plate make only a joint bound possible, and that must be asked for. AIS starts from the
-        # prior: an automatic guide draws its latents through auxiliary sites, so that its own density is not to be had.
+        # Latents outside the data plate allow only a joint bound, which has to be requested. AIS starts from
+        # the prior: an automatic guide draws its latents through auxiliary sites, so its density is not
+        # available.
         ais = evidence.ais(
             pair, data, options.temperatures, 64, start="prior", scope="joint", progress=not options.smoke
         )
@@ -130,7 +132,7 @@ def main(arguments=None):
 
 
 def figure(results, draws, exact, path):
-    """The bounds of each guide, and its draws of mu and tau beside the exact posterior."""
+    """The bounds of each guide, and its draws of mu and tau next to the exact posterior."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(12.5, 3.8), layout="constrained")
@@ -159,10 +161,8 @@ def figure(results, draws, exact, path):
         for guide, latents in draws.items():
             values = latents[site].flatten().double()
             values = values.log() if site == "tau" else values
-            axis.hist(
-                values.clamp(grid[0], grid[-1]).numpy(), 60, density=True, histtype="step", color=colours[guide],
-                label=guide,
-            )  # fmt: skip
+            values = values.clamp(grid[0], grid[-1]).numpy()
+            axis.hist(values, 60, density=True, histtype="step", color=colours[guide], label=guide)
         axis.set_xlabel(name)
         axis.set_ylim(0, 2.5 * float(exact.density(site, grid).max()))
     middle.legend(fontsize=8)

@@ -1,11 +1,12 @@
-"""Bach's chorales as piano rolls: hidden Markov models of chords, by EM, with 88 keys on or off at each step.
+"""Bach's chorales as piano rolls: hidden Markov models of chords by EM, with 88 keys on or off at each step.
 
-An HMM emits keys that are independent given its state; a neural HMM is the same with its emissions and moves
-made by a small network from embeddings of the states, and so takes a gradient M-step. The numbers are nats
-per time step on the test chorales.
+The keys of an HMM are independent given its state. In a neural HMM a small network computes emissions and
+transitions from embeddings of the states, so its M-step uses gradients. Printed are nats per time step on the
+test chorales.
 
-Data: ``jsb.npz`` (Boulanger-Lewandowski's split of the chorales) in --data-dir; without it, and with
---smoke, chorales that a random HMM makes up, to see that it runs.
+Data: ``jsb.npz`` (Boulanger-Lewandowski's split of the chorales) in --data-dir; with --smoke, chorales drawn
+    from a
+random HMM.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pyroelbo import distributions as ped
 
 
 class NeuralHMM(ExactPair):
-    """An HMM whose moves and emissions come from embeddings of its states: no closed M-step."""
+    """An HMM whose transitions and emissions are computed from embeddings of its states."""
 
     def __init__(self, states, keys, width=32):
         super().__init__()
@@ -74,7 +75,7 @@ def main(arguments=None):
     parser.add_argument("--states", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--smoothing", type=float, default=0.1, help="pseudo-count of every outcome")
     parser.add_argument("--neural-epochs", type=int, default=0, help="0 leaves the neural HMM out")
-    parser.add_argument("--data-dir", type=Path, default=None, help="where jsb.npz lies")
+    parser.add_argument("--data-dir", type=Path, default=None, help="folder of jsb.npz")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -82,7 +83,7 @@ def main(arguments=None):
     if options.smoke:
         options.num_epochs, options.states, options.neural_epochs = 3, [3], 2
     elif options.data_dir is None:
-        parser.error("say by --data-dir where jsb.npz lies, or try --smoke")
+        parser.error("--data-dir: expected the folder of jsb.npz, got none; or use --smoke")
     splits = chorales(None if options.smoke else options.data_dir)
     train, valid, test = (splits[s] for s in ("train", "valid", "test"))
     device = "cuda" if options.cuda else None

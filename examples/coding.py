@@ -1,13 +1,13 @@
-"""Codes as latents: the lecture's inequality for the hard ELBO, and the consistency of the ELBO, both without any sampling
-error.
+"""Codes as latents: the bound of the hard ELBO, and the consistency of the ELBO, both without sampling error.
 
-First, Shannon's code. A population Pop(y) has few members, z(y) is the code word of y, of |z| = ⌈-log₂ Pop(y)⌉
-bits, and the prior gives every word P(z) = 2^-|z|. The encoder is deterministic, the generator reads the word
-back, so the loss -ln P(z) P(y | z) is the length of the code, and H <= loss < H + ln 2.
+First, Shannon's code. A population Pop(y) has few members, z(y) is the code word of y, of |z| = ⌈-log₂
+Pop(y)⌉ bits, and the prior is P(z) = 2^-|z|. The encoder is deterministic and the generator decodes the word,
+so the loss -ln P(z) P(y | z) is the code length, and H <= loss < H + ln 2.
 
-Then, another generator over the same population. Over all guides the smallest loss of the ELBO is the cross-entropy
-H(Pop, P), if the family of guides holds the posterior. A family that does not leaves an excess: the smallest mean KL
-to the posterior that it can reach. The hard ELBO drops the guide's entropy and stays above.
+Second, a generator of random tables over the same population. Over all guides the smallest loss of the ELBO
+is the cross-entropy H(Pop, P), if the family of guides contains the posterior. Otherwise there is an excess,
+the smallest mean KL to the posterior within the family. The hard ELBO drops the guide's entropy, and its loss
+is larger.
 """
 
 import argparse
@@ -27,12 +27,12 @@ LN2 = 0.6931471805599453
 
 
 class ShannonCode(Pair):
-    """Words are numbered as the members are; one more stands for all words that no member has."""
+    """Each member has a word of the same number; one more stands for all unused words."""
 
     def __init__(self, population):
         super().__init__()
         length = (-population.log2() - 1e-9).ceil()
-        # Kraft's inequality: the words' shares sum to one at most. What is left has no member.
+        # Kraft's inequality: the words' probabilities sum to at most one. The rest is unused.
         left = (1 - (2.0**-length).sum()).clamp_min(0)
         self.prior = nn.Parameter(torch.cat([-length * LN2, left.log()[None]]), requires_grad=False)
         reads = torch.cat([torch.eye(len(population)), torch.ones(1, len(population))])
@@ -49,7 +49,8 @@ class ShannonCode(Pair):
 
 
 class Table(ExactPair):
-    """p(z) and p(y | z) are tables of random numbers; the guide is a table for every y, or one row for all."""
+    """p(z) and p(y | z) are random tables; the guide is a table with a row for every y, or one row for
+    all."""
 
     def __init__(self, members, codes, guide):
         super().__init__()
@@ -82,16 +83,17 @@ class Table(ExactPair):
 
 
 def code_length(counts):
-    """(H, loss of the ELBO, loss of the hard ELBO) of Shannon's code, in nats, for a population of so many of each."""
+    """(H, loss of the ELBO, loss of the hard ELBO) of Shannon's code, in nats, for a population with these
+    counts."""
     population = counts / counts.sum()
-    y = torch.arange(len(counts)).repeat_interleave(counts)  # every member as often as it is met
+    y = torch.arange(len(counts)).repeat_interleave(counts)  # every member as often as it occurs
     pair = ShannonCode(population)
     losses = [objective.loss(pair.model, pair.guide, y) / len(y) for objective in (Trace_ELBO(), Hard_ELBO())]
     return float(-(population * population.log()).sum()), *losses
 
 
 def best_loss(pair, population, hard=False, steps=2000):
-    """The smallest loss over the pair's guides. Everything is a short sum, so this is plain gradient descent on it."""
+    """The smallest loss over the pair's guides, by gradient descent on the exact sums."""
     optimizer = torch.optim.Adam([pair.encoder], lr=0.05)
     for _ in range(steps):
         q = pair.q()
@@ -133,7 +135,7 @@ def main(arguments=None):
     parser.add_argument("-n", "--num-epochs", type=int, default=2000, help="steps of gradient descent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--cuda", action="store_true", help="taken for uniformity: tables this small stay on the CPU"
+        "--cuda", action="store_true", help="accepted for uniformity; tables this small stay on the CPU"
     )
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     parser.add_argument(
@@ -169,10 +171,11 @@ def main(arguments=None):
             bars["hard ELBO, the same"] = best_loss(pair, population, hard=True, steps=steps)
         else:
             bars["ELBO, one row for all y"] = loss
-            # the best single row is the normalized geometric mean of the posteriors, which tells its excess
+            # the best single row is the normalized geometric mean of the posteriors
             excess = -float((population @ posterior).logsumexp(0))
             print(
-                f"one row for all: excess {loss - cross:.4f}, the smallest mean KL to the posterior {excess:.4f}\n"
+                f"one row for all: excess {loss - cross:.4f}, the smallest mean KL to the posterior "
+                f"{excess:.4f}\n"
             )
         print(f"guide: {family}\n{results[family]}\n")
     for name, value in bars.items():

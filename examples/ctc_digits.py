@@ -1,12 +1,13 @@
-"""Reading numbers column by column, without being told where a digit is.
+"""Reading numbers column by column, without knowing where a digit is.
 
-Handwritten digits are joined into strings, with gaps of random width between them. The pair sees a string's
-columns of pixels, one a frame, and its labels, but not which column belongs to which digit: that is the
-alignment, the latent. ln p(labels | columns) sums over all alignments exactly, so `fit` climbs the evidence
-itself, and the posterior over alignments is a picture of where each digit was found. No image of the test
-strings is among those trained on.
+Handwritten digits are joined into strings, with gaps of random width between them. The pair is given a
+string's columns of pixels, one per frame, and its labels, but not which column belongs to which digit: that
+is the alignment, the latent. ln p(labels | columns) sums over all alignments exactly, so `fit` maximizes the
+evidence itself, and the posterior over alignments shows where each digit was found. Test strings are made of
+other images than training strings.
 
-The audit then sets the exact evidence beside the bounds of a guide whose alignment looks at one column at a time.
+The audit then compares the exact evidence with the bounds of a guide whose alignment depends on one column at
+a time.
 
 Source: Graves, Fernández, Gomez, Schmidhuber (2006), *Connectionist temporal classification*.
 """
@@ -22,8 +23,8 @@ from pyroelbo.runs import fresh
 
 
 def strings(images, labels, count, seed, longest=6):
-    """``count`` strings of 2 … ``longest`` digits drawn from the images: (columns [B, T, 8], labels [B, L] from 1
-    on and padded with -1, lengths [B])."""
+    """``count`` strings of 2 … ``longest`` digits drawn from the images: (columns [B, T, 8], labels [B, L]
+    from 1 on and padded with -1, lengths [B])."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, *shape):
@@ -34,7 +35,7 @@ def strings(images, labels, count, seed, longest=6):
         chosen = draw(0, len(images), int(draw(2, longest + 1)))
         pieces = []
         for image in images[chosen]:
-            used = image.view(8, 8).t()  # a row a column of pixels
+            used = image.view(8, 8).t()  # a row per column of pixels
             ink = used.sum(1).nonzero()
             gap = torch.zeros(int(draw(0, 3)), 8)
             pieces += [used[int(ink[0]) : int(ink[-1]) + 1], gap]  # digits may touch
@@ -49,7 +50,7 @@ def strings(images, labels, count, seed, longest=6):
 
 
 def edits(a, b):
-    """The least number of insertions, deletions and replacements that turn one list into the other."""
+    """Edit distance: the smallest number of insertions, deletions and replacements."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row = row, [i]
@@ -59,7 +60,7 @@ def edits(a, b):
 
 
 def label_error_rate(pair, batch):
-    """Edits that the transcripts need, per label."""
+    """Edit distance of the transcripts, per label."""
     x, y, lengths = batch
     guessed = pair.eval().transcribe(x, lengths)
     pairs = [
@@ -70,7 +71,7 @@ def label_error_rate(pair, batch):
 
 
 def draw_alignments(path, pair, batch):
-    """Above each string of digits: where the posterior, which knows the labels, puts each of them."""
+    """Each string of digits, and above it the posterior over its columns' symbols given the labels."""
     from matplotlib.figure import Figure
 
     x, y, lengths = batch
@@ -116,7 +117,7 @@ def main(arguments=None):
     out = options.out or fresh("runs/ctc_digits")
 
     images, labels = data.load("digits"), data.labels("digits")
-    # every split joins images of its own
+    # each split has its own images
     train = strings(images["train"], labels["train"], options.data, options.seed)
     valid = strings(images["valid"], labels["valid"], 200, options.seed + 1)
     test = strings(images["test"], labels["test"], 40 if options.smoke else 500, options.seed + 2)
@@ -142,7 +143,7 @@ def main(arguments=None):
         print(f"{name:<10} {nats:>12.4f} {label_error_rate(pair, batch):>17.1%}")
     print("picture:", draw_alignments(out / "alignments.png", pair, tuple(part[:3] for part in test)), "\n")
 
-    # The same generator beside a guide whose alignment sees one column at a time.
+    # The same generator with a guide whose alignment depends on one column at a time.
     local = models.CTC(8, 10, options.width, guide="local")
     local.generator.load_state_dict(pair.generator.state_dict())
     few = tuple(part[:200] for part in train)

@@ -1,10 +1,9 @@
-"""A grammar of Python, learned from the order of its tokens alone.
+"""A grammar of Python, learned from token sequences alone.
 
-The expressions in the sources of Python's own standard library are cut into tokens (names, numbers and strings
-lose their spelling). A probabilistic context-free grammar is fitted to them by EM, without ever seeing a parse,
-from several random starts, of which held-out evidence chooses one. Then its trees are compared with those of
-Python's parser: `ast` says which tokens belong together, and the score is the F1 of unlabelled brackets, beside
-right-branching, left-branching and random trees on the same expressions.
+Expressions in the sources of Python's standard library are split into tokens (names, numbers and strings lose
+their spelling). A probabilistic context-free grammar is fitted to them by EM, without any parse, from several
+random starts, of which held-out evidence selects one. Its trees are then compared with those of Python's
+parser `ast` by the F1 of unlabelled brackets, as are right-branching, left-branching and random trees.
 
 Source of the idea: Lari and Young (1990), *The estimation of stochastic context-free grammars using the
 inside-outside algorithm*; Goodman (1996) for decoding by expected brackets.
@@ -29,7 +28,7 @@ KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string"}
 
 
 def expressions(files, longest):
-    """Different expressions of 3 … ``longest`` tokens: {tokens: the brackets that ast gives them}.
+    """Distinct expressions of 3 … ``longest`` tokens: {tokens: their brackets by ast}.
 
     A bracket is (first, last) token of a syntax node with more than one token and less than all of them.
     """
@@ -45,7 +44,7 @@ def expressions(files, longest):
         ends = {t.end: i for i, t in enumerate(tokens)}
         lines = source.splitlines()
         for statement in ast.walk(tree):
-            # what stands alone: the value of an assignment or a return, a condition, a bare expression
+            # the value of an assignment or a return, a condition, a bare expression
             node = getattr(statement, "test", None) or getattr(statement, "value", None)
             if not isinstance(statement, ast.stmt) or not isinstance(node, ast.expr):
                 continue
@@ -67,7 +66,7 @@ def expressions(files, longest):
 
 
 def span(node, starts, ends):
-    """(first, last) token of a syntax node, None where it does not begin and end with a token."""
+    """(first, last) token of a syntax node; None if it does not begin and end with a token."""
     first = starts.get((node.lineno, node.col_offset))
     last = ends.get((node.end_lineno, node.end_col_offset))
     return None if first is None or last is None else (first, last)
@@ -80,7 +79,7 @@ def spelling(token):
 
 
 def counts(brackets, gold):
-    """(right, guessed, wanted) brackets of charts [B, L, L] against ast's."""
+    """Numbers of (correct, predicted, true) brackets of charts [B, L, L]; the true ones are ast's."""
     right = guessed = wanted = 0
     for chart, truth in zip(brackets.tolist(), gold, strict=True):
         length = sum(chart[i][i] for i in range(len(chart)))
@@ -97,11 +96,11 @@ def f1(brackets, gold):
 
 
 def baselines(y):
-    """Trees that know nothing: all to the right, all to the left, and uniformly random ones."""
+    """Uninformed trees: right-branching, left-branching and uniformly random ones."""
     index, lengths = torch.arange(y.shape[1]), (y >= 0).sum(1)
     inside = (index[:, None] <= index) & (index < lengths[:, None])[:, None, :]
     leaf = index[:, None] == index
-    # one symbol, one rule: every binary tree is as likely as every other
+    # one symbol and one rule: all binary trees are equally probable
     one = ped.PCFG(torch.zeros(1), torch.zeros(1, 2, 2), torch.zeros(1, int(y.max()) + 1))
     return {
         "right-branching": inside & (leaf | (index == lengths[:, None] - 1)[:, None, :]),
@@ -111,7 +110,7 @@ def baselines(y):
 
 
 def draw_trees(path, charts, sentences, gold):
-    """Parsed expressions; brackets that ast has too are drawn in green, others in grey."""
+    """Parsed expressions; brackets that agree with ast are green, others grey."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.9 * ((len(charts) + 1) // 2)), layout="constrained")
@@ -120,7 +119,7 @@ def draw_trees(path, charts, sentences, gold):
         whole = (0, len(words) - 1)
 
         def place(i, j, axis=axis, chart=chart, truth=truth, whole=whole):
-            """Draws the tree over i … j and returns where its top stands."""
+            """Draw the tree over i … j and return the position of its root."""
             if i == j:
                 return i, 0
             split = next(k for k in range(i, j) if chart[i][k] and chart[k + 1][j])
@@ -167,7 +166,7 @@ def main(arguments=None):
 
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     found = expressions(files[:8] if options.smoke else files, options.longest)
-    # Tokens that hardly any expression has would make the alphabet long and teach nothing.
+    # Rare tokens would make the alphabet long.
     often = {word for word, n in Counter(w for words in found for w in set(words)).items() if n >= 5}
     sentences = [words for words in sorted(found) if often.issuperset(words)]
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(options.seed)).tolist()
@@ -177,12 +176,12 @@ def main(arguments=None):
     y = torch.full((len(sentences), options.longest), -1)
     for row, words in enumerate(sentences):
         y[row, : len(words)] = torch.tensor([index[w] for w in words])
-    # All token sequences are different, so a held-out one was never seen.
+    # All token sequences are distinct, so held-out ones are new.
     train, valid, test = y[: -2 * (held := 15 if options.smoke else 300)], y[-2 * held : -held], y[-held:]
     gold = [found[words] for words in sentences[-held:]]
     print(f"{len(train)} expressions of {len(files)} files, {len(alphabet)} different tokens; {held} to test")
 
-    # Each start ends in another optimum of the evidence. Held-out evidence chooses; brackets are only looked at.
+    # Each start ends in a different local optimum. Held-out evidence selects one; brackets are only reported.
     best, chosen = -float("inf"), None
     print(f"\n{'start':>6} {'train':>8} {'valid':>8}  nats a token {'bracket F1':>12}")
     for start in range(options.restarts):
@@ -212,10 +211,11 @@ def main(arguments=None):
     for name, chart in trees.items():
         right, guessed, wanted = counts(chart, gold)
         print(f"{name:<28} {right / guessed:>9.3f} {right / wanted:>7.3f} {f1(chart, gold):>6.3f}")
-    # ast's trees have nodes with many children, ours are binary: the best possible binary tree has all of
-    # ast's brackets and, to be binary, some more.
+    # ast's nodes may have many children, ours have two: the best binary tree has all of ast's brackets and
+    # some more.
     print(
-        f"{'best binary trees':<28} {wanted / guessed:>9.3f} {1:>7.3f} {2 * wanted / (guessed + wanted):>6.3f}"
+        f"{'best binary trees':<28} {wanted / guessed:>9.3f} {1:>7.3f} "
+        f"{2 * wanted / (guessed + wanted):>6.3f}"
     )
 
     shown = [i for i in range(held) if len(gold[i]) >= 2][:6]
@@ -224,7 +224,8 @@ def main(arguments=None):
     )
     print("picture:", picture)
 
-    # The grammar stays; a guide that knows no rules, only the words at both ends of a span, learns what it can.
+    # The grammar is kept fixed; a guide without rules, which sees only the words at the ends of a span, is
+    # trained.
     fit(
         pair,
         train,

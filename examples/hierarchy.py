@@ -1,17 +1,19 @@
-"""Why the upper layers of a hierarchy go unused, and how a ladder uses them: the same three layers of latents, twice.
+"""Why the upper layers of a hierarchy go unused, and how a ladder uses them: the same three layers of
+latents, twice.
 
-A chain y ⇄ z_1 ⇄ z_2 ⇄ z_3 has one generator, p(z_3) p(z_2 | z_3) p(z_1 | z_2) p(y | z_1), and two natural encoders:
+A chain y ⇄ z_1 ⇄ z_2 ⇄ z_3 has one generator, p(z_3) p(z_2 | z_3) p(z_1 | z_2) p(y | z_1), and two natural
+encoders:
 
     bottom-up   q(z_1 | y) q(z_2 | z_1) q(z_3 | z_2)          each layer summarizes the one below
-    top-down    q(z_3 | y) q(z_2 | z_3, y) q(z_1 | z_2, y)    each layer is told what the ones above left open
+    top-down    q(z_3 | y) q(z_2 | z_3, y) q(z_1 | z_2, y)    each layer adds to the ones above
 
-Both bounds are right. But bottom-up, z_1 alone can carry everything, the upper layers only have to explain the
-*distribution* of z_1, and as soon as q(z_2 | z_1) = p(z_2) nothing pulls them back: they cost nothing and say nothing.
-The ladder shares the generator's own path with the encoder, so that every layer adds what is still missing. Even so a
-layer whose neighbours are enough may fall idle; free bits, a nat that each layer has for nothing, keep it in use.
+Both bounds are valid. But bottom-up, z_1 alone can carry all information, and the upper layers only model the
+*distribution* of z_1; once q(z_2 | z_1) = p(z_2), their rate is zero and stays there. The ladder's encoder
+shares the generator's path, so that every layer adds what is still missing. A layer may still become unused
+if its neighbours suffice; free bits, a nat per layer that is not penalized, keep it in use.
 
-The numbers that show it: the rate of each layer, E_q[ln q - ln p] in nats; how many of its units are active, that
-is, have a rate of their own above 0.1 nats; and what is lost without the upper layers, by a model that has only the lowest.
+Printed are the rate of each layer, E_q[ln q - ln p] in nats; the number of its active units, those with a
+rate above 0.1 nats; and the bounds of a model that has only the lowest layer.
 
     python examples/hierarchy.py --num-epochs 200 --out runs/my-hierarchy
 """
@@ -41,10 +43,10 @@ def systems():
 
 @torch.no_grad()
 def active_units(pair, y, draws=16):
-    """How many coordinates of each layer have E_q[ln q(z_d | …) - ln p(z_d | …)] above 0.1 nats.
+    """Number of coordinates of each layer with E_q[ln q(z_d | …) - ln p(z_d | …)] above 0.1 nats.
 
-    (The usual count, of posterior means that move with the data, is made for one layer: in an upper layer's shadow a lower
-    one moves even if it only repeats what the generator says anyway.)
+    (The usual count, of posterior means that vary with the data, is meant for one layer: in a hierarchy the
+    means of a lower layer vary with the upper one even if q equals p.)
     """
     pair.eval()
     y = y.repeat(draws, 1)
@@ -53,7 +55,7 @@ def active_units(pair, y, draws=16):
     found = {}
     for site in reversed(pair.sites):
         z = guide.nodes[site]["value"]
-        # Both are diagonal Gaussians: without their event dimension the coordinates' log densities come one by one.
+        # Both are diagonal Gaussians: base_dist has the log density of each coordinate.
         q, p = guide.nodes[site]["fn"].base_dist, model.nodes[site]["fn"].base_dist
         rate = (q.log_prob(z) - p.log_prob(z)).mean(0)
         found[site] = (int((rate > 0.1).sum()), z.shape[-1])
@@ -90,8 +92,9 @@ def main(arguments=None):
             pair,
             digits["train"],
             valid=digits["valid"],
-            # It takes each KL in closed form exactly where that is the bound's own term: all of a ladder's, bottom-up the
-            # top one. (Pyro's TraceMeanField_ELBO would do so for all three; `fit` refuses it there, and says why.)
+            # Uses the closed-form KL exactly where it is a term of the bound: for all layers of a ladder,
+            # bottom-up for the top one. (Pyro's TraceMeanField_ELBO would use it for all three, and is
+            # refused by `fit`.)
             objective=objective,
             kl_weight=lambda epoch: min(1.0, epoch / 20),
             epochs=options.num_epochs,

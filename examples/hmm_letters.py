@@ -1,9 +1,9 @@
-"""Letters of English as a two-state hidden Markov model: nobody tells it, and it finds vowels and consonants.
+"""Letters of English as a two-state hidden Markov model: unsupervised, it finds vowels and consonants.
 
 The text is the language reference that ships inside Python (``pydoc_data.topics``), reduced to a … z and the
-space. EM starts from small random numbers; a letter belongs to the state in which it is likelier after Bayes'
-rule. The audit then sets the exact evidence beside the bounds of a mean-field guide that sees one letter at a
-time: its gap is what neighbours tell about a letter.
+space. EM starts from small random numbers; each letter is assigned to its more probable state, p(state |
+letter). The audit then compares the exact evidence with the bounds of a mean-field guide that sees one letter
+at a time: its gap is the information in neighbouring letters.
 
 Source of the idea: Cave and Neuwirth (1980), *Hidden Markov models for English*.
 """
@@ -20,7 +20,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
 def sequences(length):
-    """All the text as LongTensor [B, length] of 0 … 26."""
+    """The whole text as LongTensor [B, length] of 0 … 26."""
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower())
     symbols = torch.tensor([LETTERS.index(c) for c in text])
     return symbols[: len(symbols) // length * length].view(-1, length)
@@ -44,7 +44,8 @@ def main(arguments=None):
     train, test = (y[:40], y[40:60]) if options.smoke else (y[:-200], y[-200:])
 
     torch.manual_seed(options.seed)
-    # A pseudo-count keeps all probabilities positive: a guide of single letters would meet the zeros.
+    # A pseudo-count keeps all probabilities positive: the guide of single letters would draw states of
+    # probability zero.
     pair = models.HMM(options.states, len(LETTERS), guide="mean_field", smoothing=0.1)
     fit_em(
         pair,
@@ -56,7 +57,7 @@ def main(arguments=None):
         device="cuda" if options.cuda else None,
     )
     with torch.no_grad():
-        # p(state | letter) under the share of letters that falls to each state
+        # p(state | letter), from expected counts
         _, counts = pair.e_step(train)
         share = counts["on"] / counts["on"].sum(0)
     for state in range(options.states):
@@ -64,7 +65,7 @@ def main(arguments=None):
         shown = " ".join(f"{'_' if c == ' ' else c}:{p:.2f}" for p, c in sorted(mine, reverse=True))
         print(f"state {state}: {shown}")
 
-    # The model stays; its guide, one letter at a time, learns what it can.
+    # The model is kept fixed; the guide of single letters is trained.
     fit(
         pair,
         train,

@@ -1,9 +1,9 @@
-"""A Gaussian mixture: the latent is finite, so every sum is exact, and a guide can be judged without any
-sampling error.
+"""A Gaussian mixture: the latent is finite, so every sum is exact, and a guide can be judged without sampling
+error.
 
-The data are the digits' two leading principal components (from our own PPCA). Two guides train the same
-model: the exact posterior (responsibilities), and an encoder, a linear softmax of the data, that has to learn
-them.
+The data are the digits' two leading principal components (from models.PPCA). The same model is trained with
+two guides: the exact posterior (responsibilities), and an encoder, a linear softmax of the data, which has to
+learn them.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main(arguments=None):
     for guide in ("exact", "encoder"):
         torch.manual_seed(options.seed)
         pair = models.GaussianMixture.for_data(train, (2,), 0, components=options.components, guide=guide)
-        # A discrete latent: Trace_ELBO uses the score function for the encoder, ln w alone for the exact guide.
+        # The latent is discrete: Trace_ELBO uses score-function gradients for the encoder; with the exact
+        # guide ln w is differentiated directly.
         fit(
             pair,
             train,

@@ -1,10 +1,10 @@
-"""How many clusters, and of what shape? Mixtures on three classic tables, chosen by held-out evidence.
+"""How many clusters, and of what shape? Mixtures on three classic tables, selected by held-out evidence.
 
 Iris, wine and breast cancer ship with scikit-learn. Every number of components, with diagonal and with full
-covariances, is fitted by EM to nine tenths of a table and judged by ln p(y) of the tenth that it did not see; ten
-times, so that each row is held out once. Evidence on the rows seen tends to grow with the number of components;
-held-out evidence does not. Chosen is the fewest components that are no worse than the best by more than a standard
-error, row by row. The classes of the tables are never used, only compared with at the end.
+covariances, is fitted by EM to nine tenths of a table and judged by ln p(y) of the held-out tenth; ten times,
+so that each row is held out once. Training evidence tends to grow with the number of components; held-out
+evidence does not. Selected is the smallest number of components within one standard error of the best, for
+paired differences. The tables' classes are only compared with at the end.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def tables():
 
 
 def mixture(y, components, covariance, options, guide="exact"):
-    """The best of a few runs of EM. ``smoothing`` pulls covariances a little towards that of all rows: with
-    many columns and few rows the likelihood would otherwise have no upper end."""
+    """The best of a few runs of EM. ``smoothing`` shrinks covariances towards the identity: with many columns
+    and few rows the likelihood would otherwise be unbounded."""
     torch.manual_seed(options.seed)
     settings = {"covariance": covariance, "guide": guide, "smoothing": options.smoothing}
     pair = models.GaussianMixture(y.shape[1], components, **settings).double()
@@ -48,7 +48,7 @@ def mixture(y, components, covariance, options, guide="exact"):
 
 
 def held_out(y, components, covariance, options):
-    """ln p of every row under a model that was fitted without it, [N]; and of the rows seen, their mean."""
+    """ln p of every row under a model fitted without it, [N], and the mean of ln p of the training rows."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))
     value, seen = torch.zeros(len(y), dtype=y.dtype), []
     for fold in order.tensor_split(options.folds):
@@ -108,13 +108,14 @@ def main(arguments=None):
         axis.set_title(f"{name} ({len(y)} × {y.shape[1]})")
         axis.set_xlabel("components")
         axis.legend(fontsize=7)
-        # The chosen model on all rows, beside an encoder that has to learn the responsibilities.
+        # The selected model on all rows, with an encoder that has to learn the responsibilities.
         pair = mixture(y, components, covariance, options, "encoder")
         with torch.no_grad():
             cluster = pair.posterior(y).probs.argmax(1)
         agreement = adjusted_rand_score(classes, cluster)
         print(
-            f"chosen: {components} of {covariance} covariance; adjusted Rand index with the classes {agreement:.3f}"
+            f"chosen: {components} of {covariance} covariance; adjusted Rand index with the classes "
+            f"{agreement:.3f}"
         )
         fit(
             pair,

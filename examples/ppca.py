@@ -1,8 +1,8 @@
 """Probabilistic PCA: a model whose evidence is known exactly, trained three ways.
 
-The closed form gives the best parameters there are. Gradients with the exact posterior as guide climb to it:
-then the ELBO *is* the evidence. A mean-field guide cannot follow the posterior's correlations, so its bound
-stays loose, and the looseness pulls the parameters away too: compare the `exact` rows of the three tables.
+The closed form gives the maximum likelihood parameters. Gradient ascent with the exact posterior as guide
+reaches them: its ELBO equals the evidence. A mean-field guide cannot represent the posterior's correlations,
+so its bound is loose, and maximizing it biases the parameters: compare the `exact` rows of the three tables.
 """
 
 import argparse

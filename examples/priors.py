@@ -1,12 +1,13 @@
 """Five priors for one VAE: where does the prior have mass that no code uses?
 
-A VAE of the digits with two latent dimensions is trained once with each prior. The ELBO taken apart,
+A VAE of the digits with two latent dimensions is trained once with each prior. The decomposition of the ELBO,
 
     ELBO = reconstruction - cross-entropy(q(z), p(z)) + entropy of q(z | y),
 
-shows what a prior can win: only the cross-entropy speaks of it, and its best value is reached where p(z) is the aggregated
-posterior q(z), the mean of q(z | y) over the data. Where p(z) is large and q(z) is not, samples come from codes that the
-decoder has never seen: a hole. The figure has both densities and their ratio for every prior.
+shows what a prior can gain: only the cross-entropy depends on it, and is smallest if p(z) equals the
+aggregated posterior q(z), the mean of q(z | y) over the data. Where p(z) is large and q(z) is small, samples
+come from codes that the decoder was not trained on: a hole. The figure shows both densities and their ratio
+for every prior.
 
     python examples/priors.py --out runs/my-priors
 """
@@ -33,7 +34,7 @@ def main(arguments=None):
     parser.add_argument(
         "--components", type=int, default=50, help="Gaussians of the mixture, pseudo-inputs of vamp"
     )
-    parser.add_argument("--num-audit", type=int, default=50, help="test data that the audits look at")
+    parser.add_argument("--num-audit", type=int, default=50, help="number of test data to audit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -44,13 +45,13 @@ def main(arguments=None):
         options.num_epochs, options.num_audit, names = 2, 2, ("standard", "vamp")
     out = options.out or fresh("runs/priors")
 
-    # Grey levels 0 … 16 with probabilities, so that nats are those of a code.
+    # Grey levels 0 … 16 with probabilities, so that nats are a code length.
     digits = data.load("digits", form="bytes")
     train, test = digits["train"], digits["test"][: options.num_audit]
     results, parts, planes = {}, {}, {}
     for prior in names:
         torch.manual_seed(options.seed)
-        # for_data lets a VampPrior start its pseudo-inputs from data; the other priors start on their own.
+        # for_data initializes the pseudo-inputs of a VampPrior from data; the other priors need none.
         pair = models.VAE.for_data(
             train,
             data.shape("digits"),
@@ -59,7 +60,7 @@ def main(arguments=None):
             prior=prior,
             components=options.components,
         )
-        # The prior is a part of the pair like the decoder: the same loss trains both.
+        # The prior is a part of the pair, as the decoder: the same loss trains both.
         fit(
             pair,
             train,
@@ -74,7 +75,8 @@ def main(arguments=None):
         )
         torch.manual_seed(options.seed)
         results[prior] = audit(pair, test)
-        # q(z) is an explicit mixture over the training data, so everything about it is exact but the average over draws.
+        # q(z) is an explicit mixture over the training data, so its density is exact; only expectations are
+        # averages over draws.
         parts[prior] = evidence.diagnostics(pair, train, draws=2 if options.smoke else 8)
         holes = float(parts[prior].holes)
         planes[f"{prior}\n{holes:.1%} of it in holes"] = densities(pair, train, parts[prior])
@@ -94,8 +96,9 @@ def main(arguments=None):
 
 @torch.no_grad()
 def densities(pair, train, found, ticks=160):
-    """ln p(z) and ln q(z) on a square of the latent plane, [ticks, ticks] each, and half its side; rows run along z[1]."""
-    # Only the standard normal fixes a scale: a learned prior lets the codes spread as far as they like.
+    """ln p(z) and ln q(z) on a square of the latent plane, [ticks, ticks] each with rows along z[1], and half
+    the square's side."""
+    # Only the standard normal fixes the scale of the codes.
     half = 1.2 * float(found.guide_draws.abs().quantile(0.995))
     line = torch.linspace(-half, half, ticks, device=pair.device)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)

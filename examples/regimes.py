@@ -1,11 +1,11 @@
-"""Regimes in two old series: how much water the Nile carried, and how many spots the sun showed.
+"""Regimes in two old series: the flow of the Nile, and the number of sunspots.
 
-A hidden Markov model takes each year to be in one of a few regimes, each with a level and a spread of its own, and
-learns by EM when the regimes change. Nobody tells it about the year 1899, from which on the Nile carried less
-(the dam at Aswan, less rain), nor about the sun's cycle of some eleven years.
+In a hidden Markov model each year is in one of a few regimes, each with its own level and scale, and EM finds
+when the regimes change. It is not given the year 1899, from which on the Nile carried less (the dam at Aswan,
+less rain), nor the sun's cycle of about eleven years.
 
-Both series are short and in the public domain, so they stand here in full. The spots enter by their square
-root, whose spread does not grow with its level.
+Both series are short and in the public domain, so they are included in full. Of the sunspots the square root
+is modelled, whose variance does not grow with its level.
 
 Source of the Nile's flow: Cobb (1978), *The problem of the Nile*, Biometrika 65; of the sunspot numbers: the
 yearly means of the National Geophysical Data Center, 1700 to 2008 (both as in statsmodels' data sets).
@@ -45,7 +45,7 @@ SUNSPOTS = """
 """  # mean number in a year, 1700 to 2008
 
 SERIES = {
-    # first year, numbers, what enters the model and back, states, axis
+    # first year, numbers, transformation and its inverse, states, axis label
     "nile": (1871, NILE, lambda v: v / 100, lambda v: v * 100, 2, "flow of the Nile, 10⁸ m³ a year"),
     "sunspots": (1700, SUNSPOTS, torch.sqrt, torch.square, 3, "sunspots, mean of a year"),
 }
@@ -55,8 +55,8 @@ SHADES = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 def learn(y, states, options):
     """The best of several runs of EM."""
     torch.manual_seed(options.seed)
-    # A floor under the spreads, as a regime of one year would have no best one.
-    pair = models.HMM(states, 1, "gaussian", floor=0.3)
+    # A floor of the scales, relative to the series: the likelihood of a regime of one year is unbounded.
+    pair = models.HMM(states, 1, "gaussian", floor=0.15)
     pair.initialize(y)
     fit_em(
         pair,
@@ -71,17 +71,17 @@ def learn(y, states, options):
 
 
 def parameters(states):
-    """Free numbers of such a model: start, moves, levels and spreads."""
+    """Number of free parameters: initial state, transitions, levels and scales."""
     return states - 1 + states * (states - 1) + 2 * states
 
 
 def draw(axis, first, values, levels, posterior, label):
-    """The series, the level of each year's regime, and p(regime of each year | all years) as shades."""
+    """The series, the level of each year's regime, and p(regime of each year | all years) as shading."""
     years = range(first, first + len(values))
     low, high = float(values.min()), float(values.max())
     order = levels.argsort().tolist()
     for rank, state in enumerate(order):
-        # one strip a year, as strong as the regime is likely
+        # one strip per year, as opaque as the regime is probable
         for year, share in zip(years, posterior[:, state].tolist(), strict=True):
             if share > 0.02:
                 axis.axvspan(
@@ -121,14 +121,14 @@ def main(arguments=None):
         figure.subplots(2, 1), SERIES.items(), strict=True
     ):
         values = torch.tensor([float(v) for v in text.split()])
-        y = into(values).view(1, -1, 1)  # one datum, a series of one number a year
+        y = into(values).view(1, -1, 1)  # one datum, a series of one number per year
         print(f"\n{name}, {len(values)} years: how many regimes?")
         print(f"{'regimes':>7} {'ln p(y)':>10} {'numbers':>8} {'BIC':>9}")
         for states in range(1, options.most + 1):
             tried = learn(y, states, options)
             with torch.no_grad():
                 value = float(tried.log_evidence(y))
-            # Schwarz's criterion, smaller is better: evidence at its maximum flatters the larger model
+            # Schwarz's criterion, smaller is better: the maximum of the evidence favours larger models
             bic = -2 * value + parameters(states) * torch.tensor(len(values)).log()
             print(f"{states:>7} {value:>10.2f} {parameters(states):>8} {bic:>9.2f}")
             if states == min(shown, options.most):
@@ -143,7 +143,7 @@ def main(arguments=None):
             f"levels {', '.join(f'{v:.0f}' for v in sorted(levels.tolist()))}; {len(changes)} changes: {some}"
         )
         draw(axis, first, values, levels, visits, label)
-        # The guide draws whole histories from the exact posterior, so every draw of ln w is the evidence itself.
+        # The guide draws whole paths from the exact posterior, so ln w of every draw equals the evidence.
         print(result := audit(pair, y, particles=16))
         results[name] = result
     figure.axes[1].set_xlabel("year")

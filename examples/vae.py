@@ -1,9 +1,8 @@
-"""The demo: a VAE with two latent dimensions learns handwritten digits, and an audit tells how tight its
+"""The demo: a VAE with two latent dimensions learns handwritten digits, and an audit measures how tight its
 bound is.
 
-With two latent dimensions ln p(y) can be integrated numerically, so the table at the end can say how many
-nats the ELBO (the number that training shows) and the importance-weighted bound lie below the evidence of the
-very same model.
+With two latent dimensions ln p(y) can be integrated numerically, so the table at the end shows how many nats
+the ELBO (the training loss) and the importance-weighted bound lie below the evidence of the same model.
 
     python examples/vae.py --num-epochs 200 --out runs/my-vae
 """
@@ -26,7 +25,7 @@ def main(arguments=None):
     parser.add_argument("-lr", "--learning-rate", type=float, default=2e-3)
     parser.add_argument("--likelihood", default="discretized_logistic", choices=tuple(models.vae.LIKELIHOODS))
     parser.add_argument("--network", default="mlp", choices=("mlp", "conv"))
-    parser.add_argument("--num-audit", type=int, default=200, help="test data that the audit looks at")
+    parser.add_argument("--num-audit", type=int, default=200, help="number of test data to audit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -38,7 +37,8 @@ def main(arguments=None):
         options.num_epochs, options.num_audit = 2, 4
     out = options.out or fresh("runs/vae")
 
-    # Grey levels 0 … 16 of 8x8 pixels. The discretized logistic gives each level a probability, so nats are bits of a code.
+    # Grey levels 0 … 16 of 8x8 pixels. The discretized logistic assigns a probability to each level, so nats
+    # are a code length.
     form = models.vae.VAE.form_of({"likelihood": options.likelihood})
     digits = data.load("digits", form=form)
     torch.manual_seed(options.seed)
@@ -46,7 +46,8 @@ def main(arguments=None):
         data.shape("digits"), latent=2, likelihood=options.likelihood, levels=17, network=options.network
     )
 
-    # The pair is a Pyro model and a Pyro guide; fit minimizes -ELBO, as SVI(pair.model, pair.guide, ...) would.
+    # The pair is a Pyro model and a Pyro guide; fit minimizes -ELBO, as SVI(pair.model, pair.guide, ...)
+    # does.
     run = fit(
         pair,
         digits["train"],
@@ -65,10 +66,11 @@ def main(arguments=None):
         },
     )
     print(
-        f"\nafter {len(run.losses)} epochs the loss is {run.losses[-1]:.2f} nats per digit. How far is that from -ln p(y)?\n"
+        f"\nafter {len(run.losses)} epochs the loss is {run.losses[-1]:.2f} nats per digit. How far is "
+        "that from -ln p(y)?\n"
     )
 
-    # Data the training never saw, in the order of a fixed shuffle.
+    # Held-out data, in the order of a fixed shuffle.
     torch.manual_seed(options.seed)
     test = digits["test"][: options.num_audit]
     result = audit(pair, test, particles=64)

@@ -1,9 +1,9 @@
-"""Everything an audit can say, in one picture: bounds from below and above around the exact value, and who is to blame.
+"""A complete audit in one picture: lower and upper bounds around the exact value, and the gap's causes.
 
-Probabilistic PCA of handwritten digits is a model whose evidence is known exactly, so that every estimator can be held
-against it. Its guide is deliberately modest: a diagonal Gaussian (the posterior is correlated) whose encoder had little
-training. The picture shows that the lower bounds lie below and the upper bound above, and how much of the ELBO's gap is
-owed to the guide's family and how much to its encoder.
+Probabilistic PCA of handwritten digits has a closed-form evidence, with which every estimator can be
+compared. Its guide is deliberately weak: a diagonal Gaussian (the posterior is correlated) with a briefly
+trained encoder. The picture shows the lower bounds, the upper bound, and which part of the ELBO's gap is due
+to the guide's family and which to its encoder.
 
     python examples/whole_audit.py --out runs/whole-audit
 """
@@ -21,7 +21,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--latent", type=int, default=8)
-    parser.add_argument("--num-audit", type=int, default=100, help="test data that the audit looks at")
+    parser.add_argument("--num-audit", type=int, default=100, help="number of test data to audit")
     parser.add_argument("--temperatures", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
@@ -34,7 +34,7 @@ def main(arguments=None):
     digits = data.load("digits", form="grey")
     pair = models.PPCA(64, options.latent, guide="mean_field").solve(digits["train"])
     with torch.no_grad():
-        # Any rotation of the latents is the same model, but in these coordinates the posterior is correlated.
+        # Rotated latents give the same model, but make the posterior correlated.
         rotation, _ = torch.linalg.qr(torch.randn(options.latent, options.latent))
         pair.generator.weight.copy_(pair.generator.weight @ rotation)
         pair.encoder.weight.mul_(0.1)
@@ -45,7 +45,7 @@ def main(arguments=None):
 
     y = digits["test"][: options.num_audit]
     lower = evidence.ais(pair, y, options.temperatures, progress=not options.smoke)
-    # The exact posterior gives chains that run backwards from it, and with them a bound from above, on any data.
+    # Chains that run backwards from exact posterior samples give an upper bound, on any data.
     upper = evidence.ais(pair, y, options.temperatures, reverse=True, progress=not options.smoke)
     result = audit(pair, y, references=("exact", lower, upper))
     parts = evidence.gap(pair, y, particles=256, steps=5 if options.smoke else 500)

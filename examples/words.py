@@ -2,12 +2,12 @@
 
     [f, u, n, c, t, i, o, n, stop] -> [f, u, n, c, t, i, o, n] -> [f, u, n, c, t, i, o] -> ... -> [f]
 
-Read from right to left this is the generator: each link appends one letter. Dropping a letter is what the generator's own
-posterior does, so nothing is lost between the ELBO and ln p(y): the loss that trains a language model *is* the ELBO of
+Read from right to left this is the generator: each link appends one letter. Dropping a letter is the
+generator's own posterior, so the ELBO equals ln p(y): the usual loss of a language model *is* the ELBO of
 this pair, and every prefix is a latent site with its own term, ln p(letter | letters before it).
 
-Words have different lengths, so the end is a symbol too. Without it a short word would be likelier than every word
-that it begins, and the probabilities of all words would not sum to one.
+Words have different lengths, so the end is a symbol too. Without it a prefix would be more probable than
+every word that begins with it, and the probabilities of all words would not sum to one.
 
 The words are those of the language reference that ships inside Python (``pydoc_data.topics``), each once.
 
@@ -26,7 +26,7 @@ LONGEST = 14
 
 
 def spell(rows, alphabet):
-    """Rows of numbers back to words; -1 is the end and all that is behind it."""
+    """Rows of symbols back to words; -1 is the end and the padding."""
     return ["".join(alphabet[i] for i in row if i >= 0) for row in rows.tolist()]
 
 
@@ -44,7 +44,7 @@ def main(arguments=None):
 
     known = set(re.findall("[a-z]+", " ".join(topics.values()).lower()))
     words = sorted(word for word in known if len(word) <= LONGEST)
-    # Rows of letters' numbers, padded with -1: the first -1 of a row is the stop symbol.
+    # Rows of symbols, padded with -1: the first -1 of a row is the stop symbol.
     y, alphabet = data.strings(words, LONGEST)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))
     test, train = y[order[:300]], y[order[300:]]
@@ -54,7 +54,7 @@ def main(arguments=None):
 
     torch.manual_seed(options.seed)
     pair = models.Strings(LONGEST, len(alphabet), width=48, layers=2, dropout=0.2)
-    # The guide is the exact posterior; `fit` knows, and differentiates ln w without the guide's score terms.
+    # The guide is the exact posterior, so `fit` differentiates ln w without score-function terms.
     fit(
         pair,
         train,
@@ -71,22 +71,24 @@ def main(arguments=None):
     result = audit(pair, test, particles=4)
     print(f"\n{result}")
 
-    # What do the letters before one tell? Against letters and stops that are drawn on their own, as often as in training:
+    # What do the letters before one tell? Against letters and stops that are drawn on their own, as often as
+    # in training:
     counts = torch.bincount(train[train >= 0], minlength=len(alphabet) + 1).double()
     counts[-1] = len(train)  # one stop a word
     log_p = (counts / counts.sum()).log()
     alone = ((log_p[test] * (test >= 0)).sum(1) + log_p[-1]).mean()
     print(f"\nheld-out words: {result['exact'].mean:.2f} nats a word, {alone:.2f} by letters on their own")
 
-    # Each prefix is a site: where is a word a surprise? The last number is the stop's; the padding behind it costs nothing.
+    # Each prefix is a site: which letters are surprising? The last number is that of the stop symbol; padding
+    # costs nothing.
     shown = ["function", "functional", "iterator", "qwerty"]
     rows, _ = data.strings(shown, LONGEST, alphabet)
     terms = evidence.terms(pair, rows, particles=1)
     print("\n-ln p(letter | those before), nats:")
     for i, word in enumerate(shown):
         costs = [-float(terms.log_model[site][0, i]) for site in (*pair.sites, "y")]
-        told = "  ".join(f"{letter} {cost:.1f}" for letter, cost in zip(f"{word}.", costs, strict=False))
-        print(f"  {told}  = {sum(costs):.1f}")
+        line = "  ".join(f"{letter} {cost:.1f}" for letter, cost in zip(f"{word}.", costs, strict=False))
+        print(f"  {line}  = {sum(costs):.1f}")
 
     torch.manual_seed(options.seed)
     drawn = spell(pair.simulate(40)[1], alphabet)

@@ -31,11 +31,11 @@ Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
 
 def as_batch(data: Any, name: str = "data") -> Batch:
-    """A batch from tensors or arrays: floating arrays take torch's default dtype, integer and bool ones keep
+    """A batch from tensors or arrays: floating arrays get torch's default dtype, integer and bool ones keep
     theirs.
 
-    Raises TypeError for what is no tensor or array and ValueError for an empty set, parts of different
-    lengths, or floating parts with NaN or infinite entries; each names the part.
+    Raises TypeError for other types, ValueError for an empty set, parts of different lengths, or floating
+    parts with NaN or infinite entries; each names the part.
     """
     if isinstance(data, dict):
         batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]") for k, v in data.items()}
@@ -45,17 +45,17 @@ def as_batch(data: Any, name: str = "data") -> Batch:
         batch = _tensor(data, name)
     named = parts(batch, name)
     if not named:
-        raise ValueError(f"{name} is an empty {type(data).__name__}: it takes at least one tensor")
+        raise ValueError(f"{name}: expected at least one tensor, got an empty {type(data).__name__}")
     for label, part in named.items():
         if part.dim() == 0:
-            raise ValueError(f"{label} is a single number: its first dimension must run over the data")
+            raise ValueError(
+                f"{label}: expected a first dimension that runs over the data, got a single number"
+            )
         if len(part) == 0:
-            raise ValueError(f"{label} is empty, shape {tuple(part.shape)}: it takes at least one row")
+            raise ValueError(f"{label}: expected at least one row, got shape {tuple(part.shape)}")
     lengths = {label: len(part) for label, part in named.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"the parts of {name} have different lengths: {lengths}; all must share their first dimension"
-        )
+        raise ValueError(f"{name}: expected parts with the same first dimension, got lengths {lengths}")
     for label, part in named.items():
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
             row = int(
@@ -66,7 +66,9 @@ def as_batch(data: Any, name: str = "data") -> Batch:
                 .nonzero()[0]
             )
             raise ValueError(
-                f"{label} has NaN or infinite entries, the first in row {row}: clean or mask them first"
+                f"{label}: expected finite entries, got NaN or infinite ones, the first in row {row}: clean "
+                f"the data, or replace "
+                "entries that a mask leaves out by any value"
             )
     return batch
 
@@ -76,16 +78,16 @@ def _tensor(value: Any, name: str) -> Tensor:
         return value
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind not in "fiub":
-            raise TypeError(f"{name} is an array of {value.dtype}: it takes numbers")
+            raise TypeError(f"{name}: expected numbers, got an array of {value.dtype}")
         tensor = torch.from_numpy(np.ascontiguousarray(value))
         return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
     raise TypeError(
-        f"{name} is a {type(value).__name__}: it takes a tensor, a numpy array, or a tuple or dict of them"
+        f"{name}: expected a tensor, a numpy array, or a tuple or dict of them, got {type(value).__name__}"
     )
 
 
 def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:
-    """The tensors of a batch under names fit for messages."""
+    """The tensors of a batch, by the names used in messages."""
     if isinstance(batch, dict):
         return {f"{name}[{k!r}]": v for k, v in batch.items()}
     if isinstance(batch, tuple):
@@ -110,12 +112,12 @@ def rows(batch: Batch, index: Any) -> Batch:
 
 
 def same_memory(a: Any, b: Tensor) -> bool:
-    """Whether ``a`` is a view of all the numbers of ``b``, whatever its shape."""
+    """Whether ``a`` is a view of all entries of ``b``, of any shape."""
     return isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def fingerprint(batch: Batch) -> str:
-    """A checksum of all numbers of a batch, to tell other data of the same size."""
+    """A checksum of all entries of a batch."""
     total = 0
     for part in parts(batch).values():
         total = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), total)
@@ -123,7 +125,7 @@ def fingerprint(batch: Batch) -> str:
 
 
 def repeat(batch: Batch, times: int) -> Batch:
-    """The whole batch ``times`` times, one after the other."""
+    """The batch repeated ``times`` times along the first dimension."""
     return _map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)), batch)
 
 
@@ -139,8 +141,9 @@ def call(fn: Callable, batch: Batch) -> Any:
 
 
 class Minibatches:
-    """Minibatches of tensors, a Dataset or a DataLoader; the order of an epoch depends on the seed and its
-    number alone."""
+    """Minibatches of tensors, a Dataset or a DataLoader; an epoch's order depends on the seed and its number
+    only.
+    """
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
@@ -150,7 +153,8 @@ class Minibatches:
         self.steps: int | None
         if isinstance(data, IterableDataset):
             raise TypeError(
-                "data is an IterableDataset: wrap it in a DataLoader, which brings its own batches"
+                "data: expected a tensor, a map-style Dataset or a DataLoader, got an IterableDataset: wrap "
+                "it in a DataLoader"
             )
         if self.loader is not None:
             try:
@@ -159,7 +163,7 @@ class Minibatches:
                 self.steps = None
             self.size = None
             if self.steps == 0:
-                raise ValueError("data is a DataLoader without batches")
+                raise ValueError("data: expected at least one batch, got an empty DataLoader")
             return
         if self.dataset is None:
             self.tensors = as_batch(data, "data")
@@ -167,7 +171,7 @@ class Minibatches:
         else:
             self.size = len(self.dataset)  # type: ignore[arg-type]
             if self.size == 0:
-                raise ValueError("data is an empty Dataset")
+                raise ValueError("data: expected at least one row, got an empty Dataset")
         self.steps = math.ceil(self.size / batch_size)
 
     @property
@@ -180,7 +184,7 @@ class Minibatches:
         return self.size if self.tensors is None else fingerprint(self.tensors)
 
     def first(self) -> Batch:
-        """A batch to look at; the stream of an epoch is not touched."""
+        """The first batch of epoch 0; random streams are left as they were."""
         with torch.random.fork_rng(devices=[]):
             return next(self.epoch(0))
 
@@ -199,7 +203,7 @@ class Minibatches:
         yield from self._take(order, skip)
 
     def in_order(self) -> Iterator[Batch]:
-        """All batches in the data's own order (a DataLoader's is its own)."""
+        """All batches in the order of the data (a DataLoader has its own)."""
         if self.size is None:
             yield from self.epoch(0)
         else:

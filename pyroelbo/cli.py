@@ -24,13 +24,14 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error that is told in one line, 130 when
-    interrupted."""
+    """Run a command and return the exit status: 0, 1 after an error (printed in one line), 130 if
+    interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has gone; what was to be written to files has been.
+        # The reader of a pipe (`| head`) has gone; files have been written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default where there is one."""
+    """Shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -53,7 +54,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyroelbo",
-        description="Train latent-variable models as Pyro pairs, and see how tight their bounds are (nats).",
+        description="Train latent-variable models as Pyro pairs and measure how tight their bounds are "
+        "(nats).",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -71,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         required=True,
         type=Path,
-        help="the run directory, new or, with --resume, the one to go on with",
+        help="the run directory: new or, with --resume, the one to continue",
     )
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     train.add_argument(
         "--set",
         action="append",
@@ -88,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="EPOCHS",
-        help="let the KL's weight grow from 0 to 1 over so many epochs",
+        help="increase the KL weight from 0 to its value over so many epochs",
     )
     train.add_argument(
-        "--cuda", action="store_true", help="insist on a GPU (one is used anyway where there is one)"
+        "--cuda", action="store_true", help="require a GPU (by default one is used if available)"
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=_train)
@@ -107,35 +109,33 @@ def _parser() -> argparse.ArgumentParser:
         "--num-data",
         type=int,
         default=200,
-        help="data of the split, drawn at random with the seed; 0 for all",
+        help="size of a random subset of the split, by the seed; 0 for all",
     )
     judge.add_argument("--split", default="test", choices=("train", "valid", "test"), help="part of the data")
     judge.add_argument(
         "--reference",
         action="append",
         default=None,
-        help="exact, quadrature or ais; the best of the first two if left out",
+        help="exact, quadrature or ais; by default the best of the first two",
     )
-    judge.add_argument("--temperatures", type=int, default=1000, help="of --reference ais")
+    judge.add_argument("--temperatures", type=int, default=1000, help="temperatures of --reference ais")
     judge.add_argument(
         "--budget",
         type=_budget,
         default=None,
-        help="a time (90s, 1min, 2h) or a number of evaluations, which then chooses particles, temperatures and, "
-        "where none is named, the reference",
+        help="a time (90s, 1min, 2h) or a number of evaluations: chooses particles, temperatures and, "
+        "if none is named, the reference",
     )
     judge.add_argument(
-        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+        "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
     )
-    judge.add_argument(
-        "--seed", type=int, default=0, help="of the draws, and of the data where not all are taken"
-    )
+    judge.add_argument("--seed", type=int, default=0, help="seed of draws and of the random subset")
     judge.set_defaults(run=_audit)
 
     sample = commands.add_parser("sample", help="draw data from a trained run", formatter_class=_Help)
     sample.add_argument("path", type=Path, metavar="RUN", help="a run directory of `pyroelbo train`")
     sample.add_argument("-n", "--num-samples", type=int, default=64, help="number of data to draw")
-    sample.add_argument("--seed", type=int, default=0, help="of the draws")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the draws")
     sample.set_defaults(run=_sample)
     return parser
 
@@ -154,11 +154,11 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
         else:
             more |= {"type": kind, "choices": tuple(names) or None}
         parser.add_argument(
-            *flags, dest=setting.name, help=about + "; the model's own default if left out" * own, **more
+            *flags, dest=setting.name, help=about + "; by default the model's own" * own, **more
         )
 
 
-# What the registry of models knows better than FitSettings.
+# Defaults come from the registry of models.
 _MODELS_OWN = ("epochs", "learning_rate")
 
 
@@ -170,7 +170,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         help="data set; digits ship with scikit-learn, the others are files",
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=None, help="where benchmark files lie; else $PYROELBO_DATA"
+        "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
     )
 
 
@@ -193,7 +193,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     for text in pairs:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
         parts = [_value(v) for v in value.split(",") if v]
         settings[name] = parts if "," in value else parts[0] if parts else ""
     return settings
@@ -210,7 +210,11 @@ def _value(text: str) -> Any:
 
 def _splits(dataset: str, form: str, root: Path | None) -> dict[str, torch.Tensor]:
     if dataset == "binarized_mnist" and form != "binary":
-        raise ValueError("binarized_mnist holds zeros and ones: take a Bernoulli likelihood, or --data mnist")
+        raise ValueError(
+            "--data: expected grey levels for this likelihood, got binarized_mnist: use a Bernoulli "
+            "likelihood, "
+            "or --data mnist"
+        )
     return data.load(dataset, form=form, root=root)
 
 
@@ -222,7 +226,7 @@ def _train(options: argparse.Namespace) -> int:
     pair = models.build(options.model, options.data, settings, splits["train"])
     warmup = options.kl_warmup
     if warmup < 0:
-        raise ValueError(f"--kl-warmup takes a number of epochs, got {warmup}")
+        raise ValueError(f"--kl-warmup: expected a number of epochs, got {warmup}")
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(FitSettings)}
     chosen |= {k: getattr(entry, k) for k in _MODELS_OWN if chosen[k] is None}
     if warmup > 0:
@@ -249,11 +253,13 @@ def _train(options: argparse.Namespace) -> int:
     bound = "".join(f", validation {k[6:]} {v:.3f}" for k, v in last.items() if k.startswith("valid_"))
     if last:
         print(
-            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} epochs ({run.stopped})"
+            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} "
+            f"epochs ({run.stopped})"
         )
     if run.stopped == "interrupted":
         print(
-            f"interrupted; go on with: pyroelbo train {options.model} --out {options.out} --resume (and the same options)",
+            f"interrupted; continue with: pyroelbo train {options.model} --out {options.out} --resume (and "
+            f"the same options)",
             file=sys.stderr,
         )
         return 130
@@ -263,7 +269,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     if options.num_data < 0:
-        raise ValueError(f"--num-data takes a number of data, or 0 for all, got {options.num_data}")
+        raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
     pair, config = models.load(options.path)
     form = models.entry(config["model"]).form(config["settings"])
     y = _splits(config["data"], form, options.data_dir)[options.split]
@@ -295,12 +301,13 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
-    """What each layer of a chain says of a datum, top first, and what is left to the pixels."""
+    """Rate of each layer of a chain, top first, and the reconstruction, in nats per datum."""
     terms = evidence.terms(pair, y, particles)
     parts = {site: terms.log_guide[site] - terms.log_model[site] for site in pair.sites}
     told = [f"{site} {rate.mean():.3f}" for site, rate in parts.items()]
     return (
-        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction {terms.log_model['y'].mean():.3f} minus "
+        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction "
+        f"{terms.log_model['y'].mean():.3f} minus "
         "the rates E[ln q - ln p] of " + ", ".join(told)
     )
 

@@ -31,11 +31,13 @@ __all__ = [
 
 
 class Encoder(nn.Module):
-    """q(z | y) over vectors of ``dims`` numbers, from ``takes`` numbers x that a network computes of y (abstract).
+    """q(z | y) over vectors of ``dims`` numbers, from ``takes`` numbers x that a network computes of y
+    (abstract).
 
-    ``encoder(x)``, x [*, takes], is a reparametrized distribution of event shape [dims]. ``encoder(x, base)`` reads x
-    in units of a Gaussian ``base``, z = base.loc + base.scale · u with u distributed as ``encoder(x)``: a correction
-    of a prior. Log scales stay within ±``bound``, softly; None leaves them as they are.
+    ``encoder(x)``, x [*, takes], is a reparametrized distribution of event shape [dims]. ``encoder(x, base)``
+    reads x in units of a Gaussian ``base``, z = base.loc + base.scale · u with u distributed as
+    ``encoder(x)``: a correction of a prior. Log scales stay within ±``bound``, softly; None leaves them as
+    they are.
     """
 
     def __init__(self, dims: int, bound: float | None = None) -> None:
@@ -91,10 +93,11 @@ class FullEncoder(Encoder):
 
 
 class FlowEncoder(Encoder):
-    """z = μ + s · f⁻¹(e; c), e ~ N(0, I): a spline flow conditioned on c around a diagonal Gaussian, x = (μ, ln s, c).
+    """z = μ + s · f⁻¹(e; c), e ~ N(0, I): a spline flow conditioned on c around a diagonal Gaussian, x = (μ,
+    ln s, c).
 
-    A coupling flow, whose draw and density cost one pass of each network; in one dimension a masked map. The flow
-    starts near the identity, so that training starts from about the diagonal Gaussian.
+    A coupling flow, whose draw and density cost one pass of each network; in one dimension a masked map. The
+    flow starts near the identity, so that training starts from about the diagonal Gaussian.
 
     Args:
         dims: number of dimensions.
@@ -137,12 +140,12 @@ class FlowEncoder(Encoder):
 class MixtureEncoder(Encoder):
     """(1/M) Σ_m N(μ_m, diag s_m²) over M = ``components``, x = (μ, ln s) of one component after the other.
 
-    The ELBO uses ln q(z | y) of the mixture, with the component summed out: a bound without auxiliary latents. As the
-    weights are equal, the component is drawn independently of all parameters and z = μ_m + s_m e is an ordinary
-    reparametrization, without bias; components share a mode where the posterior's modes have unequal mass. (The
-    gradient of learned weights would have to come from draws in the gaps between modes, and with separate modes
-    there are none.) ``loc`` [M, dims], N(0, I) at first and learned, is added to the means, so that components start
-    apart.
+    The ELBO uses ln q(z | y) of the mixture, with the component summed out: a bound without auxiliary
+    latents. As the weights are equal, the component is drawn independently of all parameters and z = μ_m +
+    s_m e is an ordinary reparametrization, without bias; components share a mode where the posterior's modes
+    have unequal mass. (The gradient of learned weights would have to come from draws in the gaps between
+    modes, and with separate modes there are none.) ``loc`` [M, dims], N(0, I) at first and learned, is added
+    to the means, so that components start apart.
 
     Source: Kviman, Melin, Koptagel, Elvira and Lagergren (2022), the bound of a uniform mixture.
     """
@@ -220,10 +223,11 @@ ENCODERS: dict[str, Callable[[int, float | None], Encoder]] = {
 
 
 def build(encoder: Choice, dims: int, bound: float | None = None) -> Encoder:
-    """The family of q(z | y) for a latent of ``dims`` numbers, by a name of :data:`ENCODERS` or from a callable.
+    """The family of q(z | y) for a latent of ``dims`` numbers, by a name of :data:`ENCODERS` or from a
+    callable.
 
-    A callable is given ``(dims, bound)``, as in ``functools.partial(MixtureEncoder, components=8)``. Raises ValueError
-    for unknown names.
+    A callable is given ``(dims, bound)``, as in ``functools.partial(MixtureEncoder, components=8)``. Raises
+    ValueError for unknown names.
     """
     if isinstance(encoder, str):
         if encoder not in ENCODERS:

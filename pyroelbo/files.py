@@ -1,4 +1,6 @@
-"""One reader for each kind of file: whatever is wrong with a file becomes one ValueError that names it. Nothing unpickles."""
+"""One reader for each kind of file: whatever is wrong with a file becomes one ValueError that names it.
+Nothing unpickles.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def read_jsonl(path: Path, rows: int | None = None) -> list[dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a safetensors file written by :func:`write_tensors`; ValueError for any other file."""
+    """Tensors and metadata of a safetensors file written by :func:`write_tensors`; ValueError for any other
+    file.
+    """
     try:
         with safe_open(path, framework="pt") as opened:
             meta = opened.metadata() or {}
@@ -79,11 +83,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
-    """Arrays of an npz file by name; ``arrays`` gives the dtype kinds (such as ``"u"``) and the shape that each must
-    have, None for any length.
+    """Arrays of an npz file by name; ``arrays`` gives the dtype kinds (such as ``"u"``) and the shape that
+    each must have, None for any length.
 
-    Headers are checked before anything is unpacked. ValueError, naming file and array, for what is missing, of another
-    dtype or shape, larger than 2 GiB, or damaged.
+    Headers are checked before anything is unpacked. ValueError, naming file and array, for what is missing,
+    of another dtype or shape, larger than 2 GiB, or damaged.
     """
     found = {}
     try:
@@ -116,7 +120,7 @@ def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, .
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one: beside its place, synced, then renamed."""
+    """Write a file so that a kill leaves the old one or the new one: beside it, synced, then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

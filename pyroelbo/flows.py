@@ -1,9 +1,9 @@
 """Invertible maps with tractable Jacobians, and the distributions that they make of Gaussian noise.
 
-Every map works in both directions, ``to_noise(x, context)`` and ``from_noise(e, context)``, each returning the
-value [*, d] and ln |det| of its own Jacobian [*]. Maps hold parameters but no state: nothing of a call is kept, so
-they can be copied, pickled and compiled after use. ``context`` [*, c] conditions a map on c numbers; leading
-dimensions broadcast.
+Every map works in both directions, ``to_noise(x, context)`` and ``from_noise(e, context)``, each returning
+the value [*, d] and ln |det| of its own Jacobian [*]. Maps hold parameters but no state: nothing of a call is
+kept, so they can be copied, pickled and compiled after use. ``context`` [*, c] conditions a map on c numbers;
+leading dimensions broadcast.
 
 Sources: Dinh, Krueger and Bengio (2015) for couplings; Papamakarios, Pavlakou and Murray (2017) for masked
 autoregressive maps; Durkan, Bekasov, Murray and Papamakarios (2019) for the splines.
@@ -37,8 +37,9 @@ _LOG_SCALE = 7.0  # log scales of affine maps stay within ± this
 def spline(x: Tensor, pieces: Sequence[Tensor], inverse: bool = False) -> tuple[Tensor, Tensor]:
     """Monotone rational-quadratic spline of [-5, 5] onto itself, the identity outside.
 
-    ``pieces`` are unnormalized widths and heights [*, bins] and inner log slopes [*, bins - 1] for every number of
-    ``x`` [*]. Returns the value at x and ln of the derivative there; with ``inverse``, those of the inverse map.
+    ``pieces`` are unnormalized widths and heights [*, bins] and inner log slopes [*, bins - 1] for every
+    number of ``x`` [*]. Returns the value at x and ln of the derivative there; with ``inverse``, those of the
+    inverse map.
 
     Source: Durkan et al. (2019), equations 4 to 8.
     """
@@ -76,8 +77,8 @@ def spline(x: Tensor, pieces: Sequence[Tensor], inverse: bool = False) -> tuple[
 
 
 class _SplineMap(nn.Module):
-    """An affine map and a spline of each coordinate behind the first ``kept``, whose parameters a network computes
-    from the other coordinates and the context (abstract)."""
+    """An affine map and a spline of each coordinate behind the first ``kept``, whose parameters a network
+    computes from the other coordinates and the context (abstract)."""
 
     def __init__(self, dims: int, kept: int, bins: int) -> None:
         super().__init__()
@@ -138,7 +139,8 @@ class Coupling(_SplineMap):
 
 
 class MaskedMap(_SplineMap):
-    """Moves every coordinate given those before it: one pass of a masked network to the noise, ``dims`` passes back."""
+    """Moves every coordinate given those before it: one pass of a masked network to the noise, ``dims``
+    passes back."""
 
     def __init__(self, dims: int, hidden: Sequence[int], bins: int = 8, context: int = 0) -> None:
         super().__init__(dims, 0, bins)
@@ -168,8 +170,9 @@ def _scale_down(last: Any) -> None:
 class SplineFlow(nn.Module):
     """``layers`` spline maps one after the other, with the coordinates' order permuted before each.
 
-    ``to_noise(x)`` is e = f_L(… f_1(x)) and ``from_noise(e)`` its inverse; both also return ln |det| of their own
-    Jacobian. Cost: one pass of each network in either direction, ``dims`` passes from noise for ``autoregressive``.
+    ``to_noise(x)`` is e = f_L(… f_1(x)) and ``from_noise(e)`` its inverse; both also return ln |det| of their
+    own Jacobian. Cost: one pass of each network in either direction, ``dims`` passes from noise for
+    ``autoregressive``.
 
     Args:
         dims: number of coordinates; at least 2 for ``coupling``.
@@ -228,8 +231,8 @@ class FlowDistribution(TorchDistribution):
 
         ln p(z) = ln N(f(x); 0, I) + ln |det f'(x)| - Σ_d log_scale_d.
 
-    ``flow`` is f (:class:`SplineFlow`); ``loc`` and ``log_scale`` are [*B, d], and ``context`` [*B, c]; event shape
-    [d]. Draws are reparametrized. ``expand`` adds batch dimensions, which share the parameters.
+    ``flow`` is f (:class:`SplineFlow`); ``loc`` and ``log_scale`` are [*B, d], and ``context`` [*B, c]; event
+    shape [d]. Draws are reparametrized. ``expand`` adds batch dimensions, which share the parameters.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Sums of exponentials that stay right at minus infinity, and the units of information."""
+"""Sums of exponentials that are right at minus infinity, units of information, and counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def duration(text: str, name: str = "budget") -> float:
-    """Seconds of a time such as ``"90s"``, ``"10min"`` or ``"2h"``; ValueError, naming the argument, for anything else."""
+    """Seconds of a time such as ``"90s"``, ``"10min"`` or ``"2h"``; ValueError, naming the argument, for
+    anything else.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text) if isinstance(text, str) else None
     if found is None or found[2] not in _SECONDS or float(found[1]) == 0:
         raise ValueError(f"{name}: expected a time such as '90s', '10min' or '2h', got {text!r}")
@@ -32,17 +34,17 @@ def duration(text: str, name: str = "budget") -> float:
 
 
 def positive_count(name: str, value: Any, what: str = "number") -> int:
-    """``value``, an integer above zero; ValueError names the argument and says what it takes."""
+    """``value`` if it is a positive integer; ValueError, naming the argument, otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} takes a positive {what}, got {value!r}")
+        raise ValueError(f"{name}: expected a positive {what}, got {value!r}")
     return value
 
 
 def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:
     """ln Σ exp(x) over ``dim``: where every term is -inf the value is -inf and the gradient is zero.
 
-    ``torch.logsumexp`` has NaN gradients there, which spread through a dynamic program even when the
-    cell is never used. The gradient elsewhere is the softmax; NaN in gives NaN out. Cost: O(x.numel()).
+    ``torch.logsumexp`` has NaN gradients there, which spread through a dynamic program even if the cell is
+    not used. The gradient elsewhere is the softmax; NaN in gives NaN out. Cost: O(x.numel()).
     """
     peak = x.detach().amax(dim, keepdim=True)
     peak = torch.where(peak.isinf(), torch.zeros_like(peak), peak)
@@ -55,8 +57,8 @@ def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False)
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """ln (1/K) Σ_k w_k over ``dim`` and its standard error, both in nats.
 
-    The standard error is the delta method's, sd(w) / (√K · mean(w)); it is NaN for K = 1, where one draw
-    cannot tell, and where all weights are zero. Weights of any size are fine: they are scaled by their maximum first.
+    The standard error is the delta method's, sd(w) / (√K · mean(w)); it is NaN for K = 1 and where all
+    weights are zero. Weights are scaled by their maximum first, so they may have any size.
 
     Source: Owen (2013), *Monte Carlo theory, methods and examples*, section 2.8.
     """
@@ -74,7 +76,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def nats_to_bits(nats):
-    """Nats to bits: divide by ln 2. Tensors, arrays and numbers alike."""
+    """Nats to bits: division by ln 2, of tensors, arrays or numbers."""
     return nats / math.log(2.0)
 
 

@@ -1,4 +1,4 @@
-"""The parameter update shared by eager and compiled training steps: rule, state, clipping, moving averages."""
+"""The parameter update of eager and compiled training steps: rule, state, clipping, averages."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Reduction = Callable[[list[Tensor]], list[Tensor]]
 def averaging(decay: float, clock: Any) -> Any:
     """Weight of the newest parameters in their moving average at step ``clock`` = 1, 2, …
 
-    max(1 - decay, 9/(9 + clock)): the initial parameters are forgotten quickly (after t steps their share is below
-    (9/t)⁹, where decay^t is still 0.45 after 800 steps of 0.999). A float for a number, a tensor for a tensor.
+    max(1 - decay, 9/(9 + clock)): the initial parameters are forgotten quickly (after t steps their share is
+    below (9/t)⁹, where decay^t is still 0.45 after 800 steps of 0.999). A float for a number, a tensor for a
+    tensor.
     """
     early = 9 / (9 + clock)
     return early.clamp(min=1 - decay) if isinstance(early, Tensor) else max(1 - decay, early)
@@ -35,8 +36,8 @@ def averaging(decay: float, clock: Any) -> Any:
 def aligned(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in the memory order of its parameter.
 
-    Torch's fused CPU optimizers ignore strides and would apply each entry's update to another entry; convolutions
-    return gradients in another memory order.
+    Torch's fused CPU optimizers ignore strides and would apply each entry's update to another entry;
+    convolutions return gradients in another memory order.
     """
     if gradient.stride() == parameter.stride():
         return gradient
@@ -51,11 +52,13 @@ class UpdateRule:
         optimizer: "adam", "adamw" or "sgd", with the formulas of torch.optim.
         betas: decay rates of adam's and adamw's two moment estimates.
         eps: added to the root of the second moment.
-        weight_decay: L2 for adam and sgd, decoupled for adamw; None is torch's default, 0.01 for adamw, else 0.
+        weight_decay: L2 for adam and sgd, decoupled for adamw; None is torch's default, 0.01 for adamw, else
+            0.
         momentum: of sgd.
         nesterov: Nesterov momentum, of sgd.
         clip_norm: bound on the Euclidean norm of the whole gradient, or None.
-        skip_norm: a step whose gradient is longer than this, or not finite, is left out (Child, 2021); or None.
+        skip_norm: a step whose gradient is longer than this, or not finite, is left out (Child, 2021); or
+            None.
         ema: decay of the moving average of the parameters, or None.
 
     Raises ValueError, naming the field, for values out of range.
@@ -98,18 +101,20 @@ class UpdateRule:
 
 
 class TrainingStep(ABC):
-    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 - a)·θ̄ + a·θ, a by :func:`averaging` (abstract).
+    """loss ← objective; θ ← optimizer(θ, clip(∇loss)); θ̄ ← (1 - a)·θ̄ + a·θ, a by :func:`averaging`
+    (abstract).
 
-    ``step(*batch)`` returns the loss before the update, a detached tensor []. Only ``parameters`` change; others
-    that the loss depends on stay as they are. A parameter without a gradient is not updated. All parameters share
-    one clock. ``buffers`` (BatchNorm's running statistics), by name, are averaged like the parameters.
+    ``step(*batch)`` returns the loss before the update, a detached tensor []. Only ``parameters`` change;
+    others that the loss depends on stay as they are. A parameter without a gradient is not updated. All
+    parameters share one clock. ``buffers`` (BatchNorm's running statistics), by name, are averaged like the
+    parameters.
 
     ``reduce`` is called with the list of gradients between the backward pass and clipping, and returns the
     gradients to use: the place to average over processes.
 
-    ``averages`` are the moving averages by name (empty without ``rule.ema``), ``skipped`` counts the steps left out.
-    The state's layout does not depend on the subclass. Memory: two tensors a parameter for adam, one for sgd with
-    momentum, one more with ``ema``.
+    ``averages`` are the moving averages by name (empty without ``rule.ema``), ``skipped`` counts the steps
+    left out. The state's layout does not depend on the subclass. Memory: two tensors a parameter for adam,
+    one for sgd with momentum, one more with ``ema``.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,18 @@ class _ProgramAttribute:
         return programs[self.function]
 
 
+def _noting(init: Callable) -> Callable:
+    """A constructor that notes the parameters it leaves, for pairs that can start from data."""
+
+    @functools.wraps(init)
+    def __init__(self: Pair, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is __init__ and hasattr(self, "initialize"):
+            self._constructed = self._checksum()
+
+    return __init__
+
+
 class Pair(PyroModule):
     """A generator and an encoder over the same latent sites, with their parameters.
 
@@ -132,6 +145,8 @@ class Pair(PyroModule):
         for name in ("model", "guide"):
             if callable(cls.__dict__.get(name)):
                 setattr(cls, name, _ProgramAttribute(cls.__dict__[name]))
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         for name in ("model", "guide"):
@@ -202,6 +217,21 @@ class Pair(PyroModule):
                 "parameters"
             )
         return found
+
+    @property
+    def pristine(self) -> bool:
+        """Whether the parameters still have the values that the constructor gave them, dtype and device
+        aside.
+
+        False for pairs without ``initialize``.
+        """
+        return getattr(self, "_constructed", None) == self._checksum()
+
+    def _checksum(self) -> int:
+        total = 0
+        for p in self.parameters():
+            total = zlib.crc32(p.detach().to("cpu", torch.float32).contiguous().numpy().tobytes(), total)
+        return total
 
     def latent_path(self, *batch: Any, **named: Any) -> LatentPath | None:
         """The latent path step by step, for pairs that draw it at one site; None if every latent has its own

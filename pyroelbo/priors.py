@@ -32,8 +32,8 @@ __all__ = [
 class Prior(nn.Module):
     """p(z) over vectors of ``dims`` numbers (abstract): ``prior()`` is a distribution of event shape [dims].
 
-    Its batch shape is empty and a plate expands it: ``z = pyro.sample("z", self.prior())``. Its parameters are
-    trained by the ELBO like all others. If no closed-form KL to the guide is registered, Pyro's
+    Its batch shape is empty and a plate expands it: ``z = pyro.sample("z", self.prior())``. Its parameters
+    are trained by the ELBO like all others. If no closed-form KL to the guide is registered, Pyro's
     ``TraceMeanField_ELBO`` estimates that term by Monte Carlo.
     """
 
@@ -87,11 +87,11 @@ class GaussianMixturePrior(Prior):
 class VampPrior(Prior):
     """p(z) = (1/M) Σ_m q(z | u_m): the aggregated posterior of M learned pseudo-inputs u_m.
 
-    ``encode`` is the pair's encoder, from inputs [M, ...] to q(z | u) with event shape [dims]; its parameters are
-    shared, not copied. ``pseudo_inputs [M, ...]`` are in the units of the data; :meth:`initialize` sets them to data
-    drawn without replacement plus Gaussian noise of ``noise`` times the data's standard deviation. Raises ValueError
-    for more pseudo-inputs than data, or if the encoder's latent has a different size. Cost: the encoder on M inputs
-    per batch, and O(M · dims) per draw.
+    ``encode`` is the pair's encoder, from inputs [M, ...] to q(z | u) with event shape [dims]; its parameters
+    are shared, not copied. ``pseudo_inputs [M, ...]`` are in the units of the data; :meth:`initialize` sets
+    them to data drawn without replacement plus Gaussian noise of ``noise`` times the data's standard
+    deviation. Raises ValueError for more pseudo-inputs than data, or if the encoder's latent has a different
+    size. Cost: the encoder on M inputs per batch, and O(M · dims) per draw.
 
     Source: Tomczak and Welling (2018), equation 9.
     """
@@ -134,7 +134,8 @@ class VampPrior(Prior):
             )
         if u.shape[1:] != y.shape[1:]:
             raise ValueError(
-                f"y: expected rows of shape {tuple(u.shape[1:])}, that of the pseudo-inputs, got {tuple(y.shape[1:])}"
+                f"y: expected rows of shape {tuple(u.shape[1:])}, that of the pseudo-inputs, got "
+                f"{tuple(y.shape[1:])}"
             )
         y = y.to(u)
         drawn = y[torch.randperm(len(y), device=y.device)[: len(u)]]
@@ -142,7 +143,8 @@ class VampPrior(Prior):
 
 
 class AutoregressivePrior(Prior):
-    """p(z) = Π_d p(z_d | z_1 … z_{d-1}), each a mixture of ``components`` Gaussians computed by a masked network.
+    """p(z) = Π_d p(z_d | z_1 … z_{d-1}), each a mixture of ``components`` Gaussians computed by a masked
+    network.
 
     Cost: one pass of the network for a density, ``dims`` passes for a draw.
 
@@ -211,14 +213,14 @@ class FlowPrior(Prior):
     """p(z) = N(f(x); 0, I) |det f'(x)| exp(-Σ log_scale), x = (z - loc) / exp(log_scale), f a
     :class:`~pyroelbo.flows.SplineFlow`.
 
-    ``loc`` and ``log_scale`` [dims] start at 0; :meth:`standardize` estimates them from samples. Raises ValueError
-    for a coupling of fewer than 2 dimensions. Cost: one pass of each network for a density and for a draw;
-    ``autoregressive`` takes ``dims`` passes for a draw.
+    ``loc`` and ``log_scale`` [dims] start at 0; :meth:`standardize` estimates them from samples. Raises
+    ValueError for a coupling of fewer than 2 dimensions. Cost: one pass of each network for a density and for
+    a draw; ``autoregressive`` takes ``dims`` passes for a draw.
 
     Args:
         dims: number of dimensions.
-        kind: ``"coupling"`` (half of the coordinates given the others) or ``"autoregressive"`` (each given those
-            before it).
+        kind: ``"coupling"`` (half of the coordinates given the others) or ``"autoregressive"`` (each given
+            those before it).
         layers: number of maps, between which the coordinates are permuted.
         hidden: widths of each map's network.
         bins: pieces of each spline on [-5, 5], in units of ``exp(log_scale)``.
@@ -268,7 +270,8 @@ def build(
     shape: Sequence[int],
     site: str = "z",
 ) -> Prior:
-    """The prior of a latent, by name or as it is. Raises ValueError for unknown names and sizes that do not fit.
+    """The prior of a latent, by name or as it is. Raises ValueError for unknown names and sizes that do not
+    fit.
 
     Args:
         prior: one of :data:`PRIORS`, or a :class:`Prior` of ``dims`` dimensions.
@@ -281,7 +284,8 @@ def build(
     if isinstance(prior, Prior):
         if prior.dims != dims:
             raise ValueError(
-                f"prior: expected {dims} dimensions for the latent {site!r}, got a {type(prior).__name__} of {prior.dims}"
+                f"prior: expected {dims} dimensions for the latent {site!r}, got a {type(prior).__name__} "
+                f"of {prior.dims}"
             )
         return prior
     try:

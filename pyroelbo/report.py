@@ -1,4 +1,4 @@
-"""Figures and exports from records and plain arrays; this module sees no models."""
+"""Figures and exports of results and plain arrays; this module sees no models."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def _save(figure: Any, path: str | Path) -> Path:
 def plot(
     result: Audit | Decomposition | Sandwich, path: str | Path, decomposition: Decomposition | None = None
 ) -> Path:
-    """Lower bounds, exact values and upper bounds on one axis: each datum at left, the means at right. Returns
+    """Plot lower bounds, exact values and upper bounds: each datum on the left, means on the right. Returns
     the path.
 
-    Triangles point to where ln p(y) is: up from a lower bound, down from an upper one. With a reference the left
-    panel shows value - reference; a joint audit has no left panel. A Decomposition, given by itself or beside an
+    Triangles point towards ln p(y): up from a lower bound, down from an upper bound. With a reference the
+    left panel shows value - reference; a joint audit has no left panel. A Decomposition, alone or with an
     audit, adds the parts of the gap.
     """
     audit = result if isinstance(result, Audit) else result.as_audit()
@@ -164,7 +164,7 @@ def _bars(error: Tensor) -> Tensor:
 
 
 def plot_curve(run: Run, path: str | Path) -> Path:
-    """Loss per epoch, and the validation bound's where there was one, in nats per datum."""
+    """Plot the loss per epoch and the validation bound, if any, in nats per datum. Returns the path."""
     figure, axis = _figure(5.5, 3.6)
     epochs = [row["epoch"] for row in run.metrics]
     axis.plot(epochs, run.losses, label="training loss")
@@ -183,7 +183,7 @@ def plot_curve(run: Run, path: str | Path) -> Path:
 
 
 def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
-    """What each layer of each pair says of a datum: a bar of nats for the rate of every latent site, by pair.
+    """Plot the rate of every latent site of each pair, a bar in nats per datum.
 
     ``layers`` are what ``evidence.site_gaps`` found, by name. Returns the path.
     """
@@ -208,7 +208,7 @@ def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
 def images(
     rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None
 ) -> Path:
-    """Rows of pictures, one tensor [n, H·W] in [0, 1] a row, with a title each."""
+    """Plot rows of images, a tensor [n, H·W] in [0, 1] for each row, with a title each. Returns the path."""
     columns = max(len(r) for r in rows)
     figure, axes = _figure(0.62 * columns + 1.2, 0.72 * len(rows))
     height, width = shape
@@ -230,8 +230,9 @@ def images(
 def plot_latents(
     mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path
 ) -> Path:
-    """The two-dimensional latent plane: posterior means [N, 2] coloured by label, and decoded pictures [n²,
-    H·W] over it."""
+    """Plot a two-dimensional latent plane: posterior means [N, 2], coloured by label, and decoded images [n²,
+    H·W].
+    """
     figure, (left, right) = _figure(10, 4.8, 2)
     points = mean.detach().cpu()
     if labels is None:
@@ -285,8 +286,9 @@ def plot_holes(diagnostics: Diagnostics, path: str | Path) -> Path:
 
 
 def plot_planes(planes: Mapping[str, tuple[Tensor, Tensor, float]], path: str | Path) -> Path:
-    """For each name ln p(z) and ln q(z) on a square grid [n, n] of the latent plane with rows along z[1], and the
-    side's half: both densities on [-half, half]², and below them ln p - ln q with the holes, above 3, outlined.
+    """For each name ln p(z) and ln q(z) on a square grid [n, n] of the latent plane with rows along z[1], and
+    the side's half: both densities on [-half, half]², and below them ln p - ln q with the holes, above 3,
+    outlined.
 
     The ratio is left white where both densities are below e^-6 of their highest values on the grid.
     """
@@ -316,8 +318,9 @@ def plot_planes(planes: Mapping[str, tuple[Tensor, Tensor, float]], path: str | 
 
 
 def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) -> Path:
-    """Rank histograms of the ``most`` quantities with the smallest p values, with the band that holds 99 % of
-    the bins of a calibrated guide."""
+    """Plot rank histograms of the ``most`` quantities with the smallest p-values, with the band that contains
+    99 % of the bins of a calibrated guide. Returns the path.
+    """
     worst = calibration.p_values.argsort()[:most].tolist()
     columns = min(3, len(worst))
     rows = math.ceil(len(worst) / columns)
@@ -339,8 +342,9 @@ def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) 
 
 
 def bits_table(audit: Audit, dims: int) -> str:
-    """The audit's means as bits per dimension of data with ``dims`` dimensions; only meaningful for
-    probabilities, not densities."""
+    """Table of the audit's means in bits per dimension of data with ``dims`` dimensions (for probabilities,
+    not densities).
+    """
     lines = [f"{'method':<12}  {'kind':<8}  bits/dim"]
     for bound in sorted(audit.bounds, key=lambda b: -b.mean):
         lines.append(f"{bound.method:<12}  {bound.kind:<8}  {bits_per_dim(bound.mean, dims):8.4f}")
@@ -350,11 +354,11 @@ def bits_table(audit: Audit, dims: int) -> str:
 def to_arviz(result: Audit | Decomposition | Sandwich, terms: Terms | None = None) -> Any:
     """A result as arviz data: an ``InferenceData`` on arviz below 1, a ``DataTree`` from 1 on.
 
-    Group ``bounds`` has for every row its ``value`` and ``error``, [estimator, datum] (joint ones [estimator]),
-    with kind, draws and cost as coordinates. ``terms``, the guide's draws of :func:`pyroelbo.evidence.terms` on
-    the same data, add ``posterior`` (the latents drawn), ``sample_stats`` with ``log_p`` = ln p(y, z) and
-    ``log_q`` = ln q(z | y), and ``log_likelihood`` = ln p(y | z) by observed site, [chain, draw, datum]. No
-    bound is exported as a likelihood.
+    Group ``bounds`` has for every row its ``value`` and ``error``, [estimator, datum] (joint ones
+    [estimator]), with kind, draws and cost as coordinates. ``terms``, the guide's draws of
+    :func:`pyroelbo.evidence.terms` on the same data, add ``posterior`` (the latents drawn), ``sample_stats``
+    with ``log_p`` = ln p(y, z) and ``log_q`` = ln q(z | y), and ``log_likelihood`` = ln p(y | z) by observed
+    site, [chain, draw, datum]. No bound is exported as a likelihood.
     """
     from importlib.metadata import version
 

@@ -1,4 +1,6 @@
-"""Run directories: configuration, metrics, atomic checkpoints and weights, and the lock that keeps two trainings apart."""
+"""Run directories: configuration, metrics, atomic checkpoints and weights, and the lock that keeps two
+trainings apart.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ try:
 except ImportError:  # no POSIX locks on this platform
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RunDirectory", "choose_device", "copy_into", "fresh", "group", "interruptible"]
+__all__ = ["RunDirectory", "check_same", "choose_device", "copy_into", "fresh", "group", "interruptible"]
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY, LOCK = (
     "config.json",
@@ -37,10 +39,10 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY, LOCK = (
 class RunDirectory:
     """One training run on disk.
 
-    ``config.json`` is what was asked for; ``metrics.jsonl`` has a row per epoch; ``checkpoint.safetensors`` is all it
-    takes to continue; ``weights.safetensors`` and ``run.json`` are written at the end. Every file but the metrics is
-    written beside its place and renamed, so that a kill leaves the old one or the new one; nothing is deleted.
-    Wall-clock times are in ``run.json`` only.
+    ``config.json`` is what was asked for; ``metrics.jsonl`` has a row per epoch; ``checkpoint.safetensors``
+    is all it takes to continue; ``weights.safetensors`` and ``run.json`` are written at the end. Every file
+    but the metrics is written beside its place and renamed, so that a kill leaves the old one or the new one;
+    nothing is deleted. Wall-clock times are in ``run.json`` only.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,11 +57,12 @@ class RunDirectory:
         resume: bool = False,
         free: Sequence[str] = ("epochs",),
     ) -> RunDirectory:
-        """A new run directory, or with ``resume`` the existing one, locked until :meth:`close` or the process's end.
+        """A new run directory, or with ``resume`` the existing one, locked until :meth:`close` or the
+        process's end.
 
         Raises FileExistsError for a directory that is not empty, FileNotFoundError for nothing to resume,
-        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own in a key
-        that is not ``free``, RuntimeError while another process trains there.
+        PermissionError where it cannot be written, ValueError where ``config`` differs from the run's own in
+        a key that is not ``free``, RuntimeError while another process trains there.
         """
         run = cls(path)
         if resume:
@@ -74,7 +77,8 @@ class RunDirectory:
                 )
         elif run.path.exists() and (not run.path.is_dir() or {p.name for p in run.path.iterdir()} - {LOCK}):
             raise FileExistsError(
-                f"{run.path} exists and is not empty: choose another directory, or resume=True to continue its run"
+                f"{run.path} exists and is not empty: choose another directory, or resume=True to continue "
+                f"its run"
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -122,11 +126,13 @@ class RunDirectory:
             raise ValueError(f"{file} was not written by pyroelbo")
         return config
 
-    def finish(self, weights: Mapping[str, Tensor], summary: Mapping[str, Any]) -> None:
-        """Write the weights to keep and the run's summary, whose ``steps`` tell their age, and release the lock."""
-        files.write_tensors(self.path / WEIGHTS, weights, {"step": summary["steps"]})
-        self.write_json(SUMMARY, dict(summary))
-        self.close()
+    def finish(
+        self, weights: Mapping[str, Tensor], *, stopped: str, epochs: int, steps: int, seconds: float
+    ) -> None:
+        """Write the weights to keep, with their number of steps, and the run's summary."""
+        files.write_tensors(self.path / WEIGHTS, weights, {"step": steps})
+        summary = {"stopped": stopped, "epochs": epochs, "steps": steps, "seconds": round(seconds, 3)}
+        self.write_json(SUMMARY, summary)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=1) + "\n")
@@ -182,7 +188,9 @@ class RunDirectory:
         return group(tensors, "state/"), meta
 
     def count(self, meta: Mapping[str, Any], key: str) -> int:
-        """A count in the metadata of a checkpoint or of weights; ValueError for anything but a number of at least 0."""
+        """A count in the metadata of a checkpoint or of weights; ValueError for anything but a number of at
+        least 0.
+        """
         value = meta.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
             raise ValueError(f"{self.path / CHECKPOINT} is damaged: expected a count {key!r}, got {value!r}")
@@ -190,7 +198,9 @@ class RunDirectory:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Context manager in which whatever a checkpoint's content breaks is a ValueError that names the checkpoint."""
+        """Context manager in which whatever a checkpoint's content breaks is a ValueError that names the
+        checkpoint.
+        """
         file = self.path / CHECKPOINT
         try:
             yield
@@ -215,9 +225,8 @@ def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors of the same names and shapes; ValueError, naming the first that differs, before anything
-    is changed."""
+def check_same(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """ValueError, naming the first difference, unless both have the same names and shapes."""
     missing, extra = sorted(set(target) - set(source)), sorted(set(source) - set(target))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which this pair lacks"
@@ -228,14 +237,21 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where:
                 f"{where} belongs to another pair: {name!r} has shape "
                 f"{tuple(source[name].shape)} there, {tuple(tensor.shape)} here"
             )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors after :func:`check_same`: nothing is changed where anything differs."""
+    check_same(target, source, where)
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Context manager in which Ctrl-C sets an event, so that a step is never cut short; a second one interrupts."""
+    """Context manager in which Ctrl-C sets an event, so that a step is never cut short; a second one
+    interrupts.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -263,7 +279,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"device: expected one that is available, got {str(device)!r}: this machine has no CUDA device (or "
+            f"device: expected one that is available, got {str(device)!r}: this machine has no CUDA device "
+            f"(or "
             "torch was built without CUDA)"
         )
     return place

@@ -74,7 +74,8 @@ def labelled_frames(n, steps=6):
 
 
 class Conjugate(ExactPair):
-    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal guide."""
+    """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal
+    guide."""
 
     def __init__(self, counts=3):
         super().__init__()

@@ -19,14 +19,14 @@ def test_batches_from_tensors_arrays_tuples_and_dicts():
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (torch.tensor([[1.0], [float("nan")]]), ValueError, "first in row 1"),
-        (torch.tensor([float("inf")]), ValueError, "NaN or infinite"),
-        (torch.zeros(0, 3), ValueError, "empty"),
-        (torch.tensor(1.0), ValueError, "single number"),
+        (torch.tensor([[1.0], [float("nan")]]), ValueError, "expected finite entries.* row 1"),
+        (torch.tensor([float("inf")]), ValueError, "got NaN or infinite"),
+        (torch.zeros(0, 3), ValueError, r"expected at least one row, got shape \(0, 3\)"),
+        (torch.tensor(1.0), ValueError, "got a single number"),
         ((), ValueError, "at least one tensor"),
-        ((torch.zeros(3), torch.zeros(4)), ValueError, r"different lengths.*'data\[0\]': 3"),
-        ("digits", TypeError, "takes a tensor"),
-        (np.array(["a"]), TypeError, "takes numbers"),
+        ((torch.zeros(3), torch.zeros(4)), ValueError, r"same first dimension, got lengths.*'data\[0\]': 3"),
+        ("digits", TypeError, "expected a tensor"),
+        (np.array(["a"]), TypeError, "expected numbers"),
         ({"x": None}, TypeError, r"data\['x'\]"),
     ],
 )

@@ -98,7 +98,7 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
             "there is no",
         ),
-        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs takes a positive"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs: expected a positive"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup takes"),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],

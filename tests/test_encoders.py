@@ -1,4 +1,6 @@
-"""Encoders: densities that integrate to one, reparametrized draws, and posteriors that a diagonal Gaussian misses."""
+"""Encoders: densities that integrate to one, reparametrized draws, and posteriors that a diagonal Gaussian
+misses.
+"""
 
 import functools
 import math
@@ -7,8 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 from pyroelbo import Pair, encoders, evidence, fit, models
+from pyroelbo.compiled import CompiledStep
 from pyroelbo.encoders import ENCODERS, MixtureEncoder, UniformMixture
 from pyroelbo.nn import MLP
 
@@ -129,8 +133,9 @@ def data(f, noise):
 
 
 def test_a_correlated_posterior_is_found_by_all_but_the_diagonal():
-    """y = z_1 + z_2 + N(0, 0.3²): the posterior's correlation is -0.917, and a diagonal q cannot come nearer than
-    -½ ln(1 - 0.917²) = 0.92 nats."""
+    """y = z_1 + z_2 + N(0, 0.3²): the posterior's correlation is -0.917, and a diagonal q cannot come nearer
+    than -½ ln(1 - 0.917²) = 0.92 nats.
+    """
 
     def f(z):
         return z.sum(-1, keepdim=True)
@@ -197,3 +202,13 @@ def test_an_encoder_of_ones_own():
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_step_is_one_graph(kind):
+    pair = models.VAE(6, 2, (8,), encoder=kind)
+    step = CompiledStep(Trace_ELBO(), pair.model, pair.guide, dict(pair.named_parameters()), backend="eager")
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            step(torch.bernoulli(torch.full((8, 6), 0.4)))
+    assert step.counters.compiled_calls == 3 and step.counters.fallbacks == 0

@@ -68,7 +68,8 @@ def test_simulate_has_the_generators_moments():
     _, y = pair.simulate(40000)
     g = pair.generator
     covariance = g.weight @ g.weight.T + (2 * g.log_scale).exp() * torch.eye(5)
-    # Entries of a sample covariance have variance (C_ij² + C_ii C_jj) / n; 25 of them at six standard errors: 5e-8.
+    # Entries of a sample covariance have variance (C_ij² + C_ii C_jj) / n; 25 of them at six standard errors:
+    # 5e-8.
     error = ((covariance**2 + torch.outer(covariance.diag(), covariance.diag())) / 40000).sqrt()
     assert ((torch.cov(y.T) - covariance).abs() < 6 * error).all()
 

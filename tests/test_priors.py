@@ -48,7 +48,8 @@ def test_the_mass_of_a_square_is_the_share_of_draws_in_it(kind):
     with torch.no_grad():
         mass = float(prior.log_prob(grid).exp().sum()) * 0.04**2
         share = float((prior.sample((20_000,)).abs() < 8).all(-1).double().mean())
-    # 4.5 standard errors of the share (false alarms: 7e-6 for each of 6), and the kinks of splines within a cell.
+    # 4.5 standard errors of the share (false alarms: 7e-6 for each of 6), and the kinks of splines within a
+    # cell.
     assert abs(mass - share) < 4.5 * math.sqrt(share * (1 - share) / 20_000) + 3e-3
     assert share > 0.3
 

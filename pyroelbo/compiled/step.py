@@ -21,8 +21,8 @@ __all__ = ["CompiledStep"]
 # Above so many parameters the update runs right after the graph, in torch's fused kernels: the time to build
 # one loop a parameter grows faster than what it saves.
 _MOST_INSIDE = 24
-# Inductor keeps in float32 what the graph, run by itself, rounds to bfloat16 between two operations. Weights of
-# particles are exponentials of sums over all pixels: their gradients differed by up to 0.13 of their size.
+# Inductor keeps in float32 what the graph, run by itself, rounds to bfloat16 between two operations. Weights
+# of particles are exponentials of sums over all pixels: their gradients differed by up to 0.13 of their size.
 _ROUNDING = 0.3
 
 
@@ -42,8 +42,8 @@ class CompiledStep(TrainingStep):
     device, train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept;
     beyond ``max_graphs``, and for models that cannot be captured, the same update runs on Pyro's eager
     gradients after one ``CompileWarning``. For bf16, call the step inside ``torch.autocast``. With more than
-    24 parameters, with ``skip_norm`` and with ``reduce`` the update runs right after the graph, in torch's fused
-    kernels.
+    24 parameters, with ``skip_norm`` and with ``reduce`` the update runs right after the graph, in torch's
+    fused kernels.
 
     Args:
         objective: a Pyro ELBO; its loss is in nats.
@@ -51,15 +51,17 @@ class CompiledStep(TrainingStep):
         guide: the guide that the objective is called with.
         parameters: the leaf tensors to train, by name.
         lr: learning rate.
-        buffers: tensors by name that the loss changes (BatchNorm's running statistics), averaged with ``ema``.
+        buffers: tensors by name that the loss changes (BatchNorm's running statistics), averaged with
+            ``ema``.
         reduce: called with the list of gradients between backward pass and clipping; returns those to use.
         backend: "inductor", or "eager": the captured graph run operation by operation.
         max_graphs: most graphs kept.
         options: options of Inductor.
         rule: fields of :class:`~pyroelbo.optim.UpdateRule`: optimizer, clip_norm, skip_norm, ema, …
 
-    To anneal the KL weight, give ``Weighted_ELBO`` and set its ``weight``: a tensor, so nothing is retraced. A resumed
-    run equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict`` are restored.
+    To anneal the KL weight, give ``Weighted_ELBO`` and set its ``weight``: a tensor, so nothing is retraced.
+    A resumed run equals an unbroken one bit for bit on the CPU when random state, weights and ``state_dict``
+    are restored.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Data to train on: data sets of images by name, and a user's own texts as rows."""
+"""Data: image data sets by name, and texts or sequences of your own as padded rows."""
 
 from pyroelbo.data.images import NAMES, binarize, labels, levels, load, shape
+from pyroelbo.data.sequences import sequences
 from pyroelbo.data.text import strings, windows
 
-__all__ = ["NAMES", "binarize", "labels", "levels", "load", "shape", "strings", "windows"]
+__all__ = ["NAMES", "binarize", "labels", "levels", "load", "sequences", "shape", "strings", "windows"]

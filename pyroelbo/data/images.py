@@ -1,4 +1,5 @@
-"""Data sets of images: the digits that ship inside scikit-learn, and benchmark files read from a path. Nothing is downloaded."""
+"""Image data sets: the digits that ship with scikit-learn, and benchmark files read from a path. Nothing is
+downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def _digits(root: Path | None) -> dict[str, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'pyroelbo[images]'") from error
+        raise ImportError("the digits ship with scikit-learn: pip install 'pyroelbo[images]'") from error
     x = torch.from_numpy(load_digits().images).reshape(-1, 64).to(torch.get_default_dtype()) / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x = x[order]
@@ -61,7 +62,7 @@ def _freyfaces(root: Path | None) -> dict[str, Tensor]:
 
 
 _SETS: dict[str, tuple[Callable[[Path | None], dict[str, Tensor]], tuple[int, ...], int]] = {
-    # loader, shape of one datum, number of grey levels (16 steps of the digits, 255 of the others)
+    # loader, shape of one datum, number of grey levels
     "digits": (_digits, (8, 8), 17),
     "binarized_mnist": (_binarized_mnist, (28, 28), 2),
     "mnist": (_mnist, (28, 28), 256),
@@ -77,25 +78,30 @@ def _find(root: Path | None, name: str) -> Path:
     path = folder / name
     if root is None and "PYROELBO_DATA" not in os.environ:
         raise FileNotFoundError(
-            f"{name} is not part of the package: say where it lies by data_dir=, or set PYROELBO_DATA"
+            f"{name}: expected its folder as data_dir= or in $PYROELBO_DATA, got neither; it is not part "
+            "of the package"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path}: no such file")
     return path
+
+
+def _row(name: str) -> tuple[Callable[[Path | None], dict[str, Tensor]], tuple[int, ...], int]:
+    if name not in _SETS:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name[:80]!r}")
+    return _SETS[name]
 
 
 def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> dict[str, Tensor]:
     """The splits ``{"train", "valid", "test"}`` of a data set of images, each [N, D], in row-major order.
 
-    ``form`` says what a pixel is: ``grey`` in [0, 1]; ``binary`` 0 or 1, by threshold at one half; ``bytes``
-    the integer grey level, 0 … levels(name) - 1. ``digits`` (scikit-learn's 1,797 digits of 8x8; shuffled
-    once and split 1297/200/300) needs no file; ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces``
-    are read from ``root`` or ``$PYROELBO_DATA``. Raises ValueError for unknown names, FileNotFoundError where
-    the file is missing.
+    ``form`` is that of a pixel: ``grey`` in [0, 1]; ``binary`` 0 or 1, thresholded at one half; ``bytes`` the
+    integer grey level, 0 … levels(name) - 1. ``digits`` (scikit-learn's 1,797 digits of 8x8, shuffled once
+    and split 1297/200/300) needs no file; ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces`` are
+    read from ``root`` or ``$PYROELBO_DATA``. Raises ValueError for unknown names, FileNotFoundError for
+    missing files.
     """
-    if name not in _SETS:
-        raise ValueError(f"unknown data set {name!r}: there are {', '.join(NAMES)}")
-    splits = _SETS[name][0](None if root is None else Path(root))
+    splits = _row(name)[0](None if root is None else Path(root))
     if form == "grey":
         return splits
     if form == "binary":
@@ -103,7 +109,7 @@ def load(name: str, *, form: str = "grey", root: str | Path | None = None) -> di
     if form == "bytes":
         top = levels(name) - 1
         return {k: (v * top).round() for k, v in splits.items()}
-    raise ValueError(f"form takes 'grey', 'binary' or 'bytes', got {form!r}")
+    raise ValueError(f"form: expected 'grey', 'binary' or 'bytes', got {form!r}")
 
 
 def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
@@ -121,20 +127,19 @@ def labels(name: str, *, root: str | Path | None = None) -> dict[str, Tensor]:
         file = read_npz(path, {"train_y": classes, "test_y": classes})
         train, test = (torch.from_numpy(file[k]).long() for k in ("train_y", "test_y"))
         return {"train": train[:-10000], "valid": train[-10000:], "test": test}
-    raise ValueError(f"{name!r} has no classes here: 'digits' and 'mnist' have")
+    raise ValueError(f"name: expected 'digits' or 'mnist', which have classes, got {name!r}")
 
 
 def shape(name: str) -> tuple[int, ...]:
     """Height and width of one image of the data set."""
-    return _SETS[name][1]
+    return _row(name)[1]
 
 
 def levels(name: str) -> int:
     """Number of grey levels of the data set."""
-    return _SETS[name][2]
+    return _row(name)[2]
 
 
 def binarize(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels in [0, 1] drawn as coin flips with these probabilities: *stochastic* binarization, a fresh set
-    each call."""
+    """Stochastic binarization: Bernoulli draws with probabilities ``x`` in [0, 1], different at each call."""
     return torch.bernoulli(x, generator=generator)

@@ -1,22 +1,23 @@
-"""Sums over chains: scaled recursions that know when to distrust themselves, and the exact ones behind them.
+"""Forward and backward passes over chains: scaled recursions with error detection, and exact ones in log
+space.
 
-A scaled recursion works with exponentials, normalized as it goes. It loses a path whose share of the mass
-falls below the smallest number, and says nothing: wrong where that path overtakes later, or is the only one.
-So
+A scaled recursion works with exponentials, normalized at each step. It silently loses a path whose share of
+the mass falls below the smallest number, which is wrong if that path overtakes later or is the only one.
+Therefore
 
-1. entries are watched: where none came near the smallest number at any step, nothing was lost (rounding
-apart); 2. otherwise, in float64, the recursion is run again with every entry lifted to at least 1e-290, an
+1. the smallest entry is recorded: if none came near the smallest number at any step, nothing was lost but
+rounding; 2. otherwise the recursion is repeated in float64 with every entry lifted to at least 1e-290, an
 upper bound that
-   includes all that could have been lost; where both agree, nothing that matters was lost;
+   includes everything that could have been lost; if both agree, nothing that matters was lost;
 3. the sequences still in doubt are computed in log space.
 
-All shapes here are flat: ``initial [I,S]``, ``transition [A,U,S,S]``, ``observation [B,T,S]``, ``lengths
-[B]``, with I and A in {1, B}, U in {1, T-1}.
+Shapes are flat: ``initial [I,S]``, ``transition [A,U,S,S]``, ``observation [B,T,S]``, ``lengths [B]``, with I
+and A in {1, B}, U in {1, T-1}. The compiled kernels (``kernels/chain.py``, ``kernels/path.py``) do the work
+if they apply; each function has the same in plain torch.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.checks import check_lengths
+from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.distributions.semiring import choose
 from pyroelbo.numerics import logsumexp
 
@@ -39,28 +41,17 @@ __all__ = [
     "solve",
 ]
 
-# fresh memory costs more than the arithmetic on it: the flow of a backward pass goes by pieces of this size
-_GROUP = 1 << 17
-# up to so many states the compiled loops add up the counts of steps themselves
-_NARROW = 128
-_NONE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
-_LIKE = {dtype: none.numpy() for dtype, none in _NONE.items()}
-_LEAST = {torch.float32: 1e-28, torch.float64: 1e-290}
-
-
-_compiled = functools.partial(loops, "chain")
-
-
-def kernels(x: Tensor) -> Any:
-    return _compiled() if compilable(x) else None
-
-
-def _paths(x: Tensor) -> Any:
-    return loops("path") if kernels(x) is not None else None
+# fresh memory costs more than the arithmetic on it: the flow of a backward pass goes in pieces of this size
+_PIECE = 1 << 17
+# up to this many states the compiled kernel adds up the counts of steps itself
+_MAX_COUNTED_STATES = 128
+# nothing was lost if no entry of alpha was smaller
+_TRUSTED_ALPHA = {torch.float32: 1e-28, torch.float64: 1e-290}
+_LIKE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def _rows_together(steps: int, states: int) -> int:
-    return max(4, _GROUP // (steps * states) // 4 * 4)
+    return max(4, _PIECE // (steps * states) // 4 * 4)
 
 
 class Problem(NamedTuple):
@@ -87,7 +78,7 @@ class Expected(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A scaled forward pass; the problem's transition is ``powers``, its exponential.
+    """A scaled forward pass; the problem's transition is ``exp_transition``, its exponential.
 
     ``alpha [B,T,S]`` and ``scale [B,T]`` are empty unless kept.
     """
@@ -100,30 +91,33 @@ class Scaled(NamedTuple):
     def take(self, rows: Tensor) -> Scaled:
         return Scaled(self.problem.take(rows), self.alpha[rows], self.scale[rows], self.log_z[rows])
 
-    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
-        _, powers, observation, lengths = self.problem
+    def expected(self, grad: Tensor | None, apart: bool, workspace: Tensor | None) -> Expected:
+        _, exp_transition, observation, lengths = self.problem
         rows, steps, states = observation.shape
-        turned, still = _turned(powers), powers.shape[1] == 1
-        weight = powers.new_ones(rows) if grad is None else grad.to(powers.dtype)
-        fits = room is not None and room.dtype == self.alpha.dtype and room.is_contiguous()
-        gamma = room if room is not None and fits else torch.empty_like(self.alpha)
-        if still and 1 < states <= _NARROW and kernels(observation) is not None:
-            count = powers.new_zeros(rows if apart else 1, states, states)
-            flow = powers.new_empty(0, 0, 0)
-            _backward(turned, observation, lengths, self.alpha, self.scale, weight, gamma, flow, count)
-            return Expected(gamma[:, 0].clone(), count.unsqueeze(1).mul_(powers), gamma)
+        transposed, homogeneous = _transpose(exp_transition), exp_transition.shape[1] == 1
+        weight = exp_transition.new_ones(rows) if grad is None else grad.to(exp_transition.dtype)
+        fits = workspace is not None and workspace.dtype == self.alpha.dtype and workspace.is_contiguous()
+        gamma = workspace if workspace is not None and fits else torch.empty_like(self.alpha)
+        if homogeneous and 1 < states <= _MAX_COUNTED_STATES and kernels("chain", observation) is not None:
+            count = exp_transition.new_zeros(rows if apart else 1, states, states)
+            flow = exp_transition.new_empty(0, 0, 0)
+            _backward(transposed, observation, lengths, self.alpha, self.scale, weight, gamma, flow, count)
+            return Expected(gamma[:, 0].clone(), count.unsqueeze(1).mul_(exp_transition), gamma)
         counts: list[Tensor] = []
         group = _rows_together(steps, states)
-        flow, none = powers.new_empty(min(group, rows), steps, states), powers.new_empty(0, 0, 0)
+        flow, none = (
+            exp_transition.new_empty(min(group, rows), steps, states),
+            exp_transition.new_empty(0, 0, 0),
+        )
         for start in range(0, rows, group):
             part = slice(start, min(start + group, rows))
             alpha, out = self.alpha[part], flow[: part.stop - start]
-            mine = turned if len(turned) == 1 else turned[part]
+            mine = transposed if len(transposed) == 1 else transposed[part]
             given = observation[part], lengths[part], alpha, self.scale[part], weight[part]
             _backward(mine, *given, gamma[part], out, none)
-            if not still and apart:
+            if not homogeneous and apart:
                 count = alpha[:, :-1, :, None] * out[:, 1:, None, :]
-            elif not still:
+            elif not homogeneous:
                 count = (alpha[:, :-1].permute(1, 2, 0) @ out[:, 1:].transpose(0, 1)).unsqueeze(0)
             elif apart:
                 count = (alpha[:, :-1].transpose(1, 2) @ out[:, 1:]).unsqueeze(1)
@@ -132,21 +126,21 @@ class Scaled(NamedTuple):
                 count = (alpha.reshape(-1, states)[:-1].T @ out.view(-1, states)[1:])[None, None]
             counts.append(count if apart or not counts else count + counts.pop())
         count = counts[0] if len(counts) == 1 else torch.cat(counts)
-        return Expected(gamma[:, 0].clone(), count.mul_(powers), gamma)
+        return Expected(gamma[:, 0].clone(), count.mul_(exp_transition), gamma)
 
     def draw(self, uniform: Tensor) -> Tensor:
         _, transition, _, lengths = self.problem
-        run = _paths(uniform)
+        run = kernels("path", self.alpha)
         if run is None:
             return _draw(self.alpha.log(), transition.log(), lengths, uniform)
         z = torch.empty(uniform.shape, dtype=torch.long)
-        run.draw(*_arrays(_turned(transition), self.alpha, lengths, uniform, z))
+        run.draw(_transpose(transition), self.alpha, lengths, uniform, z)
         return z
 
 
 class Smoothed(NamedTuple):
-    """Both scaled passes in one: the posterior ``gamma [B,T,S]`` of each state, and the expected ``counts [B,S,S]`` of each
-    step. Whoever asks for them may write into them.
+    """Both scaled passes in one: the posterior ``gamma [B,T,S]`` of each state, and the expected ``counts
+    [B,S,S]`` of each step. Whoever asks for them may write into them.
     """
 
     gamma: Tensor
@@ -156,7 +150,7 @@ class Smoothed(NamedTuple):
     def take(self, rows: Tensor) -> Smoothed:
         return Smoothed(*(x[rows] for x in self))
 
-    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool, workspace: Tensor | None) -> Expected:
         gamma, count = self.gamma, self.counts
         if grad is not None:
             weight = grad.to(gamma.dtype)[:, None, None]
@@ -164,6 +158,13 @@ class Smoothed(NamedTuple):
         return Expected(
             gamma[:, 0].clone(), (count if apart else count.sum(0, keepdim=True)).unsqueeze(1), gamma
         )
+
+
+def _softmax(log_weight: Tensor) -> Tensor:
+    """Normalized weights over the last dimension, all 0 if all are -inf."""
+    peak = log_weight.amax(-1, keepdim=True)
+    weight = (log_weight - torch.where(peak == -math.inf, 0.0, peak)).exp()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1.0)
 
 
 class Exact(NamedTuple):
@@ -174,25 +175,25 @@ class Exact(NamedTuple):
     alpha: Tensor
     log_z: Tensor
 
-    def expected(self, grad: Tensor | None, apart: bool, room: Tensor | None) -> Expected:
+    def expected(self, grad: Tensor | None, apart: bool, workspace: Tensor | None) -> Expected:
         _, transition, observation, lengths = self.problem
         rows, steps, _ = observation.shape
-        possible = (self.log_z > -math.inf)[:, None]
-        log_z = torch.where(possible, self.log_z[:, None], 0.0)
-        grad = torch.ones_like(log_z) if grad is None else grad.to(log_z.dtype)[:, None]
+        possible = self.log_z > -math.inf
+        weight = torch.where(possible, 1.0 if grad is None else grad.to(observation.dtype), 0.0)
         gamma = torch.zeros_like(observation)
         count = observation.new_zeros(rows, *transition.shape[1:])
         beta = torch.zeros_like(observation[:, 0])
         for t in range(steps - 1, -1, -1):
-            inside = (lengths > t)[:, None]
+            used = torch.where(lengths > t, weight, 0.0)[:, None]
             beta = torch.where((lengths == t + 1)[:, None], 0.0, beta)
-            share = (self.alpha[:, t] + beta - log_z).exp()
-            gamma[:, t] = torch.where(inside & possible, share, 0.0) * grad
+            # normalized at each step: log Z - alpha - beta has few digits left if potentials are large
+            gamma[:, t] = _softmax(self.alpha[:, t] + beta) * used
             if t > 0:
                 u = min(t - 1, transition.shape[1] - 1)
-                onward = transition[:, u] + torch.where(inside, observation[:, t] + beta, -math.inf)[:, None]
-                pair = (self.alpha[:, t - 1, :, None] + onward - log_z[..., None]).exp()
-                count[:, u] += torch.where(possible[..., None], pair, 0.0) * grad[..., None]
+                ahead = torch.where((lengths > t)[:, None], observation[:, t] + beta, -math.inf)
+                onward = transition[:, u] + ahead[:, None]
+                pair = _softmax((self.alpha[:, t - 1, :, None] + onward).flatten(1)).view(onward.shape)
+                count[:, u] += pair * used[..., None]
                 beta = logsumexp(onward, -1)
         if not apart:
             count = count.sum(0, keepdim=True)
@@ -227,8 +228,8 @@ def _precisions(problem: Problem) -> tuple[torch.dtype, ...]:
 
 
 def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
-    """ln Z of each sequence; with ``keep`` also what samples and gradients need; with ``smooth`` rather the posterior at
-    once, where that is faster. O(B·T·S²) time, O(B·T·S) memory.
+    """ln Z of each sequence; with ``keep`` also what samples and gradients need; with ``smooth`` rather the
+    posterior at once, where that is faster. O(B·T·S²) time, O(B·T·S) memory.
     """
     problem = _shared(problem)
     smooth = smooth and _smooths(problem)
@@ -237,11 +238,11 @@ def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
     pending: Tensor | None = None
     for dtype in _precisions(problem):
         part = problem if pending is None else problem.take(pending)
-        scaled, least, lowest = _smooth(part, dtype) if smooth else _forward(part, dtype, 0.0, keep)
-        limit = _LEAST[dtype]
-        if lowest >= limit:
+        scaled, min_alpha, smallest = _smooth(part, dtype) if smooth else _forward(part, dtype, 0.0, keep)
+        limit = _TRUSTED_ALPHA[dtype]
+        if smallest >= limit:
             return _finish(log_z, passes, pending, scaled)
-        trusted = least >= limit
+        trusted = min_alpha >= limit
         if dtype == torch.float64:
             rows = (~trusted).nonzero().squeeze(-1)
             upper = _forward(part.take(rows), dtype, limit, False)[0].log_z
@@ -251,7 +252,7 @@ def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
                 return _finish(log_z, passes, pending, scaled)
         good = trusted.nonzero().squeeze(-1)
         if len(good):
-            log_z = torch.empty_like(least, dtype=torch.float64) if log_z is None else log_z
+            log_z = torch.empty_like(min_alpha, dtype=torch.float64) if log_z is None else log_z
             rows = good if pending is None else pending[good]
             log_z[rows] = scaled.log_z[good]
             passes.append((rows, scaled.take(good) if keep else scaled))
@@ -270,7 +271,7 @@ def _finish(
     return Solution(log_z, [*passes, (rows, last)])
 
 
-def _turned(transition: Tensor) -> Tensor:
+def _transpose(transition: Tensor) -> Tensor:
     return transition.transpose(-1, -2).contiguous()
 
 
@@ -287,81 +288,81 @@ def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.to(dtype) - peak.to(dtype)).exp_(), peak.squeeze(-1).double()
 
 
-def _arrays(*tensors: Tensor) -> list:
-    return [(x.detach() if x.requires_grad else x).numpy() for x in tensors]
-
-
 def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> tuple[Scaled, Tensor, float]:
-    """The scaled forward pass in ``dtype``, the least entry met in each row, and in all; see ``_chain_kernel.forward``
-    for ``floor``.
+    """The scaled forward pass in ``dtype``, the smallest entry of alpha in each row, and in all rows;
+    ``floor`` lifts every entry from below.
     """
     initial, transition, observation, lengths = problem
     rows, steps, states = observation.shape
-    run = kernels(observation)
+    run = kernels("chain", observation)
     if run is not None:
         given = initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths
         found = np.empty((2, rows))
         if keep:
-            powers = torch.empty(transition.shape, dtype=dtype)
+            exp_transition = torch.empty(transition.shape, dtype=dtype)
             alpha = torch.empty((rows, steps, states), dtype=dtype)
             scale = torch.empty((rows, steps), dtype=dtype)
-            lowest = run.forward(*_arrays(*given), floor, *_arrays(powers, alpha, scale), *found)
+            smallest = run.forward(*given, floor, exp_transition, alpha, scale, *found)
         else:
-            powers = alpha = scale = _NONE[dtype]
-            lowest = run.evidence(*_arrays(*given), floor, *found, _LIKE[dtype])
-        log_z, least = torch.from_numpy(found[0]), torch.from_numpy(found[1])
-        return Scaled(Problem(initial, powers, observation, lengths), alpha, scale, log_z), least, lowest
+            exp_transition = alpha = scale = _LIKE[dtype]
+            smallest = run.evidence(*given, floor, *found, _LIKE[dtype])
+        log_z, min_alpha = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        done = Scaled(Problem(initial, exp_transition, observation, lengths), alpha, scale, log_z)
+        return done, min_alpha, smallest
+    check_lengths(lengths, steps)
     first, top_first = _exponential(initial, dtype)
-    powers, tops = _exponential(transition.flatten(2), dtype)
-    powers = powers.view(transition.shape)
+    exp_transition, tops = _exponential(transition.flatten(2), dtype)
+    exp_transition = exp_transition.view(transition.shape)
     weight, top_weight = _exponential(observation, dtype)
     offset = _within(top_weight, lengths) + top_first
     offset = offset + (tops[:, 0] * (lengths - 1) if tops.shape[1] == 1 else _within(tops, lengths - 1))
-    alphas, scales, lows = [], [], []
+    alphas, scales, minima = [], [], []
     alpha = first
     for t in range(steps):
         if t > 0:
-            step = powers[:, min(t - 1, powers.shape[1] - 1)]
+            step = exp_transition[:, min(t - 1, exp_transition.shape[1] - 1)]
             alpha = alpha @ step[0] if step.shape[0] == 1 else (alpha.unsqueeze(-2) @ step).squeeze(-2)
         alpha = (alpha * weight[:, t]).clamp_(min=floor)
-        lows.append(alpha.amin(-1))
+        minima.append(alpha.amin(-1))
         scales.append(alpha.sum(-1))
         alpha = alpha / scales[-1].clamp(min=torch.finfo(alpha.dtype).tiny).unsqueeze(-1)
         if keep:
             alphas.append(alpha)
     inside = torch.arange(steps, device=weight.device) < lengths[:, None]
     scale = torch.where(inside, torch.stack(scales, 1), 1.0)
-    least = torch.where(inside, torch.stack(lows, 1).double(), math.inf).amin(-1)
+    min_alpha = torch.where(inside, torch.stack(minima, 1).double(), math.inf).amin(-1)
     kept = torch.stack(alphas, 1) * inside.unsqueeze(-1) if keep else weight.new_empty(0, 0, 0)
     log_z = scale.double().log().sum(-1) + offset
-    lowest = least.min().item() if rows else math.inf
-    return Scaled(Problem(initial, powers, observation, lengths), kept, scale, log_z), least, lowest
+    smallest = min_alpha.min().item() if rows else math.inf
+    done = Scaled(Problem(initial, exp_transition, observation, lengths), kept, scale, log_z)
+    return done, min_alpha, smallest
 
 
 def _smooths(problem: Problem) -> bool:
-    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the cache.
-    The counts of each sequence are to take no more room than its states.
+    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the
+    cache. The counts of each sequence are to take no more workspace than its states.
     """
     _, steps, states = problem.observation.shape
-    few = problem.transition.shape[1] == 1 and 1 < states <= min(_NARROW, steps)
-    return few and kernels(problem.observation) is not None
+    few = problem.transition.shape[1] == 1 and 1 < states <= min(_MAX_COUNTED_STATES, steps)
+    return few and kernels("chain", problem.observation) is not None
 
 
 def _smooth(problem: Problem, dtype: torch.dtype) -> tuple[Smoothed, Tensor, float]:
     """As ``_forward``, with the posterior."""
     initial, transition, observation, lengths = problem
     rows, _, states = observation.shape
-    powers = torch.empty(transition.shape, dtype=dtype)
+    exp_transition = torch.empty(transition.shape, dtype=dtype)
     gamma = torch.empty(observation.shape, dtype=dtype)
     count, found = torch.zeros((rows, states, states), dtype=dtype), np.empty((2, rows))
     given = initial.contiguous(), transition.contiguous(), observation.contiguous(), lengths
-    lowest = kernels(observation).smooth(*_arrays(*given, powers, gamma, count), *found)
-    log_z, least = torch.from_numpy(found[0]), torch.from_numpy(found[1])
-    return Smoothed(gamma, count.mul_(powers[:, 0]), log_z), least, lowest
+    run: Any = kernels("chain", observation)
+    smallest = run.smooth(*given, exp_transition, gamma, count, *found)
+    log_z, min_alpha = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return Smoothed(gamma, count.mul_(exp_transition[:, 0]), log_z), min_alpha, smallest
 
 
 def _backward(
-    turned: Tensor,
+    transposed: Tensor,
     observation: Tensor,
     lengths: Tensor,
     alpha: Tensor,
@@ -371,15 +372,15 @@ def _backward(
     flow: Tensor,
     count: Tensor,
 ) -> None:
-    """Fills the posterior of each state ``[B,T,S]``, and the flow or the counts; see
-    ``_chain_kernel.backward``.
+    """Fills the posterior ``gamma [B,T,S]`` of each state, and the flow or the counts; see
+    ``kernels.chain.backward``.
     """
-    run = kernels(observation)
+    run = kernels("chain", observation)
     if run is not None:
-        given = turned, observation.contiguous(), lengths, alpha, scale, grad, gamma, flow, count
-        run.backward(*_arrays(*given))
+        given = transposed, observation.contiguous(), lengths, alpha, scale, grad, gamma, flow, count
+        run.backward(*given)
         return
-    weight = _exponential(observation, turned.dtype)[0]
+    weight = _exponential(observation, transposed.dtype)[0]
     flow[:, 0] = 0
     beta = torch.ones_like(weight[:, 0])
     for t in range(weight.shape[1] - 1, -1, -1):
@@ -388,7 +389,7 @@ def _backward(
         if t > 0:
             out = torch.where((lengths > t).unsqueeze(-1), weight[:, t] * beta / scale[:, t, None], 0.0)
             flow[:, t] = out
-            step = turned[:, min(t - 1, turned.shape[1] - 1)]
+            step = transposed[:, min(t - 1, transposed.shape[1] - 1)]
             beta = out @ step[0] if step.shape[0] == 1 else (out.unsqueeze(-2) @ step).squeeze(-2)
     for filled in (gamma, flow):
         filled *= grad[:, None, None]
@@ -441,35 +442,36 @@ def best_path(problem: Problem) -> Tensor:
     """
     initial, transition, observation, lengths = problem
     rows, steps, _ = observation.shape
-    turned = _turned(transition)
-    run = _paths(observation)
+    transposed = _transpose(transition)
+    run = kernels("path", observation)
     if run is not None:
         z = torch.empty(rows, steps, dtype=torch.long)
-        arrays = [x.contiguous() for x in (initial, transition, turned, observation, lengths)]
-        run.viterbi(*_arrays(*arrays, z))
+        arrays = [x.contiguous() for x in (initial, transition, transposed, observation, lengths)]
+        run.viterbi(*arrays, z)
         return z
+    check_lengths(lengths, steps)
     z = torch.zeros(rows, steps, dtype=torch.long, device=observation.device)
     delta = [initial + observation[:, 0]]
     for t in range(1, steps):
-        step = turned[:, min(t - 1, turned.shape[1] - 1)]
+        step = transposed[:, min(t - 1, transposed.shape[1] - 1)]
         delta.append((delta[-1].unsqueeze(-2) + step).amax(-1) + observation[:, t])
     each = torch.arange(rows, device=observation.device)
     for t in range(steps - 1, -1, -1):
-        score = delta[t].expand_as(observation[:, 0])
+        log_weight = delta[t].expand_as(observation[:, 0])
         if t + 1 < steps:
-            step = turned[:, min(t, turned.shape[1] - 1)]
+            step = transposed[:, min(t, transposed.shape[1] - 1)]
             into = step[0 if step.shape[0] == 1 else each, z[:, t + 1]]
-            score = torch.where((lengths > t + 1).unsqueeze(-1), score + into, score)
-        z[:, t] = torch.where(lengths > t, score.argmax(-1), 0)
+            log_weight = torch.where((lengths > t + 1).unsqueeze(-1), log_weight + into, log_weight)
+        z[:, t] = torch.where(lengths > t, log_weight.argmax(-1), 0)
     return z
 
 
 def expectations(
-    problem: Problem, passes: Passes, grad: Tensor | None, room: Tensor | None = None
+    problem: Problem, passes: Passes, grad: Tensor | None, workspace: Tensor | None = None
 ) -> Expected:
     """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials; None is all ones.
 
-    ``room [B,T,S]`` may be used for the states'.
+    ``workspace [B,T,S]`` may be used for the states'.
     """
     potentials, count = problem[:3], problem.observation.shape[0]
     apart = problem.transition.shape[0] == count
@@ -480,7 +482,7 @@ def expectations(
     total: list[Tensor] = []
     for rows, done in passes:
         given = grad if rows is None or grad is None else grad[rows]
-        found = done.expected(given, apart, room if rows is None else None)
+        found = done.expected(given, apart, workspace if rows is None else None)
         parts = [
             (x if potential.shape[0] == count or x.shape[0] == 1 else x.sum(0, keepdim=True)).to(
                 potential.dtype
@@ -508,8 +510,10 @@ def smoothed(problem: Problem) -> Expected:
     for start in range(0, rows, group):
         part = slice(start, start + group)
         some = Problem(*(x[part] for x in problem))
-        room = found.observation[part]
-        for out, x in zip(found, expectations(some, solve(some, keep=True).passes, None, room), strict=True):
+        workspace = found.observation[part]
+        for out, x in zip(
+            found, expectations(some, solve(some, keep=True).passes, None, workspace), strict=True
+        ):
             if out[part].data_ptr() != x.data_ptr():
                 out[part] = x
     return found
@@ -535,7 +539,9 @@ class _LogPartition(torch.autograd.Function):
 
 
 class _Expected(torch.autograd.Function):
-    """The gradient of ln Z in closed form; its own derivatives, if anyone asks, by autograd through the exact scan."""
+    """The gradient of ln Z in closed form; its own derivatives, if anyone asks, by autograd through the exact
+    scan.
+    """
 
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, grad, passes):

@@ -1,32 +1,27 @@
 """Inside and outside passes of a binary grammar as batched matrix products on scaled charts.
 
-Every span keeps its weights relative to their maximum, with the logarithm of that maximum beside them. What
-such a chart loses by underflow is bounded (each term of a sum loses at most the smallest number of its
-type, all factors being at most one), so an entry that is large against the bound is right; a sentence with
-a smaller one is reported, to be computed again in a wider range. Compiled loops do the work where numba is installed.
+Every span keeps its weights relative to their maximum, and the logarithm of that maximum. What such a chart
+loses by
+underflow is bounded: each term of a sum loses at most the smallest number of its type, all factors being at
+most one. An entry that is large against the bound is therefore right; a sentence with a smaller one is
+reported, to be computed again in a wider range. The compiled kernels (``kernels/inside_outside.py``) do the
+work if they apply; each function has the same in plain torch.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.checks import check_lengths
+from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.numerics import logsumexp
 
 __all__ = ["Chart", "inside", "outside"]
-
-
-_compiled = functools.partial(loops, "inside_outside")
-
-
-def _engine(x: Tensor) -> Any:
-    return _compiled() if compilable(x) else None
 
 
 class Blocks(NamedTuple):
@@ -45,7 +40,7 @@ class Chart(NamedTuple):
     """Scaled inside weights: left[i, b, w] of spans starting at i, right[j, b, L - w] of those ending at j.
 
     Positions come first, so that all spans of one width are views that need no copy. N* is N, or N rounded up
-    to whole vectors where the loops are compiled. Scales are those of leaves at width one.
+    to whole vectors for the compiled kernels. Scales are those of leaves at width one.
     """
 
     left: Tensor  # [L, B, L+1, N*]
@@ -116,7 +111,7 @@ def inside(
     """
     batch, size, preterminals = leaves.shape
     n = root.shape[-1]
-    run = _engine(leaves)
+    run = kernels("inside_outside", leaves)
     wide = n if run is None else -(-n // run.LANES) * run.LANES
     new, blocks = leaves.new_zeros, _blocks(rules, n)
     leaf, leaf_scale = _scaled(leaves.transpose(0, 1).contiguous(), (-1,))
@@ -150,43 +145,34 @@ def inside(
     threshold = limits.tiny * 16 * (size * n * n + 2 * preterminals * (n + preterminals)) / limits.eps
     doubtful = torch.zeros_like(chart.reliable)
     if run is None:
+        check_lengths(lengths, size)
         _fill(chart, two, top, possible, lengths, threshold, boolean, doubtful)
     else:
         pad = 0, wide - n
         inner = F.pad(blocks.inner.view(-1, n, n, n), (*pad, 0, 0, 0, 0)).permute(0, 2, 3, 1)
-        run.inside(
-            *_arrays(
-                two,
-                F.pad(chart.leaf_left, pad),
-                F.pad(chart.leaf_right, pad),
-                F.pad(inner.flatten(1, 2), pad),
-                blocks.peak,
-                factor,
-                top,
-                torch.empty(0, 0, 0, 0) if possible is None else possible,
-                lengths,
-            ),
-            threshold,
-            limits.tiny,
-            boolean,
-            *_arrays(*chart[:5], doubtful),
+        given = run.Upward(
+            two.contiguous(),
+            F.pad(chart.leaf_left, pad).contiguous(),
+            F.pad(chart.leaf_right, pad).contiguous(),
+            F.pad(inner.flatten(1, 2), pad).contiguous(),
+            blocks.peak,
+            top,
+            new(0, 0, 0, 0) if possible is None else possible,
+            lengths.contiguous(),
         )
+        run.inside(run.Charts(*chart[:6]), given, threshold, limits.tiny, boolean, doubtful)
     whole = torch.zeros_like(lengths), torch.arange(batch, device=leaves.device), lengths
     weight = root + chart.left[..., :n][whole].log()
     total = logsumexp(weight)
-    share = torch.where(total[:, None] > -math.inf, (weight - total[:, None]).exp(), 0.0)
+    posterior = torch.where(total[:, None] > -math.inf, (weight - total[:, None]).exp(), 0.0)
     return chart._replace(
-        total=total + chart.left_scale[whole], posterior=share.nan_to_num(0.0), reliable=~doubtful
+        total=total + chart.left_scale[whole], posterior=posterior.nan_to_num(0.0), reliable=~doubtful
     )
 
 
-def _arrays(*tensors: Tensor) -> list:
-    return [x.detach().contiguous().numpy() for x in tensors]
-
-
 def _splits(chart: Chart, w: int) -> tuple[slice, slice, Tensor, Tensor]:
-    """Spans of width w: their first and last words, the relative scales [n, B, w-1] of their splits, by the left
-    part's width, and the scales [n, B] of the sums.
+    """Spans of width w: their first and last words, the relative scales [n, B, w-1] of their splits, by the
+    left part's width, and the scales [n, B] of the sums.
     """
     size = chart.left.shape[0]
     start, end = slice(0, size - w + 1), slice(w - 1, size)
@@ -196,11 +182,11 @@ def _splits(chart: Chart, w: int) -> tuple[slice, slice, Tensor, Tensor]:
     return start, end, (scales - peak[..., None]).exp(), peak
 
 
-def _pairs(chart: Chart, w: int, share: Tensor) -> Tensor:
+def _pairs(chart: Chart, w: int, relative: Tensor) -> Tensor:
     """Weights of two nonterminals below each span of width w, [n, B, N*N]."""
     size = chart.left.shape[0]
     start, end = slice(0, size - w + 1), slice(w - 1, size)
-    left = chart.left[start, :, 2 : w - 1] * share[..., 1:-1, None]
+    left = chart.left[start, :, 2 : w - 1] * relative[..., 1:-1, None]
     return (left.transpose(2, 3) @ chart.right[end, :, size - w + 2 : size - 1]).flatten(2)
 
 
@@ -214,18 +200,18 @@ def _fill(
     boolean: bool,
     doubtful: Tensor,
 ) -> None:
-    """``_inside_kernel.inside`` without numba."""
+    """``kernels.inside_outside.inside`` in plain torch."""
     size, blocks = chart.left.shape[0], chart.rules
     tiny = torch.finfo(two.dtype).tiny
     for w in range(2, size + 1):
-        start, end, share, peak = _splits(chart, w)
+        start, end, relative, peak = _splits(chart, w)
         value = two
         if w > 2:
-            of_right = _row(share[..., :1] * chart.right[end, :, size - w + 1], chart.leaf_left[start])
-            of_left = _row(share[..., -1:] * chart.left[start, :, w - 1], chart.leaf_right[end])
+            of_right = _row(relative[..., :1] * chart.right[end, :, size - w + 1], chart.leaf_left[start])
+            of_left = _row(relative[..., -1:] * chart.left[start, :, w - 1], chart.leaf_right[end])
             value = of_right + of_left
         if w > 3:
-            value = value + _times(_pairs(chart, w, share), blocks.inner.transpose(1, 2))
+            value = value + _times(_pairs(chart, w, relative), blocks.inner.transpose(1, 2))
         if chart.factor.numel():
             value, peak = value * chart.factor[start, :, w], peak + top[start, :, w]
         if boolean:
@@ -255,7 +241,7 @@ def outside(
     size, batch, _, wide = chart.left.shape
     leaf, blocks, n = chart.leaf, chart.rules, chart.posterior.shape[-1]
     groups, p, _ = blocks.leaf_left.shape
-    new, run = chart.left.new_zeros, _engine(chart.left)
+    new, run = chart.left.new_zeros, kernels("inside_outside", chart.left)
     nodes = torch.where(chart.total > -math.inf, lengths - 1, 0)
     slack = lengths * torch.finfo(leaf.dtype).eps ** 0.75
     spans = new(batch, size, size, n) if want_spans else None
@@ -266,21 +252,24 @@ def outside(
     else:
         reliable = chart.reliable.clone()
         inner = F.pad(blocks.inner.view(groups, n, n, n), (0, wide - n))
-        turned = F.pad(blocks.inner.view(groups, n, n, n).transpose(2, 3), (0, wide - n))
-        from_parents = (F.pad(x.transpose(2, 3), (0, wide - n)) for x in (chart.leaf_left, chart.leaf_right))
-        given = (
-            *from_parents,
-            inner,
-            turned,
+        transposed = F.pad(blocks.inner.view(groups, n, n, n).transpose(2, 3), (0, wide - n))
+        leaf_left, leaf_right = (
+            F.pad(x.transpose(2, 3), (0, wide - n)).contiguous() for x in (chart.leaf_left, chart.leaf_right)
+        )
+        given = run.Downward(
+            leaf_left,
+            leaf_right,
+            inner.contiguous(),
+            transposed.contiguous(),
             chart.posterior,
-            lengths,
+            lengths.contiguous(),
             nodes,
             slack,
-            grad.to(leaf.dtype),
-            reliable,
+            grad.to(leaf.dtype).contiguous(),
         )
         found = new(0, 0, 0, 0) if spans is None else spans
-        run.outside(*_arrays(*chart[:6], *given, found, two, to_left, to_right, total.flatten(2)))
+        out = run.Gradients(reliable, found, two, to_left, to_right, total.flatten(2))
+        run.outside(run.Charts(*chart[:6]), given, out)
     scale = torch.where(reliable, grad, 0.0)
     two, to_left, to_right = (_weighted(x[..., :n], scale, reliable) for x in (two, to_left, to_right))
     to_left, to_right = to_left.flatten(2), to_right.flatten(2)
@@ -328,14 +317,14 @@ def _flow_back(
     to_right: Tensor,
     total: Tensor,
 ) -> Tensor:
-    """``_inside_kernel.outside`` without numba; returns ``reliable``."""
+    """``kernels.inside_outside.outside`` in plain torch; returns ``reliable``."""
     size, batch, _, n = chart.left.shape
     by_left, by_right = torch.zeros_like(chart.left), torch.zeros_like(chart.right)
     via_left, via_right = torch.zeros_like(chart.left), torch.zeros_like(chart.right)
     leaf_left, leaf_right = (x.transpose(2, 3) for x in (chart.leaf_left, chart.leaf_right))
     found, raw = torch.zeros_like(chart.total), {}
     for w in range(size, 1, -1):
-        start, end, share, _ = _splits(chart, w)
+        start, end, relative, _ = _splits(chart, w)
         value = chart.left[start, :, w]
         g = by_left[start, :, w] + by_right[end, :, size - w]
         top = torch.where(value[0] > 0, chart.posterior / value[0], 0.0)
@@ -348,12 +337,12 @@ def _flow_back(
         g = g * chart.inverse[start, :, w, None]
         raw[w] = g = g * chart.factor[start, :, w] if chart.factor.numel() else g
         if w > 2:
-            first, last = g * share[..., :1], g * share[..., -1:]
+            first, last = g * relative[..., :1], g * relative[..., -1:]
             via_left[start, :, w], via_right[end, :, size - w] = first, last
             by_right[end, :, size - w + 1] += _row(first, leaf_left[start])
             by_left[start, :, w - 1] += _row(last, leaf_right[end])
         if w > 3:
-            u, v, both = slice(2, w - 1), slice(size - w + 2, size - 1), share[..., 1:-1, None]
+            u, v, both = slice(2, w - 1), slice(size - w + 2, size - 1), relative[..., 1:-1, None]
             back = _times(g, chart.rules.inner).reshape(len(g), batch, n, n)
             by_left[start, :, u] += (chart.right[end, :, v] * both) @ back.transpose(2, 3)
             by_right[end, :, v] += (chart.left[start, :, u] * both) @ back

@@ -1,9 +1,8 @@
-"""Connectionist temporal classification: a target summed over all its alignments with the input."""
+"""Connectionist temporal classification: the sum over all alignments of a target with its input."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -14,9 +13,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.checks import check_finite_or_minus_inf, check_lengths, first_index
+from pyroelbo.distributions.checks import (
+    check_finite_or_minus_inf,
+    check_index,
+    check_lengths,
+    first_index,
+    refuse_transforms,
+)
 from pyroelbo.distributions.grammar import check_padded, without_padding
-from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.distributions.semiring import Log, Semiring, choose
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.distributions.structured import batch_shape as shape_of
@@ -25,14 +30,14 @@ __all__ = ["CTC", "Alignment", "AlignmentParts"]
 
 
 class AlignmentParts(NamedTuple):
-    """The parts of an alignment: the symbol at each frame."""
+    """Parts of an alignment: the symbol at each frame."""
 
     emission: Tensor
 
 
 class Alignment(StructuredDistribution):
-    """p(z) = exp( Σ_t emission_t[z_t] ) / Z over paths z that give ``target`` once repeats are merged and
-    blanks left out.
+    """p(z) = exp( Σ_t emission_t[z_t] ) / Z over paths z that collapse to ``target``: repeats are merged,
+    then blanks removed.
 
     ``emission [*B,T,C]``: log potentials, -inf allowed; ``target [*B,L]``, padded with -1; ``lengths [*B]``
     of the inputs; rank(*B) = emission.dim() - 2, batch sizes broadcast. Values are LongTensors ``[*B,T]``,
@@ -52,6 +57,7 @@ class Alignment(StructuredDistribution):
         blank: int = 0,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(emission=emission)
         steps = emission.shape[-2]
         batch_shape = torch.broadcast_shapes(emission.shape[:-2], target.shape[:-1])
         if lengths is None:
@@ -59,9 +65,9 @@ class Alignment(StructuredDistribution):
         batch_shape = torch.broadcast_shapes(batch_shape, lengths.shape)
         if len(batch_shape) != emission.dim() - 2:
             raise ValueError(
-                f"got emission {tuple(emission.shape)}, target {tuple(target.shape)}, lengths "
-                f"{tuple(lengths.shape)}: "
-                f"they take [*B,T,C], [*B,L] and [*B], the same number of batch dimensions"
+                "emission, target, lengths: expected shapes [*B,T,C], [*B,L] and [*B] with the same number "
+                "of batch "
+                f"dimensions, got {tuple(emission.shape)}, {tuple(target.shape)} and {tuple(lengths.shape)}"
             )
         self.blank = blank
         target = target if target.shape[-1] else F.pad(target, (0, 1), value=-1)
@@ -87,9 +93,11 @@ class Alignment(StructuredDistribution):
         return {**super()._frame(), **own}
 
     def _lattice(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Symbols of the 2L+1 states [*B,S]; ln 0 or 1 for the step over a blank into one, and for ending
-        in it.
+        """Symbols of the 2L+1 states [*B,S], and ln 0 or ln 1 for entering a state over the blank before it,
+        and for ending in it.
         """
+        check_lengths(self.lengths, self.event_shape[0])
+        check_index("y", self.target, -1, self.potentials[0].shape[-1] - 1)
         count = (self.target >= 0).sum(-1, keepdim=True)
         shape = self.target.shape[:-1]
         symbol = torch.full((*shape, 2 * self.target.shape[-1] + 1), self.blank, device=self.target.device)
@@ -128,18 +136,18 @@ class Alignment(StructuredDistribution):
     def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
         return parts[0].argmax(-1)
 
-    def score(self, value: Tensor) -> Tensor:
-        """The unnormalized log weight of a path; -inf where it gives another target."""
+    def log_weight(self, value: Tensor) -> Tensor:
+        """The unnormalized log weight of a path; -inf if it does not collapse to the target."""
         given, wanted = collapse(value, self._within, self.blank), self.target
         width = max(given.shape[-1], wanted.shape[-1])
         given, wanted = (F.pad(x, (0, width - x.shape[-1]), value=-1) for x in (given, wanted))
-        return torch.where((given == wanted).all(-1), super().score(value), -math.inf)
+        return torch.where((given == wanted).all(-1), super().log_weight(value), -math.inf)
 
     @property
     def _within(self) -> Tensor:
         return torch.arange(self.event_shape[0], device=self.lengths.device) < self.lengths[..., None]
 
-    # ---- fast answers
+    # ---- fast versions
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         (emission,) = parts
@@ -147,7 +155,7 @@ class Alignment(StructuredDistribution):
         return _LogPartition.apply(emission, self, lambda x: self._answer((x,), Log()))
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
-        """Paths backwards in time, each step in proportion to what led there."""
+        """Backward sampling: each step in proportion to the forward weights."""
         symbol, skip, end = self._lattice(torch.float64)
         alpha = _alpha(self._at_states(self.potentials[0].detach().double(), symbol), skip)
         shape = sample_shape + self.batch_shape
@@ -179,9 +187,7 @@ def _log_indicator(condition: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
-    """Merge repeats, leave out blanks and what lies beyond the length; padded with -1, as long as the
-    path.
-    """
+    """Merge repeats, then remove blanks and padding; the result is padded with -1 to the path's length."""
     path, within = torch.broadcast_tensors(path, within)
     kept = (path != blank) & within
     kept[..., 1:] &= path[..., 1:] != path[..., :-1]
@@ -189,11 +195,8 @@ def collapse(path: Tensor, within: Tensor, blank: int) -> Tensor:
     return path.new_full((*path.shape[:-1], path.shape[-1] + 1), -1).scatter(-1, place, path)[..., :-1]
 
 
-_compiled = functools.partial(loops, "alignment")
-
-
 def _alpha(emission: Tensor, skip: Tensor) -> Tensor:
-    """ln Σ over ways to each state at each frame, its own emission included: [*B, T, S]."""
+    """ln Σ over paths to each state at each frame, including its emission: [*B, T, S]."""
     alpha = torch.full_like(emission, -math.inf)
     alpha[..., 0, :2] = emission[..., 0, :2]
     for t in range(1, emission.shape[-2]):
@@ -208,33 +211,34 @@ def _alpha(emission: Tensor, skip: Tensor) -> Tensor:
 def _alpha_beta(q: Alignment, emission: Tensor) -> tuple[Tensor, Tensor]:
     """ln Z and its gradient by ``emission`` in plain torch, in float64."""
     symbol, skip, end = q._lattice(torch.float64)
-    scores = q._at_states(emission.double(), symbol)
-    alpha = _alpha(scores, skip)
-    final = (q.lengths - 1)[..., None, None].expand(*q.batch_shape, 1, scores.shape[-1])
+    emitted = q._at_states(emission.double(), symbol)
+    alpha = _alpha(emitted, skip)
+    final = (q.lengths - 1)[..., None, None].expand(*q.batch_shape, 1, emitted.shape[-1])
     value = (alpha.gather(-2, final).squeeze(-2) + end).logsumexp(-1)
-    occupied = torch.full_like(scores, -math.inf)
+    occupied = torch.full_like(emitted, -math.inf)
     after = end
-    for t in range(scores.shape[-2] - 1, -1, -1):
+    for t in range(emitted.shape[-2] - 1, -1, -1):
         beta = after.clone()
         beta[..., :-1] = torch.logaddexp(beta[..., :-1], after[..., 1:])
         beta[..., :-2] = torch.logaddexp(beta[..., :-2], after[..., 2:] + skip[..., 2:])
         beta = torch.where((t < q.lengths - 1)[..., None], beta, end)
         occupied[..., t, :] = alpha[..., t, :] + beta
-        after = beta + scores[..., t, :]
-    possible = (value > -math.inf)[..., None, None]
-    share = torch.where(
-        possible, occupied - torch.where(possible, value[..., None, None], 0.0), -math.inf
-    ).exp()
-    share = share * q._within[..., None]
-    index = symbol.unsqueeze(-2).expand(share.shape)
-    return value, torch.zeros_like(emission, dtype=share.dtype).scatter_add_(-1, index, share)
+        after = beta + emitted[..., t, :]
+    # normalized at each frame: ln Z - alpha - beta has few digits left if potentials are large
+    peak = occupied.amax(-1, keepdim=True)
+    posterior = (occupied - torch.where(peak == -math.inf, 0.0, peak)).exp()
+    posterior = posterior / posterior.sum(-1, keepdim=True).clamp(min=1.0)
+    used = q._within & (value > -math.inf)[..., None]
+    posterior = torch.where(used[..., None], posterior, 0.0)
+    index = symbol.unsqueeze(-2).expand(posterior.shape)
+    return value, torch.zeros_like(emission, dtype=posterior.dtype).scatter_add_(-1, index, posterior)
 
 
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, emission, q, exact):
-        engine: Any = _compiled() if compilable(emission) else None
-        if engine is None:
+        run = kernels("alignment", emission)
+        if run is None:
             value, occupancy = _alpha_beta(q, emission)
         else:
             flat = emission.reshape(-1, *emission.shape[-2:]).contiguous()
@@ -243,8 +247,8 @@ class _LogPartition(torch.autograd.Function):
             value = flat.new_empty(len(flat), dtype=torch.float64)
             needed = emission.requires_grad
             occupancy = torch.zeros_like(flat) if needed else flat[:, :0]
-            arrays = (x.numpy() for x in (flat, target, lengths, (target >= 0).sum(-1)))
-            engine.alpha_beta(*arrays, q.blank, value.numpy(), occupancy.numpy(), needed)
+            counts = (target >= 0).sum(-1)
+            run.alpha_beta(flat, target, lengths, counts, q.blank, value, occupancy, needed)
             value = value.view(q.batch_shape)
             occupancy = occupancy.view_as(emission) if needed else occupancy
         ctx.exact = exact
@@ -260,13 +264,13 @@ class _LogPartition(torch.autograd.Function):
 
 
 class CTC(TorchDistribution):
-    """p(y) = Σ_paths Π_t softmax(logits_t)[path_t] over the paths that give y once repeats are merged and
-    blanks left out.
+    """p(y) = Σ_paths Π_t softmax(logits_t)[path_t] over the paths that collapse to y: repeats are merged,
+    then blanks removed.
 
     ``logits [*B,T,C]`` are normalized inside, -inf allowed; ``lengths [*B]`` are the inputs'; ``blank`` is
     the index of the blank; rank(*B) = logits.dim() - 2. ``y`` is a LongTensor ``[*B,L]``, padded with -1,
-    possibly all of it. A target that fits no path has a true -inf and a zero gradient. ``sample`` pads to
-    T. ``posterior(y)`` is an ``Alignment``.
+    possibly all of it. A target that no path collapses to has log probability -inf and a zero gradient.
+    ``sample`` pads to T. ``posterior(y)`` is an ``Alignment``.
 
     Cost: O(B·T·(C + L)). Source: Graves et al. (2006), *Connectionist temporal classification*.
     """
@@ -277,14 +281,15 @@ class CTC(TorchDistribution):
     def __init__(
         self, logits: Tensor, lengths: Tensor | None = None, blank: int = 0, validate_args: bool | None = None
     ) -> None:
+        refuse_transforms(logits=logits)
         steps, symbols = logits.shape[-2:]
         batch_shape = logits.shape[:-2]
         if lengths is not None:
             batch_shape = shape_of(logits.dim() - 2, [batch_shape], lengths)
         if len(batch_shape) != logits.dim() - 2 or not 0 <= blank < symbols:
             raise ValueError(
-                f"got logits {tuple(logits.shape)}, lengths {getattr(lengths, 'shape', None)}, blank "
-                f"{blank}: they take [*B,T,C], [*B], and a symbol below C"
+                "logits, lengths, blank: expected shapes [*B,T,C] and [*B], and a symbol in [0, C), got "
+                f"{tuple(logits.shape)}, {getattr(lengths, 'shape', None)} and {blank}"
             )
         self.lengths, self.blank = lengths, blank
         super().__init__(batch_shape, torch.Size((steps,)), validate_args=validate_args)
@@ -292,9 +297,12 @@ class CTC(TorchDistribution):
         if self._validate_args:
             check_finite_or_minus_inf(logits=logits)
             if (peak == -math.inf).any():
-                raise ValueError(f"logits allow no symbol at index {first_index(peak == -math.inf)}")
-            if lengths is not None:
-                check_lengths(lengths, steps)
+                raise ValueError(
+                    f"logits: expected a finite logit at every frame, got none at index "
+                    f"{first_index(peak == -math.inf)}"
+                )
+        if lengths is not None:
+            check_lengths(lengths, steps)
         self.log_probs = torch.where((peak == -math.inf)[..., None], -math.inf, logits.log_softmax(-1))
 
     @property
@@ -310,7 +318,7 @@ class CTC(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """ln p(y), ``[*sample, *B]``; -inf where no path gives y."""
+        """ln p(y), ``[*sample, *B]``; -inf if no path collapses to y."""
         return self.posterior(without_padding(value)).log_partition
 
     def posterior(self, y: Tensor) -> Alignment:
@@ -320,16 +328,21 @@ class CTC(TorchDistribution):
             shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
         except RuntimeError:
             raise ValueError(
-                f"y has shape {tuple(y.shape)}: it takes [*B,L] with *B = {tuple(self.batch_shape)}"
+                f"y: expected shape [*B,L] with *B = {tuple(self.batch_shape)}, got {tuple(y.shape)}"
             ) from None
         lengths = torch.full((), steps, device=y.device) if self.lengths is None else self.lengths
         if self._validate_args:
             check_padded("y", y, symbols)
             if (y == self.blank).any():
-                raise ValueError(f"y has the blank {self.blank} at index {first_index(y == self.blank)}")
+                raise ValueError(
+                    f"y: expected no blank, got {self.blank} at index {first_index(y == self.blank)}"
+                )
             long = (y >= 0).sum(-1) > lengths
             if long.any():
-                raise ValueError(f"y at index {first_index(long)} is longer than its input")
+                raise ValueError(
+                    f"y: expected targets no longer than their input, got a longer one at index "
+                    f"{first_index(long)}"
+                )
         emission = self.log_probs.expand(*shape, steps, symbols)
         target = y.expand(*shape, y.shape[-1])
         path = Alignment(emission, target, lengths.expand(shape), self.blank, validate_args=False)
@@ -337,7 +350,7 @@ class CTC(TorchDistribution):
         return path
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Targets ``[*sample, *B, T]``, padded with -1: independent symbols a frame, then collapsed."""
+        """Targets ``[*sample, *B, T]``, padded with -1: independent symbols at each frame, collapsed."""
         steps, symbols = self.log_probs.shape[-2:]
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():

@@ -28,6 +28,7 @@ from pyroelbo.distributions.checks import (
     check_lengths,
     first_index,
     refuse_outside,
+    refuse_transforms,
 )
 from pyroelbo.distributions.semiring import Semiring
 from pyroelbo.distributions.structured import (
@@ -35,6 +36,7 @@ from pyroelbo.distributions.structured import (
     any_support,
     batch_shape,
     log_prob_within,
+    versions,
     within_support,
 )
 from pyroelbo.numerics import logsumexp
@@ -43,7 +45,7 @@ __all__ = ["HMM", "ChainParts", "LinearChain"]
 
 
 class ChainParts(NamedTuple):
-    """The parts of a chain: first states, steps (from, to), and states at each time."""
+    """Parts of a chain: first state, transitions (from, to), and the state at each step."""
 
     initial: Tensor
     transition: Tensor
@@ -55,9 +57,10 @@ class LinearChain(StructuredDistribution):
 
     ``initial [*B,S]``, ``transition [*B,S,S]`` (from, to; the same at every step) or ``[*B,T-1,S,S]``, and
     ``observation [*B,T,S]``: unnormalized log potentials, -inf allowed; rank(*B) = initial.dim() - 1, and
-    batch sizes broadcast. ``lengths [*B]`` shortens sequences: labels beyond are 0 in samples, ignored in
-    ``log_prob``. Values are LongTensors ``[*B,T]``. Parts are a ``ChainParts`` in the potentials' shapes;
-    with one transition matrix for all steps, its part is the (expected) count of each step.
+    batch sizes broadcast. ``lengths [*B]`` are those of padded sequences: labels in the padding are 0 in
+    samples and ignored in ``log_prob``. Values are LongTensors ``[*B,T]``. Parts are a ``ChainParts`` in the
+    potentials' shapes; with one transition matrix for all steps, its part is the (expected) count of each
+    transition.
 
     Cost: O(B·T·S²) time, O(B·T·S) memory, also for the gradient. Source: Rabiner (1989), Lafferty et al.
     (2001).
@@ -85,21 +88,25 @@ class LinearChain(StructuredDistribution):
             or not states
         ):
             raise ValueError(
-                f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, observation "
-                f"{tuple(observation.shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and [*B,T,S], all with the "
-                "batch dimensions that initial has, of size 1 for what the batch shares, as transition[None]"
+                "initial, transition, observation: expected shapes [*B,S], [*B,S,S] or [*B,T-1,S,S], and "
+                "[*B,T,S], got "
+                f"{tuple(initial.shape)}, {tuple(transition.shape)} and {tuple(observation.shape)}; "
+                f"potentials shared "
+                "by the batch have batch size 1, as transition[None]"
             )
+        refuse_transforms(initial=initial, transition=transition, observation=observation)
         shapes = initial.shape[:-1], transition.shape[:batch_rank], observation.shape[:-2]
         batch = batch_shape(batch_rank, shapes, lengths)
         self._solution: Solution | None = None
+        self._solved_at: tuple[int, ...] | None = None
         self.lengths = lengths if lengths is None else lengths.expand(batch)
         super().__init__(
             ChainParts(initial, transition, observation), batch, (steps,), validate_args=validate_args
         )
         if self._validate_args:
             check_finite_or_minus_inf(initial=initial, transition=transition, observation=observation)
-            if lengths is not None:
-                check_lengths(lengths, steps)
+        if lengths is not None:
+            check_lengths(lengths, steps)
 
     @property
     def support(self) -> Any:
@@ -128,7 +135,7 @@ class LinearChain(StructuredDistribution):
             )
         return semiring.sum(alpha, -1)
 
-    # ---- the fast recursions, in flat shapes
+    # ---- fast recursions, in flat shapes
 
     def _flat(self, parts: tuple[Tensor, ...]) -> Problem:
         rank, rows = len(self._batch_shape), self._batch_shape.numel()
@@ -156,19 +163,26 @@ class LinearChain(StructuredDistribution):
         return Problem(flat(initial), flat(transition), flat(observation, whole=True), lengths)
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
-        solution = self._solution if parts is self.potentials else None
+        solution = self._kept_solution() if parts is self.potentials else None
         value = log_partition(self._flat(parts), solution)
         return value if len(self._batch_shape) == 1 else value.view(self._batch_shape)
 
+    def _kept_solution(self) -> Solution | None:
+        """The forward pass that sampling has kept, unless potentials have changed since."""
+        solved_at = self._solved_at
+        return self._solution if solved_at and solved_at == versions(*self.potentials) else None
+
     def _kept(self) -> Solution:
-        if self._solution is None:
-            self._solution = solve(self._flat(self.potentials), keep=True)
-        return self._solution
+        solution = self._kept_solution()
+        if solution is None:
+            self._solution = solution = solve(self._flat(self.potentials), keep=True)
+            self._solved_at = versions(*self.potentials)
+        return solution
 
     def _marginals(self) -> ChainParts:
         parts = self._full(self.potentials)
         full = self._flat(parts)
-        kept = self._solution
+        kept = self._kept_solution()
         found = smoothed(full) if kept is None else expectations(full, kept.passes, None)
         return ChainParts(*(x.view(y.shape) for x, y in zip(found, parts, strict=True)))
 
@@ -181,8 +195,9 @@ class LinearChain(StructuredDistribution):
         return draw_paths(self._kept(), uniform).reshape(self._extended_shape(sample_shape))
 
     def conditionals(self) -> tuple[Tensor, Tensor]:
-        """ln p(z_1) [*B,S] and ln p(z_{t+1} | z_t) [*B,T-1,S,S] (from, to). Rows that no path takes, and those
-        beyond ``lengths``, mean nothing. Cost: one backward pass."""
+        """ln p(z_1) [*B,S] and ln p(z_{t+1} | z_t) [*B,T-1,S,S] (from, to). Rows of states that no path
+        visits, and
+        rows in the padding, are meaningless. Cost: one backward pass."""
         initial, transition, observation = self._full(self.potentials)
         after = torch.zeros_like(observation[..., 0, :])
         rows = []
@@ -201,7 +216,7 @@ class LinearChain(StructuredDistribution):
         return _rows(initial + observation[..., 0, :] + after), moves
 
     def _inside(self, like: Tensor) -> Tensor:
-        """[*B, T] ones where a step lies within its sequence."""
+        """[*B, T], 1 for steps within ``lengths`` and 0 in the padding."""
         time = torch.arange(self.event_shape[0], device=like.device)
         if self.lengths is None:
             return torch.ones_like(time, dtype=like.dtype)
@@ -224,17 +239,25 @@ class HMM(TorchDistribution):
     """A hidden Markov model: p(y) = Σ_z p(z_1) Π_t p(z_{t+1} | z_t) Π_t p(y_t | z_t).
 
     ``initial [*B,S]``, ``transition [*B,S,S]`` (from, to) or ``[*B,T-1,S,S]`` are logits, normalized inside
-    over the last dimension; -inf is allowed, but not a whole row of it. ``emission`` is any Pyro
-    distribution of batch shape ``[*B,S]``, or ``[*B,T,S]`` if it varies in time; several coordinates go into
-    its event by ``.to_event``. Values are ``[*B,T,*event]``. ``lengths [*B]`` shortens sequences: what lies
-    beyond is ignored, and zero in samples. A state whose own support excludes a value gives it -inf; a value that
-    all exclude is refused. A step with a NaN anywhere in it is missing: it is summed over.
-    Sampling needs a known T: from ``num_steps``, a transition or an emission that varies in time; otherwise
-    T is the value's.
+    over the last dimension; -inf is allowed, except for a whole row. ``emission`` is any Pyro distribution of
+    batch shape ``[*B,S]``, or ``[*B,T,S]`` if it varies in time; vector observations need ``.to_event``.
+    Values are ``[*B,T,*event]``. ``lengths [*B]`` are those of padded sequences: the padding is ignored, and
+    zero in samples. A value outside the support of one state has log probability -inf there; outside that of
+    all states it is an error. A step with a NaN is missing, and summed over. Sampling needs ``num_steps``, or
+    a transition or an emission that varies in time.
 
-    ``log_prob(y)`` is the evidence; ``posterior(y)`` the chain of states given y, whose log partition it is.
-    Cost: O(B·T·S²) time, O(B·T·S) memory, also for the gradient; a sample draws all S emissions at each step.
+    ``log_prob(y)`` is the evidence, and ``posterior(y)`` the chain of states given y, whose log partition it
+    is.
+    Cost: O(B·T·S²) time, O(B·T·S) memory, also for the gradient; sampling draws all S emissions at each step.
     Source: Rabiner (1989).
+
+    Args:
+        initial: logits of the first state, ``[*B,S]``.
+        transition: logits (from, to), ``[*B,S,S]`` or ``[*B,T-1,S,S]``.
+        emission: a distribution of batch shape ``[*B,S]`` or ``[*B,T,S]``.
+        num_steps: T; needed only for sampling from a homogeneous chain.
+        lengths: LongTensor ``[*B]`` of values in 1..T.
+        validate_args: whether to check the arguments' values.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -251,41 +274,43 @@ class HMM(TorchDistribution):
     ) -> None:
         if not hasattr(emission, "log_prob"):
             raise ValueError(
-                f"emission is a {type(emission).__name__}: it takes a distribution of batch shape [*B,S]"
+                f"emission: expected a distribution of batch shape [*B,S], got a {type(emission).__name__}"
             )
         if lengths is not None and not isinstance(lengths, Tensor):
-            raise ValueError(f"lengths is a {type(lengths).__name__}: it takes a LongTensor [*B]")
+            raise ValueError(f"lengths: expected a LongTensor [*B], got a {type(lengths).__name__}")
+        refuse_transforms(initial=initial, transition=transition)
         rank, states = initial.dim() - 1, initial.shape[-1]
-        still = transition.dim() == rank + 2
+        homogeneous = transition.dim() == rank + 2
         rest = len(emission.batch_shape) - rank
         if (
             transition.shape[-2:] != (states, states)
-            or not (still or transition.dim() == rank + 3)
+            or not (homogeneous or transition.dim() == rank + 3)
             or rest not in (1, 2)
             or emission.batch_shape[-1] != states
         ):
             raise ValueError(
-                f"got initial {tuple(initial.shape)}, transition {tuple(transition.shape)}, emission of "
-                f"batch shape {tuple(emission.batch_shape)}: they take [*B,S], [*B,S,S] or [*B,T-1,S,S], and "
-                "[*B,S] or [*B,T,S]"
+                "initial, transition, emission: expected [*B,S], [*B,S,S] or [*B,T-1,S,S], and batch shape "
+                "[*B,S] or "
+                f"[*B,T,S], got {tuple(initial.shape)}, {tuple(transition.shape)} and "
+                f"{tuple(emission.batch_shape)}"
             )
         extra = 0 if lengths is None else max(0, lengths.dim() - rank)
         if extra:
             initial, transition, emission = _lead(extra, initial, transition, emission)
             rank += extra
         known = {} if num_steps is None else {"num_steps": num_steps}
-        if not still:
+        if not homogeneous:
             known["transition"] = transition.shape[rank] + 1
         if rest == 2:
             known["emission"] = emission.batch_shape[rank]
         if len(set(known.values())) > 1:
-            raise ValueError(f"the number of steps differs: {known}")
+            raise ValueError(f"num_steps: expected the same number of steps everywhere, got {known}")
         self.num_steps = next(iter(known.values()), None)
         self.initial, self.transition, self.emission = initial, transition, emission
         shapes = [initial.shape[:rank], transition.shape[:rank], emission.batch_shape[:rank]]
         batch_shape = torch.broadcast_shapes(*shapes, *([] if lengths is None else [lengths.shape]))
         self.lengths = None if lengths is None else lengths.expand(batch_shape)
-        # a size of one stands for "any" where torch checks a value's shape
+        # size one means "any" when torch checks the shape of a value
         event_shape = (self.num_steps or 1, *emission.event_shape)
         super().__init__(batch_shape, torch.Size(event_shape), validate_args=validate_args)
         if self._validate_args:
@@ -293,9 +318,12 @@ class HMM(TorchDistribution):
             for name, logits in (("initial", initial), ("transition", transition)):
                 empty = (logits == -math.inf).all(-1)
                 if empty.any():
-                    raise ValueError(f"{name} is -inf throughout the row at index {first_index(empty)}")
-            if lengths is not None and self.num_steps is not None:
-                check_lengths(lengths, self.num_steps)
+                    raise ValueError(
+                        f"{name}: expected a finite logit in every row, got -inf throughout row "
+                        f"{first_index(empty)}"
+                    )
+        if lengths is not None and self.num_steps is not None:
+            check_lengths(lengths, self.num_steps)
 
     @property
     def support(self) -> Any:
@@ -311,11 +339,51 @@ class HMM(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The evidence ln p(y), ``[*sample, *B]``."""
-        return self.posterior(value).log_partition
+        """The evidence ln p(y), ``[*sample, *B]``. Sequences of similar ``lengths`` are computed together,
+        without the padding of longer ones.
+        """
+        steps = self._check_value(value)
+        buckets = self._buckets(value, steps)
+        if len(buckets) < 2:
+            return self.posterior(value).log_partition
+        found = [self._rows(rows, longest).log_prob(value[rows, :longest]) for rows, longest in buckets]
+        order = torch.cat([rows for rows, _ in buckets])
+        return torch.cat(found)[order.argsort()]
+
+    def _buckets(self, value: Tensor, steps: int) -> list[tuple[Tensor, int]]:
+        """Rows to be computed together, each with their largest length; none if one bucket does as well."""
+        lengths, rank = self.lengths, len(self.batch_shape)
+        shared = all(n == 1 for n in self.emission.batch_shape[:-1])
+        if lengths is None or rank != 1 or not shared or value.shape[:1] != self.batch_shape:
+            return []
+        if value.dim() != 1 + len(self.event_shape):
+            return []
+        check_lengths(lengths, steps)
+        sorted_lengths, order = lengths.sort(descending=True)
+        ends, known = [], sorted_lengths.tolist()
+        longest = known[0] if known else 0
+        for i, length in enumerate(known):
+            # a bucket costs some hundred microseconds: about what the padding of so many numbers does
+            if length < 0.8 * longest and (longest - length) * (len(known) - i) * self._states > 1 << 14:
+                ends.append(i)
+                longest = length
+        starts = [0, *ends]
+        parts = order.tensor_split(ends)
+        return [(rows, known[start]) for rows, start in zip(parts, starts, strict=True) if len(rows)]
+
+    def _rows(self, rows: Tensor, longest: int) -> HMM:
+        """The distribution of some rows of the batch, cut to ``longest`` steps."""
+        assert self.lengths is not None
+
+        def pick(x: Tensor) -> Tensor:
+            x = x if x.shape[0] == 1 else x[rows]
+            return x[:, : longest - 1] if x.dim() == 4 else x
+
+        initial, transition = pick(self.initial), pick(self.transition)
+        return HMM(initial, transition, self.emission, longest, self.lengths[rows], self._validate_args)
 
     def posterior(self, value: Tensor) -> LinearChain:
-        """p(z | y), a ``LinearChain`` whose log partition is ln p(y) and whose values are state sequences."""
+        """p(z | y), a ``LinearChain`` over state sequences whose ``log_partition`` is ln p(y)."""
         steps = self._check_value(value)
         own = value.shape[: value.dim() - len(self.event_shape)]
         value = value.reshape((1,) * (len(self.batch_shape) - len(own)) + value.shape)
@@ -323,7 +391,7 @@ class HMM(TorchDistribution):
         pad = (1,) * (observation.dim() - 2 - len(self.batch_shape))
         initial, transition = _normalize(self.initial), _normalize(self.transition)
         lengths = self.lengths
-        if lengths is not None and self._validate_args:
+        if lengths is not None:
             check_lengths(lengths, steps)
         if self._validate_args:
             check_finite_or_minus_inf(**{"the emission's log probability of y": observation})
@@ -338,7 +406,7 @@ class HMM(TorchDistribution):
         return chain.expand(torch.broadcast_shapes(observation.shape[:-2], self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, T, *event]``."""
+        """Samples ``[*sample, *B, T, *event]``."""
         with torch.no_grad():
             z = self.prior.sample(sample_shape)
             rank, event = len(self.batch_shape), len(self.emission.event_shape)
@@ -360,9 +428,11 @@ class HMM(TorchDistribution):
 
     @property
     def prior(self) -> LinearChain:
-        """p(z): the chain of states before anything is observed."""
+        """p(z): the chain of states without observations."""
         if self.num_steps is None:
-            raise ValueError("num_steps is None: sampling from a homogeneous HMM takes the number of steps")
+            raise ValueError(
+                "num_steps: expected the number of steps for sampling from a homogeneous HMM, got None"
+            )
         initial = _normalize(self.initial)
         flat = initial.new_zeros(()).expand(*initial.shape[:-1], self.num_steps, initial.shape[-1])
         chain = LinearChain(initial, _normalize(self.transition), flat, self.lengths, self._validate_args)
@@ -372,17 +442,17 @@ class HMM(TorchDistribution):
         axis = -len(self.event_shape)
         if value.dim() < -axis or value.shape[value.dim() + axis + 1 :] != self.emission.event_shape:
             raise ValueError(
-                f"y has shape {tuple(value.shape)}: it takes [*B,T] and {tuple(self.event_shape[1:])}"
+                f"y: expected shape [*B,T] and then {tuple(self.event_shape[1:])}, got {tuple(value.shape)}"
             )
         steps = value.shape[axis]
         if self.num_steps is not None and steps != self.num_steps:
-            raise ValueError(f"y has {steps} steps in shape {tuple(value.shape)}: it takes {self.num_steps}")
+            raise ValueError(f"y: expected {self.num_steps} steps, got {steps} in shape {tuple(value.shape)}")
         if steps == 0:
-            raise ValueError(f"y has no steps in shape {tuple(value.shape)}: it takes at least one")
+            raise ValueError(f"y: expected at least one step, got shape {tuple(value.shape)}")
         return steps
 
     def _observation(self, value: Tensor) -> Tensor:
-        """ln p(y_t | state), ``[*sample, *B, T, S]``; zero where a step is missing or beyond its length."""
+        """ln p(y_t | state), ``[*sample, *B, T, S]``; zero for missing steps and in the padding."""
         event = len(self.emission.event_shape)
         skipped: Tensor | None = None
         if value.is_floating_point():
@@ -397,25 +467,46 @@ class HMM(TorchDistribution):
             shape = torch.broadcast_shapes(skipped.shape, value.shape[: value.dim() - event])
             skipped = skipped.expand(shape)
             value = value.expand(shape + value.shape[value.dim() - event :])
+            packed = self._packed(value, skipped)
+            if packed is not None:
+                return packed
             present = value[~skipped]
             stand_in = present[0] if len(present) else self.emission.sample().flatten(0, -1 - event)[0]
             value = torch.where(skipped.reshape(shape + (1,) * event), stand_in.to(value.dtype), value)
         result = self._emission_log_prob(value, skipped)
         return result if skipped is None else torch.where(skipped.unsqueeze(-1), 0.0, result)
 
+    def _packed(self, value: Tensor, skipped: Tensor) -> Tensor | None:
+        """``_observation`` computed for the present steps alone; None unless all share one emission."""
+        event = len(self.emission.event_shape)
+        if any(n > 1 for n in self.emission.batch_shape[:-1]) or bool(skipped.all()):
+            return None
+        present = value[~skipped]
+        each = present.unsqueeze(-1 - event)
+        if self._validate_args and within_support(self.emission, each) is not None:
+            return None
+        found = _by_products(self.emission, present)
+        found = log_prob_within(self.emission, each, None) if found is None else found
+        found = found.reshape(-1, self._states)
+        return found.new_zeros(*skipped.shape, self._states).index_put((~skipped,), found)
+
+    @property
+    def _states(self) -> int:
+        return self.initial.shape[-1]
+
     def _emission_log_prob(self, value: Tensor, skipped: Tensor | None) -> Tensor:
         event, rank = len(self.emission.event_shape), len(self.batch_shape)
-        still = len(self.emission.batch_shape) == rank + 1
-        # time goes to the front, where any distribution takes it as a sample dimension
-        moved = still and rank > 0
+        homogeneous = len(self.emission.batch_shape) == rank + 1
+        # time becomes a sample dimension, at the front
+        moved = homogeneous and rank > 0
         each = (value.movedim(value.dim() - event - 1, 0) if moved else value).unsqueeze(-1 - event)
         good = within_support(self.emission, each) if self._validate_args else None
         if good is not None:
             bad = ~good.any(-1)
             bad = bad.movedim(0, -1) if moved else bad
             bad = bad if skipped is None else bad & ~skipped
-            refuse_outside(value, bad, event, "its emission's support")
-        products = _by_products(self.emission, value) if still and good is None else None
+            refuse_outside(value, bad, event, "the emission's support")
+        products = _by_products(self.emission, value) if homogeneous and good is None else None
         if products is not None:
             return products
         result = log_prob_within(self.emission, each, good)
@@ -423,8 +514,8 @@ class HMM(TorchDistribution):
 
 
 def _by_products(emission: Any, value: Tensor) -> Tensor | None:
-    """ln p(y_t | state) as a matrix product, for vectors of Bernoulli or Poisson variables of batch shape
-    [*B,S]; None for other emissions. Saves a factor D of memory over the plain way.
+    """ln p(y_t | state) as a matrix product, for vectors of D Bernoulli or Poisson variables of batch shape
+    [*B,S]; None for other emissions. Needs D times less memory than ``log_prob``.
     """
     base = getattr(emission, "base_dist", None)
     if len(emission.event_shape) != 1:
@@ -460,6 +551,6 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _normalize(logits: Tensor) -> Tensor:
-    """Log softmax over the last dimension; a row of -inf stays one."""
+    """Log softmax over the last dimension; a row of -inf stays -inf."""
     total = logsumexp(logits, -1, keepdim=True)
     return logits - torch.where(total == -math.inf, torch.zeros_like(total), total)

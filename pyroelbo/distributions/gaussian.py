@@ -1,4 +1,4 @@
-"""Linear-Gaussian state-space models: the evidence, the filter, and the posterior over state sequences."""
+"""Linear-Gaussian state-space models: evidence, filter, and posterior over state sequences."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pyro.ops.gaussian import (
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroelbo.distributions.checks import check_lengths, first_index
-from pyroelbo.distributions.kernels.dispatch import loops
-from pyroelbo.distributions.structured import independent_normal
+from pyroelbo.distributions.checks import check_lengths, first_index, refuse_transforms
+from pyroelbo.distributions.kernels.dispatch import kernels
+from pyroelbo.distributions.structured import cached_until_changed, independent_normal
 
 __all__ = ["Filtered", "GaussianChain", "LinearGaussianChain"]
 
@@ -53,16 +53,30 @@ class LinearGaussianChain(TorchDistribution):
 
     ``initial``, ``transition_noise`` and ``observation_noise`` are Gaussians (``MultivariateNormal``, or
     ``Normal(...).to_event(1)``) of batch shapes ``[*B]``, ``[*B]`` or ``[*B,T-1]``, ``[*B]`` or ``[*B,T]``,
-    with means as they please; ``transition_matrix`` is ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from),
-    ``observation_matrix [*B,O,H]`` or ``[*B,T,O,H]``. Values are ``[*B,T,O]``; ``lengths [*B]`` shortens
-    sequences: what lies beyond is ignored, and zero in samples. A coordinate that is NaN is missing: it is
-    integrated over, the step's others count. Sampling needs a known T: from ``num_steps`` or a parameter that
-    varies in time.
+    with any means; ``transition_matrix`` is ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from),
+    ``observation_matrix [*B,O,H]`` or ``[*B,T,O,H]``. Values are ``[*B,T,O]``; ``lengths [*B]`` are those of
+    padded sequences: the padding is ignored, and zero in samples. A coordinate that is NaN is missing, and
+    integrated over; the others of its step count. Sampling needs ``num_steps``, or a parameter that varies in
+    time.
 
-    ``log_prob(y)`` is the evidence, ``posterior(y)`` the ``GaussianChain`` of states given y.
-    Cost: O(B·T·H²) and, once for a batch that shares its parameters and misses nothing, O(T·(H + O)³), also for
+    ``log_prob(y)`` is the evidence, and ``posterior(y)`` the ``GaussianChain`` of states given y. Covariances
+    are kept as square roots, so that a diffuse ``initial`` costs half the digits of its spread, not all.
+    Cost: O(B·T·H²), and O(T·(H + O)³) once for a batch that shares its parameters and has no missing values,
+        also for
     the gradient.
-    Source: Kalman (1960); the score by the recursion of de Jong (1989), Koopman and Shephard (1992).
+    Source: Kalman (1960); Kaminski, Bryson and Schmidt (1971) for square roots; gradients by the recursion of
+        de Jong
+    (1989), Koopman and Shephard (1992).
+
+    Args:
+        initial: a Gaussian of batch shape ``[*B]`` and event shape ``[H]``.
+        transition_matrix: ``[*B,H,H]`` or ``[*B,T-1,H,H]`` (to, from).
+        transition_noise: a Gaussian of batch shape ``[*B]`` or ``[*B,T-1]`` and event shape ``[H]``.
+        observation_matrix: ``[*B,O,H]`` or ``[*B,T,O,H]``.
+        observation_noise: a Gaussian of batch shape ``[*B]`` or ``[*B,T]`` and event shape ``[O]``.
+        num_steps: T; needed only for sampling from a homogeneous chain.
+        lengths: LongTensor ``[*B]`` of values in 1..T.
+        validate_args: whether to check the arguments' values.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -86,7 +100,8 @@ class LinearGaussianChain(TorchDistribution):
         }
         moments = {name: _moments(name, x) for name, x in gaussians.items()}
         if lengths is not None and not isinstance(lengths, Tensor):
-            raise ValueError(f"lengths is a {type(lengths).__name__}: it takes a LongTensor [*B]")
+            raise ValueError(f"lengths: expected a LongTensor [*B], got a {type(lengths).__name__}")
+        refuse_transforms(transition_matrix=transition_matrix, observation_matrix=observation_matrix)
         rank = len(initial.batch_shape)
         hidden, observed = initial.event_shape[-1], observation_noise.event_shape[-1]
         known = {} if num_steps is None else {"num_steps": num_steps}
@@ -96,11 +111,11 @@ class LinearGaussianChain(TorchDistribution):
             or transition_noise.event_shape != (hidden,)
         ):
             raise ValueError(
-                f"got initial of event shape {tuple(initial.event_shape)}, transition_matrix "
-                f"{tuple(transition_matrix.shape)}, transition_noise of event shape "
-                f"{tuple(transition_noise.event_shape)}, observation_matrix {tuple(observation_matrix.shape)}, "
-                f"observation_noise of event shape "
-                f"{tuple(observation_noise.event_shape)}: they take [H], [H,H], [H], [O,H] and [O]"
+                "initial, transition_matrix, transition_noise, observation_matrix, observation_noise: "
+                "expected (event) "
+                f"shapes [H], [H,H], [H], [O,H] and [O], got {tuple(initial.event_shape)}, "
+                f"{tuple(transition_matrix.shape)}, {tuple(transition_noise.event_shape)}, "
+                f"{tuple(observation_matrix.shape)} and {tuple(observation_noise.event_shape)}"
             )
 
         def timed(name: str, x: Tensor, own: int, extra: int) -> Tensor:
@@ -108,7 +123,7 @@ class LinearGaussianChain(TorchDistribution):
                 return x.unsqueeze(rank)
             if x.dim() != rank + own + 1:
                 raise ValueError(
-                    f"{name} has {x.dim() - own} dimensions before its own: it takes [*B] or [*B,T]"
+                    f"{name}: expected batch shape [*B] or [*B,T], got {x.dim() - own} batch dimensions"
                 )
             known[name] = x.shape[rank] + extra
             return x
@@ -125,22 +140,23 @@ class LinearGaussianChain(TorchDistribution):
             timed("observation_noise", error, 2, 0),
         )
         if len(set(known.values())) > 1:
-            raise ValueError(f"the number of steps differs: {known}")
+            raise ValueError(f"num_steps: expected the same number of steps everywhere, got {known}")
         self.num_steps = next(iter(known.values()), None)
         shapes = [x.shape[:rank] for x in self.parameters]
         batch_shape = torch.broadcast_shapes(*shapes, *([] if lengths is None else [lengths.shape]))
         self.lengths = None if lengths is None else lengths.expand(batch_shape)
         self.parameters = _padded(self.parameters, len(batch_shape) - rank)
-        # a size of one stands for "any" where torch checks a value's shape
+        # size one means "any" when torch checks the shape of a value
         event_shape = torch.Size((self.num_steps or 1, observed))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
         if self._validate_args:
             for name in ("transition_matrix", "observation_matrix"):
                 matrix = transition_matrix if name == "transition_matrix" else observation_matrix
                 if not matrix.isfinite().all():
-                    raise ValueError(f"{name} is not finite at index {first_index(~matrix.isfinite())}")
-            if lengths is not None and self.num_steps is not None:
-                check_lengths(lengths, self.num_steps)
+                    bad = first_index(~matrix.isfinite())
+                    raise ValueError(f"{name}: expected finite numbers, got others at index {bad}")
+        if lengths is not None and self.num_steps is not None:
+            check_lengths(lengths, self.num_steps)
 
     @property
     def support(self) -> Any:
@@ -165,14 +181,16 @@ class LinearGaussianChain(TorchDistribution):
         return GaussianChain(new.parameters, y, lengths, constant, validate_args=self._validate_args)
 
     def filter(self, y: Tensor) -> Filtered:
-        """The states' distributions given the past, with and without the present. Cost: O(T) steps."""
+        """Filtered and predicted distributions of the states. Cost: O(T) steps."""
         new, y, _, _ = self._aligned(y)
-        return _filtered(new.parameters, y)
+        return _filtered(new.parameters, y)[0]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, T, O]``, differentiable in the parameters."""
+        """Samples ``[*sample, *B, T, O]``, differentiable in the parameters."""
         if self.num_steps is None:
-            raise ValueError("num_steps is None: sampling from a homogeneous chain takes the number of steps")
+            raise ValueError(
+                "num_steps: expected the number of steps for sampling from a homogeneous chain, got None"
+            )
         p, steps = self.parameters, self.num_steps
         shape = torch.Size(sample_shape) + self.batch_shape
         root = torch.linalg.cholesky(p.noise)
@@ -189,17 +207,18 @@ class LinearGaussianChain(TorchDistribution):
         return y if self.lengths is None else torch.where(_within(self.lengths, steps)[..., None], y, 0.0)
 
     def _aligned(self, value: Tensor) -> tuple[LinearGaussianChain, Tensor, Tensor, Tensor | None]:
-        """This distribution, the value and its lengths, all with the same number of batch dimensions; and what
-        missing coordinates add to ln p(y), where there are any.
+        """This distribution, the value and its lengths with the same batch dimensions, and the constant to
+        add to ln p(y) for missing coordinates, if any.
         """
         if value.dim() < 2 or value.shape[-1] != self.event_shape[-1] or not value.shape[-2]:
             raise ValueError(
-                f"y has shape {tuple(value.shape)}: it takes [*B,T,{self.event_shape[-1]}] with T > 0"
+                f"y: expected shape [*B,T,{self.event_shape[-1]}] with T > 0, got {tuple(value.shape)}"
             )
+        refuse_transforms(y=value)
         steps = value.shape[-2]
         if self.num_steps is not None and steps != self.num_steps:
-            raise ValueError(f"y has {steps} steps in shape {tuple(value.shape)}: it takes {self.num_steps}")
-        # integers, and data in a lower precision than the parameters', are taken as the parameters are
+            raise ValueError(f"y: expected {self.num_steps} steps, got {steps} in shape {tuple(value.shape)}")
+        # integers, and data of lower precision, are cast to the parameters' dtype
         value = value.to(
             functools.reduce(torch.promote_types, (x.dtype for x in self.parameters), value.dtype)
         )
@@ -209,13 +228,14 @@ class LinearGaussianChain(TorchDistribution):
         value = value.expand(*shape, *value.shape[-2:])
         if self.lengths is not None:
             value = torch.where(_within(lengths, steps)[..., None], value, 0.0)
+        check_lengths(lengths, steps)
         if self._validate_args:
-            check_lengths(lengths, steps)
             bad = value.isinf()
             if bad.any():
                 raise ValueError(
-                    f"y has {value[bad][0].item()} at index {first_index(bad)}: it takes finite numbers, and NaN "
-                    "where one is missing"
+                    f"y: expected finite numbers, or NaN for missing ones, got {value[bad][0].item()} at "
+                    f"index "
+                    f"{first_index(bad)}"
                 )
         missing = value.isnan()
         if not missing.any():
@@ -228,8 +248,8 @@ class LinearGaussianChain(TorchDistribution):
 class GaussianChain(TorchDistribution):
     """p(z | y) of a linear-Gaussian chain: z_T ~ N, then z_t given z_{t+1} backwards in time.
 
-    Values are ``[*B,T,H]``; what lies beyond ``lengths`` is zero in samples and ignored. ``mean``,
-    ``variance`` and ``covariance`` are the smoother's, ``lagged`` is Cov(z_t, z_{t+1}); ``log_partition``
+    Values are ``[*B,T,H]``; the padding beyond ``lengths`` is ignored, and zero in samples. ``mean``,
+    ``variance`` and ``covariance`` are the smoother's, ``lagged`` is Cov(z_t, z_{t+1}), and ``log_partition``
     is ln p(y). All are differentiable in the parameters and in y.
 
     Cost: O(B·T·(H + O)³), T steps one after another. Source: Rauch, Tung, Striebel (1965).
@@ -260,23 +280,26 @@ class GaussianChain(TorchDistribution):
         constant = None if self.constant is None else self.constant.expand(batch_shape)
         return GaussianChain(parameters, y, self.lengths.expand(batch_shape), constant, self._validate_args)
 
-    @functools.cached_property
+    def _sources(self) -> tuple[Tensor, ...]:
+        return (*self.parameters, self.y)
+
+    @cached_until_changed
     def log_partition(self) -> Tensor:
         """ln p(y), ``[*B]``."""
         return _log_evidence(self.y, self.lengths, self.parameters, self.constant)
 
-    @functools.cached_property
+    @cached_until_changed
     def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """z_t = matrix_t z_{t+1} + shift_t + N(0, covariance_t); the last z_t of a sequence depends on
-        none.
+        """Gain, shift and covariance of z_t = gain_t z_{t+1} + shift_t + N(0, covariance_t); gain is zero at
+        the last z_t.
         """
-        p, past = self.parameters, _filtered(self.parameters, self.y)
+        p, (past, roots) = self.parameters, _filtered(self.parameters, self.y)
         steps, hidden = self.event_shape
         last = torch.arange(steps, device=self.lengths.device) >= self.lengths[..., None] - 1
         if steps == 1:
             return torch.zeros_like(past.covariance), past.mean, past.covariance
-        v, ahead = past.covariance[..., :-1, :, :], past.predicted_covariance[..., 1:, :, :]
-        gain = torch.linalg.solve(ahead, p.move @ v).transpose(-1, -2)
+        v = past.covariance[..., :-1, :, :]
+        gain = torch.cholesky_solve(p.move @ v, roots.predicted[..., 1:, :, :]).mT
         gain = torch.cat([gain, torch.zeros_like(gain[..., :1, :, :])], -3)
         gain = torch.where(last[..., None, None], 0.0, gain)
         move, noise = (
@@ -296,16 +319,16 @@ class GaussianChain(TorchDistribution):
             _within(self.lengths, self.event_shape[0])[..., None], torch.stack(z[::-1], -2), 0.0
         )
 
-    @functools.cached_property
+    @cached_until_changed
     def mean(self) -> Tensor:  # type: ignore[override]
-        """E z_t, ``[*B,T,H]``; also the mode."""
+        """E z_t, ``[*B,T,H]``, which is also the mode."""
         return self._run(self._backward[1])
 
     @property
     def mode(self) -> Tensor:
         return self.mean
 
-    @functools.cached_property
+    @cached_until_changed
     def covariance(self) -> Tensor:
         """Cov z_t, ``[*B,T,H,H]``."""
         gain, _, own = self._backward
@@ -326,7 +349,7 @@ class GaussianChain(TorchDistribution):
         return self._backward[0][..., :-1, :, :] @ self.covariance[..., 1:, :, :]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Exact draws ``[*sample, *B, T, H]``, differentiable."""
+        """Exact samples ``[*sample, *B, T, H]``, differentiable."""
         _, shift, covariance = self._backward
         shape = torch.Size(sample_shape) + self.batch_shape
         noise = _normal(shift, shape, self.event_shape)
@@ -355,7 +378,7 @@ def _moments(name: str, gaussian: Any) -> tuple[Tensor, Tensor]:
     if base is not None:
         return base.loc, torch.diag_embed(base.scale.square())
     raise ValueError(
-        f"{name} is a {type(gaussian).__name__}: it takes a MultivariateNormal or Normal(...).to_event(1)"
+        f"{name}: expected a MultivariateNormal or Normal(...).to_event(1), got a {type(gaussian).__name__}"
     )
 
 
@@ -364,7 +387,7 @@ def _padded(p: Parameters, dims: int) -> Parameters:
 
 
 def _without(p: Parameters, missing: Tensor) -> Parameters:
-    """Missing coordinates ``[*B,T,O]`` made to say nothing: each is noise of its own around zero, of variance one."""
+    """Replace missing coordinates ``[*B,T,O]`` by independent standard noise."""
     apart = missing[..., :, None] | missing[..., None, :]
     own = torch.diag_embed(missing.to(p.error.dtype))
     return p._replace(
@@ -386,49 +409,72 @@ def _within(lengths: Tensor, steps: int) -> Tensor:
     return torch.arange(steps, device=lengths.device) < lengths[..., None]
 
 
-def _filtered(p: Parameters, y: Tensor) -> Filtered:
-    """Kalman's filter in plain torch; Joseph's form keeps covariances positive where the noise is small."""
-    identity = torch.eye(p.start.shape[-1], dtype=p.start.dtype, device=p.start.device)
-    mean, covariance = p.start, p.spread
+class _Roots(NamedTuple):
+    """Lower triangular roots of covariances: of innovations [*B,T,O,O] and of predicted states [*B,T,H,H]."""
+
+    innovation: Tensor
+    predicted: Tensor
+
+
+def _lower(x: Tensor) -> Tensor:
+    """The lower triangular matrix L of positive diagonal with L L' = x x'."""
+    root = torch.linalg.qr(x.mT).R.mT
+    return root * root.diagonal(0, -1, -2).sign().unsqueeze(-2)
+
+
+def _filtered(p: Parameters, y: Tensor) -> tuple[Filtered, _Roots]:
+    """Kalman's filter in square-root form, as in ``kernels.kalman``, in plain torch."""
+    observed = y.shape[-1]
+    mean, root = p.start, torch.linalg.cholesky(p.spread)
+    noise_root, error_root = torch.linalg.cholesky(p.noise), torch.linalg.cholesky(p.error)
     found: list[tuple[Tensor, ...]] = []
     for t in range(y.shape[-2]):
         u = min(t, p.read.shape[-3] - 1), min(t, p.offset.shape[-2] - 1), min(t, p.error.shape[-3] - 1)
-        read, offset, error = p.read[..., u[0], :, :], p.offset[..., u[1], :], p.error[..., u[2], :, :]
+        read, offset, error = p.read[..., u[0], :, :], p.offset[..., u[1], :], error_root[..., u[2], :, :]
         if t:
             u = min(t, p.move.shape[-3]) - 1, min(t, p.drift.shape[-2]) - 1, min(t, p.noise.shape[-3]) - 1
             move = p.move[..., u[0], :, :]
-            mean = _apply(move, found[-1][0]) + p.drift[..., u[1], :]
-            covariance = move @ found[-1][1] @ move.mT + p.noise[..., u[2], :, :]
-        seen = read @ covariance
-        gain = torch.linalg.solve(seen @ read.mT + error, seen).mT
-        rest = identity - gain @ read
-        filtered = mean + _apply(gain, y[..., t, :] - offset - _apply(read, mean))
-        left = rest @ covariance @ rest.mT + gain @ error @ gain.mT
-        found.append((filtered, (left + left.mT) / 2, mean, covariance))
+            mean = _apply(move, mean) + p.drift[..., u[1], :]
+            root = _lower(_beside(move @ root, noise_root[..., u[2], :, :]))
+        predicted, ahead = mean, root
+        above = _beside(error, read @ root)
+        below = _beside(torch.zeros_like((read @ root).mT), root)
+        both = _lower(torch.cat(_expanded(above, below), -2))
+        innovation, corner = both[..., :observed, :observed], both[..., observed:, :observed]
+        root = both[..., observed:, observed:]
+        apart = (y[..., t, :] - offset - _apply(read, mean)).unsqueeze(-1)
+        mean = mean + (corner @ torch.linalg.solve_triangular(innovation, apart, upper=False)).squeeze(-1)
+        found.append((mean, root @ root.mT, predicted, ahead @ ahead.mT, innovation, ahead))
     shape = y.shape[:-2]
-    means, covariances, predicted, ahead = zip(*found, strict=True)
-    vectors = (torch.stack([x.expand(*shape, *x.shape[-1:]) for x in xs], -2) for xs in (means, predicted))
-    matrices = (torch.stack([x.expand(*shape, *x.shape[-2:]) for x in xs], -3) for xs in (covariances, ahead))
-    (mean, predicted_mean), (covariance, predicted_covariance) = vectors, matrices
-    return Filtered(mean, covariance, predicted_mean, predicted_covariance)
+    columns = list(zip(*found, strict=True))
+    vectors = [torch.stack([x.expand(*shape, *x.shape[-1:]) for x in columns[i]], -2) for i in (0, 2)]
+    matrices = [torch.stack([x.expand(*shape, *x.shape[-2:]) for x in columns[i]], -3) for i in (1, 3, 4, 5)]
+    return Filtered(vectors[0], matrices[0], vectors[1], matrices[1]), _Roots(*matrices[2:])
 
 
-_kernels: Any = functools.partial(loops, "kalman")
+def _expanded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the batch dimensions that they broadcast to."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+
+
+def _beside(a: Tensor, b: Tensor) -> Tensor:
+    """[a b], with broadcast batch dimensions."""
+    return torch.cat(_expanded(a, b), -1)
 
 
 def _in_steps(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
-    past = _filtered(p, y)
+    past, roots = _filtered(p, y)
     mean = _apply(p.read, past.predicted_mean) + p.offset
-    covariance = p.read @ past.predicted_covariance @ p.read.mT + p.error
-    each = MultivariateNormal(mean, covariance, validate_args=False).log_prob(y)
+    each = MultivariateNormal(mean, scale_tril=roots.innovation, validate_args=False).log_prob(y)
     return torch.where(_within(lengths, y.shape[-2]), each, 0.0).sum(-1)
 
 
 def _scan(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
-    """ln p(y) by Pyro's parallel scan over Gaussian factors; what lies beyond a length says nothing.
+    """ln p(y) by Pyro's parallel scan over Gaussian factors, in float64; factors in the padding are constant.
 
-    The scan works with precisions, which cannot hold a vague start beside precise observations: then the
-    filter takes the steps one after another. Arithmetic is in float64.
+    The scan works with precisions, which cannot represent a diffuse start together with precise observations:
+    then the sequential filter is used.
     """
     dtype, steps = y.dtype, y.shape[-2]
     y, p = y.double(), Parameters(*(x.double() for x in p))
@@ -453,7 +499,8 @@ def _scan(y: Tensor, lengths: Tensor, p: Parameters) -> Tensor:
 
 
 def _log_evidence(y: Tensor, lengths: Tensor, p: Parameters, constant: Tensor | None) -> Tensor:
-    if y.device.type != "cpu" or _kernels() is None:
+    if kernels("kalman", y) is None:
+        check_lengths(lengths, y.shape[-2])
         value = _scan(y, lengths, p)
     else:
         value = _LogEvidence.apply(y, lengths, *p)
@@ -461,10 +508,11 @@ def _log_evidence(y: Tensor, lengths: Tensor, p: Parameters, constant: Tensor | 
 
 
 class _LogEvidence(torch.autograd.Function):
-    """The compiled filter, in float64, and its adjoint; second derivatives are those of Pyro's scan."""
+    """The compiled filter and its adjoint, in float64; second derivatives are those of Pyro's scan."""
 
     @staticmethod
     def forward(ctx, y, lengths, *parameters):
+        run: Any = kernels("kalman", y)
         p = Parameters(*parameters)
         rank = lengths.dim()
         shared = all(n == 1 for x in p for n in x.shape[:rank])
@@ -472,40 +520,38 @@ class _LogEvidence(torch.autograd.Function):
         turns = max(p.move.shape[rank], p.drift.shape[rank], p.noise.shape[rank])
         looks = max(p.read.shape[rank], p.offset.shape[rank], p.error.shape[rank])
         times = ((), (), (turns,), (turns,), (turns,), (looks,), (looks,), (looks,))
-        own = [x.shape[rank + len(time) :] for x, time in zip(p, times, strict=True)]
-        full = [(*batch, *time, *size) for time, size in zip(times, own, strict=True)]
-        flat = [
-            x.detach().double().expand(shape).reshape(-1, *shape[rank:]).contiguous().numpy()
-            for x, shape in zip(p, full, strict=True)
-        ]
-        steps, observed = y.shape[-2:]
-        rows, groups, hidden = lengths.numel(), len(flat[0]), p.start.shape[-1]
-
-        def room(*shape: int):
-            return torch.empty(shape, dtype=torch.float64).numpy()
-
-        value = room(rows)
-        means, errors, residuals = room(rows, steps, hidden), *(room(rows, steps, observed) for _ in range(2))
-        sizes = (
-            (hidden, hidden),
-            (hidden, hidden),
-            (hidden, observed),
-            (observed, observed),
-            (hidden, hidden),
+        full = [(*batch, *time, *x.shape[rank + len(time) :]) for x, time in zip(p, times, strict=True)]
+        flat = run.Parameters(
+            *(
+                x.detach().double().expand(shape).reshape(-1, *shape[rank:]).contiguous()
+                for x, shape in zip(p, full, strict=True)
+            )
         )
-        covariances = [room(groups, steps, *size) for size in sizes]
-        settled = torch.empty(groups, dtype=torch.long).numpy()
-        data = y.detach().double().reshape(-1, steps, observed).contiguous().numpy()
-        counts = lengths.reshape(-1).contiguous().numpy()
-        start, spread, move, drift, noise, read, offset, error = flat
-        _kernels().kalman_filter(
-            data, counts, start, spread, move, drift, noise, read, offset, error,
-            value, means, errors, residuals, *covariances, room(groups, steps), settled,
-        )  # fmt: skip
-        ctx.kept = counts, move, read, means, errors, residuals, *covariances, settled
-        ctx.shapes = full, [x.shape for x in flat]
+        steps, observed = y.shape[-2:]
+        rows, groups, hidden = lengths.numel(), len(flat.start), p.start.shape[-1]
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float64)
+
+        value = new(rows)
+        states = run.States(new(rows, steps, hidden), new(rows, steps, observed), new(rows, steps, observed))
+        found = run.Covariances(
+            predicted=new(groups, steps, hidden, hidden),
+            filtered=new(groups, steps, hidden, hidden),
+            gain=new(groups, steps, hidden, observed),
+            whiten=new(groups, steps, observed, observed),
+            white_read=new(groups, steps, observed, hidden),
+            rest=new(groups, steps, hidden, hidden),
+            log_det=new(groups, steps),
+            settled=torch.empty(groups, dtype=torch.long),
+        )
+        data = y.detach().double().reshape(-1, steps, observed).contiguous()
+        counts = lengths.reshape(-1).contiguous()
+        run.kalman_filter(data, counts, flat, value, states, found)
+        ctx.kept = counts, run.Kept(flat.move, flat.read, states, found)
+        ctx.full = full
         ctx.save_for_backward(y, lengths, *parameters)
-        return torch.from_numpy(value).view(lengths.shape).to(y.dtype)
+        return value.view(lengths.shape).to(y.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -518,13 +564,16 @@ class _LogEvidence(torch.autograd.Function):
             found = iter(exact)
             back = [next(found) if x.requires_grad else None for x in (y, *parameters)]
             return back[0], None, *back[1:]
-        full, flat = ctx.shapes
-        grads = [torch.zeros(shape, dtype=torch.float64) for shape in flat]
+        run: Any = kernels("kalman", y)
+        counts, kept = ctx.kept
+        rank = lengths.dim()
+        shapes = ((shape[:rank].numel(), *shape[rank:]) for shape in map(torch.Size, ctx.full))
+        grads = run.Parameters(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
         by_y = torch.zeros(lengths.numel(), *y.shape[-2:], dtype=torch.float64)
-        weight = grad.detach().double().reshape(-1).contiguous().numpy()
-        _kernels().kalman_adjoint(weight, *ctx.kept, *(x.numpy() for x in grads), by_y.numpy())
+        weight = grad.detach().double().reshape(-1).contiguous()
+        run.kalman_adjoint(weight, counts, kept, grads, by_y)
         back = [
             g.view(shape).sum_to_size(x.shape).to(x.dtype)
-            for g, shape, x in zip(grads, full, parameters, strict=True)
+            for g, shape, x in zip(grads, ctx.full, parameters, strict=True)
         ]
         return by_y.view(y.shape).to(y.dtype), None, *back

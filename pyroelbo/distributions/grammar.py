@@ -1,4 +1,4 @@
-"""Probabilistic context-free grammars with binary rules, and the trees that they give a sentence."""
+"""Probabilistic context-free grammars with binary rules, and distributions over their trees."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from pyroelbo.distributions._inside_outside import inside, outside
 from pyroelbo.distributions.checks import (
     check_finite_or_minus_inf,
+    check_index,
     check_integers,
     check_lengths,
     first_index,
+    refuse_transforms,
 )
 from pyroelbo.distributions.semiring import Log, Max, Semiring, choose
 from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
@@ -29,9 +31,7 @@ __all__ = ["PCFG", "Derivation", "ParseParts", "ParseTree"]
 
 
 class ParseParts(NamedTuple):
-    """The parts of a labelled binary tree: its top, its rules, the labels of its leaves and of its inner
-    nodes.
-    """
+    """Parts of a labelled binary tree: root label, rules, and labels of leaves and of inner nodes."""
 
     root: Tensor
     rules: Tensor
@@ -43,13 +43,13 @@ class ParseTree(StructuredDistribution):
     """p(tree) = exp( root[top] + Σ_rules rules[parent, left, right] + Σ_i leaves_i[label] + Σ_nodes
     spans_ij[label] ) / Z.
 
-    Over all binary trees on L words whose inner nodes carry one of N labels and whose leaves one of P:
+    The trees are all binary trees over L words with N labels for inner nodes and P for leaves:
     ``root [*B,N]``, ``rules [*B,N,N+P,N+P]`` (labels N..N+P-1 are the leaves'), ``leaves [*B,L,P]``,
     ``spans [*B,L,L,N]`` (first and last word of the node; zeros unless given): unnormalized log potentials,
-    -inf allowed, rank(*B) = root.dim() - 1, batch sizes broadcast. ``lengths [*B]`` shortens sentences.
-    Values are LongTensor charts ``[*B,L,L]``: at (i, j) the label of the node over words i..j, -1 where none.
-    A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's uses, the
-    marginals of ``spans`` are the probabilities of labelled spans.
+    -inf allowed, rank(*B) = root.dim() - 1, batch sizes broadcast. ``lengths [*B]`` are those of padded
+    sentences. Values are LongTensor charts ``[*B,L,L]``: at (i, j) the label of the node over words i..j, -1
+    if there is none. A tree has at least two leaves. Parts are ``ParseParts``: ``rules`` counts each rule's
+    uses, the marginals of ``spans`` are the probabilities of labelled spans.
 
     Cost: O(B·(L³N² + L²N³ + L²N²P)) time, O(B·L·N·(L+N+P)) memory, also for the
     gradient.
@@ -68,6 +68,7 @@ class ParseTree(StructuredDistribution):
         lengths: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(root=root, rules=rules, leaves=leaves)
         rank = root.dim() - 1
         labels = root.shape[-1]
         words, leaf_labels = leaves.shape[-2:]
@@ -80,8 +81,9 @@ class ParseTree(StructuredDistribution):
             or spans.shape[rank:] != (words, words, labels)
         ):
             raise ValueError(
-                f"got root {tuple(root.shape)}, rules {tuple(rules.shape)}, leaves {tuple(leaves.shape)}, "
-                f"spans {tuple(spans.shape)}: they take [*B,N], [*B,N,N+P,N+P], [*B,L,P] and [*B,L,L,N]"
+                "root, rules, leaves, spans: expected shapes [*B,N], [*B,N,N+P,N+P], [*B,L,P] and "
+                "[*B,L,L,N], got "
+                f"{tuple(root.shape)}, {tuple(rules.shape)}, {tuple(leaves.shape)} and {tuple(spans.shape)}"
             )
         parts = ParseParts(root, rules, leaves, spans)
         batch = batch_shape(rank, [x.shape[:rank] for x in parts], lengths)
@@ -91,7 +93,7 @@ class ParseTree(StructuredDistribution):
         super().__init__(parts, batch, (words, words), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(root=root, rules=rules, leaves=leaves, spans=spans)
-            check_lengths(lengths, words)
+        check_lengths(lengths, words)
 
     @property
     def support(self) -> Any:
@@ -130,9 +132,9 @@ class ParseTree(StructuredDistribution):
         z.diagonal(0, -2, -1).copy_(leaf)
         return z
 
-    def score(self, value: Tensor) -> Tensor:
-        """The unnormalized log weight of a chart; -inf where it is no tree over the whole sentence."""
-        return torch.where(self._is_tree(value), super().score(value), -math.inf)
+    def log_weight(self, value: Tensor) -> Tensor:
+        """The unnormalized log weight of a chart; -inf unless it is a tree over the whole sentence."""
+        return torch.where(self._is_tree(value), super().log_weight(value), -math.inf)
 
     def _is_tree(self, z: Tensor) -> Tensor:
         words = self.event_shape[0]
@@ -141,14 +143,14 @@ class ParseTree(StructuredDistribution):
         good = _is_tree(flat, self.lengths.expand(shape).reshape(-1), self.potentials[0].shape[-1])
         return good.view(shape)
 
-    # ---- fast answers
+    # ---- fast versions
 
     def _log_partition(self, parts: tuple[Tensor, ...]) -> Tensor:
         flat = self._flat(parts)
         return _LogPartition.apply(self.lengths.reshape(-1), *flat).view(self.batch_shape)
 
     def _flat(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
-        """One batch dimension; a grammar that the batch shares keeps size 1 there."""
+        """Flatten to one batch dimension; a grammar shared by the batch keeps size 1 there."""
         rank = len(self.batch_shape)
         rules = parts[1]
         if any(size > 1 for size in rules.shape[:rank]):
@@ -247,7 +249,7 @@ def _total(parts: tuple[Tensor, ...], lengths: Tensor, semiring: Semiring) -> Te
 
 
 class _Lean(Log):
-    """The log semiring with products formed again in the backward pass instead of kept."""
+    """The log semiring, with products recomputed in the backward pass instead of kept."""
 
     def dot(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
         return checkpoint(super().dot, a, b, dim, use_reentrant=False)
@@ -276,8 +278,8 @@ def _log_charts(flat: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
 
 
 class _LogPartition(torch.autograd.Function):
-    """ln Z by scaled charts; a sentence that these cannot hold is computed in float64, and if need be in
-    log space.
+    """ln Z by scaled charts; sentences beyond their range are recomputed in float64, and if necessary in log
+    space.
     """
 
     @staticmethod
@@ -318,7 +320,7 @@ class _LogPartition(torch.autograd.Function):
 
 
 def _rescue(index: Tensor, lengths: Tensor, flat: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The sentences at ``index`` alone: their potentials as leaves, and ln Z attached to them."""
+    """Recompute the sentences at ``index``: their potentials as leaves, and ln Z as a function of them."""
     batch = len(lengths)
     parts = [(x[index] if len(x) == batch else x).detach().double().requires_grad_() for x in flat]
     with torch.enable_grad():
@@ -384,7 +386,9 @@ def _choose_rule(chart, rules, sentence, first, last, label, pick, sums):
 
 
 def _choose_by_products(left: Tensor, right: Tensor, rule: Tensor, pick) -> tuple[Tensor, Tensor]:
-    """Draw split and right label by sums over left labels, then the left one; and where no term was lost."""
+    """Draw split and right label by sums over left labels, then the left label; also whether no term was
+    lost.
+    """
     every = rule.shape[-1]
     top, peak = left.amax(-1, keepdim=True), rule.amax((-1, -2), keepdim=True)
     top, peak = torch.where(top == -math.inf, 0.0, top), torch.where(peak == -math.inf, 0.0, peak)
@@ -400,27 +404,28 @@ def _choose_by_products(left: Tensor, right: Tensor, rule: Tensor, pick) -> tupl
 
 
 def _log_softmax(logits: Tensor, rank: int) -> Tensor:
-    """Normalize over all dimensions but the first ``rank``; a row of -inf alone stays so."""
+    """Normalize over all dimensions but the first ``rank``; a row of -inf stays -inf."""
     flat = logits.flatten(rank)
     total = logsumexp(flat, keepdim=True)
     return (flat - torch.where(total == -math.inf, 0.0, total)).view(logits.shape)
 
 
 def without_padding(y: Tensor) -> Tensor:
-    """``y [*, L]`` without the columns at its end that are -1 throughout."""
+    """``y [*, L]`` without the trailing columns that are all -1."""
     used = (y.unsqueeze(0).flatten(0, -2) != -1).any(0).nonzero()
     return y[..., : int(used[-1]) + 1 if len(used) else min(1, y.shape[-1])]
 
 
 def check_padded(name: str, y: Tensor, count: int) -> None:
-    """Refuse labels outside 0..count-1, and -1 anywhere but at the end."""
+    """Refuse labels outside [0, count), and -1 anywhere but at the end."""
     check_integers(name, y)
     bad = (y < -1) | (y >= count)
     bad[..., 1:] |= (y[..., 1:] >= 0) & (y[..., :-1] < 0)
     if bad.any():
         raise ValueError(
-            f"{name} has {y[bad][0].item()} at index {first_index(bad)}: it takes integers from 0 to "
-            f"{count - 1}, then -1 to the end"
+            f"{name}: expected integers in [0, {count - 1}], then -1 to the end, got {y[bad][0].item()} at "
+            f"index "
+            f"{first_index(bad)}"
         )
 
 
@@ -433,8 +438,8 @@ class PCFG(TorchDistribution):
     with -1. A sentence has at least two words. ``posterior(y)`` is a ``ParseTree``: its marginals are
     expected rule counts and labelled spans.
 
-    ``sample`` draws sentences padded to ``max_length`` and refuses to cut one short: a grammar may well be
-    supercritical, and then some derivations never end. ``log_prob`` takes any length.
+    ``sample`` draws sentences padded to ``max_length``, and raises ValueError instead of truncating one: in a
+    supercritical grammar some derivations never end. ``log_prob`` accepts any length.
 
     Cost: that of ``ParseTree``. Source: Baker (1979); Kim, Dyer, Rush (2019), *Compound PCFGs*.
     """
@@ -450,12 +455,13 @@ class PCFG(TorchDistribution):
         max_length: int = 100,
         validate_args: bool | None = None,
     ) -> None:
+        refuse_transforms(root=root, rules=rules, preterminals=preterminals)
         rank = root.dim() - 1
         n, p = root.shape[-1], preterminals.shape[-2]
         if preterminals.dim() != rank + 2 or rules.shape[rank:] != (n, n + p, n + p):
             raise ValueError(
-                f"got root {tuple(root.shape)}, rules {tuple(rules.shape)}, preterminals "
-                f"{tuple(preterminals.shape)}: they take [*B,N], [*B,N,N+P,N+P] and [*B,P,V]"
+                "root, rules, preterminals: expected shapes [*B,N], [*B,N,N+P,N+P] and [*B,P,V], got "
+                f"{tuple(root.shape)}, {tuple(rules.shape)} and {tuple(preterminals.shape)}"
             )
         self.root = _log_softmax(root, rank)
         self.rules = _log_softmax(rules, rank + 1)
@@ -466,7 +472,9 @@ class PCFG(TorchDistribution):
             check_finite_or_minus_inf(root=root, rules=rules, preterminals=preterminals)
             closed = (root == -math.inf).all(-1)
             if closed.any():
-                raise ValueError(f"root allows no start symbol at batch index {first_index(closed)}")
+                raise ValueError(
+                    f"root: expected a finite logit, got none at batch index {first_index(closed)}"
+                )
 
     @property
     def support(self) -> Any:
@@ -482,18 +490,21 @@ class PCFG(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """ln p(y), ``[*sample, *B]``; -inf where no tree yields y."""
+        """ln p(y), ``[*sample, *B]``; -inf if no tree yields y."""
         return self.posterior(without_padding(value)).log_partition
 
     def posterior(self, y: Tensor) -> ParseTree:
         """p(tree | y); its ``log_partition`` is ln p(y)."""
         words = self.preterminals.shape[-1]
+        check_index("y", y, -1, words - 1)
         present = y >= 0
         lengths = present.sum(-1)
         if self._validate_args:
             check_padded("y", y, words)
             if (lengths == 0).any():
-                raise ValueError(f"y has an empty sentence at index {first_index(lengths == 0)}")
+                raise ValueError(
+                    f"y: expected at least one word, got none at index {first_index(lengths == 0)}"
+                )
         shape = torch.broadcast_shapes(y.shape[:-1], self.batch_shape)
         pad = (1,) * (len(shape) - len(self.batch_shape))
         root, rules, table = (x.view(pad + x.shape) for x in (self.root, self.rules, self.preterminals))
@@ -505,19 +516,19 @@ class PCFG(TorchDistribution):
             leaves = table.expand(*shape, *table.shape[-2:]).gather(-1, index).transpose(-1, -2)
         leaves = torch.where(present[..., None], leaves, 0.0)
         leaves = leaves.view((1,) * (len(shape) + 2 - leaves.dim()) + leaves.shape)
-        # A sentence without words (only unvalidated) has no tree either, as one of a single word.
+        # a sentence without words (only unvalidated) has no tree, like one of a single word
         tree = ParseTree(root, rules, leaves, lengths=lengths.clamp(min=1).expand(shape), validate_args=False)
         tree._validate_args = self._validate_args
         return tree
 
     @property
     def prior(self) -> Derivation:
-        """p(tree), the derivations without their words."""
+        """p(tree): derivations without words."""
         prior = Derivation(self.root, self.rules, self.event_shape[0], validate_args=False)
         return prior.expand(self.batch_shape)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Sentences ``[*sample, *B, max_length]``, padded with -1, each by a leftmost derivation."""
+        """Sentences ``[*sample, *B, max_length]``, padded with -1, by leftmost derivations."""
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             tree, first, last, label = _derive(self.root, self.rules, shape[:-1], shape[-1])
@@ -530,12 +541,13 @@ class PCFG(TorchDistribution):
 
 
 class Derivation(TorchDistribution):
-    """p(tree) = softmax(root)[top] Π_rules softmax(rules)[parent][left, right]: trees of every size, no words yet.
+    """p(tree) = softmax(root)[top] Π_rules softmax(rules)[parent][left, right]: trees of every size, no words
+    yet.
 
-    ``root [*B,N]`` and ``rules [*B,N,N+P,N+P]`` are logits as those of :class:`PCFG`. Values are charts as those of
-    :class:`ParseTree`, ``[*B,L,L]`` with L = ``max_length``: a tree on fewer leaves fills the upper left corner.
-    What is no tree has probability zero; trees on more than L leaves have the rest of the mass, and ``sample``
-    refuses to draw one. Cost: O(L³) a chart, in bytes.
+    ``root [*B,N]`` and ``rules [*B,N,N+P,N+P]`` are logits, as in :class:`PCFG`. Values are charts, as in
+    :class:`ParseTree`, ``[*B,L,L]`` with L = ``max_length``: a tree with fewer leaves fills the upper left
+    corner. A chart that is not a tree has probability zero; trees with more than L leaves have the remaining
+    mass, and ``sample`` raises ValueError for them. Cost: O(L³) for each chart, in bytes.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -559,7 +571,7 @@ class Derivation(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """ln p(tree), ``[*sample, *B]``; -inf for a chart that is no tree."""
+        """ln p(tree), ``[*sample, *B]``; -inf for a chart that is not a tree."""
         if self._validate_args:
             self._validate_sample(value)
         words, n, every = self.event_shape[0], self.root.shape[-1], self.rules.shape[-1]
@@ -571,11 +583,11 @@ class Derivation(TorchDistribution):
         parent = z[tree, first, last].clamp(max=n - 1)
         left, right = (x.clamp(max=every - 1) for x in (z[tree, first, split], z[tree, split + 1, last]))
         top = z[torch.arange(len(z), device=z.device), 0, lengths - 1].clamp(0, n - 1)
-        score = root[at, top].index_add(0, tree, rules[of[tree], parent, left, right])
-        return torch.where(_is_tree(z, lengths, n), score, -math.inf).view(shape)
+        log_prob = root[at, top].index_add(0, tree, rules[of[tree], parent, left, right])
+        return torch.where(_is_tree(z, lengths, n), log_prob, -math.inf).view(shape)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Charts ``[*sample, *B, L, L]``, each by a leftmost derivation; ValueError where one outgrows L."""
+        """Charts ``[*sample, *B, L, L]``, by leftmost derivations; ValueError if one outgrows L."""
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             tree, first, last, label = _derive(self.root, self.rules, shape[:-2], shape[-1])
@@ -585,14 +597,16 @@ class Derivation(TorchDistribution):
 
 
 def _flat_batch(x: Tensor, event_dim: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """``x`` with its batch dimensions flat, and the row of it for each element of the larger batch ``shape``."""
+    """``x`` with flat batch dimensions, and the index of its row for each element of the larger batch
+    ``shape``.
+    """
     batch = x.shape[: x.dim() - event_dim]
     index = torch.arange(batch.numel(), device=x.device).view(batch).expand(torch.Size(shape))
     return x.reshape(-1, *x.shape[x.dim() - event_dim :]), index.reshape(-1)
 
 
 def _derive(root: Tensor, rules: Tensor, shape: torch.Size, longest: int) -> tuple[Tensor, ...]:
-    """Leftmost derivations by log probabilities, all in step: (tree, first, last, label) of all nodes."""
+    """Leftmost derivations, in parallel: (tree, first, last, label) of all nodes."""
     n, every = root.shape[-1], rules.shape[-1]
     (root, at), (rules, of) = _flat_batch(root, 1, shape), _flat_batch(rules.flatten(-2), 2, shape)
     rows = torch.arange(shape.numel(), device=root.device)
@@ -603,7 +617,7 @@ def _derive(root: Tensor, rules: Tensor, shape: torch.Size, longest: int) -> tup
     while len(rows):
         top = stack[rows, height[rows] - 1]
         height[rows] -= 1
-        # what ends a node stands on the stack below its children, as every + label * longest + first word
+        # the end of a node is on the stack below its children, as every + label * longest + first word
         ended, word, opened = top >= every, (top >= n) & (top < every), top < n
         done, code = rows[ended], top[ended] - every
         nodes.append((done, code % longest, length[done] - 1, code // longest))
@@ -619,8 +633,9 @@ def _derive(root: Tensor, rules: Tensor, shape: torch.Size, longest: int) -> tup
         waiting[done] += 1
         if (length + waiting > longest).any():
             raise ValueError(
-                f"a sampled sentence outgrows max_length = {longest}: a larger one is needed, or "
-                f"a grammar whose derivations end"
+                f"max_length: expected samples of at most {longest} words, got a longer one; increase "
+                f"max_length, or "
+                "use a grammar whose derivations end"
             )
         rows = rows[height[rows] > 0]
     return tuple(torch.cat(x) for x in zip(*nodes, strict=True))

@@ -15,15 +15,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyroelbo.distributions.checks import check_finite_or_minus_inf, first_index, refuse_outside
-from pyroelbo.distributions.kernels.dispatch import compilable, loops
+from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.distributions.semiring import choose
 from pyroelbo.distributions.structured import any_support, independent_normal, log_prob_within, within_support
 from pyroelbo.numerics import logsumexp
 
 __all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
-BLOCK = 8  # coordinates, as many as the compiled loops take at once; and numbers held at a time, so that they stay in the cache
-ROOM = 2**18
+LANES = 8  # coordinates of a block of features, as many as the compiled kernels take at once
+BLOCK = 2**18  # numbers held at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class GaussianStatistics:
     """Expected sufficient statistics of M Gaussians: ``count [M]``, ``mean [M,D]``, and ``scatter``.
 
     ``scatter [M,D,D]``, or its diagonal ``[M,D]``, is Σ_n r_nm (y_n - mean_m)(y_n - mean_m)'; scatter /
-    count is the covariance of the M-step. All may have dimensions in front. The statistics of two parts of the
-    data add up with ``+``; ``*`` weighs them.
+    count is the covariance of the M-step. All may have dimensions in front. The statistics of two parts of
+    the data add up with ``+``; ``*`` weighs them.
 
     Source: Dempster, Laird, Rubin (1977); Chan, Golub, LeVeque (1979) for ``+``.
     """
@@ -42,12 +42,14 @@ class GaussianStatistics:
     scatter: Tensor
 
     @classmethod
-    def weighted(cls, y: Tensor, share: Tensor, diagonal: bool = True) -> GaussianStatistics:
-        """Those of data ``y [N,D]`` that belong to M components by ``share [*R,N,M]``, in float64. Cost:
-        O(N·M·D), full O(N·M·D²)."""
+    def weighted(cls, y: Tensor, responsibilities: Tensor, diagonal: bool = True) -> GaussianStatistics:
+        """Those of data ``y [N,D]`` with ``responsibilities [*R,N,M]`` of M components, in float64. Cost:
+        O(N·M·D),
+        full O(N·M·D²)."""
         found = []
-        y, shape = y.double(), share.shape[:-2] + share.shape[-1:]
-        for r in share.double().mT.reshape(-1, len(y)).split(max(1, ROOM // y.numel())):
+        y, shape = y.double(), responsibilities.shape[:-2] + responsibilities.shape[-1:]
+        rows = responsibilities.double().mT.reshape(-1, len(y))
+        for r in rows.split(max(1, BLOCK // y.numel())):
             count = r.sum(-1)
             mean = (r @ y) / torch.where(count > 0, count, 1.0)[:, None]
             apart = y - mean[:, None]
@@ -57,13 +59,13 @@ class GaussianStatistics:
 
     def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
         count = self.count + other.count
-        share = torch.where(count > 0, other.count / count, 0.0)
-        apart, weight = other.mean - self.mean, (self.count * share)[..., None]
+        fraction = torch.where(count > 0, other.count / count, 0.0)
+        apart, weight = other.mean - self.mean, (self.count * fraction)[..., None]
         if self.scatter.dim() == self.mean.dim():
             product = weight * apart.square()
         else:
             product = (weight * apart)[..., None] * apart[..., None, :]
-        mean = self.mean + share[..., None] * apart
+        mean = self.mean + fraction[..., None] * apart
         return GaussianStatistics(count, mean, self.scatter + other.scatter + product)
 
     def __mul__(self, weight: float) -> GaussianStatistics:
@@ -76,8 +78,8 @@ class Mixture(TorchDistribution):
 
     ``logits [*B,M]`` are normalized inside, -inf allowed; ``components`` has batch shape ``[*B,M]``
     (broadcast) and any event shape. ``posterior(y)`` is the Categorical over components, the
-    responsibilities. A component whose own support excludes a value gives it -inf; a value that all exclude is
-    refused.
+    responsibilities. A value outside the support of one component has log probability -inf there; outside
+    that of all components it is an error.
 
     Cost: O(M) evaluations. Source: Pearson (1894); Dempster, Laird, Rubin (1977).
     """
@@ -88,8 +90,8 @@ class Mixture(TorchDistribution):
     def __init__(self, logits: Tensor, components: Any, validate_args: bool | None = None) -> None:
         if not components.batch_shape or components.batch_shape[-1] not in (1, logits.shape[-1]):
             raise ValueError(
-                f"components have batch shape {tuple(components.batch_shape)}, logits have shape "
-                f"{tuple(logits.shape)}: both take [*B,M]"
+                "logits, components: expected shape and batch shape [*B,M], got "
+                f"{tuple(logits.shape)} and {tuple(components.batch_shape)}"
             )
         shape = torch.broadcast_shapes(logits.shape, components.batch_shape)
         peak = logits.amax(-1)
@@ -98,7 +100,10 @@ class Mixture(TorchDistribution):
         if self._validate_args:
             check_finite_or_minus_inf(logits=logits)
             if (peak == -math.inf).any():
-                raise ValueError(f"logits allow no component at batch index {first_index(peak == -math.inf)}")
+                raise ValueError(
+                    f"logits: expected a finite logit, got none at batch index "
+                    f"{first_index(peak == -math.inf)}"
+                )
         self.logits = logits.log_softmax(-1).expand(shape)
 
     @property
@@ -115,16 +120,18 @@ class Mixture(TorchDistribution):
     def _joint(self, y: Tensor) -> Tensor:
         event = self.event_dim
         if self._validate_args and y.shape[y.dim() - event :] != self.event_shape:
-            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [*B] and {tuple(self.event_shape)}")
+            raise ValueError(
+                f"y: expected shape [*B] and then {tuple(self.event_shape)}, got {tuple(y.shape)}"
+            )
         each = y.unsqueeze(-1 - event)
         try:
             return self.logits + log_prob_within(self.components, each, None)
-        except ValueError:  # a component refuses a value that another may take
+        except ValueError:  # the value is outside one component's support, perhaps inside another's
             good = within_support(self.components, each)
             if good is None:
                 raise
         if self._validate_args:
-            refuse_outside(y, ~good.any(-1), event, "the support of every component")
+            refuse_outside(y, ~good.any(-1), event, "the support of a component")
         return self.logits + log_prob_within(self.components, each, good)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -134,19 +141,19 @@ class Mixture(TorchDistribution):
     def posterior(self, y: Tensor) -> Any:
         """p(m | y), a Categorical of batch shape ``[*sample, *B]``.
 
-        A datum that no component can have made has none: it is an error, or, where validation is off, the
-        prior.
+        A datum of probability zero has no posterior: ValueError, or, without validation, the prior.
         """
         joint = self._joint(y)
         impossible = joint.amax(-1, keepdim=True) == -math.inf
         if self._validate_args and impossible.any():
             raise ValueError(
-                f"y at index {first_index(impossible[..., 0])} is impossible under every component"
+                f"y: expected data of positive probability, got zero at index "
+                f"{first_index(impossible[..., 0])}"
             )
         return dist.Categorical(logits=torch.where(impossible, self.logits, joint), validate_args=False)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, *event]``."""
+        """Samples ``[*sample, *B, *event]``."""
         with torch.no_grad():
             every = self.components.sample(torch.Size(sample_shape))
             shape = self._extended_shape(torch.Size(sample_shape))
@@ -161,19 +168,19 @@ class Mixture(TorchDistribution):
         without gradients.
 
         For Gaussian components, full (``MultivariateNormal``) or diagonal (``Normal(...).to_event(1)``); a
-        batch ``*R`` of mixtures, of one dimension at most, shares the data. With ``hard`` the best component
-        has all of a datum, and ln p(y_n, m) is in ln p(y_n)'s place. Arithmetic is in float64. Cost:
+        batch ``*R`` of mixtures, of at most one dimension, shares the data. With ``hard`` each datum belongs
+        to its best component, and the first result is ln p(y_n, m). Arithmetic is in float64. Cost:
         O(R·N·M·D²), diagonal O(R·N·M·D).
         """
         gaussian = _moments(self.components)
         if gaussian is None or len(self.batch_shape) > 1:
             raise ValueError(
-                f"expected_statistics takes a mixture of Gaussians with one batch dimension at most, not of "
+                "components: expected Gaussians with at most one batch dimension, got "
                 f"{type(self.components).__name__} with batch shape {tuple(self.batch_shape)}"
             )
         if y.dim() != 2 or not len(y) or y.shape[1:] != self.event_shape:
             wanted = tuple(self.event_shape)
-            raise ValueError(f"y has shape {tuple(y.shape)}: it takes [N,D] with N > 0 and D of {wanted}")
+            raise ValueError(f"y: expected shape [N,D] with N > 0 and D of {wanted}, got {tuple(y.shape)}")
         with torch.no_grad():
             evidence, statistics, error = self._by_features(y, *gaussian, hard)
             if not error < 1e-9:
@@ -181,8 +188,8 @@ class Mixture(TorchDistribution):
             return evidence.to(torch.promote_types(y.dtype, self.logits.dtype)), statistics
 
     def _by_features(self, y, mean, precision, log_det, hard):
-        """Quadratic forms as inner products with y y', and a bound on what is lost so."""
-        center = y[: ROOM // y.shape[-1]].mean(0, dtype=torch.float64)
+        """Quadratic forms as inner products with y y', and a bound on their rounding error."""
+        center = y[: BLOCK // y.shape[-1]].mean(0, dtype=torch.float64)
         shape, logits = mean.shape, self.logits.reshape(-1)
         lead, count, dims = shape[:-2], len(logits), shape[-1]
         mean, log_det = mean.reshape(count, dims) - center, log_det.reshape(count)
@@ -191,15 +198,15 @@ class Mixture(TorchDistribution):
         linear = precision * mean if features.diagonal else (precision @ mean[..., None]).squeeze(-1)
         weights = torch.cat([features.fold(precision), linear], -1)
         constant = log_det - 0.5 * ((linear * mean).sum(-1) + dims * math.log(2 * math.pi)) + logits
-        kernel = loops("mixture") if compilable(y) else None
-        run = _each_block if kernel is None else functools.partial(_in_loops, kernel)
-        evidence, total, sums, most = run(y, center, weights, constant, shape[-2], features, hard)
+        run = kernels("mixture", y)
+        e_step = _e_step if run is None else functools.partial(_compiled_e_step, run)
+        evidence, total, sums, square = e_step(y, center, weights, constant, shape[-2], features, hard)
         average = sums[:, -dims:] / torch.where(total > 0, total, 1.0)[:, None]
-        square = features.unfold(sums)
+        second = features.unfold(sums)
         outer = average.square() if features.diagonal else average[:, :, None] * average[:, None, :]
-        scatter = square - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
-        # not a number where a sum is none
-        error = torch.finfo(torch.float64).eps * dims * most.sum() * precision.abs().amax() + 0 * sums.sum()
+        scatter = second - total.view(-1, *(1,) * (outer.dim() - 1)) * outer
+        # NaN if a sum is
+        error = torch.finfo(torch.float64).eps * dims * square.sum() * precision.abs().amax() + 0 * sums.sum()
         found = (x.view(*lead, shape[-2], *x.shape[1:]) for x in (total, average + center, scatter))
         return evidence.view(*lead, len(y)), GaussianStatistics(*found), error
 
@@ -211,11 +218,12 @@ class Mixture(TorchDistribution):
         joint = self._joint(y).double()
         if hard:
             evidence, best = joint.max(-1)
-            share = torch.zeros_like(joint).scatter_(-1, best[:, None], 1.0)
+            responsibilities = torch.zeros_like(joint).scatter_(-1, best[:, None], 1.0)
         else:
             evidence = logsumexp(joint)
-            share = torch.where(evidence[:, None] > -math.inf, (joint - evidence[:, None]).exp(), 0.0)
-        return evidence, GaussianStatistics.weighted(y, share, diagonal)
+            posterior = (joint - evidence[:, None]).exp()
+            responsibilities = torch.where(evidence[:, None] > -math.inf, posterior, 0.0)
+        return evidence, GaussianStatistics.weighted(y, responsibilities, diagonal)
 
     def _one(self, row: int) -> Mixture:
         """One mixture of a batch of Gaussian ones."""
@@ -229,14 +237,15 @@ class Mixture(TorchDistribution):
 
 
 class DiagonalMixture(TorchDistribution):
-    """p(z) = Σ_m softmax(logits)_m N(z; loc_m, diag scale_m²): one mixture of M Gaussians for all of a batch.
+    """p(z) = Σ_m softmax(logits)_m N(z; loc_m, diag scale_m²): one mixture of M Gaussians shared by the
+    batch.
 
-    ``logits [M]``, ``loc [M,D]``, ``scale [M,D]``; event shape ``[D]``. Batch dimensions come by ``expand``
-    and share the components, so that every quadratic form is one matrix product: what a prior of many
-    components, or an aggregated posterior, needs. The products are taken in float64 (float32 where the device
-    has no other) around the mean of ``loc``; what they lose is 1e-16 times the largest squared distance in
-    units of ``scale``. Cost: O(M·D) multiplications a datum, no [.., M, D] tensor. Raises ValueError for
-    shapes that do not fit.
+    ``logits [M]``, ``loc [M,D]``, ``scale [M,D]``; event shape ``[D]``. Batch dimensions come from ``expand``
+    and share the components, so that all quadratic forms are one matrix product, as a prior of many
+    components or an aggregated posterior needs. Products are computed in float64 (float32 on devices without
+    it) around the mean of ``loc``, with an error of 1e-16 times the largest squared distance in units of
+    ``scale``. Cost: O(M·D) multiplications per datum, no [.., M, D] tensor. Raises ValueError for shapes that
+    do not match.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -246,8 +255,8 @@ class DiagonalMixture(TorchDistribution):
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
         if loc.dim() != 2 or loc.shape != scale.shape or logits.shape != loc.shape[:1]:
             raise ValueError(
-                f"logits, loc and scale have shapes {tuple(logits.shape)}, {tuple(loc.shape)} and "
-                f"{tuple(scale.shape)}: they take [M], [M,D] and [M,D]"
+                "logits, loc, scale: expected shapes [M], [M,D] and [M,D], got "
+                f"{tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(scale.shape)}"
             )
         self.logits, self.loc, self.scale = logits.log_softmax(-1), loc, scale
         super().__init__(torch.Size(), loc.shape[1:], validate_args=validate_args)
@@ -277,7 +286,7 @@ class DiagonalMixture(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, D]``."""
+        """Samples ``[*sample, *B, D]``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         which = choose(
             self.logits.expand(*shape[:-1], -1),
@@ -288,13 +297,11 @@ class DiagonalMixture(TorchDistribution):
 
 
 class _Features:
-    """Products of coordinates, each needed once, as blocks of a symmetric matrix; then the coordinates
-    themselves.
-    """
+    """Distinct products of coordinates, as blocks of a symmetric matrix, then the coordinates themselves."""
 
     def __init__(self, dims: int, diagonal: bool) -> None:
         self.dims, self.diagonal = dims, diagonal
-        cuts = [slice(i, min(i + BLOCK, dims)) for i in range(0, dims, BLOCK)]
+        cuts = [slice(i, min(i + LANES, dims)) for i in range(0, dims, LANES)]
         self.blocks = [(a, b) for i, a in enumerate(cuts) for b in cuts[i:]]
 
     def fold(self, precision: Tensor) -> Tensor:
@@ -304,18 +311,18 @@ class _Features:
         parts = [(-0.5 if a == b else -1.0) * precision[:, a, b].flatten(1) for a, b in self.blocks]
         return torch.cat(parts, -1)
 
-    def fill(self, room: Tensor, y: Tensor, center: Tensor) -> Tensor:
-        x = torch.sub(y, center, out=room[:, -self.dims :])
+    def fill(self, block: Tensor, y: Tensor, center: Tensor) -> Tensor:
+        x = torch.sub(y, center, out=block[:, -self.dims :])
         if self.diagonal:
-            torch.mul(x, x, out=room[:, : self.dims])
-            return room
+            torch.mul(x, x, out=block[:, : self.dims])
+            return block
         at = 0
         for a, b in self.blocks:
             left, right = x[:, a, None], x[:, None, b]
             size = left.shape[1] * right.shape[2]
-            torch.mul(left, right, out=room[:, at : at + size].view(len(y), left.shape[1], right.shape[2]))
+            torch.mul(left, right, out=block[:, at : at + size].view(len(y), left.shape[1], right.shape[2]))
             at += size
-        return room
+        return block
 
     def unfold(self, sums: Tensor) -> Tensor:
         if self.diagonal:
@@ -330,64 +337,62 @@ class _Features:
         return square
 
 
-def _each_block(y, center, weights, constant, size, features, hard):
-    """Of R mixtures of ``size`` components: ln p(y) ``[R,N]``, the sums over the data of shares ``[R·M]`` and of their
-    products with the features ``[R·M,F]``, and the largest square of each coordinate.
+def _e_step(y, center, weights, constant, size, features, hard):
+    """Of R mixtures of ``size`` components: ln p(y) ``[R,N]``, the sums over the data of responsibilities
+    ``[R·M]`` and of their products with the features ``[R·M,F]``, and the largest square of each coordinate
+    ``[D]``.
     """
     count, dims = len(constant), y.shape[-1]
-    rows = max(64, ROOM // max(count, weights.shape[-1]))
-    room = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
-    sums, total, most = torch.zeros_like(weights), weights.new_zeros(count), weights.new_zeros(dims)
+    rows = max(64, BLOCK // max(count, weights.shape[-1]))
+    block = y.new_empty(min(rows, len(y)), weights.shape[-1], dtype=torch.float64)
+    sums, total, square = torch.zeros_like(weights), weights.new_zeros(count), weights.new_zeros(dims)
     evidence = y.new_empty(count // size, len(y), dtype=torch.float64)
     for part, out in zip(y.split(rows), evidence.split(rows, -1), strict=True):
-        phi = features.fill(room[: len(part)], part, center)
-        most = torch.maximum(most, phi[:, -dims:].square().amax(0))
+        phi = features.fill(block[: len(part)], part, center)
+        square = torch.maximum(square, phi[:, -dims:].square().amax(0))
         flat = torch.addmm(constant[:, None].double(), weights, phi.t())
-        share = flat.view(-1, size, len(part))
-        peak = share.amax(-2, keepdim=True)
+        responsibilities = flat.view(-1, size, len(part))
+        peak = responsibilities.amax(-2, keepdim=True)
         if hard:
-            best = share.argmax(-2, keepdim=True)
+            best = responsibilities.argmax(-2, keepdim=True)
             out.copy_(peak.squeeze(-2))
-            share.zero_().scatter_(-2, best, 1.0)
+            responsibilities.zero_().scatter_(-2, best, 1.0)
         else:
-            norm = share.sub_(peak).exp_().sum(-2, keepdim=True)
+            norm = responsibilities.sub_(peak).exp_().sum(-2, keepdim=True)
             torch.add(norm.log().squeeze(-2), peak.squeeze(-2), out=out)
-            share /= norm
+            responsibilities /= norm
         total += flat.sum(-1)
         sums.addmm_(flat, phi)
-    return evidence, total, sums, most
+    return evidence, total, sums, square
 
 
-def _in_loops(kernel, y, center, weights, constant, size, features, hard):
-    """``_each_block`` in compiled loops."""
+def _compiled_e_step(run, y, center, weights, constant, size, features, hard):
+    """``_e_step`` by the compiled kernel ``run.e_step``."""
 
     def whole(n):
-        return -(-n // kernel.LANES) * kernel.LANES
+        return -(-n // run.LANES) * run.LANES
 
     groups, width = len(constant) // size, weights.shape[-1]
-    turned = weights.new_zeros(width, groups, whole(size))
-    turned[..., :size] = weights.t().view(width, groups, size)
+    transposed = weights.new_zeros(width, groups, whole(size))
+    transposed[..., :size] = weights.t().view(width, groups, size)
     start = weights.new_full((groups, whole(size)), -math.inf)
     start[:, :size] = constant.view(groups, size)
-    peak, norm = weights.new_empty(2, groups, len(y)).unbind()
-    total, sums = torch.zeros_like(start), weights.new_zeros(groups * whole(size), whole(width))
-    most = weights.new_zeros(y.shape[-1])
-    given = y.contiguous(), center, turned.flatten(1), start.flatten()
-    kernel.share_out(
-        *(x.numpy() for x in given),
-        whole(size),
-        features.diagonal,
-        hard,
-        *(x.numpy() for x in (peak, norm, total.view(-1), sums, most)),
+    out = run.Statistics(
+        peak=weights.new_empty(groups, len(y)),
+        norm=weights.new_empty(groups, len(y)),
+        counts=weights.new_zeros(groups * whole(size)),
+        sums=weights.new_zeros(groups * whole(size), whole(width)),
+        square=weights.new_zeros(y.shape[-1]),
     )
-    inside = sums.view(groups, whole(size), -1)[:, :size, :width].reshape(groups * size, width)
-    return peak.add_(norm.log_()), total[:, :size].flatten(), inside, most
+    given = y.contiguous(), center.contiguous(), transposed.flatten(1), start.flatten()
+    run.e_step(*given, whole(size), features.diagonal, hard, out)
+    total = out.counts.view(groups, -1)[:, :size].flatten()
+    sums = out.sums.view(groups, whole(size), -1)[:, :size, :width].reshape(groups * size, width)
+    return out.peak.add_(out.norm.log_()), total, sums, out.square
 
 
 def _moments(components: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Mean, precision (a matrix or its diagonal) and ln det(precision) / 2 in float64; None unless
-    Gaussian.
-    """
+    """Mean, precision (a matrix or its diagonal) and ½ ln det(precision) in float64; None if not Gaussian."""
     if isinstance(components, torch.distributions.MultivariateNormal):
         scale = components.scale_tril.double()
         log_det = -scale.diagonal(0, -1, -2).log().sum(-1)

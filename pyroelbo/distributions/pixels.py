@@ -1,5 +1,4 @@
-"""Observation models for pixels: probabilities for grey levels, and densities that L1 and L2 distortions
-stand for."""
+"""Observation models for pixels: discretized logistic, and the densities behind L1 and L2 distortions."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ __all__ = ["DiscretizedLogistic", "l1_density", "l2_density"]
 
 
 class DiscretizedLogistic(TorchDistribution):
-    """A logistic distribution rounded to the integers 0 … levels-1; the end levels take the tails.
+    """A logistic distribution rounded to the integers 0 … levels-1; the end levels include the tails.
 
     P(y) = σ((y + ½ - loc)/scale) - σ((y - ½ - loc)/scale), with -∞ for the lower end at 0 and +∞ for the
     upper at the top, so that the probabilities sum to one. ``loc`` and ``scale`` are in grey levels.
-    ``log_prob`` is ln σ(a) + ln σ(-b) + ln(1 - e^(b-a)), which keeps its precision where the difference of
-    the two sigmoids would not.
+    ``log_prob`` is ln σ(a) + ln σ(-b) + ln(1 - e^(b-a)), which is accurate where the difference of
+    the two sigmoids would cancel.
 
     Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2.
     """
@@ -33,7 +32,7 @@ class DiscretizedLogistic(TorchDistribution):
         self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
     ) -> None:
         if levels < 2:
-            raise ValueError(f"levels takes at least two grey levels, got {levels}")
+            raise ValueError(f"levels: expected at least 2 grey levels, got {levels}")
         self.loc, self.scale = broadcast_all(loc, scale)
         self.levels = levels
         super().__init__(self.loc.shape, validate_args=validate_args)

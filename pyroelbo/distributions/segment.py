@@ -18,9 +18,7 @@ __all__ = ["SegmentParts", "SemiMarkov"]
 
 
 class SegmentParts(NamedTuple):
-    """The parts of a segmentation: first states, steps between segments, durations, states, segment
-    starts.
-    """
+    """Parts of a segmentation: first state, transitions, durations, states, and segment starts."""
 
     initial: Tensor
     transition: Tensor
@@ -70,8 +68,9 @@ class SemiMarkov(StructuredDistribution):
         ):
             shapes = [tuple(x.shape) for x in (initial, transition, duration, observation, start)]
             raise ValueError(
-                "got initial {}, transition {}, duration {}, observation {}, start {}: they take [*B,S], "
-                "[*B,S,S], [*B,S,D], [*B,T,S], [*B,T,S]".format(*shapes)
+                "initial, transition, duration, observation, start: expected shapes [*B,S], [*B,S,S], "
+                "[*B,S,D], "
+                "[*B,T,S] and [*B,T,S], got {}, {}, {}, {} and {}".format(*shapes)
             )
         parts = SegmentParts(initial, transition, duration, observation, start)
         batch = batch_shape(rank, [x.shape[:rank] for x in parts], lengths)
@@ -79,8 +78,8 @@ class SemiMarkov(StructuredDistribution):
         super().__init__(parts, batch, (steps,), validate_args=validate_args)
         if self._validate_args:
             check_finite_or_minus_inf(**parts._asdict())
-            if lengths is not None:
-                check_lengths(lengths, steps)
+        if lengths is not None:
+            check_lengths(lengths, steps)
 
     @property
     def support(self) -> Any:
@@ -97,7 +96,7 @@ class SemiMarkov(StructuredDistribution):
         total: Tensor | None = None
         entering, aged = initial, None
         for t in range(self.event_shape[0]):
-            # aged[..., d, s]: all prefixes whose running segment, of state s, began d steps ago
+            # aged[..., d, s]: all prefixes whose running segment, of state s, started d steps ago
             young = semiring.mul(entering, start[..., t, :]).unsqueeze(-2)
             if aged is not None:
                 young, older = _align(young, aged[..., : longest - 1, :])
@@ -113,7 +112,7 @@ class SemiMarkov(StructuredDistribution):
         return semiring.sum(total, -1)
 
     def _ages(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which steps lie inside, which begin a segment, and how long ago the running one began."""
+        """Which steps are within ``lengths``, which start a segment, and the age of the running segment."""
         time = torch.arange(self.event_shape[0], device=z.device)
         inside = time < (self.event_shape[0] if self.lengths is None else self.lengths.unsqueeze(-1))
         begins = (z >= self._states) & inside
@@ -130,14 +129,14 @@ class SemiMarkov(StructuredDistribution):
         spans = F.one_hot(age.clamp(0, longest - 1), longest).to(like.dtype) * ends.unsqueeze(-1)
         return SegmentParts(starts[..., 0, :], moves, state.transpose(-1, -2) @ spans, state, starts)
 
-    def score(self, value: Tensor) -> Tensor:
-        """As in the base; -inf also where labels are no segmentation of at most D steps each."""
+    def log_weight(self, value: Tensor) -> Tensor:
+        """The unnormalized log weight; -inf unless the labels are segments of at most D steps each."""
         inside, begins, age = self._ages(value)
         state = value % self._states
         broken = (state[..., 1:] != state[..., :-1]) & ~begins[..., 1:] & inside[..., 1:]
         late = (age >= self.potentials[2].shape[-1]) & inside
         broken = broken.any(-1) | late.any(-1) | ~begins[..., 0]
-        return torch.where(broken, -math.inf, super().score(value))
+        return torch.where(broken, -math.inf, super().log_weight(value))
 
     def from_parts(self, parts: tuple[Tensor, ...]) -> Tensor:
         state, starts = parts[3], parts[4]
@@ -145,6 +144,6 @@ class SemiMarkov(StructuredDistribution):
 
 
 def _align(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the broadcast of their leading dimensions, so that they can be joined along -2."""
+    """Broadcast the leading dimensions, so that both can be concatenated along -2."""
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return a.expand(*lead, *a.shape[-2:]), b.expand(*lead, *b.shape[-2:])

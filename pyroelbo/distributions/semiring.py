@@ -1,12 +1,11 @@
-"""One dynamic program, many answers: the algebras that a structure's ``_forward`` is evaluated in.
+"""Semirings: the algebras in which a structure's ``_forward`` is evaluated, one for each query.
 
 A semiring holds *values*, tensors of log weights, perhaps with one extra leading dimension; ``lift`` makes a
 value of a log potential. A dynamic program addresses dimensions from the right (negative ``dim``), so that
 the leading one passes through; it writes the semiring's one as ``lift`` of zeros, its zero as ``lift`` of
--inf. ``torch.where``, ``stack``, ``cat``, indexing, ``expand`` on values are fine as long as they keep to
-this rule.
+-inf. ``torch.where``, ``stack``, ``cat``, indexing and ``expand`` on values are allowed under the same rule.
 
-Structures come out by autograd: the gradient of the total with respect to the log potentials is the expected
+Structures are found by autograd: the gradient of the total with respect to the log potentials is the expected
 number of times each part is used (Log), or an indicator of the parts of one structure (Max, Sample, KBest).
 
 Source: Goodman (1999), *Semiring parsing*; Li and Eisner (2009) for the expectation semirings.
@@ -33,7 +32,7 @@ class Semiring(ABC):
         return potential
 
     def unlift(self, value: Tensor) -> Tensor:
-        """The answer that a total stands for."""
+        """The result that a total represents."""
         return value
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ class Log(Semiring):
 
 
 class Max(Semiring):
-    """The largest log weight; its gradient is the indicator of one best structure (the first of equals)."""
+    """The largest log weight; its gradient is the indicator of one best structure (the first among ties)."""
 
     def sum(self, value: Tensor, dim: int) -> Tensor:
         return value.max(dim).values
@@ -66,7 +65,7 @@ class Max(Semiring):
 def choose(log_weight: Tensor, uniform: Tensor, dim: int = -1) -> Tensor:
     """An index along ``dim`` with probability ∝ exp(log_weight), by inversion of ``uniform``.
 
-    An entry of weight zero is never chosen unless all are.
+    An entry of weight zero is never chosen unless all weights are zero.
     """
     peak = log_weight.amax(dim, keepdim=True)
     total = (log_weight - torch.where(peak.isinf(), torch.zeros_like(peak), peak)).exp().cumsum(dim)
@@ -92,14 +91,14 @@ class _SampledSum(torch.autograd.Function):
 
 
 class Sample(Semiring):
-    """The log partition; its gradient is the indicator of a structure drawn in proportion to its weight."""
+    """The log partition; its gradient is the indicator of a structure sampled in proportion to its weight."""
 
     def sum(self, value: Tensor, dim: int) -> Tensor:
         return _SampledSum.apply(value, dim)
 
 
 class KBest(Semiring):
-    """The k largest log weights, in order, along a leading dimension; -inf where there are fewer."""
+    """The k largest log weights, in order, along a leading dimension; -inf if there are fewer."""
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -118,9 +117,9 @@ class KBest(Semiring):
 class Relative(Semiring):
     """E_p[ a·ln p + b·ln q ] of normalized p and q, exactly and without cancellation.
 
-    A value stacks three tensors: p's log weight, q's, and the expectation e inside this sub-structure. Of a
-    sum with shares p_i and q_i, the expectation is Σ_i p_i (e_i + a ln p_i + b ln q_i). The entropy has a =
-    -1, b = 0; the cross-entropy a = 0, b = -1; the KL divergence a = 1, b = -1, as a sum of local ones, so
+    A value stacks three tensors: p's log weight, q's, and the expectation e inside this substructure. For a
+    sum with fractions p_i and q_i, the expectation is Σ_i p_i (e_i + a ln p_i + b ln q_i). The entropy has a
+    = -1, b = 0; the cross-entropy a = 0, b = -1; the KL divergence a = 1, b = -1, as a sum of local ones, so
     that nearly equal distributions lose no digits.
     """
 
@@ -137,15 +136,16 @@ class Relative(Semiring):
         log_p, log_q, inner = value.unbind(0)
         sum_p, sum_q = logsumexp(log_p, dim), logsumexp(log_q, dim)
         used = log_p > -math.inf
-        share = _minus(log_p, sum_p.unsqueeze(dim), used)
-        p = torch.where(used, share.exp(), 0.0)
-        term = torch.where(used, inner, 0.0) + self.a * share
+        fraction = _minus(log_p, sum_p.unsqueeze(dim), used)
+        p = torch.where(used, fraction.exp(), 0.0)
+        term = torch.where(used, inner, 0.0) + self.a * fraction
         if self.b:
             both = used & (log_q > -math.inf)
-            log_share = _minus(log_q, sum_q.unsqueeze(dim), both)
-            term = term + self.b * torch.where(used & ~both, -math.inf, log_share)
-        # a share that underflows to zero has no part in the expectation, even times inf; an infinite term has no
-        # gradient: what comes after may still rule it out
+            log_fraction = _minus(log_q, sum_q.unsqueeze(dim), both)
+            term = term + self.b * torch.where(used & ~both, -math.inf, log_fraction)
+        # a fraction that underflows to zero contributes nothing, even times inf; an infinite term has no
+        # gradient,
+        # since later steps may still exclude it
         finite = (p > 0) & term.isfinite()
         expected = torch.where(
             finite, p * torch.where(finite, term, 0.0), torch.where(p > 0, term, 0.0).detach()

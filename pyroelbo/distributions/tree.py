@@ -1,4 +1,4 @@
-"""Conditional random fields on a given tree."""
+"""Conditional random fields on a fixed tree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TreeCRF", "TreeParts"]
 
 
 class TreeParts(NamedTuple):
-    """The parts of a labelled tree: labels of nodes, and label pairs (parent, child) of edges."""
+    """Parts of a labelled tree: labels of nodes, and label pairs (parent, child) of edges."""
 
     node: Tensor
     edge: Tensor
@@ -26,13 +26,14 @@ class TreeParts(NamedTuple):
 class TreeCRF(StructuredDistribution):
     """p(z) = exp( Σ_n node[n, z_n] + Σ_{n not a root} edge_n[z_parent(n), z_n] ) / Z on a tree, or a forest.
 
-    ``parents [N]`` holds the parent of each node, -1 at a root, in any order without cycles; it is shared by
+    ``parents [N]`` holds the parent of each node, -1 at a root, in any order, without cycles, shared by
     the batch. ``node [*B,N,S]`` and ``edge [*B,S,S]`` (parent, child; the same everywhere) or ``[*B,N,S,S]``
     (entry n is the edge above node n, unused at a root): unnormalized log potentials, -inf allowed; rank(*B)
     = node.dim() - 2, and batch sizes broadcast. Values are LongTensors ``[*B,N]``, parts are ``TreeParts``;
     with one edge matrix its part is the (expected) count of each pair.
 
-    All nodes of a depth go together. Cost: O(B·N·S²), depth-many steps. Source: Pearl (1988), chapter 4.
+    All nodes of a depth are processed at once. Cost: O(B·N·S²) in as many steps as the tree is deep. Source:
+    Pearl (1988), chapter 4.
     """
 
     free_labels = True
@@ -50,8 +51,8 @@ class TreeCRF(StructuredDistribution):
             or edge.shape[rank:] != ((states, states) if self.homogeneous else (nodes, states, states))
         ):
             raise ValueError(
-                f"got parents {tuple(parents.shape)}, node {tuple(node.shape)}, edge {tuple(edge.shape)}: "
-                "they take [N], [*B,N,S], and [*B,S,S] or [*B,N,S,S]"
+                "parents, node, edge: expected shapes [N], [*B,N,S], and [*B,S,S] or [*B,N,S,S], got "
+                f"{tuple(parents.shape)}, {tuple(node.shape)} and {tuple(edge.shape)}"
             )
         check_integers("parents", parents)
         self.parents = parents
@@ -96,9 +97,7 @@ class TreeCRF(StructuredDistribution):
 
 
 class _Level(NamedTuple):
-    """Nodes of one depth; ``children [len(nodes), C]`` are places in the next level, one past its end as
-    padding.
-    """
+    """Nodes of one depth; ``children [len(nodes), C]`` index the next level, padded with its length."""
 
     nodes: Tensor
     children: Tensor
@@ -110,10 +109,12 @@ def _levels(parents: list[int]) -> list[_Level]:
         trail, n = [], start
         while n >= 0 and depth[n] < 0:
             if not -1 <= parents[n] < len(parents):
-                raise ValueError(f"parents has {parents[n]} at index {n}: it takes -1 to {len(parents) - 1}")
+                raise ValueError(
+                    f"parents: expected integers in [-1, {len(parents) - 1}], got {parents[n]} at index [{n}]"
+                )
             trail.append(n)
             if len(trail) > len(parents):
-                raise ValueError(f"parents has a cycle through index {n}: it takes a tree or a forest")
+                raise ValueError(f"parents: expected a tree or a forest, got a cycle through index [{n}]")
             n = parents[n]
         above = -1 if n < 0 else depth[n]
         for n in reversed(trail):

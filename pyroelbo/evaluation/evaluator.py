@@ -161,7 +161,7 @@ class Evaluator:
     def cells(self) -> int:
         """Number of (particle, datum) pairs in one pass."""
         device = next(iter(batches.parts(self.batch).values())).device
-        return memory.cells(self._elements, device, torch.get_default_dtype())
+        return memory.cells(self._elements, device, self.layout.dtype)
 
     @functools.cached_property
     def guide_cells(self) -> int:
@@ -434,12 +434,11 @@ def _same_random_numbers(batch: Batch) -> Iterator[None]:
 
 
 def _unlike(batch: Batch, rows: int = 3, most: int = 1000) -> Tensor:
-    """Indices of the first row and of some that differ from it, if there are any."""
+    """Indices of the first row and of others, first of those that differ from it."""
     parts = [t[:most].reshape(min(most, len(t)), -1) for t in batches.parts(batch).values()]
     differs = torch.stack([(t != t[:1]).any(1) for t in parts]).any(0)
-    differs[: min(rows, len(differs))] |= not bool(differs.any())
     differs[0] = True
-    return differs.nonzero().squeeze(1)[:rows]
+    return differs.long().argsort(descending=True, stable=True)[:rows]
 
 
 def len_of(latents: Mapping[str, Tensor]) -> int:

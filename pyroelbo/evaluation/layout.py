@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pyroelbo.evaluation.sites import (
     sample_sites,
     sites_beyond,
 )
+from pyroelbo.evaluation.supports import support_of
 from pyroelbo.pair import PLATE
 
 __all__ = ["LatentSite", "Layout"]
@@ -49,19 +51,21 @@ class LatentSite:
     has_enumerate_support: bool
     free: bool
     batch_dims: int = 0
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def per_datum(cls, name: str, fn: Any) -> LatentSite:
+    def per_datum(cls, name: str, fn: Any, dtype: torch.dtype) -> LatentSite:
         plates = tuple(fn.batch_shape[:-1])
         while plates and plates[0] == 1:
             plates = plates[1:]
-        return cls(name, torch.Size(fn.event_shape), plates, fn.support, *_values(fn))
+        return cls(name, torch.Size(fn.event_shape), plates, support_of(fn), *_values(fn), dtype=dtype)
 
     @classmethod
-    def joint(cls, name: str, fn: Any) -> LatentSite:
+    def joint(cls, name: str, fn: Any, dtype: torch.dtype) -> LatentSite:
         dims = len(fn.batch_shape)
-        support = constraints.independent(fn.support, dims) if dims else fn.support
-        return cls(name, torch.Size((*fn.batch_shape, *fn.event_shape)), (), support, *_values(fn), dims)
+        support = constraints.independent(support_of(fn), dims) if dims else support_of(fn)
+        event = torch.Size((*fn.batch_shape, *fn.event_shape))
+        return cls(name, event, (), support, *_values(fn), dims, dtype)
 
     @property
     def event_dim(self) -> int:
@@ -99,6 +103,7 @@ class Layout:
     scaled_site: str | None = None
     sliceable: bool = False
     masked: bool = False
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, programs: Programs, batch: Batch, scope: str, sliceable: bool = False) -> Layout:
@@ -118,7 +123,7 @@ class Layout:
             depth = max([1, *_depths(both)])
             make = LatentSite.per_datum
         observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
-        latents = {k: make(k, s["fn"]) for k, s in sample_sites(model) if k not in observed}
+        latents = {k: make(k, s["fn"], s["value"].dtype) for k, s in sample_sites(model) if k not in observed}
         return cls(
             scope,
             MappingProxyType(latents),
@@ -130,6 +135,7 @@ class Layout:
             scaled,
             sliceable,
             any(_masks(guide, model, latents)),
+            _dtype(programs, both),
         )
 
     @property
@@ -148,6 +154,13 @@ def _masks(guide: Any, model: Any, latents: Mapping[str, LatentSite]) -> Iterato
 
 def _shape(value: Any) -> torch.Size:
     return value.shape if isinstance(value, Tensor) else torch.Size()
+
+
+def _dtype(programs: Programs, both: list[tuple[str, str, Any]]) -> torch.dtype:
+    """The widest floating type of the parameters and the sites' values."""
+    tensors = list(programs.pair.parameters()) + [site["value"] for _, _, site in both]
+    kinds = {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+    return functools.reduce(torch.promote_types, kinds) if kinds else torch.get_default_dtype()
 
 
 def _depths(both: list[tuple[str, str, Any]]) -> list[int]:

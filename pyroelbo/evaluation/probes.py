@@ -118,7 +118,7 @@ def _others(programs: Programs, batch: Batch, name: str, site: Any) -> Iterator[
 def _where(mask: Any, value: Tensor, other: Tensor, event_dim: int) -> Tensor:
     if isinstance(mask, bool):
         return value if mask else other
-    return torch.where(mask.reshape(*mask.shape, *[1] * event_dim), value, other)
+    return torch.where(mask.reshape((*mask.shape, *[1] * event_dim)), value, other)
 
 
 def _live_terms(programs: Programs, batch: Batch, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,6 +146,15 @@ def _moved(
     return None
 
 
+def _prior_draws(prior: Programs, batch: Batch) -> dict[str, Any] | None:
+    """The latent sites of the model, drawn from the prior; None if the prior refuses to be drawn from, as a
+    grammar does whose sentences outgrow the batch's length."""
+    try:
+        return _latents(prior.traces(batch)[1])
+    except ValueError:
+        return None
+
+
 def coupled_site(programs: Programs, batch: Batch) -> str | None:
     """A site of the model whose term for one datum changes with other rows or their latents; None if there is
     none.
@@ -158,12 +167,16 @@ def coupled_site(programs: Programs, batch: Batch) -> str | None:
     if size < 2:
         return None
     prior = Programs(programs.pair, with_guide=False)
-    sites = _latents(prior.traces(batch)[1])
+    sites = _prior_draws(prior, batch)
+    if sites is None:
+        return None
     values = {name: _filled(site, 0) for name, site in sites.items()}
     before = _live_terms(programs, batch, values)
     for row in (0, size - 1):
         copies = batches.rows(batch, torch.full((size,), row))
-        fresh = _latents(prior.traces(copies)[1])
+        fresh = _prior_draws(prior, copies)
+        if fresh is None:
+            return None
         other = {}
         for name, value in values.items():
             new = _filled(fresh[name], -1)

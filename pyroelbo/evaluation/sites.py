@@ -11,6 +11,7 @@ from torch.distributions import biject_to, constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.supports import is_circular, support_of, within_circle
 from pyroelbo.pair import PLATE
 
 __all__ = [
@@ -170,13 +171,15 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
         refusal: type[ValueError] = ValueError if drawn else Unavailable
         raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+    for name in sorted(latent):
+        _check_circular(name, drawn[name]["fn"], model.nodes[name]["fn"])
     auxiliary = sorted(set(drawn) - latent)
     if auxiliary:
         # A change of variables, as automatic guides make, has as many numbers on one side as on the other.
         made = [
             k for k in latent if is_point(drawn[k]["fn"]) and not model.nodes[k]["fn"].support.is_discrete
         ]
-        inner = sum(biject_to(model.nodes[k]["fn"].support).inv(drawn[k]["value"]).numel() for k in made)
+        inner = sum(biject_to(support_of(model.nodes[k]["fn"])).inv(drawn[k]["value"]).numel() for k in made)
         if sum(drawn[k]["value"].numel() for k in auxiliary) > inner:
             raise Unavailable(
                 f"guide site {auxiliary[0]!r} is auxiliary and the latents are no function of it: their "
@@ -223,6 +226,19 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
             )
 
 
+def _check_circular(name: str, mine: Any, theirs: Any) -> None:
+    """Refuse a guide that draws an angle of the model on the line."""
+    support = _support(theirs)
+    if support is None or not is_circular(support):
+        return
+    if is_point(mine) or not within_circle(_support(mine)):
+        kind, own = (type(base_of(fn)).__name__ for fn in (mine, theirs))
+        raise ValueError(
+            f"guide site {name!r}: expected a circular distribution, as the model's {own}, got a {kind}. Use "
+            "VonMises: a density on the line counts every angle many times"
+        )
+
+
 def sites_beyond(guide: Any, model: Any) -> frozenset[tuple[str, str]]:
     """(program, site) of the latents that may be asked for the density of values outside their support, as
     guide and model do not have the same (point masses of automatic guides are there by construction)."""
@@ -241,7 +257,7 @@ def is_point(fn: Any) -> bool:
 
 def _support(fn: Any) -> Any:
     try:
-        support = fn.support
+        support = support_of(fn)
     except NotImplementedError:
         return None
     while isinstance(support, constraints.independent):

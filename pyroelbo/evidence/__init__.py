@@ -2,7 +2,7 @@
 
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais, bdmc
-from pyroelbo.evidence.audit import audit
+from pyroelbo.evidence.audit import Contradiction, audit
 from pyroelbo.evidence.bounds import cubo, elbo, eubo, iwae, prior_monte_carlo, terms
 from pyroelbo.evidence.calibration import calibration
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
@@ -13,6 +13,7 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.evidence.site_gaps import site_gaps
 
 __all__ = [
+    "Contradiction",
     "Unavailable",
     "ais",
     "audit",

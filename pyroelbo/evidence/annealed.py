@@ -50,7 +50,7 @@ def ais(
     drawn anew from f_0 (the only one for structures whose labels constrain one another, such as parses);
     mixed ones make both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y), so that E
     ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a separate pilot run
-    and then fixed: adaptation during the run would bias the weights. The standard error is the delta method's
+    and then fixed: adaptation during the run would bias the weights. The standard error is the jackknife's
     over the particles; ``ess`` and ``k_hat`` are those of the weights.
 
     ``reverse=True`` runs the same chains backwards from exact posterior draws of an :class:`ExactPair`: their
@@ -323,7 +323,9 @@ class _Annealer:
         if empty:
             notes.append(f"all weights are zero for {empty} of {self.evaluator.size} data")
         if kind == "lower":
-            return weighted(self.method, log_w, kind, self.cost, tuple(notes), source=self.start)
+            return weighted(
+                self.method, log_w, kind, self.cost, tuple(notes), source=self.start, jackknife=True
+            )
         lost = float((log_w == -math.inf).double().mean())
         if lost:
             notes.append(
@@ -332,11 +334,12 @@ class _Annealer:
             )
         notes += self.floor()
         if kind == "upper":
-            return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes))
+            return weighted(f"reverse {self.method}", log_w, kind, self.cost, tuple(notes), jackknife=True)
         notes.append(
             "from posterior chains, not exact draws: an upper bound only if the chains have converged"
         )
-        above = weighted(f"reverse {self.method} from chains", log_w, "upper", self.cost, tuple(notes))
+        method = f"reverse {self.method} from chains"
+        above = weighted(method, log_w, "upper", self.cost, tuple(notes), jackknife=True)
         return replace(above, kind=kind)
 
     def floor(self) -> tuple[str, ...]:

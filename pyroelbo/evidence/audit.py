@@ -13,7 +13,9 @@ from tqdm import tqdm
 from pyroelbo import batch as batches
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
+from pyroelbo.evaluation.supports import support_of
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
@@ -22,7 +24,7 @@ from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
 from pyroelbo.results import Audit, Bound
 
-__all__ = ["audit"]
+__all__ = ["Contradiction", "audit"]
 
 
 def _ais(pair: Pair, batch: Any, *, temperatures: int, scope: str, progress: bool) -> Bound:
@@ -39,6 +41,8 @@ _REFERENCES: dict[str, Callable[..., Bound]] = {
     "ais": _ais,
 }
 _DEFAULT = ("exact", "quadrature")
+_FALSE_ALARM = 1e-9
+_ROUNDING = 1e-4  # of the summed terms, within which a draw of an exact guide has ln w = ln p(y)
 
 
 def audit(
@@ -136,6 +140,7 @@ def audit(
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
+    _check_exact(pair, batch, scope, Audit(pair.name, tuple(bounds), found[0].method if found else None))
     notes += _uncovered(pair, batch, scope)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data as one datum")
@@ -149,6 +154,51 @@ def _check(bound: Bound, size: int, scope: str) -> None:
             f"references: expected {expected}, got {bound.method!r} with scope {bound.scope!r} and shape "
             f"{tuple(bound.value.shape)}"
         )
+
+
+class Contradiction(RuntimeError):
+    """An exact row that the other rows of the ``audit`` refute."""
+
+    def __init__(self, message: str, audit: Audit) -> None:
+        super().__init__(message)
+        self.audit = audit
+
+
+def _check_exact(pair: Pair, batch: Any, scope: str, found: Audit) -> None:
+    """:class:`Contradiction` if an exact row cannot be right.
+
+    If it is, weights w̄_i of independent draws have E Π_i w̄_i / p(y_i) = 1, so that P(Σ_i (IWAE_i - exact_i)
+    > ln 1/α) ≤ α by Markov's inequality, whatever the weights' tails: α = 1e-9. With an exact guide every
+    single draw has ln w = ln p(y), which shows a value that is too high as well.
+    """
+    exact = next((b for b in found.bounds if b.kind == "exact"), None)
+    weights = next((b for b in found.bounds if b.method.startswith("iwae")), None)
+    if exact is None:
+        return
+    if weights is not None:
+        excess = weights.value.double() - exact.value.double().to(weights.value.device)
+        excess = torch.where(weights.value == exact.value, 0.0, excess)  # both -inf
+        if float(excess.sum()) > -math.log(_FALSE_ALARM):
+            raise Contradiction(
+                f"the exact evidence is contradicted: {weights.method} lies {float(excess.sum()):.4g} nats "
+                f"above it, summed over {excess.numel()} data, which has a probability below {_FALSE_ALARM} "
+                "if it is right. error.audit holds the rows",
+                found,
+            )
+    if scope == "datum" and getattr(pair, "exact_guide", False):
+        with torch.no_grad(), in_double(pair):
+            terms = Evaluator(pair, double(batch)).sample(1, latents=False)
+        size = sum(t[0].double().abs() for t in (*terms.log_model.values(), *terms.log_guide.values()))
+        apart = (terms.log_weight[0].double() - exact.value).abs()
+        wrong = apart > _ROUNDING * (1 + size)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise Contradiction(
+                "the exact evidence is contradicted: the guide is the exact posterior, and ln p(y, z) - ln "
+                f"q(z | y) lies {float(apart[row]):.4g} nats from it for datum {row}. error.audit holds the "
+                "rows",
+                found,
+            )
 
 
 @torch.no_grad()
@@ -177,7 +227,7 @@ def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
     possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to miss
     notes = []
     for name, fn in sites.items():
-        outside = ~fn.support.check(terms.latents[name])
+        outside = ~support_of(fn).check(terms.latents[name])
         plates = [1] * (outside.dim() - possible.dim())
         counted = possible.reshape(len(possible), *plates, *possible.shape[1:]).expand_as(outside)
         share = float((outside & counted).sum() / counted.sum().clamp_min(1))

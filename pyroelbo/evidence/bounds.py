@@ -19,6 +19,8 @@ from pyroelbo.results import Bound, Terms
 
 __all__ = ["cubo", "elbo", "eubo", "iwae", "prior_monte_carlo", "terms"]
 
+_FEW = 2  # effective draws below which the standard error means nothing
+
 
 @torch.no_grad()
 def terms(pair: Pair, y: Any, particles: int = 64, *, scope: str = "datum") -> Terms:
@@ -191,17 +193,24 @@ def weighted(
     notes: tuple[str, ...] = (),
     *,
     source: str = "guide",
+    jackknife: bool = False,
 ) -> Bound:
     """The bound ln (1/K) Σ w from log weights [K, B], with its diagnostics.
 
-    The mean of w is p(y), for an upper bound at most 1/p(y). ``source`` is where the draws come from.
+    Args:
+        method: name of the row.
+        log_w: log weights [K, B] in nats; the mean of w is p(y), for an upper bound at most 1/p(y).
+        kind: as of :class:`~pyroelbo.results.Bound`.
+        cost: model evaluations, by default K · B.
+        notes: notes that come first.
+        source: where the draws come from, ``"guide"`` or ``"prior"``.
+        jackknife: whether the standard error is the jackknife's (few draws) instead of the delta method's.
     """
     particles, size = log_w.shape
     value, stderr = log_mean_exp(log_w)
-    k_hat = pareto_k_hat(log_w)
-    bad = int((k_hat > 0.7).sum())
-    if bad:
-        notes = (*notes, f"k-hat above 0.7 for {bad} of {size} data: their errors cannot be trusted")
+    if jackknife:
+        stderr = _jackknife(log_w)
+    k_hat, ess = pareto_k_hat(log_w), effective_sample_size(log_w)
     return Bound(
         method,
         -value if kind == "upper" else value,
@@ -209,10 +218,47 @@ def weighted(
         kind,
         draws=particles,
         cost=particles * size if cost is None else cost,
-        ess=effective_sample_size(log_w),
+        ess=ess,
         k_hat=k_hat,
-        notes=notes + (_outside(log_w) if source == "guide" and kind != "upper" else ()),
+        notes=(
+            *notes,
+            *_distrust(ess, k_hat, particles),
+            *(_outside(log_w) if source == "guide" and kind != "upper" else ()),
+        ),
     )
+
+
+def _distrust(ess: Tensor, k_hat: Tensor, particles: int) -> list[str]:
+    """Notes on data whose standard errors mean little."""
+    size, notes = ess.numel(), []
+    alone = int((ess < _FEW).sum()) if particles >= 5 * _FEW else 0
+    if alone:
+        notes.append(
+            f"effective sample size below {_FEW} for {alone} of {size} data: a single draw decides their "
+            "values, and their errors cannot be trusted"
+        )
+    bad = int((k_hat > 0.7).sum())
+    if bad:
+        notes.append(f"k-hat above 0.7 for {bad} of {size} data: their errors cannot be trusted")
+    unknown = int(k_hat.isnan().sum())
+    if unknown:
+        why = "too few draws" if particles <= 20 else "their largest weights tie, or all are zero"
+        notes.append(f"no k-hat for {unknown} of {size} data: {why}")
+    return notes
+
+
+def _jackknife(log_w: Tensor) -> Tensor:
+    """Jackknife standard error of ln (1/K) Σ w over K draws, [B].
+
+    NaN for one draw, or if one weight is all of the sum. Leaving out a dominant weight moves the logarithm by
+    nats, which the delta method, at most 1, does not see. Source: Efron and Stein (1981).
+    """
+    count = len(log_w)
+    if count == 1:
+        return torch.full_like(log_w[0], math.nan)
+    share = (log_w - torch.logsumexp(log_w, 0)).exp()
+    without = torch.log1p(-share.clamp_max(1.0))
+    return ((count - 1) * without.var(0, correction=0)).sqrt()
 
 
 def _outside(log_w: Tensor) -> tuple[str, ...]:

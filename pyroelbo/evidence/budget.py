@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyroelbo import batch as batches
@@ -13,6 +14,7 @@ from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo
 from pyroelbo.evidence.exact import exact
+from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.evidence.unconstrained import Unconstrained
 from pyroelbo.numerics import duration
 from pyroelbo.pair import Pair
@@ -28,6 +30,7 @@ _MIN_TEMPERATURES = 20  # below which AIS is not worth its pilot
 _PILOT_SHARE = 0.1  # of the time
 _MAX_PILOT_DRAWS = 32_768  # in one pass
 _MAX_WEIGHTS = 40_000_000  # held at once
+_TRIAL = 4  # data whose reference is timed
 
 
 class Budget:
@@ -44,9 +47,10 @@ class Budget:
         self.seconds = duration(budget) if isinstance(budget, str) else None
         self.started = time.monotonic()
         self.speed = 0.0
+        self.evaluations: float
         if self.seconds is not None:
             self.speed = self._pilot(self.seconds)
-            self.evaluations = int(self.seconds * self.speed)
+            self.evaluations = self.seconds * self.speed
         elif isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise ValueError(
                 f"budget: expected a time such as '1min' or a number of evaluations, got {budget!r}"
@@ -58,38 +62,63 @@ class Budget:
             speed = "" if self.seconds is None else f" (some {self.speed:,.0f} a second here)"
             raise ValueError(
                 f"budget: expected at least {needed:,} evaluations for any estimate of {self.data} data, got "
-                f"{budget!r}, {self.evaluations:,} evaluations{speed}. Give more, or fewer data"
+                f"{budget!r}, {self.evaluations:,.0f} evaluations{speed}. Give more, or fewer data"
             )
 
-    def references(self) -> tuple[Sequence[str], list[str]]:
-        """The reference to compare the bounds with, and notes on why there is no better one."""
-        try:
-            few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, 1))
-            exact(self.pair, few, scope=self.scope)
-            return ("exact",), []
-        except Unavailable as reason:
-            notes = [f"no exact value: {reason}"]
+    def references(self) -> tuple[Sequence[str | Bound], list[str]]:
+        """The reference to compare the bounds with, and notes on why there is no better one.
+
+        A reference that must take all data at once is computed here; of others the cost is extrapolated from
+        a few data.
+        """
+        notes = []
+        for estimator in (exact, quadrature):
+            name = estimator.__name__
+            try:
+                if estimator is quadrature:
+                    self._check_grid()
+                bound, seconds = self._trial(estimator)
+            except Unavailable as reason:
+                notes.append(f"no {name} value: {reason}")
+                continue
+            size = 1 if self.scope == "joint" else bound.value.numel()
+            if size == self.data:
+                return (bound,), notes
+            scale = self.data / size
+            if self._affords(scale * seconds, scale * bound.cost):
+                return (name,), notes
+            notes.append(f"no {name} value: it would take more than the budget")
         each = _REFERENCE_SHARE * self.evaluations / self.data
-        try:
-            dims = Unconstrained(Evaluator(self.pair, self.batch, scope=self.scope)).dims
-        except Unavailable:
-            dims = 0
-        if dims in _QUADRATURE:
-            if each >= _QUADRATURE[dims]:
-                return ("quadrature",), notes
-            notes.append(f"no quadrature value: it needs some {_QUADRATURE[dims]:,} evaluations per datum")
         needed = _MIN_TEMPERATURES * _CHAIN
         if each >= needed:
             return ("ais",), notes
         notes.append(f"no AIS: {_MIN_TEMPERATURES} temperatures need {needed:,} evaluations per datum")
         return (), notes
 
+    def _trial(self, estimator: Callable[..., Bound]) -> tuple[Bound, float]:
+        """The estimator on a few data (all of them in joint scope), and its seconds."""
+        few = self.batch if self.scope == "joint" else batches.rows(self.batch, slice(0, _TRIAL))
+        start = time.monotonic()
+        bound = estimator(self.pair, few, scope=self.scope)
+        return bound, time.monotonic() - start
+
+    def _affords(self, seconds: float, evaluations: float) -> bool:
+        if self.seconds is None:
+            return evaluations <= _REFERENCE_SHARE * self.evaluations
+        return seconds <= _REFERENCE_SHARE * (self.seconds - (time.monotonic() - self.started))
+
+    def _check_grid(self) -> None:
+        """:class:`Unavailable` if the usual cost of a quadrature exceeds the budget: none is tried then."""
+        needed = _QUADRATURE.get(Unconstrained(Evaluator(self.pair, self.batch, scope=self.scope)).dims, 0)
+        if needed > _REFERENCE_SHARE * self.evaluations / self.data:
+            raise Unavailable(f"it needs some {needed:,} evaluations per datum")
+
     def temperatures(self, names: Sequence[Any]) -> int:
         """Number of temperatures, if AIS is among the references."""
-        speed = 1.0
-        if "ais" in names and self.seconds is not None:
-            speed = self._gradients() / self.speed
-        return max(2, int(speed * _REFERENCE_SHARE * self.evaluations / self.data / _CHAIN))
+        evaluations = self.evaluations
+        if self.seconds is not None:
+            evaluations = self.seconds * self._gradients() if "ais" in names else 0.0
+        return max(2, int(_REFERENCE_SHARE * evaluations / self.data / _CHAIN))
 
     def particles(self, found: Sequence[Bound]) -> int:
         """Draws per datum, of ELBO and IWAE each, that the rest of the budget allows."""
@@ -97,10 +126,11 @@ class Budget:
             left = (self.seconds - (time.monotonic() - self.started)) * self.speed
         else:
             left = self.evaluations - sum(b.cost for b in found)
-        return max(_MIN_DRAWS, min(int(left / (2 * self.data)), _MAX_WEIGHTS // self.data))
+        return int(max(_MIN_DRAWS, min(left / (2 * self.data), _MAX_WEIGHTS // self.data)))
 
     def note(self, particles: int, found: Sequence[Bound]) -> str:
-        speed = "" if self.seconds is None else f" at some {self.speed:,.0f} evaluations a second"
+        measured = self.seconds is not None and math.isfinite(self.speed)
+        speed = f" at some {self.speed:,.0f} evaluations a second" if measured else ""
         chosen = [b.method for b in found] + [f"{particles} draws per datum for ELBO and IWAE each"]
         return f"a budget of {self.budget}{speed} chose {', '.join(chosen)}"
 
@@ -112,12 +142,12 @@ class Budget:
         few, particles = self._few(), _MIN_DRAWS
 
         def once() -> Bound:
-            try:
-                return elbo(self.pair, few, particles, scope=self.scope)
-            except Unavailable:
-                return exact(self.pair, few, scope=self.scope)
+            return elbo(self.pair, few, particles, scope=self.scope)
 
-        once()  # costs that occur only once (building, caches) are not counted
+        try:
+            once()  # costs that occur only once (building, caches) are not counted
+        except Unavailable:
+            return math.inf  # nothing is drawn; what a reference takes is tried
         while True:
             start = time.monotonic()
             bound = once()

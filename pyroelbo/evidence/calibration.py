@@ -66,7 +66,7 @@ def calibration(
     # The same point may be rounded differently elsewhere in a pass.
     tolerance = (
         100
-        * torch.finfo(torch.get_default_dtype()).eps
+        * torch.finfo(evaluator.layout.dtype).eps
         * (1 + float(log_joint.abs().nan_to_num(posinf=0).max()))
     )
     ranks.append(_rank(log_joint, tolerance))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.evaluation.enumeration import enumerate_latents, log_evidence_of_all
+from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
 from pyroelbo.results import Bound
@@ -25,25 +26,27 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
     Enumeration works for any pair all of whose latents are finite and discrete: they are summed in log space
     by eliminating one latent after the other, so that chains and trees cost what their dynamic program costs.
     With ``scope="joint"`` the value is ln p(y) of the whole batch: what ``log_evidence`` returns as one
-    number, or the sum over data. Raises :class:`Unavailable` for continuous latents, and for the joint value
-    of a pair whose latents stand outside the data plate and that has no ``log_evidence``.
+    number, or the sum over data; for data that depend on one another, or latents outside the data plate, the
+    sum over all latents together. Everything is computed in float64, whatever the type of parameters and
+    data. Raises :class:`Unavailable` for continuous latents, and for more than a million joint values.
     """
     if scope not in ("datum", "joint"):
         raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
-    batch = batches.to(batches.as_batch(y, "y"), pair.device)
-    if isinstance(pair, ExactPair):
-        with evaluation_mode(pair), unregistered():
-            value = batches.call(pair.log_evidence, batch)
-        if value.shape != (batches.size(batch),) and (scope == "datum" or value.shape != ()):
-            raise ValueError(
-                f"{type(pair).__name__}.log_evidence: expected shape ({batches.size(batch)},)"
-                f"{' or one number' if scope == 'joint' else ''}, got {tuple(value.shape)}"
-            )
-        cost = batches.size(batch)
-    else:
-        value, cost = _enumerated(pair, batch, scope)
-    value = value.double().sum() if scope == "joint" else value
-    return Bound("exact", value.double(), torch.zeros_like(value.double()), "exact", scope, cost=cost)
+    batch = double(batches.to(batches.as_batch(y, "y"), pair.device))
+    size = batches.size(batch)
+    with in_double(pair):
+        if not isinstance(pair, ExactPair):
+            value, cost = _enumerated(pair, batch, scope)
+        else:
+            with evaluation_mode(pair), unregistered():
+                value, cost = batches.call(pair.log_evidence, batch), size
+    if isinstance(pair, ExactPair) and value.shape != (size,) and (scope == "datum" or value.shape != ()):
+        raise ValueError(
+            f"{type(pair).__name__}.log_evidence: expected shape ({size},)"
+            f"{' or one number' if scope == 'joint' else ''}, got {tuple(value.shape)}"
+        )
+    value = value.double().sum() if scope == "joint" else value.double()
+    return Bound("exact", value, torch.zeros_like(value), "exact", scope, cost=cost)
 
 
 def _enumerated(pair: Pair, batch: batches.Batch, scope: str) -> tuple[Tensor, int]:

@@ -22,6 +22,8 @@ __all__ = ["quadrature"]
 
 _FLOOR = 20.0  # a cell this many nats below the largest one is left out of the next, finer grid
 _DRAWS = 128
+_NODES = 8  # effective number of Gauss–Hermite nodes below which they are too far apart
+_USELESS = 1.0  # nats of disagreement beyond which it is no measure of the error
 
 
 @torch.no_grad()
@@ -59,6 +61,11 @@ def quadrature(pair: Pair, y: Any, tolerance: float = 1e-4, *, scope: str = "dat
     notes: tuple[str, ...] = ()
     if bad:
         notes += (f"the rules disagree by more than 1e-3 nats for {bad} of {evaluator.size} data",)
+    # A rule that misses the mass altogether says nothing about the other one.
+    unknown = resolution.isfinite() & (resolution > _USELESS)
+    if bool(unknown.any()):
+        notes += (f"the error is unknown for {int(unknown.sum())} of {evaluator.size} data",)
+        resolution = torch.where(unknown, math.nan, resolution)
     cut = int(resolution.isinf().sum())
     if cut:
         notes += (
@@ -96,7 +103,7 @@ class _Integrand:
             rows = index[first : first + width]
             block = nodes[:, first : first + width]
             out = [
-                self.space.density(block[m : m + step].to(torch.get_default_dtype()), rows)
+                self.space.density(block[m : m + step].to(self.space.dtype), rows)
                 for m in range(0, len(nodes), step)
             ]
             columns.append(torch.cat(out).double())
@@ -104,7 +111,7 @@ class _Integrand:
         return value.masked_fill(self.saturated(nodes) | value.isnan(), -math.inf)
 
     def saturated(self, nodes: Tensor) -> Tensor:
-        return self.space.saturated(nodes.to(torch.get_default_dtype()))
+        return self.space.saturated(nodes.to(self.space.dtype))
 
 
 def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +128,7 @@ def _adaptive_grid(work: _Integrand, seen: Tensor, guide: Tensor, tolerance: flo
     modes = _climb(work, low, high, everyone, points)
     guide = torch.cat([guide, modes])
     # Narrow the box by a coarse grid and the guide's draws, so that a spike between the nodes is not lost.
-    at_guide = work(guide.to(torch.get_default_dtype()), everyone)
+    at_guide = work(guide, everyone)
     for _ in range(12):
         nodes, step = _midpoints(low, high, points)
         f = work(nodes, everyone)
@@ -221,8 +228,8 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     """ln of the Gauss–Hermite sum, [B].
 
     Around the guide's mean and as wide as the prior first, then recentred on the integrand's moments and
-    refined until three sums in a row agree. A tenth of the first covariance is kept, so that a small mode far
-    away is not lost.
+    refined until three sums in a row agree. A tenth of the first covariance is kept while the nodes
+    resolve the integrand, so that a small mode far away is not lost.
     """
     guide, prior = guide.double(), prior.double()
     everyone = torch.arange(guide.shape[1], device=guide.device)
@@ -231,6 +238,7 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
     wide = torch.einsum("mbi,mbj->bij", spread, spread) / len(spread)
     covariance = wide.clone()
     value = torch.full_like(mean[:, 0], -math.inf)
+    kept = torch.full_like(value, 0.1)
     open_rows, agreed = everyone, torch.zeros_like(everyone, dtype=torch.bool)
     for points in (
         (48, 48, 64, 96, 192, 384, 768, 1536) if mean.shape[-1] == 2 else (256, 256, 512, 1024, 4096, 16384)
@@ -240,7 +248,10 @@ def _gauss_hermite(work: _Integrand, guide: Tensor, prior: Tensor, tolerance: fl
         share = (terms - finer).exp().nan_to_num(nan=0.0)
         mean[open_rows] = center = torch.einsum("mb,mbi->bi", share, nodes)
         spread = nodes - center
-        covariance[open_rows] = torch.einsum("mb,mbi,mbj->bij", share, spread, spread) + 0.1 * wide[open_rows]
+        # If a few nodes hold all mass the kept part must shrink, or no refinement would resolve it.
+        kept[open_rows] *= torch.where(share.square().sum(0) > 1 / _NODES, 0.1, 1.0)
+        moment = torch.einsum("mb,mbi,mbj->bij", share, spread, spread)
+        covariance[open_rows] = moment + kept[open_rows, None, None] * wide[open_rows]
         agrees = (finer - value[open_rows]).abs() <= tolerance
         value[open_rows] = finer
         # Two agreeing sums may both miss a mode.

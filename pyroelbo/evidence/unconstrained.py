@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.distributions import biject_to, constraints
 
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.sites import Unavailable
+from pyroelbo.evaluation.supports import is_circular
 from pyroelbo.evidence.lattice import is_discrete
 
 __all__ = ["Unconstrained"]
@@ -30,16 +33,24 @@ class Unconstrained:
         self._transforms: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
         self.dims = 0
+        kinds = []
+        angles: list[bool] = []
         for name, site in evaluator.latents.items():
             if is_discrete(site):
                 if partial:
                     continue
                 raise Unavailable(f"latent site {name!r} is discrete")
             self._supports[name] = _common_support(site.support, name)
-            transform = biject_to(self._supports[name])
+            transform = _transform(self._supports[name], name)
             self._transforms[name] = transform
             self._shapes[name] = torch.Size((*site.plate_shape, *transform.inverse_shape(site.event_shape)))
             self.dims += self._shapes[name].numel()
+            angles += [is_circular(site.support)] * self._shapes[name].numel()
+            kinds.append(site.dtype)
+        self.dtype = (
+            functools.reduce(torch.promote_types, kinds, torch.float32) if kinds else evaluator.layout.dtype
+        )
+        self._angles = torch.tensor(angles, dtype=torch.bool)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +82,8 @@ class Unconstrained:
         there means nothing: [K, B]."""
         latents, _ = self.constrain(u)
         again = self.unconstrain(latents)
-        return ~((again - u).abs() <= 0.01 * (1 + u.abs())).all(-1)
+        same = (again - u).abs() <= 0.01 * (1 + u.abs())
+        return ~(same | self._angles.to(u.device)).all(-1)
 
     def inside(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Whether latents lie in the model's support, [K, B]; :meth:`unconstrain` moves others to its
@@ -88,7 +100,47 @@ class Unconstrained:
     def density(self, u: Tensor, rows: Any = None) -> Tensor:
         """ln p(y, z) + ln |dz/du| of u [K, B, D] for the given rows of the batch, [K, B]."""
         latents, log_det = self.constrain(u)
-        return self.evaluator.log_joint(latents, rows) + log_det
+        value = self.evaluator.log_joint(latents, rows) + log_det
+        angles = u[..., self._angles.to(u.device)]
+        return value + _log_share(angles).sum(-1) if angles.shape[-1] else value
+
+
+class _Wrap:
+    """The line onto the circle [-π, π); u and u + 2π are the same angle."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.remainder(u + math.pi, 2 * math.pi) - math.pi
+
+    def inv(self, angle: Tensor) -> Tensor:
+        return angle
+
+    def log_abs_det_jacobian(self, u: Tensor, angle: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return shape
+
+
+def _log_share(u: Tensor, spread: float = 1.5) -> Tensor:
+    """ln ψ(u) with Σ_k ψ(u + 2πk) = 1: the share of an angle's density that u has on the line.
+
+    ∫ f(wrap(u)) ψ(u) du over the line is ∫ f over one period, and the integrand stays smooth where a period
+    ends.
+    """
+    turns = 2 * math.pi * torch.arange(-4, 5, dtype=u.dtype, device=u.device)
+    around = _Wrap()(u).unsqueeze(-1) + turns
+    return -0.5 * (u / spread).square() - torch.logsumexp(-0.5 * (around / spread).square(), -1)
+
+
+def _transform(support: Any, name: str) -> Any:
+    if is_circular(support):
+        return _Wrap()
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise Unavailable(
+            f"latent site {name!r}: no map from the whole line to its support {support}"
+        ) from error
 
 
 def _common_support(support: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Models by family, and the registry that the command line trains from."""
+"""Models, and the registry of those that the command line trains."""
 
 from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.chain import Chain

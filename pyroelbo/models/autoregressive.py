@@ -1,4 +1,4 @@
-"""Autoregressive models as Markovian pairs: the encoder drops the last token, and the bound is exact."""
+"""Autoregressive models as Markovian pairs: the encoder drops the last token, so the bound is exact."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import pad
 
-from pyroelbo.models.chain import Handed
+from pyroelbo.models.chain import SharedPath
 from pyroelbo.models.observation import form_of
+from pyroelbo.models.precision import exact
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["Append", "Autoregressive", "Prefix", "Strings"]
 
 NETWORKS = ("pixelcnn", "transformer")
-_ROWS = 128  # in one pass without gradients
+_ROWS = 128  # of a pass without gradients
 
 
 class CausalNetwork(Protocol):
-    """Logits of every token from those before it, in one pass or one by one."""
+    """Logits of every token given the tokens before it, in one pass or one at a time."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """[*, T] integers to logits [*, T, V]; those of token t depend on tokens before t alone."""
+        """[*, T] integers to logits [*, T, V]; the logits at t depend on tokens before t alone."""
 
     def begin(self, lead: torch.Size) -> Any:
-        """The cache before the first token, for sequences of batch shape ``lead``."""
+        """The empty cache, for sequences of batch shape ``lead``."""
 
     def step(self, cache: Any) -> Tensor:
         """Logits [*lead, V] of the next token."""
 
     def append(self, cache: Any, token: Tensor) -> Any:
-        """The cache after ``token`` [*lead]."""
+        """The cache after appending ``token`` [*lead]."""
 
 
 class Prefix(TorchDistribution):
-    """All mass on one sequence, ``prefix`` [*, t], event shape [t]: what dropping the last tokens gives."""
+    """Point mass on a sequence ``prefix`` [*, t], event shape [t]: q(z | y) when z drops the last tokens of
+    y."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
     point_mass = True
@@ -67,11 +69,12 @@ class Prefix(TorchDistribution):
 
 
 class Append(TorchDistribution):
-    """p(z | above) that appends one token: ln p(z) = ln softmax(logits)[last token of z] if the rest of z is
+    """p(z | above), which appends one token: ln softmax(logits)[last token of z] if the rest of z is
     ``above``, else -inf. ``above`` [*, t], ``logits`` [*, V]; event shape [t + 1]. Tokens are ``lowest`` …
-    ``lowest`` + V - 1, and token i has the logit i mod V: a -1 the last one.
+    ``lowest`` + V - 1; token i has the logit i mod V, so -1 has the last one.
 
-    ``known`` is a sequence [*, t + 1] that goes on from ``above``, with its log probability [*], already taken.
+    ``known`` is a continuation [*, t + 1] of ``above`` and its log probability [*], if that has been
+    computed.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
@@ -106,9 +109,7 @@ class Append(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""
         if value.shape[-1:] != self.event_shape:
-            raise ValueError(
-                f"a sequence of {self.event_shape[0]} tokens is looked at, got {value.shape[-1]}"
-            )
+            raise ValueError(f"value: expected {self.event_shape[0]} tokens, got {value.shape[-1]}")
         if self.known is not None and _same_place(value, self.known[0]):
             return self.known[1].expand(_broadcast(value.shape[:-1], self.batch_shape))
         last = value[..., -1:]
@@ -121,7 +122,7 @@ class Append(TorchDistribution):
 
 
 def _where_equal(value: Tensor, prefix: Tensor, log_prob: Tensor) -> Tensor:
-    """``log_prob`` where both sequences are the same, -inf elsewhere; views of one memory are not compared."""
+    """``log_prob`` where both sequences are equal, else -inf; views of the same memory are not compared."""
     lead = _broadcast(value.shape[:-1], prefix.shape[:-1], log_prob.shape)
     if value.numel() == 0 or _same_place(value, prefix):
         return log_prob.expand(lead)
@@ -130,12 +131,12 @@ def _where_equal(value: Tensor, prefix: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
-    """torch.broadcast_shapes, which costs 50 microseconds, where there is something to broadcast."""
+    """torch.broadcast_shapes, whose 50 microseconds are spent only on shapes that differ."""
     return shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)
 
 
 def _same_place(value: Tensor, prefix: Tensor) -> bool:
-    """Whether both are views of the same numbers, up to expanded dimensions."""
+    """Whether both are views of the same memory, up to expanded dimensions."""
     if value.data_ptr() != prefix.data_ptr() or value.shape[-1] != prefix.shape[-1]:
         return False
     return value.stride() == prefix.stride() or _strides(value) == _strides(prefix)
@@ -146,27 +147,33 @@ def _strides(x: Tensor) -> list[tuple[int, int]]:
 
 
 class Autoregressive(ExactPair):
-    """p(y) = Π_t p(y_t | y_<t) over sequences of ``length`` tokens 0 … symbols-1, as the chain of its prefixes.
+    """p(y) = Π_t p(y_t | y_<t) over sequences of T tokens, as the chain of their prefixes. Data [B, T],
+    integers of any dtype.
 
-    z_l is y without its last l tokens, and every z_l is a latent site: the generator's link p(z_{l-1} | z_l)
-    appends one token, with the term ln p(y_{T-l+1} | y_{≤T-l}); the encoder drops the last token, without
-    noise. That is the generator's own posterior, so the ELBO is ln p(y), whatever is drawn. The length is
-    given, so no symbol for the end is needed (:class:`Strings` have one). ``sites`` are "z_{T-1}" (one token) to
-    "z_1".
+    z_l is y without its last l tokens, a latent site each: the generator's link p(z_{l-1} | z_l) appends one
+    token, with the term ln p(y_{T-l+1} | y_{≤T-l}), and the encoder drops the last token. That is the
+    generator's own posterior, so the ELBO equals ln p(y) for every draw. T is fixed, so there is no stop
+    symbol (:class:`Strings` have one). ``sites`` are "z_{T-1}" (one token) to "z_1".
 
-    All terms come from one pass of the network where the guide hands on the data it cut (a replayed model);
-    otherwise, as in simulation, tokens are appended one by one with the network's cache.
+    When a model is replayed against its guide, all terms come from one pass of the network; otherwise, as in
+    simulation, tokens are appended one at a time with the network's cache.
 
-    ``shape`` is T or (height, width) of images in rows; ``likelihood`` is ``bernoulli`` (symbols 0 and 1) or
-    ``categorical`` (0 … levels-1). ``network`` is ``pixelcnn`` or ``transformer``, of ``layers`` layers of
-    ``width`` features, or any :class:`CausalNetwork` of yours. Data [B, T], integers (of any dtype). Parts:
-    ``generator``. Cost: one pass of the network and T sites a batch; simulation T cached steps.
+    Part: ``generator``. Cost: one pass of the network and T sites per batch; simulation takes T cached steps.
+
+    Args:
+        shape: T, or (height, width) of images, row by row.
+        levels: number of symbols of ``categorical``.
+        likelihood: ``bernoulli`` (symbols 0 and 1) or ``categorical`` (0 … levels-1).
+        network: ``pixelcnn``, ``transformer``, or a :class:`CausalNetwork`.
+        width: number of features of a named network.
+        layers: number of its layers.
+        dropout: probability of dropout in it.
 
     Sources: van den Oord et al. (2016); Vaswani et al. (2017).
     """
 
     latent = "z_1"
-    lowest = 0  # token i has the network's number i mod symbols
+    lowest = 0  # token i is the network's symbol i mod symbols
 
     def __init__(
         self,
@@ -186,7 +193,8 @@ class Autoregressive(ExactPair):
         self.form = "binary" if likelihood == "bernoulli" else "bytes"
         if self.length < 2 or self.symbols < 2:
             raise ValueError(
-                f"a sequence takes at least 2 tokens of 2 symbols, got {self.length} of {self.symbols}"
+                f"shape: expected at least 2 tokens of at least 2 symbols, got {self.length} of "
+                f"{self.symbols}"
             )
         if isinstance(network, nn.Module):
             self.generator = network
@@ -195,11 +203,11 @@ class Autoregressive(ExactPair):
         elif network == "transformer":
             self.generator = CausalTransformer(self.symbols, self.length, width, layers, dropout=dropout)
         else:
-            raise ValueError(f"network takes one of {NETWORKS} or a module, got {network!r}")
+            raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
 
     @property
     def exact_guide(self) -> bool:
-        """Dropping tokens is the exact posterior."""
+        """True: dropping tokens is the exact posterior."""
         return True
 
     @property
@@ -209,52 +217,53 @@ class Autoregressive(ExactPair):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The latent sites in the generator's order."""
+        """The latent sites in the generator's order, shortest prefix first."""
         return tuple(f"z_{layer}" for layer in range(self.depth, 0, -1))
 
     def check(self, y: Tensor) -> None:
-        """ValueError for data that are not [B, T]."""
+        """Raise ValueError unless y is [B, T]."""
         if y.dim() != 2 or y.shape[1] != self.length:
-            raise ValueError(f"y has shape {tuple(y.shape)}: this model takes [B, {self.length}]")
+            raise ValueError(f"y: expected shape [B, {self.length}], got {tuple(y.shape)}")
 
     def logits(self, y: Tensor) -> Tensor:
-        """Of every token, from those before it: [B, T, symbols], in one pass.
+        """Logits [B, T, symbols] of every token given the tokens before it, in one pass.
 
-        ValueError, naming the token and its place, for those that the model does not know, looked for where Pyro validates or
-        no gradient is taken.
+        Raises ValueError, naming the token and its place, for unknown tokens; checked if Pyro's validation is
+        on or gradients are off.
         """
         if is_validation_enabled() or not torch.is_grad_enabled():
             self.check_tokens(y)
         return self.generator(self.number(y))
 
     def check_tokens(self, y: Tensor) -> None:
-        """ValueError for what is no token, naming it and its place."""
+        """Raise ValueError, naming the token and its place, for the first unknown token."""
         highest = self.lowest + self.symbols - 1
         wrong = (y < self.lowest) | (y > highest) | (y != y.long())
         if bool(wrong.any()):
             row, place = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"y holds {float(y[row, place]):.6g} at row {row}, place {place}: {type(self).__name__} takes values in "
-                f"{self.lowest} … {highest}, integers"
+                f"y: expected integers in [{self.lowest}, {highest}], got {float(y[row, place]):.6g} at "
+                f"row {row}, "
+                f"place {place}"
             )
 
     def number(self, y: Tensor) -> Tensor:
-        """The network's numbers of tokens, 0 … symbols-1."""
+        """The network's symbols of tokens, 0 … symbols-1."""
         return y.long() % self.symbols if self.lowest else y.long()
 
     def link(self, above: Tensor, logits: Tensor) -> Append:
-        """p(the next prefix | above), from the network's logits of the next token."""
+        """p(next prefix | above), given the network's logits of the next token."""
         return Append(above, logits, lowest=self.lowest)
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        ahead: _Ahead | None = None  # what one pass says of y, for draws that are known to be its prefixes
+        ahead: _Ahead | None = None  # one pass over y, if the draws are known to be its prefixes
         cache: Any = self.generator.begin(torch.Size([]))
         p = self.link(y[:, :0], self.generator.step(cache))
-        with pyro.plate(PLATE, len(y)), Handed(self) as handed:
+        with pyro.plate(PLATE, len(y)), SharedPath(self) as shared:
             for site in self.sites:
                 z = pyro.sample(site, p)
-                known = handed.path(site, z)
+                known = shared.path(site, z)
                 if known is not None:
                     ahead, cache = ahead or _Ahead(self, known), None
                     p = ahead.append(z)
@@ -263,8 +272,8 @@ class Autoregressive(ExactPair):
             pyro.sample("y", p, obs=y)
 
     def append(self, cache: Any, z: Tensor) -> tuple[Any, Append]:
-        """The cache after z, whose last token is the new one, and p(the next prefix | z); the cache is made anew where
-        there is none to go on from."""
+        """The cache after z, whose last token is new, and p(next prefix | z); without a cache, z is
+        replayed."""
         tokens = self.number(z)
         if cache is None or z.shape[-1] == 1:
             cache = self.generator.begin(z.shape[:-1])
@@ -279,21 +288,23 @@ class Autoregressive(ExactPair):
             for layer in range(1, self.length):
                 path: dict[str, Any] = {}
                 z = pyro.sample(f"z_{layer}", Prefix(y[:, : self.length - layer]), infer={"path": path})
-                path.update(Handed.on(self, z, y))
+                path.update(SharedPath.on(self, z, y))
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        """ln p(y), [B], in nats; without gradients in blocks of rows, so that memory does not grow with B."""
+        """ln p(y), [B], in nats, summed in float64 without gradients; then in blocks of rows, so that memory
+        is bounded."""
         self.check(y)
         if not torch.is_grad_enabled():
-            self.check_tokens(y)  # a block would tell a row of its own
+            self.check_tokens(y)  # before the split, so that an error names the row in y
         blocks = [y] if torch.is_grad_enabled() else y.split(_ROWS)
         found = [
-            self.logits(b).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1)) for b in blocks
+            exact(self.logits(b)).log_softmax(-1).gather(-1, self.number(b)[..., None]).sum((-2, -1))
+            for b in blocks
         ]
         return torch.cat(found)
 
     def posterior(self, y: Tensor) -> Prefix:
-        """p(z_1 | y), all on y without its last token; the other prefixes follow from it."""
+        """p(z_1 | y), a point mass on y without its last token, which determines the other prefixes."""
         self.check(y)
         return Prefix(y[:, :-1])
 
@@ -303,10 +314,10 @@ class Autoregressive(ExactPair):
 
     @staticmethod
     def form_of(settings: dict[str, Any]) -> str:
-        """The form of image data that a model of these settings takes."""
+        """The form of image data that a model with these settings expects."""
         name = settings.get("likelihood", "bernoulli")
         if name not in ("bernoulli", "categorical"):
-            raise ValueError(f"likelihood takes 'bernoulli' or 'categorical', got {name!r}")
+            raise ValueError(f"likelihood: expected 'bernoulli' or 'categorical', got {name!r}")
         return form_of(settings)
 
     @classmethod
@@ -315,17 +326,24 @@ class Autoregressive(ExactPair):
 
 
 class Strings(Autoregressive):
-    """p(y) = Π_t p(y_t | y_<t) · p(stop | y) over strings of 0 … ``length`` symbols 0 … symbols-1 (``length`` from 2 on).
+    """p(y) = Π_t p(y_t | y_<t) · p(stop | y) over strings of 0 … ``length`` symbols.
 
-    Data [B, length], integers, padded with -1 (:func:`pyroelbo.data.strings` makes them). The first -1 is the stop symbol,
-    a token like the others with its own term ln p(stop | y_<t); behind it everything is -1 with probability one, so
-    that padding adds exactly 0. A string of ``length`` symbols ends there, with probability one. The strings'
-    probabilities sum to one, and all else is :class:`Autoregressive`: the sites are the prefixes, and the
-    ELBO is ln p(y).
+    Data [B, length], integers, padded with -1 (:func:`pyroelbo.data.strings` makes them). The first -1 is the
+    stop symbol, with its own term ln p(stop | y_<t); after it everything is -1 with probability one, so that
+    padding adds exactly 0. A string of ``length`` symbols stops with probability one. The probabilities of
+    all strings sum to one; otherwise as :class:`Autoregressive`: the sites are the prefixes, and the ELBO is
+    ln p(y). Drawing ends when all strings have stopped.
 
-    ``network``: ``transformer``, of ``layers`` layers of ``width`` features, or a :class:`CausalNetwork` of
-    yours over symbols + 1 tokens, the last of which is the stop symbol. Drawing stops when all strings have ended.
-    ValueError, naming the token, its row and place, for unknown symbols and for a symbol behind a string's end.
+    Raises ValueError, naming row and place, for unknown symbols and for symbols after a string's end.
+
+    Args:
+        length: largest number of symbols, at least 2.
+        symbols: number of symbols, 0 … symbols-1.
+        network: ``transformer``, or a :class:`CausalNetwork` over symbols + 1 tokens, the last the stop
+            symbol.
+        width: number of features of the transformer.
+        layers: number of its layers.
+        dropout: probability of dropout in it.
     """
 
     lowest = -1
@@ -340,7 +358,7 @@ class Strings(Autoregressive):
         dropout: float = 0.0,
     ) -> None:
         if length < 2 or symbols < 1:
-            raise ValueError(f"strings take length from 2 on, symbols from 1 on, got {length} and {symbols}")
+            raise ValueError(f"length, symbols: expected at least 2 and 1, got {length} and {symbols}")
         super().__init__(length, symbols + 1, "categorical", network, width, layers, dropout)
 
     def check_tokens(self, y: Tensor) -> None:
@@ -349,8 +367,9 @@ class Strings(Autoregressive):
         if bool(late.any()):
             row, place = late.nonzero()[0].tolist()
             raise ValueError(
-                f"y holds {int(y[row, place + 1])} at row {row}, place {place + 1}, behind the end of that string at place "
-                f"{place}: from the first -1 on, all of a row is -1"
+                f"y: expected only -1 after the first -1 of a row, got {int(y[row, place + 1])} at row "
+                f"{row}, "
+                f"place {place + 1}; that string ends at place {place}"
             )
 
     def logits(self, y: Tensor) -> Tensor:
@@ -366,7 +385,7 @@ class Strings(Autoregressive):
         return super().append(cache, z)
 
     def _ended(self, logits: Tensor, ended: Tensor) -> Tensor:
-        """Logits [*, symbols], with all mass on the end where ``ended`` [*]."""
+        """Logits [*, symbols], with all mass on the stop symbol where ``ended`` [*]."""
         stop = pad(logits.new_full((self.symbols - 1,), -math.inf), (0, 1))
         return torch.where(ended[..., None], stop, logits)
 
@@ -375,7 +394,7 @@ class Strings(Autoregressive):
 
 
 class _Ahead:
-    """The links of all prefixes of y, from one pass of the network."""
+    """The links of all prefixes of y, computed in one pass of the network."""
 
     def __init__(self, pair: Autoregressive, y: Tensor) -> None:
         self.y, self.lowest = y, pair.lowest
@@ -384,7 +403,7 @@ class _Ahead:
         self.logits, self.log_probs = logits.unbind(-2), log_probs.unbind(-1)
 
     def append(self, z: Tensor) -> Append:
-        """p(the next prefix | z), z being a prefix of y."""
+        """p(next prefix | z) for a prefix z of y."""
         place = z.shape[-1]
         known = self.y[:, : place + 1], self.log_probs[place]
         return Append(z, self.logits[place], known, self.lowest)

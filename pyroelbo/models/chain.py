@@ -1,4 +1,4 @@
-"""Markovian pairs: one chain y ⇄ z_1 ⇄ … ⇄ z_N, whose links are small modules that give distributions."""
+"""Markovian pairs: a chain y ⇄ z_1 ⇄ … ⇄ z_N, whose links are small modules that return distributions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyroelbo.pair import PLATE, Pair
 
-__all__ = ["Chain", "Handed"]
+__all__ = ["Chain", "SharedPath"]
 
 ORDERS = ("bottom-up", "top-down")
 
@@ -23,31 +23,34 @@ class Chain(Pair):
     """p(z_N) p(z_{N-1} | z_N) … p(y | z_1) with an encoder that runs bottom-up or top-down; latent sites
     "z_1" … "z_N".
 
-    The links are modules, and each gives the distribution of one site:
+    Every link is a module that returns the distribution of one site. The state passed to a generator link is
+    the latent above, unless the link of that latent has a method ``move(state, z)``: its return value is then
+    passed instead (features of a network, such as a ladder's shared path; ``state`` is None at the top).
 
-    ``prior()``: p(z_N). ``generator``, from the bottom: ``generator[l-1](state)`` is p(z_l | …) for l < N.
-    ``observation(state)`` is p(y | …). The state that a link sees is the latent above it, unless the link
-    that gave that latent has a method ``move(state, z)``, which returns what is handed down instead (a
-    network's features: a ladder's shared path; ``state`` is None at the top).
+    The bound is E_q[ln p(y | z_1) + Σ_l ln p(z_l | …) - ln q(z_l | …)]. In top-down order every latent's term
+    is a KL divergence, which may be computed in closed form; bottom-up only the top one is, as z_l and
+    z_{l+1} depend on each other given the layer below. ``sites`` are the latent sites from the top, the
+    generator's order.
 
-    ``encoder``, from the bottom, by ``order``:
+    Top-down, the guide runs the generator's links and passes their results on with its draws; a model that is
+    replayed against the same draws reuses them.
 
-    - ``"bottom-up"``, q(z_1 | y) q(z_2 | z_1) …: ``encoder[l-1](below)``, with y below z_1;
-    - ``"top-down"``, q(z_N | y) … q(z_1 | z_2, y): ``encoder[l-1](state, seen, p)``, where ``state`` is what
-      the generator hands down (None at the top), ``p`` the generator's own distribution of z_l there, and
-      ``seen`` is y, or the l-th of the list that ``features(y)`` returns.
+    Parts: ``prior``, ``generator`` (with the observation), ``encoder``. Links that declare ``inputs`` and
+        ``out``,
+    their input and output sizes, are checked against their neighbours. Raises ValueError, naming layer and
+    sizes, for links that do not fit.
 
-    The bound is E_q[ln p(y | z_1) + Σ_l ln p(z_l | …) - ln q(z_l | …)]. In the top-down order every
-    term of a latent is a KL divergence that may be taken in closed form; bottom-up only the top one is,
-    as z_l and z_{l+1} depend on each other given what is below. ``sites`` are the latent sites in the
-    generator's order, top first, the order in which a sequential sampler would run over them.
-
-    Top-down, the guide runs the generator's links, and hands what it found on with its draws; the model
-    takes it over where it is replayed against just those draws, and computes it anew otherwise.
-
-    ``event`` is the shape of one datum. Parts: ``prior``, ``generator`` (with the observation), ``encoder``.
-    Links that declare ``inputs``, the sizes that they take, and ``out``, the size that they give, are checked
-    against their neighbours. Raises ValueError, naming the layer and the sizes, for links that do not fit.
+    Args:
+        prior: ``prior()`` is p(z_N).
+        generator: links from the bottom; ``generator[l-1](state)`` is p(z_l | …) for l < N.
+        observation: ``observation(state)`` is p(y | …).
+        encoder: links from the bottom. Bottom-up, ``encoder[l-1](below)`` is q(z_l | z_{l-1}), with y below
+            z_1. Top-down, ``encoder[l-1](state, seen, p)`` is q(z_l | z_{>l}, y), with the generator's
+            ``state`` (None at the top), its distribution ``p`` of z_l, and ``seen`` = y, or the l-th of the
+            ``features(y)``.
+        event: shape of one datum.
+        order: ``"bottom-up"``, q(z_1 | y) q(z_2 | z_1) …, or ``"top-down"``, q(z_N | y) … q(z_1 | z_2, y).
+        features: ``features(y)`` is a list of one input per encoder link; top-down only.
     """
 
     def __init__(
@@ -63,14 +66,16 @@ class Chain(Pair):
     ) -> None:
         super().__init__()
         if order not in ORDERS:
-            raise ValueError(f"order takes one of {ORDERS}, got {order!r}")
+            raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
         if len(encoder) != len(generator) + 1:
             raise ValueError(
-                f"a chain of {len(generator) + 1} latents (a prior and {len(generator)} generator links) takes as many "
-                f"encoder links, got {len(encoder)}"
+                f"encoder: expected {len(generator) + 1} links, one per latent (a prior and {len(generator)} "
+                f"generator links), got {len(encoder)}"
             )
         if features is not None and order == "bottom-up":
-            raise ValueError("features belong to top-down encoders: a bottom-up link sees what is below it")
+            raise ValueError(
+                "features: expected None with order='bottom-up', where a link is given the layer below it"
+            )
         self.order, self.event = order, tuple(event)
         self.prior = prior
         self.generator, self.encoder = nn.Module(), nn.Module()
@@ -95,15 +100,15 @@ class Chain(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
-        with pyro.plate(PLATE, len(y)), Handed(self, self._weights()) as handed:
+        with pyro.plate(PLATE, len(y)), SharedPath(self, self._weights()) as shared:
             state, p, intact = None, self.prior(), True
             for layer in range(self.depth, 0, -1):
                 site = f"z_{layer}"
                 z = pyro.sample(site, p)
                 if layer == 1:
                     break
-                # What the guide found stands on its draws above too: one that is another ends it.
-                found = handed.path(site, z) if intact else None
+                # results of the guide depend on its draws above too: the first other draw ends their reuse
+                found = shared.path(site, z) if intact else None
                 intact = found is not None
                 state, p = found or self._advance(layer, state, z, p)
             state = self._moved(1, state, z, p)
@@ -125,29 +130,31 @@ class Chain(Pair):
                 q = self._call(link, name, state, seen[layer - 1], p)
                 if q.event_shape != p.event_shape:
                     raise ValueError(
-                        f"layer {layer}: the encoder gives z_{layer} the shape {tuple(q.event_shape)}, "
-                        f"the generator {tuple(p.event_shape)}"
+                        f"encoder: expected z_{layer} of shape {tuple(p.event_shape)}, as the generator's, "
+                        f"got {tuple(q.event_shape)} in layer {layer}"
                     )
                 path: dict[str, Any] = {}
                 z = pyro.sample(f"z_{layer}", q, infer={"path": path})
                 if layer > 1:
                     state, p = self._advance(layer, state, z, p)
-                    path.update(Handed.on(self, z, (state, p), weights))
+                    path.update(SharedPath.on(self, z, (state, p), weights))
 
     def check(self, y: Tensor) -> None:
-        """ValueError for data that are not [B, *event]."""
+        """Raise ValueError unless y is [B, *event]."""
         if tuple(y.shape[1:]) != self.event or y.dim() != 1 + len(self.event):
             shape = ", ".join(map(str, ("B", *self.event)))
-            raise ValueError(f"y has shape {tuple(y.shape)}: this {type(self).__name__} takes [{shape}]")
+            raise ValueError(
+                f"y: expected shape [{shape}] for this {type(self).__name__}, got {tuple(y.shape)}"
+            )
 
     def encode_top(self, seen: Tensor) -> Any:
-        """q(z_N | y), or bottom-up q(z_N | z_{N-1}): the top of the encoder given what it sees, as a VampPrior
-        mixes it. ``p`` is not given here (None), as it is that mixture."""
+        """q(z_N | y), or bottom-up q(z_N | z_{N-1}): the components of a VampPrior. The top link gets ``p`` =
+        None, as p is that mixture."""
         link = self.encoder.links[-1]
         return link(seen) if self.order == "bottom-up" else link(None, self._seen(seen)[-1], None)
 
     def _weights(self) -> list[int]:
-        """How often each weight of the generator was written."""
+        """Version counters of the generator's parameters."""
         return [_version(p) for part in (self.prior, self.generator) for p in part.parameters()]
 
     def _seen(self, y: Tensor) -> Sequence[Any]:
@@ -155,11 +162,11 @@ class Chain(Pair):
             return [y] * self.depth
         seen = self.encoder.features(y)
         if len(seen) != self.depth:
-            raise ValueError(f"features gives {len(seen)} layers, the chain has {self.depth}")
+            raise ValueError(f"features: expected {self.depth} entries, one per layer, got {len(seen)}")
         return seen
 
     def _advance(self, layer: int, state: Any, z: Tensor, p: Any) -> tuple[Any, Any]:
-        """From z_l to the next link's distribution: (what is handed down, p(z_{l-1} | …))."""
+        """The state below z_l and the next link's distribution, p(z_{l-1} | …)."""
         state = self._moved(layer, state, z, p)
         below = layer - 1
         return state, self._call(self.generator.links[below - 1], f"generator link of z_{below}", state)
@@ -168,7 +175,9 @@ class Chain(Pair):
         event = tuple(p.event_shape)
         if tuple(z.shape[z.dim() - len(event) :]) != event:
             raise ValueError(
-                f"layer {layer}: the encoder gives z_{layer} of shape {tuple(z.shape)}, the generator's events have shape {event}"
+                f"encoder: expected z_{layer} of event shape {event}, as the generator's, got "
+                f"{tuple(z.shape)} in "
+                f"layer {layer}"
             )
         link = self.prior if layer == self.depth else self.generator.links[layer - 1]
         return link.move(state, z) if hasattr(link, "move") else z
@@ -181,16 +190,19 @@ class Chain(Pair):
             raise
         except RuntimeError as error:
             shapes = [tuple(c.shape) for c in context if isinstance(c, Tensor)]
-            raise ValueError(f"{name} does not take {shapes}: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{name}: got inputs of shape {shapes}, which it refuses: {str(error).splitlines()[0]}"
+            ) from error
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         first = next(self.parameters())
         return torch.zeros(n, *self.event, dtype=first.dtype, device=first.device)
 
 
-class Handed(Messenger):
-    """Collects what the guide of ``pair`` handed on with its draws, as ``infer={"path": Handed.on(…)}``; replay gives
-    the model the guide's ``infer``. What was found by other ``weights`` does not count."""
+class SharedPath(Messenger):
+    """Collects the results that the guide of ``pair`` attached to its draws as ``infer={"path":
+    SharedPath.on(…)}``, which replay copies to the model. Results computed with other ``weights`` are
+    ignored."""
 
     def __init__(self, pair: Pair, weights: Any = None) -> None:
         super().__init__()
@@ -199,7 +211,8 @@ class Handed(Messenger):
 
     @staticmethod
     def on(pair: Pair, z: Tensor, found: Any, weights: Any = None) -> dict[str, Any]:
-        """What the guide hands on with its draw ``z``: ``found`` below it, and by what."""
+        """What the guide attaches to its draw ``z``: the result ``found``, and under which conditions it
+        holds."""
         mode = torch.is_grad_enabled()
         return {
             "pair": pair,
@@ -212,25 +225,25 @@ class Handed(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         path = msg["infer"].get("path")
-        # Another pair's guide walked along another generator.
+        # another pair's guide used another generator
         if path and path["pair"] is self.pair and path["weights"] == self.weights:
             self._paths[msg["name"]] = path
 
     def path(self, site: str, z: Tensor) -> Any:
-        """What the guide found below this very draw, under the same grad mode; else None."""
+        """The guide's result for exactly this draw, under the same grad mode; else None."""
         path = self._paths.get(site)
         if path is None or path["grad"] != torch.is_grad_enabled():
             return None
         own = path["value"]
         if _version(own) != path["version"]:
             return None
-        # A draw that was cut off the encoder is another one, unless there was nothing to cut.
+        # a detached draw is another one, unless it needed no gradient
         same = own is z or (not own.requires_grad and not z.requires_grad and _same_memory(own, z))
         return path["found"] if same else None
 
 
 def _version(x: Tensor) -> int:
-    """How often ``x`` was written in place; of inference tensors nobody counts it."""
+    """Version counter of ``x``, incremented by in-place writes. Inference tensors have none; return 0."""
     return 0 if x.is_inference() else x._version
 
 
@@ -239,19 +252,21 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_arity(chain: Chain) -> None:
-    wanted, context = (1, "what is below it") if chain.order == "bottom-up" else (3, "(state, seen, p)")
+    wanted, context = (1, "the layer below") if chain.order == "bottom-up" else (3, "(state, seen, p)")
     for layer, link in enumerate(chain.encoder.links, 1):
         try:
             inspect.signature(link.forward).bind(*[None] * wanted)
         except TypeError:
             raise ValueError(
-                f"layer {layer}: order={chain.order!r} gives the encoder link of z_{layer} {context}, and "
-                f"{type(link).__name__}{inspect.signature(link.forward)} does not take that: it is a link of the other order"
+                f"layer {layer}: expected an encoder link of z_{layer} that is called with {context}, as "
+                f"order={chain.order!r} does, got {type(link).__name__}{inspect.signature(link.forward)}, "
+                "a link of the "
+                "other order"
             ) from None
 
 
 def _check_sizes(chain: Chain) -> None:
-    """Sizes that links declare, against those of their neighbours."""
+    """Compare the sizes that links declare with those of their neighbours."""
     depth, y = chain.depth, math.prod(chain.event)
     sizes = {0: y, depth: getattr(chain.prior, "out", None)}
     for layer, link in enumerate(chain.generator.links, 1):
@@ -259,7 +274,9 @@ def _check_sizes(chain: Chain) -> None:
 
     def compare(who: str, takes: int | None, what: str, size: int | None) -> None:
         if takes is not None and size is not None and takes != size:
-            raise ValueError(f"{who} takes {takes} numbers, {what} has {size}")
+            raise ValueError(
+                f"{who}: expected an input of {size} numbers, the size of {what}, got one of {takes}"
+            )
 
     for layer in range(depth):
         link = chain.generator.observation if layer == 0 else chain.generator.links[layer - 1]
@@ -271,7 +288,10 @@ def _check_sizes(chain: Chain) -> None:
         who = f"layer {layer}: the encoder link of z_{layer}"
         out = getattr(link, "out", None)
         if None not in (out, sizes[layer]) and out != sizes[layer]:
-            raise ValueError(f"{who} gives {out} numbers, the generator's z_{layer} has {sizes[layer]}")
+            raise ValueError(
+                f"{who}: expected an output of {sizes[layer]} numbers, as the generator's z_{layer}, got "
+                f"{out}"
+            )
         if chain.order == "bottom-up":
             compare(who, _first(link), "y" if layer == 1 else f"z_{layer - 1}", sizes[layer - 1])
 

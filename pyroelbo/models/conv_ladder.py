@@ -1,4 +1,4 @@
-"""Convolutional ladders: many groups of latent maps at several resolutions, along one top-down path."""
+"""Convolutional ladders: groups of latent maps at several resolutions, along one top-down path."""
 
 from __future__ import annotations
 
@@ -22,19 +22,28 @@ __all__ = ["ConvLadder"]
 
 
 class ConvLadder(ImageChain):
-    """A ladder of latent maps: ``groups[r]`` of them at resolution 1/2^r, ``latent`` maps each; z_1 is the finest.
+    """A ladder of latent maps at resolutions 1, 1/2, 1/4, …; z_1 is the finest. Data [B, H·W], flat images.
 
-    Bottom-up, residual cells make features at each resolution, halved between them. Top-down, the path is an
-    image of ``channels`` features: p(z_l | h) = N of a cell on h; h ← cell(h + z_l), doubled in size behind the
-    last group of a resolution; q(z_l | h, d_l) = N(μ_p + s_p·Δ, (s_p·r)²) with Δ and ln r from a cell on h and
-    d_l, almost zero at the start. Cells stand on the path with a gain of 1/√N.
+    Bottom-up, residual cells compute features at each resolution. Top-down, the path h is an image of
+    features: p(z_l | h) is Gaussian with a cell on h, then h ← cell(h + z_l), doubled in size after the last
+    group of a resolution. q(z_l | h, d_l) = N(μ_p + s_p·Δ, (s_p·r)²) with Δ and ln r from a cell on h and
+    d_l, initially near 0. Residual branches are scaled by 1/√N.
 
-    The top maps are one vector, row by row: ``prior`` is p(z_N) over it, by name
-    (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior` of latent · height · width numbers at the
-    coarsest resolution, with its number of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
+    H and W must be even at every resolution but the coarsest; ValueError names the resolution that cannot be
+    halved. Train with ``fit(..., clip_norm=..., skip_norm=...)``.
 
-    Data are flat images [B, H·W]; H and W must be even at every resolution but the coarsest. ValueError
-    names the resolution that cannot be halved. Train with ``fit(..., clip_norm=..., skip_norm=...)``.
+    Args:
+        shape: height and width of the images.
+        groups: number of latent groups at each resolution, finest first.
+        latent: number of maps of a group.
+        channels: number of features of the path.
+        likelihood: of a pixel, see :class:`~pyroelbo.models.observation.Pixels`.
+        levels: number of grey levels, for integer pixels.
+        dropout: probability of dropout in all cells.
+        prior: p(z_N) over the top maps as one vector, row by row: by name (:data:`~pyroelbo.priors.PRIORS`)
+            or a :class:`~pyroelbo.priors.Prior` of latent · height · width numbers at the coarsest
+            resolution.
+        components: Gaussians of the prior ``mixture``, or pseudo-inputs of ``vamp``.
 
     Sources: Vahdat and Kautz (2020), section 3; Child (2021), section 3.
     """
@@ -52,7 +61,7 @@ class ConvLadder(ImageChain):
         components: int = 50,
     ) -> None:
         if isinstance(shape, int) or len(shape) != 2:
-            raise ValueError(f"shape takes (height, width), got {shape}")
+            raise ValueError(f"shape: expected (height, width), got {shape}")
         sizes = _resolutions(tuple(shape), groups)
         positive_count("latent", latent, "number of maps")
         positive_count("channels", channels, "number of maps")
@@ -83,16 +92,17 @@ class ConvLadder(ImageChain):
 
 
 def _resolutions(shape: tuple[int, ...], groups: Sequence[int]) -> list[tuple[int, ...]]:
-    """The sizes at each resolution; ValueError, naming the one that cannot be halved."""
+    """Height and width at each resolution; raises ValueError, naming a resolution that cannot be halved."""
     if not groups or any(isinstance(g, bool) or not isinstance(g, int) or g < 1 for g in groups):
-        raise ValueError(f"groups takes a positive number of groups for each resolution, got {tuple(groups)}")
+        raise ValueError(f"groups: expected a positive number for each resolution, got {tuple(groups)}")
     sizes = [shape]
     for r in range(1, len(groups)):
         height, width = sizes[-1]
         if height % 2 or width % 2:
             raise ValueError(
-                f"resolution {r}: images of {height}x{width} (from {shape[0]}x{shape[1]}) cannot be halved for it: "
-                f"groups={tuple(groups)} asks for {len(groups)} resolutions, at most {r} fit"
+                f"groups: expected at most {r} resolutions for images of {shape[0]}x{shape[1]}, got "
+                f"{len(groups)}; "
+                f"resolution {r} cannot halve {height}x{width}"
             )
         sizes.append((height // 2, width // 2))
     return sizes
@@ -121,7 +131,7 @@ class _Features(nn.Module):
         )
 
     def forward(self, y: Tensor) -> list[Tensor]:
-        x = self.stem(self.center(y).unflatten(-1, (1, *self.shape)))
+        x = self.stem(self.center(y, self.stem.weight.dtype).unflatten(-1, (1, *self.shape)))
         seen: list[Tensor] = []
         for r, count in enumerate(self.groups):
             x = x if r == 0 else self.halvings[r - 1](x)
@@ -132,7 +142,7 @@ class _Features(nn.Module):
 
 
 class MapPath(nn.Module):
-    """h ← cell(h + W z_l), doubled in size where the next link is finer (abstract)."""
+    """h ← cell(h + W z_l), doubled in size before a finer resolution (abstract)."""
 
     def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
         super().__init__()
@@ -149,7 +159,7 @@ class MapPath(nn.Module):
 
 
 class MapLink(MapPath):
-    """p(z_l | h) = N of a cell on h, and the path goes on with z_l."""
+    """p(z_l | h) = N(μ, diag s²) of a cell on h, and the path after z_l."""
 
     def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
         super().__init__(latent, channels, doubled, cell)
@@ -161,7 +171,7 @@ class MapLink(MapPath):
 
 
 class TopMap(MapPath):
-    """p(z_N) over the numbers of maps of ``size`` [c, H, W], and the path that begins with them."""
+    """p(z_N) over maps of ``size`` [c, H, W] as one vector, and the start of the path from them."""
 
     def __init__(
         self, prior: priors.Prior, size: tuple[int, ...], channels: int, doubled: bool, cell: dict[str, Any]
@@ -178,7 +188,7 @@ class TopMap(MapPath):
 
 
 class TopMerge(nn.Module):
-    """q(z_N | d) = N(Δ, r²) over the numbers of maps, Δ and ln r from a cell on d_N, almost zero at the start."""
+    """q(z_N | d) = N(Δ, r²) over the maps as one vector, Δ and ln r from a cell on d_N, initially near 0."""
 
     def __init__(self, latent: int, channels: int, cell: dict[str, Any]) -> None:
         super().__init__()
@@ -193,7 +203,7 @@ class TopMerge(nn.Module):
 
 
 class MapMerge(TopMerge):
-    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on both."""
+    """q(z_l | h, d) = N(μ_p + s_p·Δ, (s_p·r)²), Δ and ln r from a cell on h and d."""
 
     def __init__(self, latent: int, channels: int, cell: dict[str, Any]) -> None:
         super().__init__(latent, channels, cell)
@@ -208,7 +218,7 @@ class MapMerge(TopMerge):
 
 
 class _Image(nn.Module):
-    """Features [*, C, H, W] to the numbers of flat pixels, [*, H·W·per pixel]."""
+    """Features [*, C, H, W] to the outputs of flat pixels, [*, H·W·per_pixel]."""
 
     def __init__(self, channels: int, pixels: Pixels, cell: dict[str, Any]) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Normalizing flows alone: exact densities trained by cross-entropy, and a bound for integers by dequantization."""
+"""Normalizing flows: exact densities trained by cross-entropy, and a bound for integers by dequantization."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +20,11 @@ __all__ = ["DequantizedFlow", "Flow"]
 
 
 class Flow(ExactPair):
-    """p(y) = N(f(y); 0, I) |det f'(y)| by an invertible f, for real data [B, D]: a pair without latents.
+    """p(y) = N(f(y); 0, I) |det f'(y)| with an invertible f, for real data [B, D]: a pair without latents.
 
-    The guide draws nothing, so the ELBO is ln p(y) itself, with zero variance, and minimizing it is
-    minimizing the cross-entropy E_Pop[-ln p(y)]. ``kind``, ``layers``, ``hidden`` and ``bins`` are those of
-    :class:`~pyroelbo.priors.FlowPrior`. A density's nats are those of the data's unit: scaling the data by a
-    moves them by D ln a.
+    The guide is empty, so the ELBO is ln p(y) with zero variance, and training minimizes the cross-entropy
+    E_Pop[-ln p(y)]. All arguments are those of :class:`~pyroelbo.priors.FlowPrior`. Densities depend on the
+    data's unit: scaling y by a adds -D ln a to ln p(y).
 
     Part: ``generator``. Raises ValueError for data that are not [B, D]. There is no posterior (TypeError).
 
@@ -46,7 +46,7 @@ class Flow(ExactPair):
         self.dims = dims
 
     def initialize(self, y: Tensor) -> Flow:
-        """Start with the mean and spread of data [N, D]; returns self."""
+        """Set the mean and scale to those of data [N, D]; returns self."""
         self.generator.standardize(_checked(y, self.dims, "Flow"))
         return self
 
@@ -59,24 +59,31 @@ class Flow(ExactPair):
         pass
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        """ln p(y), [B], in nats."""
-        return self.generator().log_prob(_checked(y, self.dims, "Flow"))
+        """ln p(y), [B], in nats; float64 without gradients."""
+        y = _checked(y, self.dims, "Flow")
+        if torch.is_grad_enabled():
+            return self.generator().log_prob(y)
+        return copy.deepcopy(self.generator).double()().log_prob(y.double())
 
     def posterior(self, y: Tensor) -> Any:
-        raise TypeError("a Flow has no latents, so no posterior and no EM: train it with fit")
+        raise TypeError("a Flow has no latents, so there is no posterior and no EM; train it with fit")
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.loc.new_zeros(n, self.dims)
 
 
 class DequantizedFlow(Pair):
-    """A flow's density summed over unit cells, for integers 0 … levels-1: P(y) = ∫_[y, y+1) p(z) dz.
+    """A flow's density integrated over unit cells, for integers 0 … levels-1: P(y) = ∫_[y, y+1) p(z) dz.
 
-    The latent z is real with the flow's density, and y = ⌊z⌋ (the end levels take the tails). The guide
-    q(z | y) is uniform on the cell and learns nothing, so the ELBO is E_u ln p(y + u): uniform dequantization
-    as the bound that it is, and IWAE tightens it. Data are [B, D].
+    The latent z has the flow's density, and y = ⌊z⌋ (the first and last level include the tails). The guide
+    q(z | y) is uniform on the cell, without parameters, so the ELBO E_u ln p(y + u) is uniform
+    dequantization, and IWAE tightens it. Data [B, D]. Part: ``generator``. Raises ValueError for data that
+    are not [B, D].
 
-    Part: ``generator``. Raises ValueError for data that are not [B, D].
+    Args:
+        dims: number of dimensions D.
+        levels: number of grey levels.
+        kind, layers, hidden, bins: those of :class:`~pyroelbo.priors.FlowPrior`.
 
     Source: Theis, van den Oord and Bethge (2016), equation 7; Ho et al. (2019) for its reading as an ELBO.
     """
@@ -94,7 +101,7 @@ class DequantizedFlow(Pair):
     ) -> None:
         super().__init__()
         if levels < 2:
-            raise ValueError(f"levels takes at least two grey levels, got {levels}")
+            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
         self.generator = FlowPrior(dims, kind, layers, hidden, bins)
         self.dims, self.levels = dims, levels
         with torch.no_grad():
@@ -102,7 +109,7 @@ class DequantizedFlow(Pair):
             self.generator.log_scale.fill_(math.log(levels / 4))
 
     def initialize(self, y: Tensor) -> DequantizedFlow:
-        """Start with the mean and spread of dequantized data [N, D]; returns self."""
+        """Set the mean and scale to those of dequantized data [N, D]; returns self."""
         y = _checked(y, self.dims, "DequantizedFlow").to(self.generator.loc)
         self.generator.standardize(y + torch.rand_like(y))
         return self
@@ -128,14 +135,14 @@ class DequantizedFlow(Pair):
 
 
 class _InCell(dist.Uniform):
-    """Uniform on [low, high), also where rounding would put a draw on ``high``."""
+    """Uniform on [low, high), even if rounding would yield ``high``."""
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return torch.minimum(super().rsample(sample_shape), torch.nextafter(self.high, self.low))
 
 
 class _Cell(dist.Delta):
-    """A point mass on a vector of grey levels."""
+    """Point mass on a vector of grey levels."""
 
     def __init__(self, v: Tensor, levels: int) -> None:
         self.levels = levels
@@ -151,5 +158,5 @@ class _Cell(dist.Delta):
 
 def _checked(y: Tensor, dims: int, name: str) -> Tensor:
     if y.dim() != 2 or y.shape[-1] != dims:
-        raise ValueError(f"y has shape {tuple(y.shape)}: this {name} takes [B, {dims}]")
+        raise ValueError(f"y: expected shape [B, {dims}] for this {name}, got {tuple(y.shape)}")
     return y

@@ -17,8 +17,10 @@ from torch.distributions import constraints
 
 from pyroelbo import distributions as ped
 from pyroelbo.distributions.grammar import without_padding
-from pyroelbo.models.families import log_shares
+from pyroelbo.models.emissions import log_shares
+from pyroelbo.models.precision import exact
 from pyroelbo.nn import MLP
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["PCFG", "NeuralPCFG"]
@@ -30,17 +32,16 @@ class _Grammar(ExactPair):
     def __init__(self, nonterminals: int, preterminals: int, words: int, guide: str, steps: int) -> None:
         super().__init__()
         if guide not in ("exact", "mean_field"):
-            raise ValueError(f"guide takes 'exact' or 'mean_field', got {guide!r}")
+            raise ValueError(f"guide: expected 'exact' or 'mean_field', got {guide!r}")
         for name, value in (("nonterminals", nonterminals), ("preterminals", preterminals), ("words", words)):
-            if value < 1:
-                raise ValueError(f"{name} takes a positive number, got {value}")
+            positive_count(name, value)
         self.nonterminals, self.preterminals, self.words, self.steps = (
             nonterminals,
             preterminals,
             words,
             steps,
         )
-        self.encoder = _SpanScores(nonterminals, preterminals, words) if guide == "mean_field" else None
+        self.encoder = _SpanWeights(nonterminals, preterminals, words) if guide == "mean_field" else None
 
     @property
     def exact_guide(self) -> bool:
@@ -51,14 +52,14 @@ class _Grammar(ExactPair):
         """Logits of start [N], rules [N, N+P, N+P] and words [P, V]."""
 
     def grammar(self, steps: int | None = None) -> ped.PCFG:
-        """p(y) as a distribution over sentences of up to ``steps`` words."""
+        """p(y), a distribution over sentences of at most ``steps`` words."""
         return ped.PCFG(*self.tables(), max_length=steps or self.steps)
 
     def _check(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.is_floating_point() or y.shape[1] < 2:
             raise ValueError(
-                f"y is a {y.dtype} tensor of shape {tuple(y.shape)}: a grammar takes integers [B, L], L at least 2, "
-                "padded with -1"
+                f"y: expected integers [B, L] with L at least 2, padded with -1, got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
             )
         return y
 
@@ -81,17 +82,18 @@ class _Grammar(ExactPair):
         return ped.ParseTree(flat[:, :, 0, 0], flat, leaves, spans, (y >= 0).sum(-1))
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        """ln p(y), [B], in nats, by the inside recursion; a sentence's length is part of what is modelled."""
-        return self.grammar().log_prob(self._check(y))
+        """ln p(y), [B], in nats, by the inside recursion; y includes the sentence's length."""
+        return self.posterior(y).log_partition
 
     def posterior(self, y: Tensor) -> ped.ParseTree:
-        """p(z | y) over trees; its ``log_partition`` is ln p(y)."""
-        return self.grammar().posterior(self._check(y))
+        """p(z | y) over trees; its ``log_partition`` is ln p(y), in float64 without gradients."""
+        start, rules, words = map(exact, self.tables())
+        return ped.PCFG(start, rules, words, max_length=self.steps).posterior(self._check(y))
 
     @torch.no_grad()
     def brackets(self, y: Tensor) -> Tensor:
-        """The binary tree with the most unlabelled brackets expected to be right, BoolTensor [B, L, L] (first
-        and last word; single words are on its diagonal). Source: Goodman (1996)."""
+        """The binary tree with the largest expected number of correct unlabelled brackets, BoolTensor [B, L,
+        L] (first and last word; single words on the diagonal). Source: Goodman (1996)."""
         lengths = (self._check(y) >= 0).sum(-1)
         spans = self.posterior(y).marginals[3].sum(-1, keepdim=True)
         flat = spans.new_zeros(1, 1, 2, 2)
@@ -105,19 +107,25 @@ class _Grammar(ExactPair):
 class PCFG(_Grammar):
     """p(y) = Σ_trees p(z, y): a grammar of N nonterminals and P preterminals over V words. Batches ``y``.
 
-    p(z, y) = start[top] Π rules[parent, left, right] Π words[leaf, y_i] over binary trees; symbols N … N+P-1 are
-    the preterminals. y is a LongTensor [B, L] padded with -1, of sentences of two words and more. The latent
-    site ``z`` is the tree as a chart, LongTensor [B, L, L]: at (i, j) the label of the node over words i … j,
-    -1 where none.
+    p(z, y) = start[top] Π rules[parent, left, right] Π words[leaf, y_i] over binary trees; symbols N … N+P-1
+    are the preterminals. y is a LongTensor [B, L], padded with -1, of sentences of at least two words. The
+    latent site ``z`` is the tree as a chart, LongTensor [B, L, L]: at (i, j) the label of the node over words
+    i … j, -1 if none.
 
-    ``guide="exact"`` draws the tree from p(z | y). ``"mean_field"`` scores each labelled span from the words at
-    its ends: given the brackets the labels are independent, and its gap is what the rules know. ``smoothing``
-    = a adds a pseudo-count to every start, rule and word (MAP under Dirichlet(1 + a)). A probability of zero
-    stays zero under EM without it. ``steps`` is the longest sentence that :meth:`simulate` draws; it refuses
-    to cut one short.
-
-    Parts: ``prior`` (start [N], rules [N, N+P, N+P], logits), ``generator`` (words [P, V], logits), ``encoder``.
+    Parts: ``prior`` (start [N], rules [N, N+P, N+P], logits), ``generator`` (words [P, V], logits),
+        ``encoder``.
     Cost: O(B·(L³N² + L²N³ + L²N²P)). Source: Baker (1979); Lari and Young (1990).
+
+    Args:
+        nonterminals: N.
+        preterminals: P.
+        words: V.
+        guide: ``"exact"`` draws from p(z | y). ``"mean_field"`` has log weights of labelled spans from the
+            words at their ends: labels are independent given the brackets, and its gap measures what the
+            rules add.
+        steps: longest sentence that :meth:`simulate` draws; a longer draw is refused, not cut.
+        smoothing: pseudo-count a of every start, rule and word, MAP under Dirichlet(1 + a). Without it EM
+            keeps probabilities of zero at zero.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class PCFG(_Grammar):
     ) -> None:
         super().__init__(nonterminals, preterminals, words, guide, steps)
         if not smoothing >= 0:
-            raise ValueError(f"smoothing takes a pseudo-count of at least 0, got {smoothing!r}")
+            raise ValueError(f"smoothing: expected a pseudo-count of at least 0, got {smoothing!r}")
         self.smoothing = smoothing
         every = nonterminals + preterminals
         self.prior, self.generator = nn.Module(), nn.Module()
@@ -142,6 +150,7 @@ class PCFG(_Grammar):
     def tables(self) -> tuple[Any, Any, Any]:
         return self.prior.start, self.prior.rules, self.generator.words
 
+    @torch.no_grad()
     def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Any]]:
         """ln p(y) [B] (``hard``: ln p(y, z*) of the best tree) and the statistics of :meth:`m_step`."""
         y = without_padding(self._check(y))
@@ -168,7 +177,8 @@ class PCFG(_Grammar):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> None:
-        """A random start: rules near uniform, words half as frequent as in the data and half at random."""
+        """Random initialization: rules near uniform, words half from the data's frequencies and half
+        random."""
         self._check(y)
         self.prior.start.zero_()
         self.prior.rules.normal_().mul_(0.5)
@@ -178,13 +188,22 @@ class PCFG(_Grammar):
 
 
 class NeuralPCFG(_Grammar):
-    """A :class:`PCFG` whose tables come from embeddings of its symbols through networks.
+    """A :class:`PCFG` whose tables are computed by networks from embeddings of its symbols.
 
-    start = MLP(s), rules[a] = linear(e_a), words[t] = MLP(f_t), for learned vectors s, e_a, f_t of ``width``
-    numbers. Sharing the networks makes it easier to fit than its tables are. No closed M-step:
-    :func:`~pyroelbo.fit_em` climbs by gradients, and :func:`~pyroelbo.fit` trains it on minibatches.
+    start = MLP(s), rules[a] = linear(e_a), words[t] = MLP(f_t), for learned vectors s, e_a, f_t. Sharing the
+    networks makes it easier to fit than free tables. There is no closed-form M-step: :func:`~pyroelbo.fit_em`
+    uses gradients, and :func:`~pyroelbo.fit` trains it on minibatches.
 
     Parts: ``prior`` (start and rules), ``generator`` (words), ``encoder``.
+
+    Args:
+        nonterminals: N.
+        preterminals: P.
+        words: V.
+        width: number of features of an embedding.
+        guide: ``"exact"`` or ``"mean_field"``, as for :class:`PCFG`.
+        steps: longest sentence that :meth:`simulate` draws.
+
     Source: Kim, Dyer, Rush (2019), *Compound probabilistic context-free grammars*.
     """
 
@@ -213,12 +232,13 @@ class NeuralPCFG(_Grammar):
         return p.start(p.symbols[0]), rules, g.words(g.symbols)
 
 
-class _SpanScores(nn.Module):
-    """Scores of leaves [B, L, P] and of labelled spans [B, L, L, N] from the words at and beside their ends."""
+class _SpanWeights(nn.Module):
+    """Log weights of leaves [B, L, P] and of labelled spans [B, L, L, N] from the words at and next to their
+    ends."""
 
     def __init__(self, nonterminals: int, preterminals: int, words: int, width: int = 32) -> None:
         super().__init__()
-        self.leaves = nn.Embedding(words + 1, preterminals)  # the last row stands for padding and the outside
+        self.leaves = nn.Embedding(words + 1, preterminals)  # the last row is for padding and sentence ends
         self.before, self.first, self.last, self.after = (nn.Embedding(words + 1, width) for _ in range(4))
         self.spans = nn.Linear(width, nonterminals)
 
@@ -232,7 +252,7 @@ class _SpanScores(nn.Module):
 
 
 class _Words(TorchDistribution):
-    """p(y | leaves) = Π_i table[label_i, y_i], -1 exactly where a leaf's label is negative.
+    """p(y | leaves) = Π_i table[label_i, y_i]; y_i = -1 if and only if label_i is negative.
 
     ``table [P, V]``: log probabilities; ``label [*B, L]``; y LongTensor [*B, L].
     """
@@ -257,8 +277,8 @@ class _Words(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         seen, leaf = value >= 0, self.label >= 0
         chosen = self.table[self.label.clamp(min=0), value.clamp(min=0)]
-        score = torch.where(seen & leaf, chosen, 0.0).sum(-1)
-        return torch.where((seen == leaf).all(-1), score, -math.inf)
+        log_prob = torch.where(seen & leaf, chosen, 0.0).sum(-1)
+        return torch.where((seen == leaf).all(-1), log_prob, -math.inf)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         label = self.label.expand(*sample_shape, *self.label.shape)

@@ -20,7 +20,8 @@ __all__ = ["Hierarchy", "ImageChain", "check_widths"]
 
 
 class ImageChain(Chain):
-    """A chain whose data are flat images [B, D] (abstract): its form of data, its mean image, its start."""
+    """A chain on flat images [B, D] (abstract): adds the form of its data, reconstructions and
+    initialization."""
 
     @property
     def pixels(self) -> Pixels:
@@ -39,15 +40,15 @@ class ImageChain(Chain):
 
     @torch.no_grad()
     def reconstruct(self, y: Tensor) -> Tensor:
-        """E[y | z_1, …] in [0, 1], [B, D], for one draw of the encoder for each datum."""
+        """E[y | z_1, …], scaled to [0, 1], [B, D], for one draw of the encoder per datum."""
         drawn = poutine.trace(self.guide).get_trace(y)
         model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(y)
         return self.pixels.mean_image(model.nodes["y"]["fn"])
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> None:
-        """Start the prior from data [N, D], where it looks at data: at y itself, or bottom-up at draws of the
-        z_{N-1} that the top of the encoder sees."""
+        """Initialize the prior from data [N, D]: from y itself, or bottom-up from draws of z_{N-1}, which the
+        top of the encoder is given."""
         self.check(y)
         top: Any = getattr(self.prior, "prior", self.prior)
         if self.order == "bottom-up":
@@ -57,12 +58,12 @@ class ImageChain(Chain):
 
     @staticmethod
     def form_of(settings: dict[str, Any]) -> str:
-        """The form of data that a chain of these settings takes."""
+        """The form of data that a chain with these settings expects."""
         return form_of(settings)
 
     @classmethod
     def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> ImageChain:
-        """The chain for images of this ``shape``, started from ``train`` where that is given."""
+        """The chain for images of this ``shape``, initialized from ``train`` if that is given."""
         pair = cls(shape, levels=levels, **settings)  # type: ignore[call-arg]  # final classes take pixels
         if train is not None:
             pair.initialize(train)
@@ -70,16 +71,25 @@ class ImageChain(Chain):
 
 
 class Hierarchy(ImageChain):
-    """A hierarchy of Gaussian latents on images, ``latent[0]`` numbers at the bottom to ``latent[-1]`` at the top.
+    """A hierarchy of Gaussian latents on images: p(z_l | z_{l+1}) and p(y | z_1) by networks of one hidden
+    layer each.
 
-    p(z_l | z_{l+1}) and p(y | z_1) by networks of one hidden layer each, of ``hidden`` units.
-    ``order="bottom-up"`` encodes q(z_1 | y) q(z_2 | z_1) …, ``"top-down"`` q(z_N | y) q(z_{N-1} | z_N,
-    y) … Trained by its bound, the bottom-up hierarchy leaves its upper layers unused (KL(q(z_2|z_1), p(z_2))
-    near 0), since what z_1 holds already is told only once; see :class:`~pyroelbo.models.Ladder`.
+    Trained by its bound, a bottom-up hierarchy tends to leave its upper layers unused, KL(q(z_2 | z_1),
+    p(z_2)) near 0; see :class:`~pyroelbo.models.Ladder`.
 
-    ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
-    of ``components``. ``vamp`` mixes the top of the encoder over pseudo-inputs of what it sees: q(z_N | u) of images
-    top-down, of z_{N-1} bottom-up, as q(z_N | y) is an integral there.
+    Args:
+        shape: number of pixels, or their shape.
+        latent: number of units of each layer, from the bottom.
+        hidden: units of each network's hidden layer.
+        likelihood: of a pixel, see :class:`~pyroelbo.models.observation.Pixels`.
+        levels: number of grey levels, for integer pixels.
+        order: ``"bottom-up"``, q(z_1 | y) q(z_2 | z_1) …, or ``"top-down"``, q(z_N | y) q(z_{N-1} | z_N, y)
+            ….
+        prior: p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`.
+            ``vamp`` mixes the top of the encoder over pseudo-inputs: images top-down, values of z_{N-1}
+            bottom-up (where q(z_N | y) is an integral).
+        components: Gaussians of the prior ``mixture``, or pseudo-inputs of ``vamp``.
+        encoder: family of every q, by name (:data:`~pyroelbo.encoders.ENCODERS`) or a callable.
     """
 
     def __init__(
@@ -119,11 +129,13 @@ class Hierarchy(ImageChain):
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
-    """ValueError for a layer without units, by its number."""
+    """Raise ValueError, naming the layer, unless ``widths`` are positive integers."""
     if isinstance(widths, str) or not isinstance(widths, Sequence):
-        raise ValueError(f"{name} takes a width for each layer, such as ({widths!r},), got {widths!r}")
+        raise ValueError(f"{name}: expected a width for each layer, such as ({widths!r},), got {widths!r}")
     if not widths:
-        raise ValueError(f"{name} takes at least one layer, got none")
+        raise ValueError(f"{name}: expected at least one layer, got none")
     for layer, width in enumerate(widths, 1):
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"{name} takes a positive width for each layer, got {width!r} for layer {layer}")
+            raise ValueError(
+                f"{name}: expected a positive width for each layer, got {width!r} for layer {layer}"
+            )

@@ -11,29 +11,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
-from pyroelbo.models.families import FAMILIES, AnyGaussian, Categorical, log_shares
-from pyroelbo.models.sequences import check_lengths, within
+from pyroelbo.models.emissions import EMISSIONS, AnyGaussian, Categorical, log_shares
+from pyroelbo.models.precision import exact
+from pyroelbo.models.sequences import check_lengths, each_group, within
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, ExactPair, LatentPath
 
 __all__ = ["HMM"]
 
 
 class HMM(ExactPair):
-    """p(z) = p(z_1) Π p(z_{t+1} | z_t) over S states, p(y | z) = Π_t p(y_t | z_t). Batches ``y`` or ``(y, lengths)``.
+    """p(z) = p(z_1) Π p(z_{t+1} | z_t) over S states, p(y | z) = Π_t p(y_t | z_t). Batches ``y`` or ``(y,
+    lengths)``.
 
-    ``emission``: ``categorical`` over ``dims`` symbols, y LongTensor [B, T]; ``gaussian`` (diagonal) or
-    ``full_gaussian`` (scales above ``floor``), ``bernoulli`` (0 or 1) or ``poisson`` (counts) in ``dims``
-    coordinates, y [B, T, dims].
-    ``lengths [B]`` shortens sequences: what lies beyond is ignored, though it must be in the support. The
-    latent site ``z`` is the whole path, LongTensor [B, T].
+    ``lengths [B]`` are the lengths of padded sequences; padding is ignored, but must lie in the support
+    (:func:`pyroelbo.data.sequences` pads). The latent site ``z`` is the whole path, LongTensor [B, T].
 
-    ``guide="exact"`` draws the path from p(z | y); ``"mean_field"`` takes every step on its own,
-    q(z_t | y_t) = softmax(linear(y_t)): its gap is what the chain knows and one step does not.
-    ``smoothing`` = a adds a pseudo-count to every start, move and (categorical, Bernoulli, Poisson) outcome:
-    MAP. ``steps`` is the length that :meth:`simulate` draws; else give it ``like=``.
+    Parts: ``prior`` (initial [S], transition [S, S] (from, to), logits), ``generator`` (the emission),
+        ``encoder``.
+    Cost: O(B·T·S²).
 
-    Parts: ``prior`` (initial [S], transition [S, S] (from, to), logits), ``generator``, ``encoder``.
-    Cost: O(B·T·S²). Source: Rabiner (1989); Baum, Petrie, Soules, Weiss (1970).
+    Args:
+        states: S.
+        dims: number of symbols (categorical) or coordinates.
+        emission: ``categorical``, y LongTensor [B, T]; or, with y [B, T, dims], ``gaussian`` (diagonal),
+            ``full_gaussian``, ``bernoulli`` (0 or 1) or ``poisson`` (counts).
+        guide: ``"exact"`` draws the path from p(z | y); ``"mean_field"`` draws each step from q(z_t | y_t) =
+            softmax(linear(y_t)), whose gap measures what the chain adds to a single step.
+        steps: length that :meth:`simulate` draws, unless called with ``like=``.
+        smoothing: pseudo-count of every initial state, transition and (categorical, Bernoulli, Poisson)
+            outcome: MAP.
+        floor: smallest standard deviation of Gaussian emissions, relative to the data's from
+            :meth:`initialize` on.
+
+    Source: Rabiner (1989); Baum, Petrie, Soules, Weiss (1970).
     """
 
     def __init__(
@@ -47,20 +58,19 @@ class HMM(ExactPair):
         floor: float = 1e-3,
     ) -> None:
         super().__init__()
-        if emission not in FAMILIES:
-            raise ValueError(f"emission takes one of {tuple(FAMILIES)}, got {emission!r}")
+        if emission not in EMISSIONS:
+            raise ValueError(f"emission: expected one of {tuple(EMISSIONS)}, got {emission!r}")
         if guide not in ("exact", "mean_field"):
-            raise ValueError(f"guide takes 'exact' or 'mean_field', got {guide!r}")
+            raise ValueError(f"guide: expected 'exact' or 'mean_field', got {guide!r}")
         for name, value in (("states", states), ("dims", dims)):
-            if value < 1:
-                raise ValueError(f"{name} takes a positive number, got {value}")
+            positive_count(name, value)
         self.states, self.dims, self.steps, self.smoothing = states, dims, steps, smoothing
         self.prior = nn.Module()
         self.prior.register_parameter("initial", nn.Parameter(0.1 * torch.randn(states)))
         self.prior.register_parameter("transition", nn.Parameter(torch.randn(states, states)))
-        family = FAMILIES[emission]
-        option = floor if issubclass(family, AnyGaussian) else smoothing
-        self.generator = family(states, dims, option)  # type: ignore[call-arg]
+        made = EMISSIONS[emission]
+        option = floor if issubclass(made, AnyGaussian) else smoothing
+        self.generator = made(states, dims, option)  # type: ignore[call-arg]
         self.encoder = nn.Linear(dims, states) if guide == "mean_field" else None
 
     @property
@@ -71,28 +81,22 @@ class HMM(ExactPair):
         event = self.generator.event
         if y.dim() != 2 + len(event) or y.shape[2:] != event:
             raise ValueError(
-                f"y has shape {tuple(y.shape)}: this HMM takes [B, T{''.join(f', {d}' for d in event)}]"
+                f"y: expected shape [B, T{''.join(f', {d}' for d in event)}], got {tuple(y.shape)}"
             )
         check_lengths(lengths, y)
         if not event and y.is_floating_point():
-            raise ValueError(f"y is a {y.dtype} tensor: this HMM takes symbols, integers [B, T]")
+            raise ValueError(f"y: expected symbols, integers [B, T], got {y.dtype}")
         if event:
             return y if y.is_floating_point() else y.to(self.prior.initial.dtype)
         return y.long()
 
-    def _hmm(self, steps: int, lengths: Tensor | None) -> ped.HMM:
-        p = self.prior
-        if p.initial.dim() == 1:
-            return ped.HMM(p.initial, p.transition, self.generator.distribution(), steps, lengths)
-        # starts of EM side by side: [R, 1] beside the data's [1, B]
-        stack = (slice(None), None)
-        emission = self.generator.distribution(stack)
-        return ped.HMM(p.initial[stack], p.transition[stack], emission, steps, lengths)
-
     def model(self, y: Tensor, lengths: Tensor | None = None) -> None:
         steps = self._check(y, lengths).shape[1]
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", self._hmm(steps, lengths).prior)
+            chain = ped.HMM(
+                self.prior.initial, self.prior.transition, self.generator.distribution(), steps, lengths
+            )
+            z = pyro.sample("z", chain.prior)
             emitted = self.generator.distribution(z)
             if lengths is not None:
                 emitted = emitted.mask(within(y, lengths))
@@ -110,16 +114,38 @@ class HMM(ExactPair):
         return ped.LinearChain(flat[:1], flat[None], local, lengths)
 
     def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """ln p(y), [B], in nats, by the forward recursion."""
-        return self.posterior(y, lengths).log_partition
+        """ln p(y), [B], in nats, by the forward recursion; float64 without gradients."""
+        if torch.is_grad_enabled():
+            return self.posterior(y, lengths).log_partition
+
+        def run(y: Tensor, lengths: Tensor | None, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            return self.posterior(y, lengths).log_partition, {}
+
+        return each_group(run, self._check(y, lengths), lengths)[0]
 
     def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.LinearChain:
         """p(z | y), a chain over paths; its ``log_partition`` is ln p(y)."""
         y = self._check(y, lengths)
-        return self._hmm(y.shape[1], lengths).posterior(self._beside(y))
+        stack = (slice(None), None) if self.prior.initial.dim() > 1 else (None,)
+        initial, transition = exact(self.prior.initial), exact(self.prior.transition)
+        return ped.LinearChain(
+            initial.log_softmax(-1)[stack],
+            transition.log_softmax(-1)[stack],
+            self._log_emission(y, lengths),
+            lengths,
+        )
 
-    def _beside(self, y: Tensor) -> Tensor:
-        return y if self.prior.initial.dim() == 1 else y[None]
+    def _log_emission(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """ln p(y_t | z_t), [*R, B, T, S]; 0 where y_t is NaN, a missing step."""
+        event = len(self.generator.event)
+        missing = y.isnan().flatten(2).any(-1) if event else None
+        if torch.distributions.Distribution._validate_args:
+            seen = within(y, lengths)
+            self.generator.check(y[seen if missing is None else seen & ~missing])
+        if missing is not None:
+            y = torch.where(missing[(...,) + (None,) * event], torch.zeros_like(y), y)
+        found = self.generator.log_prob(y.flatten(0, 1)).unflatten(-2, y.shape[:2])
+        return found if missing is None else torch.where(missing[..., None], 0.0, found)
 
     def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
         y = self._check(y, lengths)
@@ -128,7 +154,8 @@ class HMM(ExactPair):
             self.posterior(y, lengths) if self.encoder is None else self._encode(y, lengths),
         )
         first, moves = (x.expand(len(y), *x.shape[1:]) for x in q.conditionals())
-        initial, transition = prior.initial.log_softmax(-1), prior.transition.log_softmax(-1)
+        initial = exact(prior.initial).log_softmax(-1)
+        transition = exact(prior.transition).log_softmax(-1)
         rows = torch.arange(len(y), device=y.device)
         return LatentPath(
             y.shape[1],
@@ -138,13 +165,39 @@ class HMM(ExactPair):
             lengths,
         )
 
+    @torch.no_grad()
     def e_step(
-        self, y: Tensor, lengths: Tensor | None = None, hard: bool = False
+        self,
+        y: Tensor,
+        lengths: Tensor | None = None,
+        hard: bool = False,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """ln p(y) [B] (``hard``: ln p(y, z*) of the best path) and the statistics of :meth:`m_step`."""
+        """ln p(y) [B] (``hard``: ln p(y, z*) of the best path) and the statistics of :meth:`m_step`, in
+        float64.
+
+        ``weights`` [B] count each sequence so many times in the statistics.
+        """
         y = self._check(y, lengths)
-        evidence, used = self.posterior(y, lengths).expected_parts(hard=hard)
-        initial, transition, visits = used
+
+        def run(y: Tensor, lengths: Tensor | None, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            return self._expected(y, lengths, hard, None if weights is None else weights[rows])
+
+        return each_group(run, y, lengths)
+
+    def _expected(
+        self, y: Tensor, lengths: Tensor | None, hard: bool, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        q = self.posterior(y, lengths)
+        if weights is None:
+            evidence, (initial, transition, visits) = q.expected_parts(hard=hard)
+        else:
+            # potentials of every sequence, so that each has expected counts of its own
+            initial, transition, observation = q.potentials
+            first, moves = (x.expand(len(y), *x.shape[1:]) for x in (initial, transition))
+            evidence, used = ped.LinearChain(first, moves, observation, lengths).expected_parts(hard=hard)
+            initial, transition, visits = (x * weights.to(x).view(-1, *(1,) * (x.dim() - 1)) for x in used)
+            initial, transition = initial.sum(0, keepdim=True), transition.sum(0, keepdim=True)
         if lengths is None:
             visits, seen = visits.flatten(-3, -2), y.flatten(0, 1)
         else:
@@ -154,19 +207,20 @@ class HMM(ExactPair):
         return evidence, {"initial": initial[..., 0, :], "transition": transition[..., 0, :, :], **emitted}
 
     def stacks(self, y: Tensor, lengths: Tensor | None = None) -> bool:
-        """Whether parameters may be stacked, one start of EM each, and are the faster for it."""
+        """Whether several starts of EM with stacked parameters are faster than one after the other."""
         return len(y) <= 4 and y.shape[1] * self.states <= 2**14
 
     @torch.no_grad()
     def m_step(self, statistics: dict[str, Any]) -> None:
-        """Start, moves and emissions that maximize the expected log joint (plus :meth:`log_prior`)."""
+        """Initial state, transitions and emissions that maximize the expected log joint (plus
+        :meth:`log_prior`)."""
         p = self.prior
         p.initial.copy_(log_shares(statistics["initial"], self.smoothing, p.initial))
         p.transition.copy_(log_shares(statistics["transition"], self.smoothing, p.transition))
         self.generator.m_step(statistics)
 
     def log_prior(self) -> Tensor:
-        """The log density, up to a constant, that ``smoothing`` stands for."""
+        """The log density of the parameters, up to a constant, of which ``smoothing`` is the pseudo-count."""
         total, p = self.generator.log_prior(), self.prior
         if self.smoothing:
             for logits in (p.initial, p.transition):
@@ -175,12 +229,14 @@ class HMM(ExactPair):
 
     @torch.no_grad()
     def initialize(self, y: Tensor, lengths: Tensor | None = None, start: str | None = None) -> None:
-        """A start drawn from data: uniform first state, moves near uniform, emissions ``"random"`` or, the default
-        of Gaussian ones, at the centres of ``"k-means"``."""
+        """Initialize from data: uniform initial state, random transitions, Gaussian emissions at the centres
+        of ``"k-means"`` (their default), others and ``"random"`` ones at random."""
         y = self._check(y, lengths)
         inside = within(y, lengths)
         if int(inside.sum()) < self.states:
-            raise ValueError(f"{self.states} states take at least as many steps, got {int(inside.sum())}")
+            raise ValueError(
+                f"y: expected at least {self.states} steps, one per state, got {int(inside.sum())}"
+            )
         self.prior.initial.zero_()
         self.prior.transition.normal_()
         self.generator.initialize(y[inside], start)
@@ -188,6 +244,7 @@ class HMM(ExactPair):
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         if self.steps is None:
             raise ValueError(
-                "steps is None: an HMM that simulates takes the length, or simulate(n, like=batch)"
+                "steps: expected the length to simulate, got None; set steps=, or call simulate(n, "
+                "like=batch)"
             )
         return self.generator.blank(n, self.steps)

@@ -1,4 +1,4 @@
-"""k-means, for starts of mixtures."""
+"""k-means, to initialize mixtures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ __all__ = ["k_means"]
 def k_means(
     y: Tensor, clusters: int, iterations: int = 20, most: int = 20_000
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres ``[M,D]`` of M clusters of data ``[N,D]``, the labels ``[n]`` of the data used, and those ``[n,D]``.
+    """Centres ``[M,D]`` of M clusters of data ``[N,D]``, the labels ``[n]`` of the data used, and those data
+    ``[n,D]``.
 
-    Distances are those of coordinates divided by their standard deviation. Seeds are drawn one after another with
-    probability proportional to the squared distance to the nearest before (k-means++); then at most
-    ``iterations`` of Lloyd's. More than ``most`` data are sampled. Cost: O(iterations · n · M · D).
+    Coordinates are divided by their standard deviations. Seeds are drawn one after the other with probability
+    proportional to the squared distance to the nearest earlier one (k-means++), followed by at most
+    ``iterations`` of Lloyd's algorithm. Of more than ``most`` data a random subset is used. Cost:
+    O(iterations · n · M · D).
 
     Source: Lloyd (1982); Arthur and Vassilvitskii (2007).
     """
@@ -34,7 +36,7 @@ def k_means(
     first = int(torch.randint(len(x), ()))
     centres, nearest = [x[first]], apart(x[first][None])[:, 0]
     for _ in range(clusters - 1):
-        # data no nearer than rounding to a centre before are as good as drawn
+        # a datum equal to an earlier centre up to rounding is not drawn again
         weight = torch.where(nearest > 1e-12 * power.max(), nearest, 0.0)
         weight = weight.cumsum(0, dtype=torch.float64)
         mark = weight[-1] * torch.rand((), dtype=torch.float64).to(weight)

@@ -1,4 +1,4 @@
-"""Top-down (ladder) VAEs: deterministic features bottom-up, one shared path top-down."""
+"""Ladder (top-down) VAEs: deterministic features bottom-up, one shared path top-down."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ NETWORKS = ("mlp", "gated")
 class Ladder(ImageChain):
     """A top-down hierarchy on images: q(z_N | y) … q(z_1 | z_{>1}, y) along the generator's own path.
 
-    Bottom-up, y → d_1 → … → d_N, features without noise, of widths ``hidden``. Top-down, the path h carries
-    all that was drawn so far: p(z_l | z_{>l}) = N of a linear map of h, then h ← cell(h, z_l); the encoder walks
-    the same path (its cells are shared) and adds d_l. ``latent`` and ``hidden`` are listed from the bottom.
+    Bottom-up, y → d_1 → … → d_N are deterministic features. Top-down, the path h carries all draws so far:
+    p(z_l | z_{>l}) is Gaussian with a linear map of h, then h ← cell(h, z_l). The encoder follows the same
+    path, sharing its cells, and adds d_l.
 
-    ``merge="network"``: q(z_l | …) = N(μ_p + s_p·Δ, s_p·r) with Δ and ln r from a network of (h, d_l), almost
-    zero at the start, so that training begins near KL 0. ``merge="precision"``: d_l gives N(m, v²), and q is its
-    product with p, renormalized: precision 1/s_p² + 1/v², mean weighted by the precisions.
-
-    ``prior`` is p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`, with its number
-    of ``components``; ``vamp`` mixes q(z_N | u) over pseudo-inputs u.
-
-    Cells are ``network="mlp"``, SiLU, or ``"gated"``, at twice the cost (:class:`~pyroelbo.nn.Dense`);
-    ``norm`` is ``batch``, ``layer`` or ``none``, ``dropout`` acts in all cells, ``noise`` is dropout of the
-    encoder's view of the pixels: in training alone, where each is one more draw of the guide's own.
+    Args:
+        shape: number of pixels, or their shape.
+        latent: number of units of each layer, from the bottom.
+        hidden: widths of features and path at each layer, from the bottom.
+        likelihood: of a pixel, see :class:`~pyroelbo.models.observation.Pixels`.
+        levels: number of grey levels, for integer pixels.
+        merge: ``"network"``, z_l = μ_p + s_p·u with u ~ N(Δ, r²) from a network of (h, d_l), initially near
+            N(0, I), so that training starts near KL 0; or ``"precision"``, the normalized product of p and a
+            Gaussian N(m, v²) of d_l: precision 1/s_p² + 1/v², mean weighted by precisions.
+        network: cells, ``"mlp"`` (SiLU) or ``"gated"`` at twice the cost, see :class:`~pyroelbo.nn.Dense`.
+        norm: normalization in cells, ``batch``, ``layer`` or ``none``.
+        dropout: probability of dropout in all cells.
+        noise: probability of dropout of the pixels that the encoder sees, in training alone.
+        prior: p(z_N), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`.
+        components: Gaussians of the prior ``mixture``, or pseudo-inputs of ``vamp``.
+        encoder: family of every u, by name (:data:`~pyroelbo.encoders.ENCODERS`) or a callable;
+            ``merge="network"``.
 
     Sources: Sønderby et al. (2016), equations 16 to 20; Vahdat and Kautz (2020), section 3.2; Child (2021).
     """
@@ -64,15 +71,17 @@ class Ladder(ImageChain):
         check_widths("hidden", hidden)
         if len(hidden) != len(latent):
             raise ValueError(
-                f"hidden takes a width for each of the {len(latent)} layers of latent={tuple(latent)}, got {tuple(hidden)}"
+                f"hidden: expected a width for each of the {len(latent)} layers of latent={tuple(latent)}, "
+                f"got {tuple(hidden)}"
             )
         if merge not in MERGES:
-            raise ValueError(f"merge takes one of {MERGES}, got {merge!r}")
+            raise ValueError(f"merge: expected one of {MERGES}, got {merge!r}")
         if network not in NETWORKS:
-            raise ValueError(f"network takes one of {NETWORKS}, got {network!r}")
+            raise ValueError(f"network: expected one of {NETWORKS}, got {network!r}")
         if merge == "precision" and encoder != "diagonal":
             raise ValueError(
-                f"encoder: expected 'diagonal' with merge='precision', a product of Gaussians, got {encoder!r}"
+                "encoder: expected 'diagonal' with merge='precision', a product of Gaussians, got "
+                f"{encoder!r}"
             )
         pixels = Pixels(dims, likelihood, levels)
         cell = {"norm": norm, "dropout": dropout, "gated": network == "gated"}
@@ -102,7 +111,7 @@ class Ladder(ImageChain):
 
 
 class Features(nn.Module):
-    """y → (d_1, …, d_N): each layer a cell on the one below, and a residual one on top of it."""
+    """y → (d_1, …, d_N): each layer is a cell on the one below, followed by a residual cell."""
 
     def __init__(
         self, dims: int, hidden: Sequence[int], center: nn.Module, noise: float, cell: dict[str, Any]
@@ -115,7 +124,7 @@ class Features(nn.Module):
         )
 
     def forward(self, y: Tensor) -> list[Tensor]:
-        x, seen = self.noise(self.center(y)), []
+        x, seen = self.noise(self.center(y, self.layers[0][0].linear.weight.dtype)), []
         for layer in self.layers:
             x = layer(x)
             seen.append(x)
@@ -123,7 +132,7 @@ class Features(nn.Module):
 
 
 class TopLink(nn.Module):
-    """p(z_N), and the path that begins with z_N."""
+    """p(z_N), and the start of the path from z_N."""
 
     def __init__(self, prior: nn.Module, out: int, hidden: int, cell: dict[str, Any]) -> None:
         super().__init__()
@@ -138,7 +147,7 @@ class TopLink(nn.Module):
 
 
 class PathLink(nn.Module):
-    """p(z_l | h) = N of a linear map of h, and h ← cell(h, z_l)."""
+    """p(z_l | h) = N(μ, diag s²) of a linear map of h, and h ← cell(h, z_l)."""
 
     def __init__(self, state: int, out: int, hidden: int, cell: dict[str, Any]) -> None:
         super().__init__()
@@ -154,8 +163,8 @@ class PathLink(nn.Module):
 
 
 class NetworkMerge(nn.Module):
-    """q(z_l | h, d) of z_l = μ_p + s_p·u, u of the ``family`` that a network of both gives, N(Δ, r²) if diagonal; at
-    the top z_l = u, whatever the prior."""
+    """q(z_l | h, d) of z_l = μ_p + s_p·u, with u of the family ``encoder`` from a network of (h, d); at the
+    top z_N = u, whatever the prior."""
 
     def __init__(
         self,
@@ -179,7 +188,7 @@ class NetworkMerge(nn.Module):
 
 
 class PrecisionMerge(nn.Module):
-    """q(z_l | h, d) ∝ p(z_l | h) · N(z_l; m(d), v(d)²), with N(0, I) for p at the top."""
+    """q(z_l | h, d) ∝ p(z_l | h) · N(z_l; m(d), v(d)²); at the top N(0, I) stands for p."""
 
     def __init__(self, seen: int, out: int) -> None:
         super().__init__()

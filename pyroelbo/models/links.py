@@ -1,4 +1,4 @@
-"""The small modules that a chain is made of: each gives the distribution of one site."""
+"""Links of a chain: small modules, each of which returns the distribution of one site."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LOG_SCALE = 5.0  # log scales of links stay within ± this, softly
 
 
 class GaussianLink(nn.Module):
-    """N(μ(x), diag s(x)²) of a network of x, ``takes`` numbers: a generator link, or a bottom-up encoder link."""
+    """N(μ(x), diag s(x)²) of a network of x, ``takes`` numbers: a generator link, or a bottom-up encoder
+    link."""
 
     def __init__(self, takes: int, out: int, hidden: Sequence[int] = ()) -> None:
         super().__init__()
@@ -32,8 +33,8 @@ class GaussianLink(nn.Module):
 class BottomUpLink(nn.Module):
     """q(z_l | z_{l-1}) of ``out`` numbers, from a network of ``takes`` numbers.
 
-    ``center`` maps these to the network's input (pixels to [-1, 1]); ``encoder`` is the family of q, a name of
-    :data:`~pyroelbo.encoders.ENCODERS` or a callable.
+    ``center`` maps these to the network's input (pixels to [-1, 1]); ``encoder`` is the family of q, a name
+    of :data:`~pyroelbo.encoders.ENCODERS` or a callable.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class BottomUpLink(nn.Module):
         self.network = MLP((takes, *hidden, self.family.takes))
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
-        return self.family(self.network(x if self.center is None else self.center(x)))
+        seen = x if self.center is None else self.center(x, self.network[0].weight.dtype)
+        return self.family(self.network(seen))
 
 
 class TopDownLink(nn.Module):
@@ -80,12 +82,12 @@ class TopDownLink(nn.Module):
         self.network = MLP((above + seen, *hidden, self.family.takes))
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
-        seen = seen if self.center is None else self.center(seen)
+        seen = seen if self.center is None else self.center(seen, self.network[0].weight.dtype)
         return self.family(self.network(seen if state is None else join(state, seen)))
 
 
 class PixelLink(nn.Module):
-    """p(y | z_1) of pixels: a network, and one of the likelihoods of :class:`~pyroelbo.models.observation.Pixels`."""
+    """p(y | z_1) of pixels: a network and a likelihood of :class:`~pyroelbo.models.observation.Pixels`."""
 
     def __init__(self, network: nn.Module, pixels: Pixels, takes: int | None = None) -> None:
         super().__init__()
@@ -97,6 +99,7 @@ class PixelLink(nn.Module):
 
 
 def normal(x: Tensor) -> dist.TorchDistribution:
-    """N(μ, diag s²) from x = (μ, r) [*, 2d], event shape [d]: ln s = 5 tanh(r / 5), which keeps s within e^±5."""
+    """N(μ, diag s²) from x = (μ, r) [*, 2d], event shape [d]: ln s = 5 tanh(r / 5), which keeps s within
+    e^±5."""
     loc, raw = x.chunk(2, -1)
     return dist.Normal(loc, bounded(raw, LOG_SCALE).exp()).to_event(1)

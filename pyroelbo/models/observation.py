@@ -1,4 +1,4 @@
-"""What a network's numbers say about pixels: five likelihoods that image models share."""
+"""Likelihoods of pixels given a network's output, shared by all image models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
 
-__all__ = ["LIKELIHOODS", "Pixels", "form_of"]
+__all__ = ["LIKELIHOODS", "Coins", "Pixels", "form_of"]
 
-# name: numbers a pixel that the network gives, form of the data
+# name: (network outputs per pixel, given the number of grey levels; form of the data)
 LIKELIHOODS: dict[str, tuple[Callable[[int], int], str]] = {
     "bernoulli": (lambda levels: 1, "binary"),
     "discretized_logistic": (lambda levels: 1, "bytes"),
@@ -24,13 +24,20 @@ LIKELIHOODS: dict[str, tuple[Callable[[int], int], str]] = {
 }
 
 
-class Pixels(nn.Module):
-    """p(y | x) of ``dims`` pixels from a network's output ``x`` [*, dims·outputs]; event shape [dims].
+class Coins(dist.Bernoulli):
+    """Bernoulli variables whose values may have any dtype."""
 
-    ``likelihood``: ``bernoulli`` (0 or 1), ``discretized_logistic`` and ``categorical`` (integers 0 …
-    levels-1), ``l2`` and ``l1`` (real pixels; the Gaussian and Laplace densities with their constants). The
-    logistic's scale and the densities' weight are learned, one number for all pixels, as ``log_weight``;
-    ``weight`` fixes the latter instead.
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value if value.is_floating_point() else value.to(self.logits.dtype))
+
+
+class Pixels(nn.Module):
+    """p(y | x) of ``dims`` pixels from a network's output ``x`` [*, outputs]; event shape [dims].
+
+    ``likelihood`` is ``bernoulli`` (0 or 1), ``discretized_logistic`` or ``categorical`` (integers 0 …
+    levels-1), or ``l2`` or ``l1`` (real pixels; normalized Gaussian and Laplace densities). The logistic's
+    inverse scale and the densities' weight are one learned number for all pixels, ``log_weight``; ``weight``
+    fixes that of the densities.
     """
 
     def __init__(
@@ -38,13 +45,15 @@ class Pixels(nn.Module):
     ) -> None:
         super().__init__()
         if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood takes one of {tuple(LIKELIHOODS)}, got {likelihood!r}")
+            raise ValueError(f"likelihood: expected one of {tuple(LIKELIHOODS)}, got {likelihood!r}")
         if weight is not None and likelihood not in ("l1", "l2"):
-            raise ValueError(f"weight belongs to the densities 'l1' and 'l2', not to {likelihood!r}")
+            raise ValueError(
+                f"weight: expected None for likelihood={likelihood!r}, got {weight!r}; 'l1' and 'l2' have one"
+            )
         self.dims, self.likelihood, self.levels = dims, likelihood, levels
         per_pixel, self.form = LIKELIHOODS[likelihood]
         if self.form == "bytes" and levels < 2:
-            raise ValueError(f"levels takes at least two grey levels, got {levels}")
+            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
         self.per_pixel = per_pixel(levels)
         starts = {"discretized_logistic": levels / 10, "l1": 10.0, "l2": 100.0}
         if weight is not None:
@@ -54,13 +63,13 @@ class Pixels(nn.Module):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the network gives for one datum."""
+        """Number of network outputs per datum."""
         return self.dims * self.per_pixel
 
     def distribution(self, x: Tensor) -> dist.TorchDistribution:
         """p(y | x), event shape [dims]."""
         if self.likelihood == "bernoulli":
-            return dist.Bernoulli(logits=x).to_event(1)
+            return Coins(logits=x).to_event(1)
         if self.likelihood == "categorical":
             return dist.Categorical(logits=x.unflatten(-1, (self.dims, self.levels))).to_event(1)
         if self.likelihood == "discretized_logistic":
@@ -69,26 +78,20 @@ class Pixels(nn.Module):
         density = l2_density if self.likelihood == "l2" else l1_density
         return density(x, self.log_weight.exp()).to_event(1)
 
-    def scaled(self, y: Tensor, model: str) -> Tensor:
-        """Pixels as a network takes them, in [0, 1]; ValueError, naming the ``model``, for other shapes than
-        [B, dims]."""
-        self.check(y, model)
-        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
-        return y / (self.levels - 1) if self.form == "bytes" else y
-
     def check(self, y: Tensor, model: str) -> None:
-        """ValueError, naming the ``model``, for data that are not [B, dims]."""
+        """Raise ValueError, naming the ``model``, unless y is [B, dims]."""
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(
-                f"y has shape {tuple(y.shape)}: this {model} takes [B, {self.dims}], images flattened"
+                f"y: expected shape [B, {self.dims}] (flattened images) for this {model}, got "
+                f"{tuple(y.shape)}"
             )
 
     def center(self) -> Center:
-        """The map of such pixels to [-1, 1]."""
+        """Module that maps such pixels to [-1, 1]."""
         return Center(self.levels - 1 if self.form == "bytes" else 1)
 
     def mean_image(self, distribution: Any) -> Tensor:
-        """E[y] in [0, 1], [*, dims], for pictures."""
+        """E[y | x], scaled to [0, 1], [*, dims]."""
         p = distribution.base_dist
         if self.likelihood == "categorical":
             grey = torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
@@ -99,20 +102,20 @@ class Pixels(nn.Module):
 
 
 class Center(nn.Module):
-    """Pixels in [0, top] to [-1, 1], as an encoder takes them."""
+    """Maps pixels in [0, top] to [-1, 1], an encoder's input."""
 
     def __init__(self, top: float) -> None:
         super().__init__()
         self.top = top
 
-    def forward(self, y: Tensor) -> Tensor:
-        y = y.to(torch.get_default_dtype()) if not y.is_floating_point() else y
-        return 2 * y / self.top - 1
+    def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pixels of any dtype in [-1, 1], of the ``dtype`` of the network's parameters."""
+        return 2 * y.to(dtype) / self.top - 1
 
 
 def form_of(settings: Mapping[str, Any]) -> str:
-    """The form of data that a model of these settings takes."""
+    """The form of data that a model with these settings expects."""
     name = settings.get("likelihood", "bernoulli")
     if name not in LIKELIHOODS:
-        raise ValueError(f"likelihood takes one of {tuple(LIKELIHOODS)}, got {name!r}")
+        raise ValueError(f"likelihood: expected one of {tuple(LIKELIHOODS)}, got {name!r}")
     return LIKELIHOODS[name][1]

@@ -1,10 +1,8 @@
-"""Probabilistic principal components and factor analysis: the linear Gaussian model whose evidence and posterior are closed
-forms."""
+"""Probabilistic PCA and factor analysis: linear Gaussian models with closed-form evidence and posterior."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import pyro
@@ -12,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.models.sequences import check_dtype
+from pyroelbo.models.precision import Floor, exact, regress
 from pyroelbo.nn import LinearNormal
 from pyroelbo.pair import PLATE, ExactPair
 
@@ -22,13 +20,24 @@ __all__ = ["PPCA"]
 class PPCA(ExactPair):
     """p(z) = N(0, I), p(y | z) = N(W z + μ, Ψ), so p(y) = N(μ, W Wᵀ + Ψ). Data [B, D].
 
-    ``noise="shared"`` is probabilistic PCA, Ψ = σ² I; ``"diagonal"`` is factor analysis, Ψ = diag σ_d². With
-    M = I + Wᵀ Ψ⁻¹ W the posterior is N(M⁻¹ Wᵀ Ψ⁻¹ (y - μ), M⁻¹). ``guide="exact"`` draws from it;
-    ``"mean_field"`` is an amortized Gaussian with diagonal covariance, linear in y, which cannot follow the
-    posterior's correlations. The M-step holds every σ at ``floor`` or above, and says so.
+    With M = I + Wᵀ Ψ⁻¹ W, the posterior is N(m, M⁻¹), m = M⁻¹ Wᵀ Ψ⁻¹ (y - μ), and with the residual
+    r = y - μ - W m the evidence is a sum of terms of one sign, -½ [D ln 2π + ln det Ψ + ln det M + rᵀ Ψ⁻¹ r +
+    mᵀ m].
+
+    ``noise="shared"`` has a closed-form maximum, :meth:`solve`; EM reaches the same one, slowly if the data's
+    scale is far from the initial one.
 
     Parts: ``generator`` (weight [D, L], loc [D], log_scale [] or [D]), ``encoder`` (mean-field only).
-    Cost: O(B·D·L + L³).
+    Cost: O(B·D·L + D·L²).
+
+    Args:
+        dims: D.
+        latent: L.
+        guide: ``"exact"`` draws from the posterior; ``"mean_field"`` is an amortized Gaussian with diagonal
+            covariance, linear in y, which cannot represent the posterior's correlations.
+        noise: ``"shared"``, Ψ = σ² I, is probabilistic PCA; ``"diagonal"``, Ψ = diag σ_d², is factor
+            analysis.
+        floor: smallest σ that the M-step and :meth:`solve` accept, relative to the data's standard deviation.
 
     Source: Tipping and Bishop (1999), equations 6, 7, 14 and 15; Rubin and Thayer (1982) for EM.
     """
@@ -45,14 +54,12 @@ class PPCA(ExactPair):
     ) -> None:
         super().__init__()
         if noise not in ("shared", "diagonal"):
-            raise ValueError(f"noise takes 'shared' or 'diagonal', got {noise!r}")
-        if not floor > 0:
-            raise ValueError(f"floor takes a positive scale, got {floor}")
+            raise ValueError(f"noise: expected 'shared' or 'diagonal', got {noise!r}")
         if guide not in ("exact", "mean_field"):
-            raise ValueError(f"guide takes 'exact' or 'mean_field', got {guide!r}")
+            raise ValueError(f"guide: expected 'exact' or 'mean_field', got {guide!r}")
         if not 1 <= latent <= dims:
-            raise ValueError(f"latent takes 1 to {dims} dimensions for data of {dims}, got {latent}")
-        self.dims, self.latent_dims, self.noise, self.floor = dims, latent, noise, floor
+            raise ValueError(f"latent: expected 1 to {dims} dimensions, those of the data, got {latent}")
+        self.dims, self.latent_dims, self.noise, self.floor = dims, latent, noise, Floor(floor)
         self.generator = nn.Module()
         self.generator.register_parameter(
             "weight", nn.Parameter(torch.randn(dims, latent) / math.sqrt(latent))
@@ -71,8 +78,7 @@ class PPCA(ExactPair):
 
     def _check(self, y: Tensor) -> Tensor:
         if y.dim() != 2 or y.shape[-1] != self.dims:
-            raise ValueError(f"y has shape {tuple(y.shape)}: this PPCA takes [B, {self.dims}]")
-        check_dtype(y, self.generator.loc)
+            raise ValueError(f"y: expected shape [B, {self.dims}], got {tuple(y.shape)}")
         return y
 
     def model(self, y: Tensor) -> None:
@@ -87,79 +93,121 @@ class PPCA(ExactPair):
             if self.encoder is None:
                 pyro.sample("z", self.posterior(y))
             else:
-                pyro.sample("z", self.encoder.distribution(y).to_event(1))
+                pyro.sample("z", self.encoder.distribution(y.to(self.encoder.weight.dtype)).to_event(1))
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        """ln N(y; μ, W Wᵀ + σ² I), [B], in nats."""
-        g = self.generator
-        noise = (2 * g.log_scale).exp().expand(self.dims)
-        return dist.LowRankMultivariateNormal(g.loc, g.weight, noise).log_prob(self._check(y))
+        """ln N(y; μ, W Wᵀ + Ψ), [B], in nats; float64 without gradients."""
+        return self._solved(y)[0]
 
     def posterior(self, y: Tensor) -> dist.MultivariateNormal:
-        mean, covariance = self._moments(y)
-        return dist.MultivariateNormal(mean, scale_tril=torch.linalg.cholesky(covariance))
+        """p(z | y), in the parameters' dtype."""
+        _, mean, root = self._solved(y)
+        inverse = torch.linalg.inv(root)
+        scale = torch.linalg.cholesky(inverse @ inverse.mT)
+        like = self.generator.loc
+        return dist.MultivariateNormal(mean.to(like.dtype), scale_tril=scale.to(like.dtype))
 
-    def _moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        g = self.generator
-        read = g.weight.T * (-2 * g.log_scale).exp()
-        root = torch.linalg.cholesky(torch.eye(self.latent_dims).to(read) + read @ g.weight)
-        mean = torch.cholesky_solve(read @ (self._check(y) - g.loc).T, root).T
-        return mean, torch.cholesky_inverse(root)
+    def _solved(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The evidence [B], the posterior means [B, L] and R [L, L] with M = Rᵀ R, in float64 without
+        gradients.
 
-    def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """ln p(y) [B] (``hard``: ln p(y, z*) at the posterior's mean) and the statistics of :meth:`m_step`."""
-        mean, covariance = self._moments(y)
-        evidence = self.log_evidence(y)
+        R is from a QR decomposition of (Ψ^-½ W, I), which does not square the condition number.
+        """
+        g, size = self.generator, self.latent_dims
+        weight, loc = exact(g.weight), exact(g.loc)
+        log_scale = exact(g.log_scale).expand(self.dims)
+        scale = log_scale.exp()
+        eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
+        q, root = torch.linalg.qr(torch.cat([weight / scale[:, None], eye]))
+        apart = (self._check(y) - loc) / scale
+        mean = torch.linalg.solve_triangular(root, q[: self.dims].mT @ apart.mT, upper=True).mT
+        rest = apart - mean @ (weight / scale[:, None]).mT
+        log_det = log_scale.sum() + root.diagonal().abs().log().sum()
+        power = rest.square().sum(-1) + mean.square().sum(-1)
+        return -0.5 * (power + self.dims * math.log(2 * math.pi)) - log_det, mean, root
+
+    @torch.no_grad()
+    def e_step(
+        self, y: Tensor, hard: bool = False, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ln p(y) [B] (``hard``: ln p(y, z*) at the posterior's mean) and the statistics of :meth:`m_step`,
+        in float64. ``weights`` [B] count each datum so many times in the statistics."""
+        evidence, mean, root = self._solved(y)
         if hard:
-            evidence = evidence + self.posterior(y).log_prob(mean)
-        code = torch.cat([mean, torch.ones_like(mean[:, :1])], -1).double()
-        square = code.T @ code
+            # ln p(z* | y) at the mode
+            log_det = root.diagonal().abs().log().sum()
+            evidence = evidence + log_det - 0.5 * self.latent_dims * math.log(2 * math.pi)
+        weight = torch.ones(len(y), 1).to(mean) if weights is None else weights.to(mean)[:, None]
+        code, y = torch.cat([mean, torch.ones_like(mean[:, :1])], -1), y.to(mean)
+        square = (weight * code).T @ code
         if not hard:
-            square[:-1, :-1] += len(y) * covariance.double()
-        y = y.double()
-        return evidence, {"cross": y.T @ code, "square": square, "power": y.square().sum(0)}
+            inverse = torch.linalg.inv(root)
+            square[:-1, :-1] += weight.sum() * (inverse @ inverse.mT)
+        power = (weight * y.square()).sum(0)
+        return evidence, {"cross": (weight * y).T @ code, "square": square, "power": power}
 
     @torch.no_grad()
     def m_step(self, statistics: dict[str, Tensor]) -> None:
         """Regress the data on their codes: weight, loc and noise that maximize the expected log joint."""
         cross, square = statistics["cross"], statistics["square"]
         g, count = self.generator, square[-1, -1]
-        weight = torch.linalg.solve(square, cross.T).T
+        weight = regress(square, cross)
         variance = (statistics["power"] - (weight * cross).sum(-1)) / count
-        variance = variance.mean() if self.noise == "shared" else variance
-        if bool((variance < self.floor**2).any()):
-            warnings.warn(
-                f"a noise variance ran to {float(variance.min()):.1e} and is held at floor² = {self.floor**2:.1e}: "
-                "a coordinate is constant, or explained by the others in full"
-            )
+        unit = statistics["power"] / count - (cross[:, -1] / count).square()
+        if self.noise == "shared":
+            variance, unit = variance.mean(), unit.mean()
         g.weight.copy_(weight[:, :-1])
         g.loc.copy_(weight[:, -1])
-        g.log_scale.copy_(0.5 * variance.clamp_min(self.floor**2).log())
+        g.log_scale.copy_(self.floor.log_scale("observation", variance, unit))
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> None:
-        """A random start: a random weight of the data's size, their mean, and their spread as noise."""
-        g, spread = self.generator, self._check(y).std(0, correction=int(len(y) > 1)).clamp_min(1e-3)
-        g.loc.copy_(y.mean(0))
-        g.log_scale.copy_(spread.mean().log() if self.noise == "shared" else spread.log())
-        g.weight.normal_().mul_(spread.mean() / math.sqrt(self.latent_dims))
+        """Initialize from data [N, D]: the maximum for shared noise, of standardized coordinates for diagonal
+        noise, with a random perturbation of a tenth of the noise."""
+        mean, unit = self._spread(y)
+        values, vectors, noise = self._principal((y.double() - mean) / unit)
+        size = self.latent_dims
+        weight = vectors[:, -size:] * (values[-size:] - noise).clamp_min(0).sqrt()
+        weight = weight + 0.1 * noise.sqrt() * torch.randn_like(weight)
+        self.floor.reset()
+        self._set(mean, unit[:, None] * weight, unit * noise.sqrt())
 
     @torch.no_grad()
     def solve(self, y: Tensor) -> PPCA:
-        """Set the maximum likelihood parameters in closed form from the covariance's eigenvectors; returns
-        self. For shared noise only (ValueError)."""
+        """Set the maximum likelihood parameters for data [N, D] in closed form, from the covariance's
+        eigenvectors; returns self. Raises ValueError for diagonal noise. Source: Tipping and Bishop (1999),
+        equations 7 and 8."""
         if self.noise != "shared":
-            raise ValueError("noise='diagonal' has no closed form: use fit_em")
-        mean = self._check(y).mean(0)
-        values, vectors = torch.linalg.eigh((y - mean).T @ (y - mean) / len(y))
-        noise = values[: -self.latent_dims].mean() if self.latent_dims < self.dims else values[0] * 1e-3
-        noise = noise.clamp_min(1e-8)
-        self.generator.loc.copy_(mean)
-        self.generator.weight.copy_(
-            vectors[:, -self.latent_dims :] * (values[-self.latent_dims :] - noise).clamp_min(0).sqrt()
-        )
-        self.generator.log_scale.copy_(0.5 * noise.log())
+            raise ValueError("noise: expected 'shared' for a closed form, got 'diagonal'; use fit_em")
+        mean, unit = self._spread(y)
+        values, vectors, noise = self._principal(y.double() - mean)
+        size = self.latent_dims
+        weight = vectors[:, -size:] * (values[-size:] - noise).clamp_min(0).sqrt()
+        self._set(mean, weight, noise.sqrt() * torch.ones_like(unit))
         return self
+
+    def _spread(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and, for diagonal noise, standard deviations [D] of the data (constant coordinates: the
+        others' mean)."""
+        y = self._check(y).double()
+        spread = y.std(0, correction=0)
+        some = spread[spread > 0]
+        spread = torch.where(spread > 0, spread, some.mean() if len(some) else 1.0)
+        return y.mean(0), torch.ones_like(spread) if self.noise == "shared" else spread
+
+    def _principal(self, apart: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues and -vectors of the covariance of centred data, and the noise variance, floored."""
+        values, vectors = torch.linalg.eigh(apart.T @ apart / len(apart))
+        size = self.latent_dims
+        noise = values[:-size].mean() if size < self.dims else values[0] * 1e-3
+        least = self.floor.floor**2 * values.mean()
+        return values, vectors, noise.maximum(torch.where(least > 0, least, self.floor.floor**2))
+
+    def _set(self, loc: Tensor, weight: Tensor, scale: Tensor) -> None:
+        g = self.generator
+        g.loc.copy_(loc)
+        g.weight.copy_(weight)
+        g.log_scale.copy_(scale.log().mean() if self.noise == "shared" else scale.log())
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.loc.new_zeros(n, self.dims)

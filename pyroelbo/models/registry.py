@@ -1,14 +1,19 @@
-"""The registry of models that the command line trains; one row a model."""
+"""The registry of models that the command line trains: one row per model."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyroelbo import data
+from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.flow import DequantizedFlow
@@ -19,15 +24,15 @@ from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
-from pyroelbo.runs import RunDirectory, copy_into
+from pyroelbo.runs import RunDirectory, check_same, copy_into
 
 __all__ = ["REGISTRY", "Entry", "build", "entry", "load", "settings_of"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """``make(train or None, shape, levels, **settings)`` builds the pair; ``form(settings)`` is the form of
-    data it takes."""
+    """A row of the registry: ``make(train or None, shape, levels, **settings)`` builds the pair,
+    ``form(settings)`` is the form of data that it expects."""
 
     about: str
     make: Callable[..., Pair]
@@ -38,22 +43,25 @@ class Entry:
 
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
-        "Gaussian VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
-        f"prior={'|'.join(PRIORS)}",
+        "VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
+        f"encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}",
         VAE.for_data,
         VAE.form_of,
         50,
         1e-3,
     ),
     "hierarchy": Entry(
-        "chain of Gaussian latents; order=bottom-up|top-down, likelihood and prior (at the top) as vae",
+        "chain of Gaussian latents; order=bottom-up|top-down, likelihood, encoder and prior (at the top) "
+        "as vae",
         Hierarchy.for_data,
         Hierarchy.form_of,
         50,
         1e-3,
     ),
     "ladder": Entry(
-        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood and prior as vae",
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood, "
+        "encoder and prior "
+        "as vae",
         Ladder.for_data,
         Ladder.form_of,
         50,
@@ -67,7 +75,7 @@ REGISTRY: dict[str, Entry] = {
         1e-3,
     ),
     "autoregressive": Entry(
-        "pixels one by one, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
+        "pixels one after the other, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
         Autoregressive.for_data,
         Autoregressive.form_of,
         20,
@@ -102,63 +110,82 @@ REGISTRY: dict[str, Entry] = {
 
 def entry(name: str) -> Entry:
     if name not in REGISTRY:
-        raise ValueError(f"unknown model {name!r}: there are {', '.join(REGISTRY)}")
+        raise ValueError(f"model: expected one of {', '.join(REGISTRY)}, got {name!r}")
     return REGISTRY[name]
 
 
 def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
-    """The pair of this name for images of ``dataset``; with ``train`` its parameters start from the data
-    where that helps."""
+    """The pair of this name for images of ``dataset``, initialized from ``train`` if that is given."""
     make = entry(name).make
     return make(train, data.shape(dataset), data.levels(dataset), **_checked(name, settings))
 
 
 def settings_of(name: str) -> dict[str, inspect.Parameter]:
-    """The settings a model takes beside the shape of its data."""
+    """The settings of a model, besides the shape of its data."""
     owner = getattr(entry(name).make, "__self__", entry(name).make)
     found = inspect.signature(owner).parameters
     return {k: p for k, p in found.items() if k not in ("shape", "dims", "levels")}
 
 
+_LARGEST = 10**6  # of an integer setting
+
+
 def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the kinds that the model's defaults have; ValueError names the one that is not."""
+    """Settings whose types are those of the model's defaults; raises ValueError, naming the first that is
+    not."""
     known = settings_of(name)
     checked = {}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"model {name!r} has no setting {key!r}: it has {', '.join(known)}")
+            raise ValueError(f"settings: expected some of {', '.join(known)} for model {name!r}, got {key!r}")
         default = known[key].default
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
-        if isinstance(value, bool) or (not isinstance(value, kinds) and value is not None):
-            raise ValueError(
-                f"setting {key!r} of model {name!r} takes something like {default!r}, got {value!r}"
-            )
+        single = default[0] if isinstance(default, tuple) and default else default
+        kinds = (int, float) if single is None or isinstance(single, float) else type(single)
+        for each in value if isinstance(default, tuple) else (value,):
+            fits = isinstance(each, kinds) and not isinstance(each, bool)
+            if not (fits or (each is None and default is None)):
+                raise ValueError(
+                    f"{key}: expected a value like {default!r} for model {name!r}, got {value!r}"
+                )
+            if isinstance(each, int) and abs(each) > _LARGEST:
+                raise ValueError(f"{key}: expected at most {_LARGEST}, got {each}")
         checked[key] = value
     return checked
 
 
 def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
-    """The pair of a run directory with its weights, and the run's configuration.
+    """The trained pair of a run directory, and the run's configuration.
 
     Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another
     pair.
     """
     run = RunDirectory(path)
     config = run.config()
+    file = run.path / "config.json"
     if "model" not in config:
         raise ValueError(
-            f"{path} does not say which model it trained: it was not started by `pyroelbo train`"
+            f"{file}: expected the name of a model, got none: it was not started by `pyroelbo train`"
         )
-    pair = build(config["model"], config["data"], config["settings"])
+    kinds = {"model": str, "data": str, "settings": dict}
+    if not all(isinstance(config.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{file} is damaged: expected {', '.join(kinds)}")
     tensors, _ = run.load_weights()
     try:
-        copy_into({**dict(pair.named_parameters()), **dict(pair.named_buffers())}, tensors, str(path))
+        # The shapes alone first: damaged settings may ask for more memory than there is.
+        with torch.device("meta"), suppress(RuntimeError):  # networks of Pyro's read values as they are built
+            check_same(_state(build(config["model"], config["data"], config["settings"])), tensors, str(path))
+        pair = build(config["model"], config["data"], config["settings"])
+        copy_into(_state(pair), tensors, str(path))
     except ValueError as error:
-        # The run names this very model and its settings, so the code is another.
+        # The run names this very model and its settings, so the code or a file is another.
         raise ValueError(
-            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} otherwise; "
-            "train it anew, or load it with that state of the code"
+            f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} "
+            f"otherwise; train it anew, load it with that version, or look for damage in {file}"
         ) from error
     return pair.eval(), config
+
+
+def _state(pair: Pair) -> dict[str, Tensor]:
+    return {**dict(pair.named_parameters()), **dict(pair.named_buffers())}

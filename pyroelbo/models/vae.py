@@ -1,4 +1,5 @@
-"""The variational autoencoder: a Gaussian latent, a network each way, and five kinds of pixels."""
+"""The variational autoencoder: one latent vector, an encoder and a decoder network, five pixel
+likelihoods."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pyroelbo import encoders, priors
 from pyroelbo.models.observation import LIKELIHOODS, Pixels, form_of
 from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, Pair
 
 __all__ = ["LIKELIHOODS", "VAE"]
@@ -21,18 +23,24 @@ _FULL: dict[str, Callable[[Sequence[int]], nn.Sequential]] = {"mlp": MLP, "gated
 
 
 class VAE(Pair):
-    """p(z) = N(0, I), p(y | z) by a decoder; q(z | y) = N(μ(y), diag s(y)²) by an encoder. Data [B, D], flat.
+    """p(z) = N(0, I), p(y | z) by a decoder, q(z | y) = N(μ(y), diag s(y)²) by an encoder. Data [B, D], flat.
 
-    ``likelihood``: ``bernoulli`` (0 or 1), ``discretized_logistic`` and ``categorical`` (integers 0 …
-    levels-1), ``l2`` and ``l1`` (real pixels; the Gaussian and Laplace densities with their constants). The
-    logistic's scale and the densities' weight are learned, one number for all pixels; ``weight`` fixes the
-    latter instead. ``network`` is ``mlp`` or ``gated`` (of widths ``hidden``) or ``conv`` (of ``channels``;
-    needs ``shape`` = (height, width)). ``prior`` replaces N(0, I) by another one that is learned, by name
-    (:data:`~pyroelbo.priors.PRIORS`) or as a :class:`~pyroelbo.priors.Prior`; ``components`` are the
-    Gaussians of ``mixture`` or the pseudo-inputs of ``vamp``.
+    Parts: ``generator``, ``encoder``, ``prior``. With the default prior and encoder,
+    KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises ValueError for data that are not [B, D].
 
-    Parts: ``generator``, ``encoder``, ``prior``. For N(0, I), KL(q, p) = ½ Σ (μ² + s² - 1 - ln s²). Raises
-    ValueError for data that are not [B, D].
+    Args:
+        shape: number of pixels D, or their shape; (height, width) for ``network="conv"``.
+        latent: number of latent dimensions.
+        hidden: widths of the encoder's hidden layers, reversed for the decoder's; for ``conv``, the last is
+            that of the layer between maps and latent.
+        likelihood: of a pixel, see :class:`~pyroelbo.models.observation.Pixels`.
+        levels: number of grey levels, for integer pixels.
+        network: ``mlp``, ``gated`` or ``conv``.
+        channels: channels of the first convolution of ``conv``.
+        weight: fixed weight of the densities ``l1`` and ``l2``; learned if None.
+        prior: p(z), by name (:data:`~pyroelbo.priors.PRIORS`) or a :class:`~pyroelbo.priors.Prior`.
+        components: Gaussians of the prior ``mixture``, or pseudo-inputs of ``vamp``.
+        encoder: family of q(z | y), by name (:data:`~pyroelbo.encoders.ENCODERS`) or a callable.
 
     Source: Kingma and Welling (2014); Tomczak and Welling (2018) for ``vamp`` and gated layers.
     """
@@ -53,12 +61,12 @@ class VAE(Pair):
     ) -> None:
         super().__init__()
         if network not in ("mlp", "gated", "conv"):
-            raise ValueError(f"network takes 'mlp', 'gated' or 'conv', got {network!r}")
-        if latent < 1:
-            raise ValueError(f"latent takes a positive number of dimensions, got {latent}")
+            raise ValueError(f"network: expected 'mlp', 'gated' or 'conv', got {network!r}")
+        positive_count("latent", latent, "number of dimensions")
         if network == "conv" and not hidden:
             raise ValueError(
-                "hidden takes at least one width for network='conv', that of the layer behind the maps, got ()"
+                "hidden: expected at least one width for network='conv', that of the layer after the maps, "
+                "got ()"
             )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dims, self.latent, self.levels, self.likelihood = (
@@ -84,22 +92,20 @@ class VAE(Pair):
 
     def _image(self) -> tuple[int, int]:
         if len(self.shape) != 2:
-            raise ValueError(f"network='conv' needs shape=(height, width), got {self.shape}")
+            raise ValueError(f"shape: expected (height, width) for network='conv', got {self.shape}")
         return self.shape  # type: ignore[return-value]
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        return self.generator.scaled(y, type(self).__name__)
-
     def observation(self, z: Tensor) -> dist.TorchDistribution:
-        """p(y | z) for codes [*, latent], with event shape [D]."""
+        """p(y | z) of codes [*, latent], event shape [D]."""
         return self.generator.distribution(self.generator.decoder(z))
 
     def encode(self, y: Tensor) -> dist.TorchDistribution:
         """q(z | y), event shape [latent]."""
-        return self.encoder(2 * self._scaled(y) - 1)
+        self.generator.check(y, type(self).__name__)
+        return self.encoder(self.generator.center()(y, self._dtype()))
 
     def model(self, y: Tensor) -> None:
-        self._scaled(y)
+        self.generator.check(y, type(self).__name__)
         with pyro.plate(PLATE, len(y)):
             z = pyro.sample("z", self.prior())
             pyro.sample("y", self.observation(z), obs=y)
@@ -109,7 +115,7 @@ class VAE(Pair):
             pyro.sample("z", self.encode(y))
 
     def mean_image(self, z: Tensor) -> Tensor:
-        """E[y | z] in [0, 1], [*, D], for pictures."""
+        """E[y | z], scaled to [0, 1], [*, D]."""
         return self.generator.mean_image(self.observation(z))
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ class VAE(Pair):
 
     @staticmethod
     def form_of(settings: dict) -> str:
-        """The form of data that a VAE of these settings takes."""
+        """The form of data that a VAE with these settings expects."""
         return form_of(settings)
 
     @classmethod

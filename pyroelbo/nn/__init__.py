@@ -1,4 +1,4 @@
-"""Networks for pairs. All accept any number of leading dimensions, so that particles vectorize."""
+"""Networks for pairs. All accept any number of leading dimensions, so that particles are vectorized."""
 
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
 from pyroelbo.nn.layers import (

@@ -1,4 +1,5 @@
-"""Causal networks: logits of every token from those before it, in one pass, or one by one from a cache."""
+"""Causal networks: logits of every token given the tokens before it, in one pass or one at a time from a
+cache."""
 
 from __future__ import annotations
 
@@ -16,12 +17,20 @@ __all__ = ["CausalTransformer", "PixelCNN"]
 
 
 class CausalTransformer(nn.Module):
-    """Tokens [*, T] of 0 … symbols-1 to logits [*, T, symbols]; those at t look at tokens before t alone.
+    """Tokens [*, T] of 0 … symbols-1 to logits [*, T, symbols]; the logits at t depend on tokens before t
+    alone.
 
-    ``layers`` blocks of width ``width`` with ``heads`` heads, normalized before attention and MLP; learned
-    positions for ``length`` tokens; the first token is predicted from a learned start. :meth:`begin`,
-    :meth:`append` and :meth:`step` give the same logits one token at a time, from the keys and values of the
-    tokens so far: O(t) a step.
+    A pre-norm transformer with learned positions; the first token is predicted from a learned start
+    embedding. :meth:`begin`, :meth:`append` and :meth:`step` give the same logits one token at a time from
+    cached keys and values, O(t) per step.
+
+    Args:
+        symbols: number of symbols.
+        length: largest number of tokens.
+        width: number of features, a multiple of ``heads``.
+        layers: number of blocks.
+        heads: attention heads of each block.
+        dropout: probability of dropout in embeddings and blocks.
 
     Sources: Vaswani et al. (2017); Radford et al. (2019).
     """
@@ -38,7 +47,7 @@ class CausalTransformer(nn.Module):
         super().__init__()
         positive_count("width", width, "number of features")
         if width % heads:
-            raise ValueError(f"width takes a multiple of heads={heads}, got {width}")
+            raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
         self.symbols, self.length = symbols, length
         self.embed = nn.Embedding(symbols + 1, width)  # the last row is the start
         self.places = nn.Parameter(0.02 * torch.randn(length, width))
@@ -51,7 +60,7 @@ class CausalTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[-1] > self.length:
-            raise ValueError(f"this network has places for {self.length} tokens, got {tokens.shape[-1]}")
+            raise ValueError(f"tokens: expected at most {self.length} of them, got {tokens.shape[-1]}")
         rows = tokens.reshape(-1, tokens.shape[-1])
         start = rows.new_full((len(rows), 1), self.symbols)
         x = self.embed(torch.cat([start, rows[:, :-1]], 1)) + self.places[: rows.shape[1]]
@@ -61,13 +70,13 @@ class CausalTransformer(nn.Module):
         return self.head(self.norm(x)).reshape(*tokens.shape, self.symbols)
 
     def begin(self, lead: torch.Size) -> Any:
-        """The cache of no tokens yet."""
+        """The empty cache, for sequences of batch shape ``lead``."""
         rows = math.prod(lead)
         start = torch.full((rows,), self.symbols, device=self.places.device)
         return lead, start, 0, [None] * len(self.blocks)
 
     def append(self, cache: Any, token: Tensor) -> Any:
-        """The cache after ``token`` [*lead]."""
+        """The cache after appending ``token`` [*lead]."""
         lead, last, place, memory = cache
         _, memory = self._run(last, place, memory)
         return lead, token.reshape(-1), place + 1, memory
@@ -97,29 +106,38 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
-        """x [n, t, width] and what came before it; causal among themselves."""
+        """x [n, t, width] attends to itself causally and to the cached keys and values ``past``."""
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.inwards(self.before(x)).chunk(3, -1)
         )
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        # A single query may look at everything so far; more than one only come without a past.
+        # a single query may attend to everything so far; several queries only occur without a past
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=past is None and x.shape[1] > 1)
         x = x + self.dropout(self.outwards(mixed.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.between(x))), (key, value)
 
 
-_GAIN = 1.5  # of a gated layer's weights at the start
+_GAIN = 1.5  # of a gated layer's initial weights
 
 
 class PixelCNN(nn.Module):
-    """Pixels [*, H·W] of 0 … symbols-1, in rows, to logits [*, H·W, symbols], by gated masked convolutions.
+    """Pixels [*, H·W] of 0 … symbols-1, row by row, to logits [*, H·W, symbols], by gated masked
+    convolutions.
 
-    Two stacks without a blind spot: the vertical one at row i sees the rows above i, the horizontal one at (i, j)
-    the pixels to the left of j in row i, and the vertical stack there. ``layers`` of ``channels`` features,
-    windows of ``2·reach + 1``. :meth:`begin`, :meth:`append` and :meth:`step` give the same logits a pixel
-    at a time from the features so far: O(layers · channels² · reach²) a pixel.
+    Two stacks, so that there is no blind spot: at (i, j) the vertical stack sees the rows above i, the
+    horizontal stack the pixels left of j in row i and the vertical stack. :meth:`begin`, :meth:`append` and
+    :meth:`step` give the same logits one pixel at a time from cached features, O(layers · channels² · reach²)
+    per pixel.
+
+    Args:
+        symbols: number of grey levels.
+        shape: height and width of the images.
+        channels: number of features of each layer.
+        layers: number of layers.
+        reach: windows are ``2·reach + 1`` pixels wide.
+        dropout: probability of dropout of features.
 
     Source: van den Oord, Kalchbrenner, Vinyals, Espeholt, Graves and Kavukcuoglu (2016), figure 2.
     """
@@ -136,10 +154,11 @@ class PixelCNN(nn.Module):
         super().__init__()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(
-                f"shape takes (height, width) of images, got {tuple(shape)}: sequences take network='transformer'"
+                f"shape: expected (height, width) of images, got {tuple(shape)}; use network='transformer' "
+                "for sequences"
             )
         positive_count("width", channels, "number of channels")
-        positive_count("layers", layers, "number of layers")  # with none a pixel would see itself
+        positive_count("layers", layers, "number of layers")  # without layers a pixel would see itself
         self.symbols, self.shape, self.channels = symbols, tuple(shape), channels
         self.blocks = nn.ModuleList(
             _Gated(2 if i == 0 else channels, channels, reach, i == 0, dropout) for i in range(layers)
@@ -157,7 +176,7 @@ class PixelCNN(nn.Module):
         return self.head(horizontal.movedim(1, -1)).reshape(*tokens.shape, self.symbols)
 
     def _seen(self, tokens: Tensor) -> Tensor:
-        """Two features of a pixel: its level in [-1, 1], and that it is there at all (padding is not)."""
+        """Two features of a pixel: its level in [-1, 1], and 1, which tells it from padding."""
         level = 2 * tokens.to(self._like.dtype) / (self.symbols - 1) - 1
         return torch.stack([level, torch.ones_like(level)], -1)
 
@@ -166,7 +185,7 @@ class PixelCNN(nn.Module):
         return next(self.parameters())
 
     def begin(self, lead: torch.Size) -> Any:
-        """The cache of no pixels yet."""
+        """The empty cache, for images of batch shape ``lead``."""
         height, width = self.shape
         rows, like = math.prod(lead), self._like
         sizes = [2, *[self.channels] * len(self.blocks)]
@@ -176,7 +195,8 @@ class PixelCNN(nn.Module):
         return cache
 
     def append(self, cache: Any, token: Tensor) -> Any:
-        """The cache after ``token`` [*lead]; the old one must not be used any more (its maps are written on)."""
+        """The cache after appending ``token`` [*lead]; the old one is invalid, as its maps are written in
+        place."""
         lead, vertical, horizontal, place = cache
         i, j = divmod(place, self.shape[1])
         for maps in (vertical, horizontal):
@@ -187,7 +207,8 @@ class PixelCNN(nn.Module):
         return cache
 
     def _fill(self, cache: Any) -> None:
-        """The features of the next pixel, and at a row's start the vertical ones of the whole row."""
+        """Compute the features of the next pixel, and at the start of a row the vertical features of the
+        row."""
         _, vertical, horizontal, place = cache
         i, j = divmod(place, self.shape[1])
         block: Any
@@ -204,8 +225,8 @@ class PixelCNN(nn.Module):
 
 
 class _Gated(nn.Module):
-    """One layer of both stacks. In the first the horizontal stack does not see the pixel itself; the vertical
-    stack never sees its own row: its rows are shifted down by one in the first layer."""
+    """One layer of both stacks. The first layer excludes the pixel itself from the horizontal stack, and
+    shifts the vertical stack down by one row, so that it never sees its own row."""
 
     def __init__(self, takes: int, channels: int, reach: int, first: bool, dropout: float) -> None:
         super().__init__()
@@ -216,7 +237,7 @@ class _Gated(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout2d(dropout)
         for conv in (self.down, self.across, self.link, self.out):
-            # A gate about halves what it gets; torch's own start would make deep vertical features vanish.
+            # a gate halves its input or so; with torch's default, deep vertical features would vanish
             nn.init.normal_(conv.weight, std=_GAIN / conv.weight[0].numel() ** 0.5)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
@@ -224,7 +245,7 @@ class _Gated(nn.Module):
     def forward(self, vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
         r, first = self.reach, int(self.first)
         height, width = vertical.shape[-2:]
-        # The first layer looks at the reach + 1 rows above, later ones at their own row and those above.
+        # the first layer sees the reach + 1 rows above, later layers their own row and those above
         up = _gate(self.down(F.pad(vertical, (r, r, r + first, 0)))[..., :height, :])
         left = self.across(F.pad(horizontal, (r, 0, 0, 0)))[..., :width]
         return up, self._join(up, left, horizontal)

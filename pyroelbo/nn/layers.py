@@ -1,4 +1,5 @@
-"""Networks for pairs. All accept any number of leading dimensions, so that particles vectorize."""
+"""Layers and small networks. All accept any number of leading dimensions, so that particles are
+vectorized."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> None:
         if len(sizes) < 2 or any(s < 1 for s in sizes):
-            raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
+            raise ValueError(f"sizes: expected at least two positive widths, got {tuple(sizes)}")
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
@@ -42,7 +43,8 @@ class MLP(nn.Sequential):
 
 
 def bounded(raw: Tensor, limit: float) -> Tensor:
-    """limit · tanh(raw / limit): the identity near zero, within ± ``limit`` (Vahdat and Kautz, 2020, soft clamp)."""
+    """limit · tanh(raw / limit): the identity near zero, within ± ``limit`` (Vahdat and Kautz, 2020, soft
+    clamp)."""
     return limit * torch.tanh(raw / limit)
 
 
@@ -53,8 +55,8 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 
 
 def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> Any:
-    """Network from x [*, dims] to [*, out, dims] whose outputs at d depend on the coordinates before d alone; with
-    ``context``, called as ``network(x, c)`` with c [*, context], on which all outputs may depend.
+    """Network from x [*, dims] to [*, out, dims] whose outputs at d depend on the coordinates before d alone;
+    with ``context``, called as ``network(x, c)`` with c [*, context], on which all outputs may depend.
 
     Raises ValueError for no hidden layer. Source: Germain, Gregor, Murray and Larochelle (2015).
     """
@@ -71,26 +73,26 @@ def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> 
 
 
 class LinearNormal(nn.Linear):
-    """N(W x + b, diag s²): a mean that is linear in x, and scales s = exp(log_scale) of their own."""
+    """N(W x + b, diag s²): a mean that is linear in x, scales s = exp(log_scale) that do not depend on x."""
 
     def __init__(self, takes: int, out: int) -> None:
         super().__init__(takes, out)
         self.log_scale = nn.Parameter(torch.zeros(out))
 
     def distribution(self, x: Tensor) -> dist.Normal:
-        """Of batch shape [*, out]."""
+        """N(W x + b, diag s²) of batch shape [*, out]."""
         return dist.Normal(self(x), self.log_scale.exp())
 
 
 class GatedMLP(nn.Sequential):
-    """Layers ``sizes[0] → … → sizes[-1]``, every one but the last gated: h = (A x + a) · σ(B x + b).
+    """Layers ``sizes[0] → … → sizes[-1]``, gated except the last: h = (A x + a) · σ(B x + b).
 
     Source: Dauphin, Fan, Auli and Grangier (2017); Tomczak and Welling (2018) for VAEs.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         if len(sizes) < 2 or any(s < 1 for s in sizes):
-            raise ValueError(f"sizes takes at least two positive widths, got {tuple(sizes)}")
+            raise ValueError(f"sizes: expected at least two positive widths, got {tuple(sizes)}")
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(sizes[:-1]):
             layers += [nn.Linear(a, 2 * b), nn.GLU()]
@@ -101,8 +103,8 @@ NORMS = ("batch", "layer", "none")
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalization of the last dimension, over any number of leading ones; a single row, which has no spread
-    of its own, takes the running averages."""
+    """Batch normalization of the last dimension over all leading ones; a single row, which has no variance,
+    is normalized by the running averages."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -114,13 +116,13 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Dense(nn.Module):
-    """SiLU(norm(W x)), dropped out with probability ``dropout``, plus x where the widths ``a`` and ``b`` are the same;
-    ``gated`` is u · σ(v) with (u, v) = norm(W x) in place of SiLU, at twice the cost."""
+    """Dropout(SiLU(norm(W x))), plus x if the widths ``a`` and ``b`` are equal; with ``gated``, u · σ(v) with
+    (u, v) = norm(W x) instead of SiLU, at twice the cost."""
 
     def __init__(self, a: int, b: int, norm: str = "none", dropout: float = 0.0, gated: bool = False) -> None:
         super().__init__()
         if norm not in NORMS:
-            raise ValueError(f"norm takes one of {NORMS}, got {norm!r}")
+            raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
         out = 2 * b if gated else b
         self.linear = nn.Linear(a, out, bias=norm != "batch")
         norms = {"batch": BatchNorm, "layer": nn.LayerNorm, "none": nn.Identity}
@@ -135,8 +137,8 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution of images [*, C, H, W] with any number of leading dimensions, that keeps their size at
-    ``stride`` 1."""
+    """Convolution of images [*, C, H, W] with any number of leading dimensions; ``stride`` 1 keeps their
+    size."""
 
     def __init__(self, a: int, b: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__(a, b, kernel, stride=stride, padding=kernel // 2)
@@ -147,8 +149,8 @@ class Conv(nn.Conv2d):
 
 
 class ConvCell(nn.Module):
-    """x + ``gain`` · (a bottleneck of four convolutions of SiLU(x), two of them 3x3); ``b`` channels other than
-    ``a`` drop x. The 3x3 become 1x1 where images are ``small``.
+    """x + ``gain`` · (a bottleneck of four convolutions of SiLU(x), two of them 3x3), without x if the
+    numbers of channels ``a`` and ``b`` differ. The 3x3 convolutions become 1x1 for ``small`` images.
 
     Source: Child (2021), figure 3.
     """
@@ -209,7 +211,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Codes [*, latent] to ``out`` numbers a pixel, [*, H·W·out]: an MLP layer, then two transposed
+    """Codes [*, latent] to ``out`` numbers per pixel, [*, H·W·out]: an MLP layer, then two transposed
     convolutions."""
 
     def __init__(
@@ -231,6 +233,6 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         image = self.layers(z.reshape(-1, z.shape[-1]))
-        # Sizes that four does not divide are decoded larger and cut.
+        # sizes that are no multiple of four are decoded larger and cropped
         image = image[..., : self.shape[0], : self.shape[1]]
         return torch.movedim(image, 1, -1).reshape(*z.shape[:-1], -1)

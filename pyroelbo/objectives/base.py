@@ -15,6 +15,8 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.masks import ModelMasks
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.objectives.order import mean_field_fault
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
@@ -37,7 +39,8 @@ class Update:
     """One parameter update of a training step.
 
     Args:
-        loss: a Pyro ELBO with a ``differentiable_loss``; its gradient is taken for the parameters of ``parts`` only.
+        loss: a Pyro ELBO with a ``differentiable_loss``; its gradient is taken for the parameters of
+            ``parts`` only.
         parts: names of the pair's parts (:meth:`~pyroelbo.Pair.part`), or None for all trainable parameters.
         times: how often the update is made in one training step.
     """
@@ -48,8 +51,8 @@ class Update:
 
 
 class Objective:
-    """What :func:`~pyroelbo.fit` asks of an objective (abstract; a mixin for Pyro's ``ELBO``, or a class of its own that
-    defines :meth:`updates`).
+    """What :func:`~pyroelbo.fit` asks of an objective (abstract; a mixin for Pyro's ``ELBO``, or a class of
+    its own that defines :meth:`updates`).
 
     A new objective overrides what differs from the defaults here and adds one row to
     :data:`~pyroelbo.objectives.OBJECTIVES`.
@@ -94,10 +97,12 @@ class Objective:
         return {"loss": Update(self)}  # type: ignore[arg-type]
 
     def check(self, pair: Pair, batch: Batch) -> None:
-        """Refuse, before training, what this objective cannot train: ValueError or TypeError with the reason."""
+        """Refuse, before training, what this objective cannot train, by a ValueError or TypeError."""
 
     def validate(self, pair: Pair, y: Batch) -> Bound:
-        """The bound on ln p(y) that belongs to this objective, in evaluation mode; its method names the metric."""
+        """The bound on ln p(y) that belongs to this objective, in evaluation mode; its method names the
+        metric.
+        """
         return evidence.elbo(pair, y, particles=8)
 
     def describe(self) -> str:
@@ -120,10 +125,30 @@ def adapt(loss: Any) -> Objective:
         )
     if not hasattr(loss, "differentiable_loss"):
         raise TypeError(
-            f"objective: expected a loss with a differentiable_loss, got {type(loss).__name__}: train it with "
+            f"objective: expected a loss with a differentiable_loss, got {type(loss).__name__}: train it "
+            f"with "
             "pyro.infer.SVI"
         )
     return Adapted_ELBO(loss)
+
+
+def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
+    """Run a loss once: whatever it raises becomes a ValueError that says what the loss expects of a pair."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return loss.differentiable_loss(pair.model, pair.guide, *args, **kwargs)
+
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), Programs(pair).quiet():
+            batches.call(run, batch)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"objective: expected {expected}, got {pair.name}, on which {loss.describe()} raises "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error
 
 
 class WrappedELBO(ELBO):
@@ -162,6 +187,8 @@ class Adapted_ELBO(Objective, WrappedELBO):
 
         with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
             found = batches.call(fault, batch)
+        if found is None:
+            refuse_failing(self, pair, batch, "a guide site for every latent, with a density for each")
         if found is not None:
             raise ValueError(
                 f"objective 'mean_field' (TraceMeanField_ELBO) is wrong for {pair.name}: {found}"
@@ -171,8 +198,21 @@ class Adapted_ELBO(Objective, WrappedELBO):
         return Objective.describe(self.inner)  # type: ignore[arg-type]
 
 
+def _inside(handler: Messenger, program: Any) -> Any:
+    """``program`` run inside a handler."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with handler:
+            return program(*args, **kwargs)
+
+    run.pair = getattr(program, "pair", None)  # type: ignore[attr-defined]
+    return run
+
+
 class ScaleLatents(Messenger):
-    """Multiplies ln p and ln q of every latent site by ``weight``, so that a loss is -E ln p(y|z) + weight · KL."""
+    """Multiplies ln p and ln q of every latent site by ``weight``, so that a loss is -E ln p(y|z) + weight ·
+    KL.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -184,11 +224,13 @@ class ScaleLatents(Messenger):
 
 
 class Weighted_ELBO(Objective, WrappedELBO):
-    """E[-ln p(y | z)] + ``weight`` · KL: another ELBO with the latents' terms, in model and guide, scaled by ``weight``.
+    """E[-ln p(y | z)] + ``weight`` · KL: another ELBO with the latents' terms, in model and guide, scaled by
+    ``weight``.
 
     The weight belongs to the objective, never to the model, so the model's evidence can still be evaluated.
-    Set ``objective.weight`` between steps to anneal. With a weight below 1 the value is no lower bound on ln p(y), above
-    1 it is a looser one. Works with any of Pyro's ELBOs that multiplies latent sites by their scale.
+    Set ``objective.weight`` between steps to anneal. With a weight below 1 the value is no lower bound on ln
+    p(y), above 1 it is a looser one. Works with any of Pyro's ELBOs that multiplies latent sites by their
+    scale.
 
     Source: Higgins et al. (2017); Bowman et al. (2016) for annealing.
     """
@@ -199,13 +241,7 @@ class Weighted_ELBO(Objective, WrappedELBO):
         self.weight = weight
 
     def _scaled(self, program: Any) -> Any:
-        handler = ScaleLatents(self.scale)  # type: ignore[arg-type]
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with handler:
-                return program(*args, **kwargs)
-
-        return run
+        return _inside(ScaleLatents(self.scale), program)  # type: ignore[arg-type]
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return super()._get_trace(self._scaled(model), self._scaled(guide), args, kwargs)
@@ -230,7 +266,11 @@ class Weighted_ELBO(Objective, WrappedELBO):
 
 
 class PerDatum(WrappedELBO):
-    """Another ELBO divided by ``count(rows)``, its nats per datum, plus the mean of ``auxiliary(*batch)`` [B] if given."""
+    """Another ELBO divided by ``count(rows)``, its nats per datum, plus the mean of ``auxiliary(*batch)`` [B]
+    if given.
+
+    Latents that the model masks are masked in the guide too (:class:`~pyroelbo.evaluation.masks.ModelMasks`).
+    """
 
     def __init__(
         self,
@@ -243,6 +283,7 @@ class PerDatum(WrappedELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         rows = len(next(iter((*args, *kwargs.values()))))
+        model, guide = (_inside(ModelMasks(), program) for program in (model, guide))
         loss = super().differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
         return loss if self.auxiliary is None else loss + self.auxiliary(*args, **kwargs).mean()
 
@@ -265,6 +306,7 @@ class Pathwise(Objective, Trace_ELBO):
     def _check_pathwise(self, name: str, drawn: Any) -> None:
         if not drawn["fn"].has_rsample:
             raise ValueError(
-                f"guide site {name!r}: expected a reparametrized distribution, got {type(drawn['fn']).__name__}: "
+                f"guide site {name!r}: expected a reparametrized distribution, got "
+                f"{type(drawn['fn']).__name__}: "
                 f"{type(self).__name__} takes pathwise gradients; Trace_ELBO does not need them"
             )

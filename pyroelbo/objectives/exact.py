@@ -20,12 +20,13 @@ __all__ = ["Evidence_ELBO", "Exact_ELBO", "Hard_ELBO"]
 
 
 class Evidence_ELBO(Objective, ELBO):
-    """-ln p(y), by the ``log_evidence`` of an :class:`~pyroelbo.ExactPair`, summed over the batch; no guide is run.
+    """-ln p(y), by the ``log_evidence`` of an :class:`~pyroelbo.ExactPair`, summed over the batch; no guide
+    is run.
 
     With the exact posterior as guide it has the value and gradient of :class:`Exact_ELBO` at the cost of the
     evidence alone: for an autoregressive model one network pass instead of a site for every token. ``model``
-    must be that pair's own ``pair.model``. Raises TypeError for other models, ValueError where the evidence is that of a
-    whole batch (latents outside the data plate).
+    must be that pair's own ``pair.model``. Raises TypeError for other models, ValueError where the evidence
+    is that of a whole batch (latents outside the data plate).
     """
 
     weightable = False
@@ -53,7 +54,8 @@ class Evidence_ELBO(Objective, ELBO):
         rows = len(next(iter((*args, *kwargs.values()))))
         if value.shape != (rows,):
             raise ValueError(
-                f"{type(pair).__name__}.log_evidence: expected shape ({rows},), got {tuple(value.shape)}: use Trace_ELBO "
+                f"{type(pair).__name__}.log_evidence: expected shape ({rows},), got {tuple(value.shape)}: "
+                f"use Trace_ELBO "
                 "for latents outside the data plate"
             )
         return -value.sum()
@@ -70,11 +72,12 @@ class Evidence_ELBO(Objective, ELBO):
 
 
 class Exact_ELBO(Objective, Trace_ELBO):
-    """-ELBO for guides that draw from the exact posterior: only ln w is differentiated, the draws are held fixed.
+    """-ELBO for guides that draw from the exact posterior: only ln w is differentiated, the draws are held
+    fixed.
 
-    With q = p(z | y), ln w = ln p(y, z) - ln q(z | y) equals ln p(y) for every draw z, and its gradient is the gradient
-    of ln p(y), without noise; :class:`~pyro.infer.Trace_ELBO` adds a score term of mean zero. For
-    other guides the gradient is biased: :func:`~pyroelbo.fit` uses this objective only where
+    With q = p(z | y), ln w = ln p(y, z) - ln q(z | y) equals ln p(y) for every draw z, and its gradient is
+    the gradient of ln p(y), without noise; :class:`~pyro.infer.Trace_ELBO` adds a score term of mean zero.
+    For other guides the gradient is biased: :func:`~pyroelbo.fit` uses this objective only where
     ``pair.exact_guide`` is true.
     """
 

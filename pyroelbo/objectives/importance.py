@@ -12,7 +12,7 @@ from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import check_scale, data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.objectives.base import Pathwise
+from pyroelbo.objectives.base import Pathwise, refuse_failing
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
 
@@ -20,16 +20,19 @@ __all__ = ["IWAE_ELBO"]
 
 
 class IWAE_ELBO(Pathwise):
-    """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the guide, in nats.
+    """-Σ_b ln (1/K) Σ_k w_kb: minus the importance-weighted bound of K = ``num_particles`` draws of the
+    guide, in nats.
 
-    ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate "data", whose
-    subsampling scale multiplies the bound and never the weights. The particles are one vectorized plate, so what
-    does not depend on them (features of y) is computed once. With ``weight`` 1 it is a lower bound on ln p(y), at least
-    the ELBO and monotone in K; K = 1 is the ELBO. The signal-to-noise ratio of the guide's gradient falls as K grows
-    (Rainforth et al., 2018): use few particles, or use it as a last phase.
+    ln w_kb = ln p(y_b | z_kb) + ``weight`` · (ln p(z_kb) - ln q(z_kb | y_b)), for each datum of the plate
+    "data", whose subsampling scale multiplies the bound and never the weights. The particles are one
+    vectorized plate, so what does not depend on them (features of y) is computed once. With ``weight`` 1 it
+    is a lower bound on ln p(y), at least the ELBO and monotone in K; K = 1 is the ELBO. The signal-to-noise
+    ratio of the guide's gradient falls as K grows (Rainforth et al., 2018): use few particles, or use it as a
+    last phase.
 
-    Raises ValueError, naming the site, for latents that are not reparametrized or that the guide lacks, sites outside
-    the data plate, and scales other than the plate's own, which would enter the weights. Cost: K evaluations a datum.
+    Raises ValueError, naming the site, for latents that are not reparametrized or that the guide lacks, sites
+    outside the data plate, and scales other than the plate's own, which would enter the weights. Cost: K
+    evaluations a datum.
 
     Source: Burda, Grosse and Salakhutdinov (2016), equation 8.
     """
@@ -39,6 +42,9 @@ class IWAE_ELBO(Pathwise):
     def __init__(self, num_particles: int = 5, weight: float = 1.0, **options: Any) -> None:
         count = positive_count("num_particles", num_particles, "number of draws")
         super().__init__(weight, num_particles=count, vectorize_particles=True, **options)
+
+    def check(self, pair: Pair, batch: Batch) -> None:
+        refuse_failing(self, pair, batch, "networks that accept a leading dimension of particles")
 
     def validate(self, pair: Pair, y: Batch) -> Bound:
         return evidence.iwae(pair, y, particles=self.num_particles)
@@ -76,7 +82,8 @@ class IWAE_ELBO(Pathwise):
         if isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
             check_scale(site, program)
             raise ValueError(
-                f"{program} site {site['name']!r}: expected no scale within the datum (it would enter the weights), got one: "
+                f"{program} site {site['name']!r}: expected no scale within the datum (it would enter the "
+                f"weights), got one: "
                 "use Trace_ELBO for data that are estimated by subsampling"
             )
         terms = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])

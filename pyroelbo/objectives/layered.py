@@ -19,18 +19,19 @@ __all__ = ["Layered_ELBO"]
 class Layered_ELBO(Pathwise):
     """E_q[-ln p(y | z)] + ``weight`` · Σ_l γ_l · max(``free_bits``, KL_l) over the latent sites l, in nats.
 
-    KL_l is the batch mean of KL(q(z_l | …), p(z_l | …)): in closed form where that is the bound's term and torch
-    implements it, otherwise ln q - ln p at the draw. The closed form is the bound's term if the guide draws every latent
-    that the model draws before z_l before z_l as well (top-down encoders: all sites; bottom-up: the top site).
+    KL_l is the batch mean of KL(q(z_l | …), p(z_l | …)): in closed form where that is the bound's term and
+    torch implements it, otherwise ln q - ln p at the draw. The closed form is the bound's term if the guide
+    draws every latent that the model draws before z_l before z_l as well (top-down encoders: all sites;
+    bottom-up: the top site).
 
     With ``free_bits=0`` and weight 1 the loss is -ELBO; otherwise it is an objective, not a bound.
-    ``fit(objective="layered")`` uses the defaults; ``fit(objective=Layered_ELBO(free_bits=0.5), kl_weight=...)``
-    anneals the weight.
+    ``fit(objective="layered")`` uses the defaults; ``fit(objective=Layered_ELBO(free_bits=0.5),
+    kl_weight=...)`` anneals the weight.
 
     Args:
         free_bits: nats that each site may use without penalty (despite the name; a nat is 1.44 bits).
-        balance: while ``weight`` is below 1, γ_l ∝ KL_l (held constant) with mean 1, so that sites with little
-            information are penalized less during warm-up; otherwise γ_l = 1.
+        balance: while ``weight`` is below 1, γ_l ∝ KL_l (held constant) with mean 1, so that sites with
+            little information are penalized less during warm-up; otherwise γ_l = 1.
         weight: weight of the KL terms.
         options: of Pyro's ELBO, such as ``num_particles``.
 
@@ -74,7 +75,9 @@ class Layered_ELBO(Pathwise):
     def _term(
         self, name: str, site: Any, drawn: Any, model: Any, guide: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A site's KL: the scaled sum, the unscaled mean per datum, and the scaled sum if that mean were ``free_bits``."""
+        """A site's KL: the scaled sum, the unscaled mean per datum, and the scaled sum if that mean were
+        ``free_bits``.
+        """
         self._check_pathwise(name, drawn)
         kl = None
         if not drawn_later(name, model, guide):

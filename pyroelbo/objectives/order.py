@@ -28,10 +28,10 @@ def drawn_later(name: str, model: Any, guide: Any) -> list[str]:
 def mean_field_fault(model: Any, guide: Any, *args: Any, **kwargs: Any) -> str | None:
     """Why :class:`~pyro.infer.TraceMeanField_ELBO` would not be a bound for this pair; None if it is one.
 
-    It uses KL(q(z_l | …), p(z_l | …)) in closed form, conditioned on drawn values. If the model's z_l depends on a z_k
-    that the guide draws *from* z_l, the two are dependent given the draws, and the closed form is a term of another
-    guide's bound: it may lie on either side of the ELBO. The order of sites alone does not decide this; where the
-    orders differ, Pyro's provenance tracking does.
+    It uses KL(q(z_l | …), p(z_l | …)) in closed form, conditioned on drawn values. If the model's z_l depends
+    on a z_k that the guide draws *from* z_l, the two are dependent given the draws, and the closed form is a
+    term of another guide's bound: it may lie on either side of the ELBO. The order of sites alone does not
+    decide this; where the orders differ, Pyro's provenance tracking does.
     """
     traced = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.trace(poutine.replay(model, trace=traced)).get_trace(*args, **kwargs)
@@ -47,8 +47,10 @@ def mean_field_fault(model: Any, guide: Any, *args: Any, **kwargs: Any) -> str |
         for other in later:
             if other in above[site] and site in stands_on[other]:
                 return (
-                    f"the model draws {site!r} from {other!r} and the guide {other!r} from {site!r}: the closed-form KL of "
-                    f"{site!r} is not a term of this bound. Use objective='elbo' or 'layered', which samples it, or a "
+                    f"the model draws {site!r} from {other!r} and the guide {other!r} from {site!r}: the "
+                    f"closed-form KL of "
+                    f"{site!r} is not a term of this bound. Use objective='elbo' or 'layered', which "
+                    f"samples it, or a "
                     "top-down guide"
                 )
     return None

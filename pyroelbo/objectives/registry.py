@@ -23,7 +23,8 @@ def _elbo(pair: Pair, particles: int) -> ELBO:
 def _iwae(pair: Pair, particles: int) -> ELBO:
     if particles < 2:
         raise ValueError(
-            f"particles: expected at least 2 for objective 'iwae', got {particles}: with one draw it is 'elbo'"
+            f"particles: expected at least 2 for objective 'iwae', got {particles}: with one draw it is "
+            f"'elbo'"
         )
     return IWAE_ELBO(particles)
 
@@ -49,6 +50,7 @@ def build(objective: Any, pair: Pair, particles: int) -> Objective:
         return adapt(objective)
     if objective not in OBJECTIVES:
         raise ValueError(
-            f"objective: expected one of {tuple(OBJECTIVES)}, an Objective or a pyro.infer.ELBO, got {objective!r}"
+            f"objective: expected one of {tuple(OBJECTIVES)}, an Objective or a pyro.infer.ELBO, got "
+            f"{objective!r}"
         )
     return adapt(OBJECTIVES[objective](pair, particles))

@@ -61,8 +61,11 @@ class Terms:
 
     @property
     def log_weight(self) -> Tensor:
-        """ln p(y, z) - ln q(z | y), [K, B]; its mean over K is the ELBO of each datum."""
-        return self.log_joint - self.log_proposal
+        """ln p(y, z) - ln q(z | y), [K, B], -inf where p(y, z) = 0; its mean over K is the ELBO of each
+        datum."""
+        log_joint = self.log_joint
+        # The posterior of impossible data has no density: inf - inf there would be NaN.
+        return torch.where(log_joint == -math.inf, log_joint, log_joint - self.log_proposal)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, Minibatches
+from pyroelbo.evaluation.probes import check_masks
+from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import check_observation, check_support, observed_part
 from pyroelbo.objectives.base import Update
 from pyroelbo.pair import PLATE, Pair
@@ -21,16 +24,21 @@ __all__ = ["parameters_of", "probe", "trainable"]
 
 
 def probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tensor], int | None]:
-    """Run the pair once, with checks: its trainable leaves by name, and the full size of a subsampled data plate.
+    """Run the pair once, with checks: its trainable leaves by name, and the full size of a subsampled data
+    plate.
 
-    Raises ValueError, naming site or argument, for programs that cannot be run on ``batch``, sites that one program
-    lacks, data outside a site's support, no data plate, and global sites that minibatches would count repeatedly.
+    Raises ValueError, naming site or argument, for programs that cannot be run on ``batch``, sites that one
+    program lacks, masked latents that are in use, data outside a site's support, no data plate, and global
+    sites that minibatches would count repeatedly.
     """
     with poutine.trace(param_only=True) as captured:
         guide, model = _run_once(pair, batch)
     sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
     drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
     _check_sites(sites, drawn)
+    programs = Programs(pair)
+    with torch.random.fork_rng(), torch.no_grad(), programs.quiet():
+        check_masks(programs, batch)
     for site in sites.values():
         if site["is_observed"]:
             check_observation(site, batch)
@@ -55,6 +63,8 @@ def _run_once(pair: Pair, batch: Batch) -> tuple[Any, Any]:
             guide = batches.call(poutine.trace(pair.guide).get_trace, batch)
             with pyro.validation_enabled(False):
                 model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
+        except ValueError as error:  # Pyro adds a table of shapes to it
+            raise ValueError(re.split(r"\n\s*Trace Shapes:", str(error))[0]) from error
         except RuntimeError as error:
             shapes = {k: (tuple(v.shape), str(v.dtype)) for k, v in batches.parts(batch, "batch").items()}
             raise ValueError(
@@ -83,7 +93,8 @@ def _full_size(sites: Mapping[str, Any], loader: Minibatches) -> int | None:
     frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.name == PLATE]
     if not frames:
         raise ValueError(
-            f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+            f'the model has no plate {PLATE!r}: write `with pyro.plate("{PLATE}", len(y)):` around the '
+            f"sites of one datum"
         )
     frame = frames[0]
     full = frame.size if frame.full_size is None else frame.full_size
@@ -99,7 +110,9 @@ def _full_size(sites: Mapping[str, Any], loader: Minibatches) -> int | None:
 
 
 def _check_all(site: Any, batch: Batch, loader: Minibatches) -> None:
-    """Check a whole part of the data, where it is in memory, against the support of the site that observes it."""
+    """Check a whole part of the data, where it is in memory, against the support of the site that observes
+    it.
+    """
     name = observed_part(site, batch)
     if name is None or loader.tensors is None:
         return
@@ -113,7 +126,9 @@ def _check_all(site: Any, batch: Batch, loader: Minibatches) -> None:
 
 
 def trainable(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> dict[str, Tensor]:
-    """The leaves that require gradients and belong to no frozen part; ValueError for unknown parts or if none is left."""
+    """The leaves that require gradients and belong to no frozen part; ValueError for unknown parts or if none
+    is left.
+    """
     frozen = {id(p) for name in freeze for p in pair.part(name).values()}
     trained = {k: p for k, p in leaves.items() if id(p) not in frozen and p.requires_grad}
     if not trained:
@@ -124,7 +139,9 @@ def trainable(pair: Pair, leaves: dict[str, Tensor], freeze: Sequence[str]) -> d
 def parameters_of(
     updates: Mapping[str, Update], pair: Pair, trained: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The trained parameters of each update; updates without any are left out. ValueError where two share one."""
+    """The trained parameters of each update; updates without any are left out. ValueError where two share
+    one.
+    """
     owners: dict[str, str] = {}
     found = {}
     for name, update in updates.items():
@@ -136,7 +153,8 @@ def parameters_of(
         for key in own:
             if key in owners:
                 raise ValueError(
-                    f"objective: expected updates with parts of their own, got {key!r} in {owners[key]!r} and {name!r}"
+                    f"objective: expected updates with parts of their own, got {key!r} in {owners[key]!r} "
+                    f"and {name!r}"
                 )
             owners[key] = name
         if own:

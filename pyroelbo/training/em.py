@@ -1,4 +1,6 @@
-"""`fit_em`: expectation maximization, the alternating maximization of the ELBO, with a check that it is monotone."""
+"""`fit_em`: expectation maximization, the alternating maximization of the ELBO, with a check that it is
+monotone.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from inspect import signature
 from pathlib import Path
@@ -51,6 +54,9 @@ def fit_em(
     gradient_steps: int = 20,
     restarts: int = 1,
     start: str | None = None,
+    weights: Any = None,
+    impossible: str = "error",
+    freeze: Sequence[str] = (),
     seed: int = 0,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
@@ -67,25 +73,35 @@ def fit_em(
     ``e_step`` and ``m_step`` (:class:`ClosedForm`) is fitted by these; for others the M-step maximizes the
     expected log joint by L-BFGS. Each epoch is one E-step and one M-step over all data.
 
-    Metrics start with row 0 of each restart, before its first step; ``loss`` is -ln p(y) (``hard``: -ln p(y, z*)) in
-    nats per datum, after that epoch's step (``stepwise``: the mean over the epoch). A run ends after ``epochs``, or when
-    an epoch gains less than ``tolerance`` (``stopped`` is then ``"converged"``).
+    Metrics start with row 0 of each restart, before its first step; ``loss`` is -ln p(y) (``hard``: -ln p(y,
+    z*)) in nats per datum, after that epoch's step (``stepwise``: the mean over the epoch). A run ends after
+    ``epochs``, or when an epoch gains less than ``tolerance`` (``stopped`` is then ``"converged"``).
 
     Args:
         pair: the pair to fit.
         data: a batch, a map-style Dataset or a DataLoader.
         epochs: most passes over the data, of each restart.
         tolerance: smallest gain of an epoch, nats per datum.
-        hard: replace the posterior by its mode (for continuous z the noise then goes to its floor: take few steps).
+        hard: replace the posterior by its mode (for continuous z the noise then goes to its floor: take few
+            steps).
         batch_size: data in one piece of an E-step; None takes all at once.
         stepwise: exponent κ in (0.5, 1]: an M-step after each piece, on statistics averaged with step sizes
             (k + 2)^-κ (closed forms only).
         gradient_steps: steps of L-BFGS in an M-step that has no closed form.
-        restarts: number of runs, the best of which is kept: the first from the current parameters, the others from
-            ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters stack
+        restarts: number of runs, the best of which is kept: the first from the current parameters, the others
+            from ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters
+            stack
             (:class:`ClosedForm`), otherwise one after another, with the same result.
-        start: how to initialize (mixtures and Gaussian HMMs: ``"k-means"`` or ``"random"``); if given, the first run is
-            initialized too, from ``seed``.
+        start: ``"data"``, where the first run starts from ``pair.initialize``, seeded ``seed``;
+            ``"current"``, from the parameters as they are; or a start that ``initialize`` knows (mixtures and
+            Gaussian HMMs:
+            ``"k-means"`` or ``"random"``), for all runs. By default "data" while the parameters are those of
+            the constructor, otherwise "current"; the progress bar says which.
+        weights: number of times that each datum counts, [N], not negative; data must be in memory then.
+        impossible: what to do with data of probability zero under the start: ``"error"`` or ``"skip"``, which
+            leaves them out and warns with their number.
+        freeze: parts that stay as they are, as do parameters that require no gradient. The M-step of the
+            others is by gradients then.
         seed: seed of starts and data order.
         device: where to fit; CUDA if there is one, unless given.
         out: a new run directory, as in :func:`~pyroelbo.fit`.
@@ -96,10 +112,10 @@ def fit_em(
         progress: show a progress bar.
         callbacks: called with each row of metrics; one that raises KeyboardInterrupt stops the run.
 
-    Raises TypeError for a pair with neither an exact posterior nor finite latents; ValueError for too few data,
-    or a datum of probability zero (with its row and epoch); :class:`NotMonotone` if a step lowers the objective by more
-    than rounding can: 1e-9 of the sum of its terms' sizes in float64, 1e-5 in float32 (not for ``stepwise``, which
-    is not monotone).
+    Raises TypeError for a pair with neither an exact posterior nor finite latents; ValueError for too few
+    data, or a datum of probability zero (with its row and epoch); :class:`NotMonotone` if a step lowers the
+    objective by more than rounding can: 1e-9 of the sum of its terms' sizes in float64, 1e-5 in float32 (not
+    for ``stepwise``, which is not monotone).
 
     Source: Dempster, Laird, Rubin (1977); Neal and Hinton (1998); Cappé and Moulines (2009) for stepwise EM.
     """
@@ -110,26 +126,40 @@ def fit_em(
     _check_settings(epochs, tolerance, batch_size, stepwise, gradient_steps, restarts, seed)
     if resume and out is None:
         raise ValueError("resume: expected the run directory to continue: give out=")
-    closed = isinstance(pair, ClosedForm)
+    frozen = _frozen(pair, freeze)
+    closed = isinstance(pair, ClosedForm) and not frozen
     if not any(closed or p.requires_grad for p in pair.parameters()):
         raise ValueError(
-            f"pair: expected parameters in its modules, got none in {pair.name}: fit trains those of pyro.param"
+            f"pair: expected parameters in its modules, got none in {pair.name}: fit trains those of "
+            f"pyro.param"
         )
     if stepwise is not None and not closed:
         raise ValueError(
-            f"stepwise: expected a pair with e_step and m_step, got {pair.name}: use fit, which takes minibatches"
+            f"stepwise: expected a pair with e_step and m_step, got {pair.name}: use fit, which takes "
+            f"minibatches"
         )
     if restarts > 1 and not hasattr(pair, "initialize"):
         raise ValueError(f"restarts: expected a pair with initialize(*batch), got {pair.name}")
-    if start is not None and "start" not in signature(getattr(pair, "initialize", lambda: None)).parameters:
-        raise ValueError(f"start: expected a pair whose initialize has an argument start, got {pair.name}")
+    known = "start" in signature(getattr(pair, "initialize", lambda: None)).parameters
+    if start == "data" and not hasattr(pair, "initialize"):
+        raise ValueError(f"start: expected a pair with initialize(*batch) for 'data', got {pair.name}")
+    if start not in (None, "data", "current") and not known:
+        raise ValueError(
+            f"start: expected 'data' or 'current' for {pair.name}, whose initialize has no argument start, "
+            f"got "
+            f"{start!r}"
+        )
+    if impossible not in ("error", "skip"):
+        raise ValueError(f"impossible: expected 'error' or 'skip', got {impossible!r}")
     limit = math.inf if budget is None else duration(budget)
     place = choose_device(device)
     loader = Minibatches(data, batch_size or sys.maxsize, seed)
+    weights = None if weights is None else _checked_weights(weights, loader)
     least = getattr(pair, "least_data", 1)
     if loader.size is not None and loader.size < least:
         raise ValueError(f"data: expected at least {least} rows for {pair.name}, got {loader.size}")
     pyro.set_rng_seed(seed)
+    begins = start or ("data" if pair.pristine else "current")
     pair.to(place)
     settings = {
         **(config or {}),
@@ -141,19 +171,29 @@ def fit_em(
         "gradient_steps": gradient_steps,
         "restarts": restarts,
         "start": start,
+        "impossible": impossible,
+        "freeze": list(freeze),
         "seed": seed,
         "objective": "hard_em" if hard else "em",
         "fingerprint": loader.fingerprint(),
+        "weights": None if weights is None else batches.fingerprint(weights),
     }
-    steps = ClosedSteps(pair, hard) if closed else GradientSteps(pair, hard, gradient_steps)
+    steps = ClosedSteps(pair, hard) if closed else GradientSteps(pair, hard, gradient_steps, frozen)
+    way = None if begins in ("data", "current") else begins
+    if begins != "current":
+        _initialize(pair, batches.to(_known(loader), place), seed, way)
+    if start is None and progress and hasattr(pair, "initialize"):
+        tqdm.write(f"fit_em: {pair.name} starts from {begins!r} (start= chooses)", file=sys.stderr)
+    if impossible == "skip":
+        loader, weights = _possible(steps, loader, weights, place)
     first = batches.to(loader.first(), place)
-    if start is not None:
-        _initialize(pair, batches.to(_known(loader), place), seed, start)
+    scale = None if weights is None else Minibatches(weights, loader.batch_size, seed)
+    share: Any = None if scale is None else batches.to(scale.first(), place)
     # Bad input is refused before anything is written; if this is the whole first E-step it is not repeated.
-    probed = None if resume else steps.expect(first)
+    probed = None if resume else steps.expect(first, share)
     run = None if out is None else RunDirectory.create(out, settings, resume)
     with closing(run) if run is not None else nullcontext():
-        job = _Job(pair, steps, loader, place, run, probed if loader.whole else None, seed, start)
+        job = _Job(pair, steps, loader, scale, place, run, probed if loader.whole else None, seed, way)
         job.side_by_side = restarts > 1 and closed and batches.call(getattr(pair, "stacks", _never), first)
         if run is not None and resume:
             with run.restoring():
@@ -164,14 +204,45 @@ def fit_em(
         )
         seconds = time.perf_counter() - began
         if run is not None:
-            summary = {
-                "stopped": stopped,
-                "epochs": job.epoch,
-                "steps": job.step,
-                "seconds": round(seconds, 3),
-            }
-            run.finish(state_of(pair), summary)
+            run.finish(state_of(pair), stopped=stopped, epochs=job.epoch, steps=job.step, seconds=seconds)
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
+
+
+def _frozen(pair: Pair, freeze: Sequence[str]) -> frozenset[int]:
+    """Identities of the parameters that must stay."""
+    if isinstance(freeze, str):
+        raise TypeError(f"freeze: expected a sequence of part names, got the string {freeze!r}")
+    parts = {id(p) for name in freeze for p in pair.part(name).values()}
+    return frozenset(parts | {id(p) for p in pair.parameters() if not p.requires_grad})
+
+
+def _checked_weights(weights: Any, loader: Minibatches) -> Tensor:
+    """Weights as a tensor [N]; ValueError for others."""
+    found = batches.as_batch(weights, "weights")
+    if not isinstance(found, Tensor) or loader.tensors is None or found.shape != (loader.size,):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(weights).__name__
+        raise ValueError(f"weights: expected one number for each of {loader.size} data in memory, got {got}")
+    if not bool((found >= 0).all()) or not bool((found > 0).any()):
+        raise ValueError(f"weights: expected numbers of at least 0, not all 0, got {found.min().item()}")
+    return found.double()
+
+
+def _possible(
+    steps: Any, loader: Minibatches, weights: Tensor | None, place: torch.device
+) -> tuple[Minibatches, Tensor | None]:
+    """The data, and their weights, to which the current parameters give a positive probability."""
+    if loader.tensors is None:
+        raise ValueError("impossible: expected data in memory for 'skip', got a Dataset or DataLoader")
+    values = [steps.expect(batches.to(b, place), None)[0].cpu() for b in loader.in_order()]
+    keep = torch.cat(values) != -math.inf
+    if bool(keep.all()):
+        return loader, weights
+    if not bool(keep.any()):
+        raise ValueError("data: expected some rows of positive probability under the start, got none")
+    left_out = int((~keep).sum())
+    warnings.warn(f"data: left out {left_out} of {len(keep)} rows, which the start gives probability zero")
+    kept = batches.rows(loader.tensors, keep)
+    return Minibatches(kept, loader.batch_size, loader.seed), None if weights is None else weights[keep]
 
 
 def _never(*batch: Any, **named: Any) -> bool:
@@ -203,13 +274,14 @@ class _Job:
         pair: Pair,
         steps: Any,
         loader: Minibatches,
+        weights: Minibatches | None,
         place: torch.device,
         run: RunDirectory | None,
         probed: tuple[Tensor, Any] | None,
         seed: int,
         start: str | None,
     ) -> None:
-        self.probed, self.seed, self.start = probed, seed, start
+        self.probed, self.seed, self.start, self.weights = probed, seed, start, weights
         self.pair, self.steps, self.loader, self.place, self.run = pair, steps, loader, place, run
         self.side_by_side = False
         self.active: list[int] = []
@@ -335,21 +407,31 @@ class _Job:
             found = torch.zeros(()) if prior is None else torch.as_tensor(prior()).cpu()
         return found.double().expand(len(self.active) or 1)
 
-    def _expect(self) -> tuple[list[float], Any, int]:
+    def _pieces(self, epoch: int | None) -> Iterator[tuple[Batch, Tensor | None, float]]:
+        """Pieces of the data with their weights and total weight: in order, or shuffled for an epoch."""
+        pieces = self.loader.in_order() if epoch is None else self.loader.epoch(epoch)
+        if self.weights is None:
+            for batch in pieces:
+                yield batches.to(batch, self.place), None, batches.size(batch)
+            return
+        shares: Any = self.weights.in_order() if epoch is None else self.weights.epoch(epoch)
+        for batch, share in zip(pieces, shares, strict=True):
+            yield batches.to(batch, self.place), share.to(self.place), float(share.sum())
+
+    def _expect(self) -> tuple[list[float], Any, float]:
         """The objective of all data under the current parameters, the statistics, and the number of data."""
-        total, count, statistics = self._log_prior(), 0, None
+        total, count, statistics = self._log_prior(), 0.0, None
         self.sizes = total.abs()
-        for batch in self.loader.in_order():
-            batch = batches.to(batch, self.place)
-            value, found = self.probed or self.steps.expect(batch)
+        for batch, share, number in self._pieces(None):
+            value, found = self.probed or self.steps.expect(batch, share)
             self.probed = None
-            total = total + self._sum(value, count)
-            self.sizes = self.sizes + value.double().abs().sum(-1).cpu()
-            count += batches.size(batch)
+            total = total + self._sum(value, share, count)
+            self.sizes = self.sizes + self._sum(value.abs(), share, count)
+            count += number
             statistics = found if statistics is None else self.steps.add(statistics, found)
         return total.tolist(), statistics, count
 
-    def _sum(self, value: Tensor, before: int) -> Tensor:
+    def _sum(self, value: Tensor, share: Tensor | None, before: float) -> Tensor:
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
             row, found = int(bad.nonzero()[0, -1]), float(value[bad][0])
@@ -359,21 +441,21 @@ class _Job:
                 else "the parameters are not finite"
             )
             raise ValueError(
-                f"data: expected a finite log probability for every datum, got {found} for datum {before + row} (of that pass) "
+                f"data: expected a finite log probability for every datum, got {found} for datum "
+                f"{int(before) + row} (of that pass) "
                 f"of {self.pair.name} in epoch {self.epoch + 1}: {why}"
             )
-        return value.double().sum(-1).cpu()
+        value = value.double()
+        return (value if share is None else value * share).sum(-1).cpu()
 
-    def _stepwise(self, exponent: float) -> tuple[list[float], int]:
-        total, count = self._log_prior(), 0
-        size = self.loader.size
-        for batch in self.loader.epoch(self.epoch):
-            batch = batches.to(batch, self.place)
-            value, found = self.steps.expect(batch)
-            total = total + self._sum(value, count)
-            number = batches.size(batch)
+    def _stepwise(self, exponent: float) -> tuple[list[float], float]:
+        total, count = self._log_prior(), 0.0
+        size: Any = self.loader.size if self.weights is None else self.weights.tensors.sum()  # type: ignore
+        for batch, share, number in self._pieces(self.epoch):
+            value, found = self.steps.expect(batch, share)
+            total = total + self._sum(value, share, count)
             count += number
-            found = {k: v * ((size or number) / number) for k, v in found.items()}
+            found = {k: v * (float(size or number) / number) for k, v in found.items()}
             if self.running is None:
                 self.running = found
             else:
@@ -383,7 +465,7 @@ class _Job:
             self.step += 1
         return total.tolist(), count
 
-    def _check(self, values: list[float], count: int) -> None:
+    def _check(self, values: list[float], count: float) -> None:
         rounding = 1e-9 if next(iter(state_of(self.pair).values())).dtype == torch.float64 else 1e-5
         for restart, old, new, size in zip(
             self.active, self.values, values, self.sizes.tolist(), strict=True
@@ -392,11 +474,12 @@ class _Job:
                 which = f"epoch {self.epoch + 1}" + (f", restart {restart}" if restart else "")
                 raise NotMonotone(
                     f"step {self.step} ({which}) of {self.pair.name} lowered the objective from "
-                    f"{old / count:.9f} to {new / count:.9f} nats per datum: its M-step does not maximize the expected log "
+                    f"{old / count:.9f} to {new / count:.9f} nats per datum: its M-step does not maximize "
+                    f"the expected log "
                     "joint, or its E-step belongs to another model"
                 )
 
-    def _record(self, values: list[float], count: int, callbacks: Sequence[Callable], bar: Any) -> None:
+    def _record(self, values: list[float], count: float, callbacks: Sequence[Callable], bar: Any) -> None:
         rows = []
         for restart, value, prior in zip(self.active, values, self._log_prior().tolist(), strict=True):
             loss = -(value - prior) / count
@@ -466,7 +549,8 @@ class _Job:
     def _statistics(self, stored: dict[str, Tensor]) -> Statistics | None:
         if not stored:
             return None
-        _, like = self.steps.expect(batches.to(self.loader.first(), self.place))
+        batch, share, _ = next(self._pieces(None))
+        _, like = self.steps.expect(batch, share)
         fields: dict[str, dict[str, Tensor]] = {}
         for key, value in stored.items():
             name, part = key.split("/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,17 +26,19 @@ Statistics = dict[str, Any]
 class ClosedForm(Protocol):
     """What a pair defines for an M-step in closed form.
 
-    A pair may also have ``initialize(*batch)``, a random start from data, used by restarts (with a choice of starts if it
-    has an argument ``start``); ``log_prior()``, the log density of its parameters (MAP: the objective is the evidence of
-    all data plus this); and ``least_data``, the smallest number of data that it can be fitted to. Where
-    ``stacks(*batch)`` is true, restarts run side by side: parameters then have a leading dimension R, one entry a start,
-    and these methods return ln p(y) as [R, B], the log prior as [R], and statistics with a leading R.
+    A pair may also have ``initialize(*batch)``, a random start from data, used by restarts (with a choice of
+    starts if it has an argument ``start``); ``log_prior()``, the log density of its parameters (MAP: the
+    objective is the evidence of all data plus this); and ``least_data``, the smallest number of data that it
+    can be fitted to. Where ``stacks(*batch)`` is true, restarts run side by side: parameters then have a
+    leading dimension R, one entry a start, and these methods return ln p(y) as [R, B], the log prior as [R],
+    and statistics with a leading R.
     """
 
     def e_step(self, *batch: Tensor, hard: bool) -> tuple[Tensor, Statistics]:
-        """ln p(y) per datum, [B], and the batch's expected sufficient statistics by name: tensors or
-        other values with ``+`` and ``* number``. With ``hard`` the posterior is replaced by its mode z*: ln p(y, z*), and
-        the statistics of z*. Runs without gradients."""
+        """ln p(y) per datum, [B], and the batch's expected sufficient statistics by name: tensors or other
+        values with ``+`` and ``* number``. With ``hard`` the posterior is replaced by its mode z*: ln p(y,
+        z*), and the statistics of z*. Runs without gradients.
+        """
         ...
 
     def m_step(self, statistics: Statistics) -> None:
@@ -54,9 +57,15 @@ class ClosedSteps:
         self.pair, self.hard = pair, hard
 
     @torch.no_grad()
-    def expect(self, batch: Batch) -> tuple[Tensor, Statistics]:
+    def expect(self, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Statistics]:
+        more = {} if weights is None else {"weights": weights}
+        if more and "weights" not in signature(self.pair.e_step).parameters:
+            raise TypeError(
+                f"weights: expected a pair whose e_step has an argument weights, got {self.pair.name}"
+            )
+
         def e_step(*parts: Any, **named: Any) -> Any:
-            return self.pair.e_step(*parts, hard=self.hard, **named)
+            return self.pair.e_step(*parts, hard=self.hard, **more, **named)
 
         return batches.call(e_step, batch)
 
@@ -96,29 +105,44 @@ class GradientSteps:
     Σ marginal · potential = E_q ln p(y, z) by L-BFGS from the current parameters.
     """
 
-    def __init__(self, pair: Pair, hard: bool, steps: int) -> None:
+    def __init__(self, pair: Pair, hard: bool, steps: int, frozen: frozenset[int]) -> None:
         self.pair, self.hard, self.steps = pair, hard, steps
         self.depth: int | None = None
-        self.parameters = [p for p in pair.parameters() if p.requires_grad]
+        self.parameters = [p for p in pair.parameters() if id(p) not in frozen]
+        if not self.parameters:
+            raise ValueError("freeze: expected to leave parameters to fit, got none")
 
-    def expect(self, batch: Batch) -> tuple[Tensor, list[tuple[Batch, tuple[Tensor, ...]]]]:
+    def expect(
+        self, batch: Batch, weights: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Batch, tuple[Tensor, ...]]]]:
+        value, used = self._expect(batch)
+        if weights is not None:
+            if not all(u.dim() and len(u) == len(weights) for u in used):
+                raise TypeError(
+                    f"weights: expected potentials with a leading data dimension, got others from "
+                    f"{self.pair.name}"
+                )
+            used = tuple(u * weights.to(u).reshape(-1, *[1] * (u.dim() - 1)) for u in used)
+        return value, [(batch, used)]
+
+    def _expect(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Log evidence [B], and the expected counts of each potential."""
         if not isinstance(self.pair, ExactPair):
             graph = self._graph(batch)
             with torch.enable_grad():
                 leaves = tuple(f.detach().requires_grad_() for f in graph.factors)
                 value = graph.log_partition(leaves, largest=self.hard)
                 used = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
-            return value.detach(), [(batch, used)]
+            return value.detach(), used
         posterior = batches.call(self.pair.posterior, batch)
         if isinstance(posterior, StructuredDistribution):
-            value, used = posterior.expected_parts(hard=self.hard)
-            return value, [(batch, used)]
+            return posterior.expected_parts(hard=self.hard)
         with torch.no_grad():
             (joint,) = self._potentials(batch)
             if not self.hard:
-                return joint.logsumexp(-1), [(batch, (joint.softmax(-1),))]
+                return joint.logsumexp(-1), (joint.softmax(-1),)
             best = joint.argmax(-1, keepdim=True)
-            return joint.amax(-1), [(batch, (torch.zeros_like(joint).scatter_(-1, best, 1.0),))]
+            return joint.amax(-1), (torch.zeros_like(joint).scatter_(-1, best, 1.0),)
 
     @staticmethod
     def add(a: list, b: list) -> list:
@@ -129,7 +153,8 @@ class GradientSteps:
             graph = enumerate_latents(self.pair, batch, self.depth)
         except Unavailable as error:
             raise TypeError(
-                f"pair: expected an exact posterior or finite latents, got {self.pair.name}: {error}. Train it with fit"
+                f"pair: expected an exact posterior or finite latents, got {self.pair.name}: {error}. Train "
+                f"it with fit"
             ) from error
         self.depth = graph.depth
         return graph

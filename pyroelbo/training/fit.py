@@ -54,32 +54,34 @@ def fit(
 ) -> Run:
     """Train ``pair`` in place on ``data`` by stochastic gradients; losses are in nats per datum.
 
-    Objectives by name: ``"elbo"`` (Trace_ELBO; for an exact guide only ln w is differentiated), ``"mean_field"``
-    (closed-form KL terms; refused where they are not the bound's), ``"layered"`` (closed form where it is the bound's
-    term; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without the guide's entropy), ``"iwae"``
-    (the importance-weighted bound of ``particles`` draws, :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"``
-    (TraceEnum_ELBO), ``"evidence"`` (-ln p(y) of an ExactPair, without its guide). A pair's ``auxiliary_loss(*batch)``,
-    [B], if it has one, is added to the loss (per datum) and never enters a bound.
+    Objectives by name: ``"elbo"`` (Trace_ELBO; for an exact guide only ln w is differentiated),
+    ``"mean_field"`` (closed-form KL terms; refused where they are not the bound's), ``"layered"`` (closed
+    form where it is the bound's term; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"hard"`` (without
+    the guide's entropy), ``"iwae"`` (the importance-weighted bound of ``particles`` draws,
+    :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"`` (TraceEnum_ELBO), ``"evidence"`` (-ln p(y) of an
+    ExactPair, without its guide). A pair's ``auxiliary_loss(*batch)``, [B], if it has one, is added to the
+    loss (per datum) and never enters a bound.
 
     Args:
         pair: the pair to train.
-        data: a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader, which
-            makes its own batches.
+        data: a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader,
+            which makes its own batches.
         valid: a batch whose bound is measured after each epoch, in the metric ``valid_METHOD``.
         device: where to train; CUDA if there is one, unless given.
         out: a new run directory for metrics, checkpoints and the final weights.
-        resume: continue from the checkpoint in ``out``; on the CPU the result equals an unbroken run bit for bit
-            (callables must be the same).
+        resume: continue from the checkpoint in ``out``; on the CPU the result equals an unbroken run bit for
+            bit (callables must be the same).
         config: stored with the run.
         progress: show a progress bar.
         callbacks: called with each epoch's row of metrics; one that raises KeyboardInterrupt stops the run.
         {settings}
 
     Raises, before training starts, ValueError or TypeError for data that are not finite, of wrong shape or
-    outside the likelihood's support (all data in memory are checked; of a Dataset or DataLoader the first batch),
-    sites that do not match, a model without the plate ``"data"``, an unknown part, a checkpoint of another pair;
-    RuntimeError if CUDA is requested and absent; FileExistsError and PermissionError for the run directory. A
-    loss that is not finite raises FloatingPointError and names the epoch; the last checkpoint stays.
+    outside the likelihood's support (all data in memory are checked; of a Dataset or DataLoader the first
+    batch), sites that do not match, a model without the plate ``"data"``, an unknown part, a checkpoint of
+    another pair; RuntimeError if CUDA is requested and absent; FileExistsError and PermissionError for the
+    run directory. A loss that is not finite raises FloatingPointError and names the epoch; the last
+    checkpoint stays.
     """
     known = {f.name for f in dataclasses.fields(FitSettings)}
     unknown = sorted(settings.keys() - known)
@@ -120,13 +122,7 @@ def fit(
         stopped = job.train(loader, place, progress, callbacks)
         seconds = time.perf_counter() - began
         if run is not None:
-            summary = {
-                "stopped": stopped,
-                "epochs": job.epoch,
-                "steps": job.step,
-                "seconds": round(seconds, 3),
-            }
-            run.finish(job.state, summary)
+            run.finish(job.state, stopped=stopped, epochs=job.epoch, steps=job.step, seconds=seconds)
     return Run(tuple(job.metrics), stopped, seconds, None if run is None else run.path)
 
 
@@ -218,7 +214,9 @@ class _Job:
     def train(
         self, loader: Minibatches, place: torch.device, progress: bool, callbacks: Sequence[Callable]
     ) -> str:
-        """Train until the last epoch, an early stop or an interrupt; the pair then has the weights to keep."""
+        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the
+        pair.
+        """
         if self.settings.budget is not None:
             self.deadline = time.monotonic() + duration(self.settings.budget)
         self.loss_sum = self.loss_sum.to(place)
@@ -314,7 +312,8 @@ class _Job:
     def _check_finite(self) -> None:
         if not bool(torch.isfinite(self.loss_sum).all()):
             raise FloatingPointError(
-                f"loss: expected finite values, got {self.loss_sum.tolist()} in epoch {self.epoch + 1}, by step "
+                f"loss: expected finite values, got {self.loss_sum.tolist()} in epoch {self.epoch + 1}, by "
+                f"step "
                 f"{self.step}: lower learning_rate, set clip_norm, or look for a scale that goes to zero"
             )
 

@@ -1,4 +1,6 @@
-"""The settings of a training, once: `fit`'s keywords, the stored configuration and the command line's options."""
+"""The settings of a training, once: `fit`'s keywords, the stored configuration and the command line's
+options.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ __all__ = ["FitSettings"]
 
 
 def _option(about: str, *flags: str, kind: Any = str, names: Any = ()) -> dict[str, Any]:
-    """A setting in one line, further flags of the command line, what parses it there, and the names that it may take."""
+    """A setting in one line, further flags of the command line, what parses it there, and the names that it
+    may take.
+    """
     return {"about": about, "flags": flags, "kind": kind, "names": names}
 
 
@@ -99,17 +103,20 @@ class FitSettings:
             raise ValueError(f"patience: expected a positive number of epochs, got {self.patience!r}")
         if not callable(self.kl_weight) and not self.kl_weight >= 0:
             raise ValueError(
-                f"kl_weight: expected a number of at least 0 or a function of the epoch, got {self.kl_weight!r}"
+                f"kl_weight: expected a number of at least 0 or a function of the epoch, got "
+                f"{self.kl_weight!r}"
             )
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
             raise ValueError(
-                f"schedule: expected one of {tuple(SCHEDULES)} or a function of the epoch, got {self.schedule!r}"
+                f"schedule: expected one of {tuple(SCHEDULES)} or a function of the epoch, got "
+                f"{self.schedule!r}"
             )
         if self.budget is not None:
             duration(self.budget)
         if isinstance(self.freeze, str):
             raise TypeError(
-                f"freeze: expected a sequence of part names, got the string {self.freeze!r}: write ({self.freeze!r},)"
+                f"freeze: expected a sequence of part names, got the string {self.freeze!r}: write "
+                f"({self.freeze!r},)"
             )
         self.rule  # noqa: B018  (checks the optimizer, the norms and the decay)
 

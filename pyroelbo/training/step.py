@@ -15,7 +15,8 @@ __all__ = ["EagerStep", "UpdateSequence"]
 
 
 class EagerStep(TrainingStep):
-    """:class:`~pyroelbo.optim.TrainingStep` on eager gradients of ``objective.differentiable_loss(model, guide, *batch)``.
+    """:class:`~pyroelbo.optim.TrainingStep` on eager gradients of ``objective.differentiable_loss(model,
+    guide, *batch)``.
 
     Gradients are taken for ``parameters`` only: no backward pass is spent on others. ``rule`` are fields of
     :class:`~pyroelbo.optim.UpdateRule`.
@@ -48,8 +49,8 @@ class EagerStep(TrainingStep):
 class UpdateSequence:
     """Updates by name, one after another, each with a loss and parameters of its own: one step of training.
 
-    ``times[name]`` repeats an update within the step. ``sequence(*batch)`` returns the losses before each (last) update,
-    [number of updates]. The other members merge those of the updates.
+    ``times[name]`` repeats an update within the step. ``sequence(*batch)`` returns the losses before each
+    (last) update, [number of updates]. The other members merge those of the updates.
     """
 
     def __init__(self, updates: Mapping[str, TrainingStep], times: Mapping[str, int]) -> None:

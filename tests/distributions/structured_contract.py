@@ -133,7 +133,7 @@ class StructuredContract:
         with torch.no_grad():
             assert not q.topk(1)[1].requires_grad
         for k in (0, -1, 2.0):
-            with pytest.raises(ValueError, match=f"k takes a positive integer, got {k}"):
+            with pytest.raises(ValueError, match=f"k: expected a positive integer, got {k}"):
                 q.topk(k)
 
     def test_entropy(self, q):
@@ -219,7 +219,7 @@ class StructuredContract:
             if len(x) > 1 and len(part) > 1:
                 assert not part[0].any()
                 assert torch.equal(part[1:], before[1:])
-        with pytest.raises(ValueError, match=r"no structure has positive probability at batch index \(0,\)"):
+        with pytest.raises(ValueError, match=r"no structure has positive probability at batch index \[0\]"):
             hard.sample()
 
     def test_an_empty_batch(self, q):
@@ -274,13 +274,11 @@ class StructuredContract:
         z = q.mode
         last = int(q.support.base_constraint.upper_bound)
         assert torch.equal(q.log_prob(z.int()), q.log_prob(z))
-        with pytest.raises(ValueError, match=r"z is of dtype torch.float64: it takes integers"):
+        with pytest.raises(ValueError, match=r"z: expected integers, got dtype torch.float64"):
             q.log_prob(z.double())
         z[1].view(-1)[0] = last + 1
-        index = (1, *[0] * len(q.event_shape))
-        with pytest.raises(
-            ValueError, match=re.escape(f"z has {last + 1} at index {index}: it takes integers from")
-        ):
+        index = [1, *[0] * len(q.event_shape)]
+        with pytest.raises(ValueError, match=re.escape(f"got {last + 1} at index {index}")):
             q.log_prob(z)
 
     def test_nan_is_refused(self, q):
@@ -289,5 +287,7 @@ class StructuredContract:
             if not broken[i].numel():
                 continue
             broken[i].view(-1)[-1] = math.nan
-            with pytest.raises(ValueError, match=rf"{name} has nan at index \("):
+            with pytest.raises(
+                ValueError, match=rf"{name}: expected finite numbers or -inf, got nan at index \["
+            ):
                 self.construct(q, broken)

@@ -12,17 +12,7 @@ from tests.distributions.structured_contract import StructuredContract
 from tests.distributions.test_chain import nested, randn
 from tests.oracles import Listing, alignments, log_sum_exp
 
-
-@pytest.fixture(params=["compiled", "plain"])
-def engine(request, monkeypatch):
-    """Every test runs with the compiled kernel, and as where numba is missing."""
-    if request.param == "plain":
-        monkeypatch.setattr(alignment, "_compiled", lambda: None)
-    else:
-        pytest.importorskip("numba")
-
-
-pytestmark = pytest.mark.usefixtures("engine")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 # steps, symbols, one emission for all data, targets, lengths, blank
 CASES = {
@@ -227,15 +217,15 @@ def test_training_at_a_site():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": [[1, 9]]}, r"y has 9 at index \(0, 1\)"),
-        ({"target": [[1, 0]]}, r"y has the blank 0 at index \(0, 1\)"),
-        ({"target": [[-1, 1]]}, r"y has 1 at index \(0, 1\)"),
-        ({"target": [[1, 2, 1, 2, 1]]}, r"y at index \(0,\) is longer than its input"),
-        ({"lengths": [5]}, r"lengths has 5 at index \(0,\)"),
-        ({"lengths": [0]}, r"lengths has 0 at index \(0,\)"),
-        ({"value": math.nan}, r"logits has nan at index \(0, 1, 2\)"),
-        ({"frame": True}, r"logits allow no symbol at index \(0, 1\)"),
-        ({"blank": 3}, "blank 3"),
+        ({"target": [[1, 9]]}, r"y: expected .*got 9 at index \[0, 1\]"),
+        ({"target": [[1, 0]]}, r"y: expected no blank, got 0 at index \[0, 1\]"),
+        ({"target": [[-1, 1]]}, r"y: expected .*got 1 at index \[0, 1\]"),
+        ({"target": [[1, 2, 1, 2, 1]]}, r"y: expected targets no longer .* index \[0\]"),
+        ({"lengths": [5]}, r"lengths: expected .*got 5 at index \[0\]"),
+        ({"lengths": [0]}, r"lengths: expected .*got 0 at index \[0\]"),
+        ({"value": math.nan}, r"logits: expected .*got nan at index \[0, 1, 2\]"),
+        ({"frame": True}, r"logits: expected a finite logit at every frame, got none at index \[0, 1\]"),
+        ({"blank": 3}, "lengths, blank: expected .* and 3"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -25,15 +25,6 @@ def nested(x):
     return x.detach().tolist()
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def engine(request, monkeypatch):
-    """Every test of a chain runs with the compiled kernels, and as where numba is missing."""
-    if request.param == "plain":
-        monkeypatch.setattr(recursions, "_compiled", lambda: None)
-    else:
-        pytest.importorskip("numba")
-
-
 # steps, states, one transition matrix for all steps, one for all data, lengths
 CHAINS = {
     "same": (4, 3, True, False, None),
@@ -52,7 +43,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CHAINS)
 class TestLinearChain(StructuredContract):
     def make(self, case, seed=0):
@@ -135,7 +126,7 @@ EMISSIONS = {
 }
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("kind", EMISSIONS)
@@ -231,7 +222,7 @@ def test_lengths_cut_sequences():
     assert (d.posterior(y).sample((20,))[:, 1, 2:] == 0).all()
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_one_value_under_a_batch_of_models(steps):
     """Also where there are as many models as steps, so that a mistaken axis would broadcast."""
@@ -273,7 +264,7 @@ def test_evidence_beside_enumerated_sites():
     )
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 def test_an_empty_batch_and_half_precision():
     q = LinearChain(torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(0, 5, 3))
     assert q.log_partition.shape == (0,) and q.mode.shape == (0, 5) and q.sample((2,)).shape == (2, 0, 5)
@@ -342,7 +333,7 @@ def test_memory_of_the_gradient_does_not_grow_with_the_square_of_the_states(rows
     assert kept + held < 4 * rows * steps * states + 4 * states * states
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_potentials_of_two_precisions(which):
     mixed = [randn(i, 2, *shape).detach() for i, shape in enumerate([(3,), (3, 3), (5, 3)])]
@@ -381,7 +372,7 @@ def test_gradients_share_no_memory():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [True, False])
-def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
+def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, no_kernels):
     """Longer than the pieces that the kernels work in, and more rows than go together."""
     pytest.importorskip("numba")
     rows, steps, states = 18, 500, 20
@@ -390,9 +381,9 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
     potentials = [randn(0, lead, states), randn(1, lead, states, states), randn(2, rows, steps, states)]
     potentials = [x.detach().to(dtype).requires_grad_() for x in potentials]
     answers = []
-    for engine in (None, lambda: None):
-        if engine is not None:
-            monkeypatch.setattr(recursions, "_compiled", engine)
+    for without in (False, True):
+        if without:
+            no_kernels()
         q = LinearChain(*potentials, lengths)
         weights = torch.arange(1.0, rows + 1, dtype=dtype)
         gradients = torch.autograd.grad((q.log_partition * weights).sum(), potentials)
@@ -416,22 +407,24 @@ def test_compiled_and_plain_agree_on_a_long_batch(shared, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "steps", "states"), [(1, 1000, n) for n in (1, 7, 8, 9, 16, 17)] + [(4, 2700, 100)]
 )
-def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, monkeypatch):
-    """One row of few states, which has loops of its own, over several pieces; and one too long to keep its weights."""
+def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, no_kernels):
+    """One row of few states, which has its own kernel, over several pieces; and one too long to keep its
+    weights.
+    """
     pytest.importorskip("numba")
     shapes = [(1, states), (1, states, states), (rows, steps, states)]
     potentials = [randn(i, *shape).detach().to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
     lengths = torch.tensor([steps - 7 * i for i in range(rows)])
     answers = []
-    for engine in (None, lambda: None):
-        if engine is not None:
-            monkeypatch.setattr(recursions, "_compiled", engine)
+    for without in (False, True):
+        if without:
+            no_kernels()
         q = LinearChain(*potentials, lengths)
         weights = torch.linspace(1.0, -2.0, rows, dtype=dtype)
         gradients = torch.autograd.grad((q.log_partition * weights).sum(), potentials)
         fixed = LinearChain(*(x.detach() for x in potentials), lengths)
         # two ways may be equally good but for rounding
-        best = fixed.score(q.mode)
+        best = fixed.log_weight(q.mode)
         answers.append(
             (fixed.log_partition, q.log_partition.detach(), gradients, tuple(fixed.marginals), best)
         )
@@ -439,7 +432,7 @@ def test_compiled_and_plain_agree_on_long_rows(rows, steps, states, dtype, monke
     torch.testing.assert_close(answers[0], answers[1], rtol=relative, atol=relative)
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 def test_tiny_sums_one_after_another_keep_their_digits():
     """Each step has a share of 1e-161, which is trusted; the product of two is not a normal number."""
     initial, transition = torch.zeros(2), torch.tensor([[0.0, -375.0], [0.0, -375.0]])
@@ -547,23 +540,23 @@ def test_divergence_of_what_has_no_structures_in_common_is_refused():
     short, target = torch.tensor([4, 2]), torch.tensor([[1, 2], [1, 3]])
     every = torch.zeros(2, 3, 3, 3)
     for p, q, message in (
-        (chain, LinearChain(*parts, short), r"other has lengths 2 at index \(1,\): it takes 4"),
-        (LinearChain(*parts, short), chain, r"other has lengths 4 at index \(1,\): it takes 2"),
+        (chain, LinearChain(*parts, short), r"other: expected lengths 4 at index \[1\], .* got 2"),
+        (LinearChain(*parts, short), chain, r"other: expected lengths 2 at index \[1\], .* got 4"),
         (
             ParseTree(*leaves),
             ParseTree(*leaves, lengths=short),
-            r"other has lengths 2 at index \(1,\): it takes 4",
+            r"other: expected lengths 4 at index \[1\], .* got 2",
         ),
         (
             TreeCRF(torch.tensor([-1, 0, 0]), node, edge),
             TreeCRF(torch.tensor([-1, 0, 1]), node, edge),
-            r"other has parents 1 at index \(2,\): it takes 0",
+            r"other: expected parents 0 at index \[2\], .* got 1",
         ),
-        (alignment.posterior(target), alignment.posterior(target.flip(0)), "other has target 3 at index"),
+        (alignment.posterior(target), alignment.posterior(target.flip(0)), "other: expected target .* got 3"),
         (
             alignment.posterior(target),
             alignment.posterior(target[:, :1]),
-            r"other has target of shape \(2, 1\)",
+            r"other: expected target of shape \(2, 2\), as here, got \(2, 1\)",
         ),
         (
             alignment.posterior(target),
@@ -578,7 +571,7 @@ def test_divergence_of_what_has_no_structures_in_common_is_refused():
         (
             chain,
             LinearChain(parts[0], every, parts[2]),
-            r"other has transition of shape \(3, 3, 3\) .* takes \(3, 3\)",
+            r"other: expected transition of event shape \(3, 3\), as here, got \(3, 3, 3\)",
         ),
     ):
         for ask in (p.kl_divergence, p.cross_entropy):
@@ -600,7 +593,7 @@ APART = {
 @pytest.mark.parametrize("batch", [(), (2,), (3,)])
 @pytest.mark.parametrize("kind", APART)
 def test_states_with_supports_of_their_own(kind, batch):
-    """A value is impossible in a state whose support excludes it, and refused where all do; by listing paths."""
+    """A value outside one state's support is impossible there, outside all supports an error."""
     make, first, second, y = APART[kind]
     a, b, y = (
         torch.tensor(x).requires_grad_(not n) for n, x in zip((0, 0, 1), (first, second, y), strict=True)
@@ -635,7 +628,7 @@ def test_states_with_supports_of_their_own(kind, batch):
     y = y.detach().clone()
     y[1] = -7.0
     with pytest.raises(
-        ValueError, match=r"y has -7.0 at index \((0, )?1,?\): outside its emission's support"
+        ValueError, match=r"y: expected values in the emission's support, got -7.0 at index \[(0, )?1\]"
     ):
         d.log_prob(y)
     y[1] = math.nan
@@ -707,77 +700,95 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearChain(torch.zeros(3), torch.zeros(2, 2), torch.zeros(4, 3)), "got initial"),
-        (lambda: LinearChain(torch.zeros(3), torch.zeros(5, 3, 3), torch.zeros(4, 3)), "got initial"),
-        (lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(0, 3)), "got initial"),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(2, 2), torch.zeros(4, 3)),
+            "initial, transition, observation: expected shapes",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(5, 3, 3), torch.zeros(4, 3)),
+            "initial, transition, observation: expected shapes",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(0, 3)),
+            "initial, transition, observation: expected shapes",
+        ),
         (
             lambda: LinearChain(
                 torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 4, 3), torch.tensor([4, 5])
             ),
-            r"lengths has 5 at index \(1,\): it takes integers from 1 to 4",
+            r"lengths: expected .*got 5 at index \[1\]",
         ),
         (
             lambda: LinearChain(
                 torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 4, 3), torch.tensor([0, 4])
             ),
-            r"lengths has 0 at index \(0,\)",
+            r"lengths: expected .*got 0 at index \[0\]",
         ),
         (
             lambda: HMM(
                 torch.zeros(2), torch.tensor([[0.0, 0.0], [-math.inf] * 2]), dist.Normal(torch.zeros(2), 1.0)
             ),
-            r"transition is -inf throughout the row at index \(1,\)",
+            r"transition: expected .*got -inf throughout row \[1\]",
         ),
         (
             lambda: HMM(torch.tensor([0.0, math.nan]), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0)),
-            r"initial has nan at index \(1,\)",
+            r"initial: expected .*got nan at index \[1\]",
         ),
-        (lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(3), 1.0)), "emission of"),
+        (
+            lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(3), 1.0)),
+            "initial, transition, emission: expected",
+        ),
         (
             lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0)).sample(),
-            "num_steps is None",
+            "num_steps: expected .* got None",
         ),
         (
             lambda: HMM(torch.zeros(2), torch.zeros(3, 2, 2), dist.Normal(torch.zeros(2), 1.0), num_steps=7),
-            "number of steps differs",
+            "num_steps: expected the same number",
         ),
         (
             lambda: HMM(
                 torch.zeros(2), torch.zeros(2, 2), dist.Categorical(logits=torch.zeros(2, 3))
             ).log_prob(torch.tensor([[0, 1], [2, 3]])),
-            r"y has 3 at index \(1, 1\)",
+            r"y: expected .*got 3 at index \[1, 1\]",
         ),
         (
             lambda: HMM(torch.zeros(2), torch.zeros(3, 2, 2), dist.Normal(torch.zeros(2), 1.0)).log_prob(
                 torch.zeros(5)
             ),
-            "y has 5 steps",
+            "y: expected 4 steps, got 5",
         ),
         (
             lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4, 3)).log_prob(
                 torch.tensor([0, 1, 3, 0])
             ),
-            r"z has 3 at index \(2,\): it takes integers from 0 to 2",
+            r"z: expected .*got 3 at index \[2\]",
         ),
-        (lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3)), "got initial"),
-        (lambda: LinearChain(torch.zeros(1, 0), torch.zeros(1, 0, 0), torch.zeros(1, 5, 0)), "got initial"),
+        (
+            lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3)),
+            "initial, transition, observation: expected shapes",
+        ),
+        (
+            lambda: LinearChain(torch.zeros(1, 0), torch.zeros(1, 0, 0), torch.zeros(1, 5, 0)),
+            "initial, transition, observation: expected shapes",
+        ),
         (
             lambda: LinearChain(torch.zeros(4, 17), torch.zeros(17, 17), torch.zeros(4, 5, 17)),
-            r"of size 1 for what the batch shares, as transition\[None\]",
+            r"potentials shared by the batch have batch size 1, as transition\[None\]",
         ),
         (
             lambda: LinearChain(torch.zeros(3), torch.zeros(3, 3), torch.zeros(5, 3), torch.tensor([5, 3])),
-            r"lengths has shape \(2,\): .* potentials have 0 batch dimensions; x\[None\] adds one",
+            r"lengths: expected shape .* 0 batch dimensions, .* got \(2,\); add .* by x\[None\]",
         ),
         (
             lambda: LinearChain(torch.zeros(1, 3), torch.zeros(1, 3, 3), torch.zeros(1, 5, 3), [2]),
-            r"lengths is a list: it takes a LongTensor",
+            r"lengths: expected a LongTensor .*got a list",
         ),
         (
             lambda: LinearChain(
                 torch.zeros(2, 3), torch.zeros(1, 3, 3), torch.zeros(1, 5, 3), torch.ones(3).long()
             ),
-            "batch shapes do not broadcast",
+            "batch shapes: expected shapes that broadcast",
         ),
         (
             lambda: SemiMarkov(
@@ -787,15 +798,15 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
                 torch.zeros(4, 3),
                 lengths=torch.ones(2).long(),
             ),
-            r"lengths has shape \(2,\)",
+            r"lengths: expected shape .*got \(2,\)",
         ),
         (
             lambda: HMM(torch.zeros(2), torch.zeros(2, 2), torch.zeros(2)),
-            "emission is a Tensor: it takes a distribution",
+            "emission: expected a distribution .*got a Tensor",
         ),
         (
             lambda: HMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0), lengths=[3]),
-            "lengths is a list",
+            "lengths: expected .*got a list",
         ),
         (
             lambda: HMM(
@@ -803,17 +814,23 @@ def test_exact_posterior_as_guide_gives_the_evidence_without_variance():
                 torch.zeros(2, 2),
                 dist.Bernoulli(logits=torch.tensor([0.0, math.inf]), validate_args=False),
             ).log_prob(torch.tensor([0.0, 1.0])),
-            r"emission's log probability of y has nan at index \(1, 1\)",
+            r"emission's log probability of y: expected .*got nan at index \[1, 1\]",
         ),
         (
             lambda: CTC(torch.zeros(2, 5, 4)).log_prob(torch.ones(3, 1).long()),
-            r"y has shape \(3, 1\): it takes \[\*B,L\] with \*B = \(2,\)",
+            r"y: expected shape \[\*B,L\] with \*B = \(2,\), got \(3, 1\)",
         ),
-        (lambda: TreeCRF(torch.tensor([-1.0]), torch.zeros(1, 3), torch.zeros(3, 3)), "parents is of dtype"),
-        (lambda: TreeCRF(torch.zeros(0).long(), torch.zeros(0, 3), torch.zeros(3, 3)), "got parents"),
+        (
+            lambda: TreeCRF(torch.tensor([-1.0]), torch.zeros(1, 3), torch.zeros(3, 3)),
+            "parents: expected integers, got dtype",
+        ),
+        (
+            lambda: TreeCRF(torch.zeros(0).long(), torch.zeros(0, 3), torch.zeros(3, 3)),
+            "parents, node, edge: expected",
+        ),
         (
             lambda: SemiMarkov(torch.zeros(3), torch.zeros(3, 3), torch.zeros(2, 4), torch.zeros(4, 3)),
-            "got initial",
+            "initial, transition, duration, .*: expected shapes",
         ),
     ],
 )
@@ -854,3 +871,66 @@ def test_emissions_by_matrix_products_are_the_plain_ones(kind, lengths):
         torch.autograd.grad((weight * x).sum(), parameter, retain_graph=True) for x in (fast, plain)
     )
     torch.testing.assert_close(a, b)
+
+
+class Counting(dist.Normal):
+    """Counts the values whose density is asked for."""
+
+    values = 0
+
+    def log_prob(self, value):
+        Counting.values += value.numel()
+        return super().log_prob(value)
+
+
+UNEVEN = [300, 7, 5, 7, 300, 6, 1, 280, 7, 90, 8, 2]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("varying", [False, True])
+def test_sequences_of_unequal_lengths_cost_what_they_cost_apart(varying):
+    steps, states, lengths = 300, 40, torch.tensor(UNEVEN)
+    y = torch.randn(len(lengths), steps)
+    leaves = [
+        randn(0, states),
+        randn(1, *((steps - 1,) if varying else ()), states, states),
+        randn(2, states),
+    ]
+
+    def make(lengths, steps):
+        move = leaves[1][: steps - 1] if varying else leaves[1]
+        return HMM(leaves[0], move, Counting(leaves[2], 1.0), lengths=lengths)
+
+    Counting.values = 0
+    value = make(lengths, steps).log_prob(y)
+    assert Counting.values == lengths.sum()
+    gradients = torch.autograd.grad(value.sum(), leaves)
+    apart = torch.stack([make(None, n).log_prob(row[:n]) for row, n in zip(y, lengths.tolist(), strict=True)])
+    torch.testing.assert_close(value, apart, rtol=1e-11, atol=0)
+    torch.testing.assert_close(gradients, torch.autograd.grad(apart.sum(), leaves), rtol=1e-9, atol=1e-9)
+    # the posterior of all evaluates the emissions of present steps alone, too
+    Counting.values = 0
+    posterior = make(lengths, steps).posterior(y)
+    assert Counting.values == lengths.sum()
+    torch.testing.assert_close(posterior.log_partition, value, rtol=1e-11, atol=0)
+    ones = (torch.arange(steps) < lengths[:, None]).double()
+    torch.testing.assert_close(posterior.marginals.observation.sum(-1), ones, rtol=0, atol=1e-10)
+    # padding may be anything, and has no gradient
+    y = torch.where(ones.bool(), y, math.nan).requires_grad_()
+    again = make(lengths, steps).log_prob(y)
+    torch.testing.assert_close(again, value, rtol=1e-11, atol=0)
+    (by_y,) = torch.autograd.grad(again.sum(), y)
+    assert not by_y[~ones.bool()].any() and by_y[ones.bool()].all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_value_beyond_the_supports_of_uneven_sequences_is_named():
+    d = HMM(
+        randn(0, 3), randn(1, 3, 3), dist.Gamma(randn(2, 3).exp(), 1.0), lengths=torch.tensor([500, 3, 2])
+    )
+    y = torch.ones(3, 500)
+    y[2, 1] = -7.0
+    with pytest.raises(ValueError, match=r"y: expected values in the emission's support, got -7.0"):
+        d.log_prob(y)
+    y[2, 1], y[2, 2] = 1.0, -7.0
+    assert d.log_prob(y).isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
-from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution, _inside_outside
+from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution
 from pyroelbo.distributions import grammar as module
 from tests.distributions.structured_contract import StructuredContract
 from tests.distributions.test_chain import nested, randn
@@ -23,16 +23,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def engine(request, monkeypatch):
-    """Every test of charts runs with the compiled loops, and as where numba is missing."""
-    if request.param == "plain":
-        monkeypatch.setattr(_inside_outside, "_compiled", lambda: None)
-    else:
-        pytest.importorskip("numba")
-
-
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CASES)
 class TestParseTree(StructuredContract):
     def make(self, case, seed=0):
@@ -91,14 +82,14 @@ def assert_agree(found, dtype):
         torch.testing.assert_close(a.double(), b, rtol=10 * rtol, atol=10 * rtol)
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scaled_charts_agree_with_log_space(dtype, shared):
     assert_agree(answers(potentials(dtype, shared=shared), lengths=torch.tensor([8, 5, 7])), dtype)
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("inner", [1, 8, 35])
 def test_many_labels_long_sentences_and_spans(inner):
     """Whole vectors of labels and less, several panels of them; more spans of one width than go together."""
@@ -129,7 +120,7 @@ def rescues(monkeypatch):
     return seen
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("depth", [-120.0, -800.0, -30_000.0])
 def test_a_label_far_behind_is_needed(dtype, depth, rescues):
@@ -145,7 +136,7 @@ def test_a_label_far_behind_is_needed(dtype, depth, rescues):
     assert (torch.float64, [0, 1, 2]) in rescues or depth == -120.0
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_the_hard_sentence_is_computed_again(dtype, rescues):
     root, rules, leaves = (x.detach() for x in potentials(dtype))
@@ -156,7 +147,7 @@ def test_only_the_hard_sentence_is_computed_again(dtype, rescues):
     assert rescues[0] == (dtype, [2])
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_shared_grammar_with_a_hard_sentence(dtype, rescues):
     root, rules, leaves = (x.detach() for x in potentials(dtype, shared=True))
@@ -169,7 +160,7 @@ def test_a_shared_grammar_with_a_hard_sentence(dtype, rescues):
     assert rescues
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sparse_grammars(dtype, shared):
@@ -182,7 +173,7 @@ def test_sparse_grammars(dtype, shared):
     assert_agree(found, dtype)
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_unparsable_sentence_leaves_others_alone(dtype):
     root, rules, leaves = (x.detach() for x in potentials(dtype, shared=True))
@@ -359,13 +350,13 @@ def test_a_parse_at_a_guide_site():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"y": [[0, 7]]}, r"y has 7 at index \(0, 1\)"),
-        ({"y": [[0, -1, 1]]}, r"y has 1 at index \(0, 2\)"),
-        ({"y": [[0, -3]]}, r"y has -3 at index \(0, 1\)"),
-        ({"y": [[0, 1], [-1, -1]]}, r"y has an empty sentence at index \(1,\)"),
-        ({"root": -math.inf}, r"root allows no start symbol at batch index \(\)"),
-        ({"root": math.nan}, r"root has nan at index \(0,\)"),
-        ({"table": torch.zeros(3, 3)}, "got root"),
+        ({"y": [[0, 7]]}, r"y: expected .*got 7 at index \[0, 1\]"),
+        ({"y": [[0, -1, 1]]}, r"y: expected .*got 1 at index \[0, 2\]"),
+        ({"y": [[0, -3]]}, r"y: expected .*got -3 at index \[0, 1\]"),
+        ({"y": [[0, 1], [-1, -1]]}, r"y: expected at least one word, got none at index \[1\]"),
+        ({"root": -math.inf}, r"root: expected a finite logit, got none at batch index \[\]"),
+        ({"root": math.nan}, r"root: expected .*got nan at index \[0\]"),
+        ({"table": torch.zeros(3, 3)}, "root, rules, preterminals: expected"),
     ],
 )
 def test_bad_input_is_refused(change, message):
@@ -381,7 +372,7 @@ def test_a_sentence_that_outgrows_the_limit_is_refused():
     endless = PCFG(
         torch.zeros(1), torch.tensor([[[0.0, -9.0], [-9.0, -9.0]]]), torch.zeros(1, 2), max_length=20
     )
-    with pytest.raises(ValueError, match="max_length = 20"):
+    with pytest.raises(ValueError, match="max_length: expected samples of at most 20 words"):
         endless.sample()
 
 

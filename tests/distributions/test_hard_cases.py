@@ -13,15 +13,6 @@ from tests.oracles import Listing, chains, forward_backward
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def engine(request, monkeypatch):
-    if request.param == "plain":
-        monkeypatch.setattr(recursions, "_compiled", lambda: None)
-    else:
-        pytest.importorskip("numba")
-    return request.param
-
-
 def build(case, dtype, shared, states=None):
     """Three sequences, the hard one in the middle; ``states`` adds unreachable ones beside its own."""
     initial, transition, observation = CHAINS[case]()
@@ -51,8 +42,8 @@ def truth(initial, transition, observation, b):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CHAINS)
-def test_chain(case, dtype, shared, states, engine):
-    if case == "twenty thousand steps" and (engine == "plain" or states):
+def test_chain(case, dtype, shared, states, kernels):
+    if case == "twenty thousand steps" and (kernels == "torch" or states):
         pytest.skip("takes too long for what it adds")
     potentials = build(case, dtype, shared, states)
     q = LinearChain(*potentials)
@@ -67,8 +58,8 @@ def test_chain(case, dtype, shared, states, engine):
         torch.testing.assert_close(marginals.observation[b].detach(), expected, rtol=0, atol=10 * TOLERANCE)
         counts[b] = torch.tensor(steps)
         if log_z > -math.inf:
-            assert q.score(q.mode)[b].item() == pytest.approx(best, rel=TOLERANCE)
-            assert q.score(q.expand((3,)).mode)[b] > -math.inf
+            assert q.log_weight(q.mode)[b].item() == pytest.approx(best, rel=TOLERANCE)
+            assert q.log_weight(q.expand((3,)).mode)[b] > -math.inf
     torch.testing.assert_close(
         marginals.transition.detach(), counts, rtol=10 * TOLERANCE, atol=10 * TOLERANCE
     )
@@ -86,7 +77,7 @@ def test_chain(case, dtype, shared, states, engine):
 
 
 @pytest.mark.parametrize("case", CHAINS)
-def test_samples_are_possible(case, engine):
+def test_samples_are_possible(case, kernels):
     if case == "twenty thousand steps":
         pytest.skip("nothing hard about its samples")
     potentials = [x.detach()[1:2] for x in build(case, torch.float64, False)]

@@ -91,9 +91,9 @@ def test_training_through_a_tree_guide_site():
     [
         ([1, 0], "cycle"),
         ([0], "cycle"),
-        ([-1, 5], r"parents has 5 at index 1"),
-        ([-1, -2], r"parents has -2 at index 1"),
-        ([-1], "got parents"),
+        ([-1, 5], r"parents: expected integers in \[-1, 1\], got 5 at index \[1\]"),
+        ([-1, -2], r"parents: expected .*got -2 at index \[1\]"),
+        ([-1], "parents, node, edge: expected"),
     ],
 )
 def test_bad_trees_are_refused(parents, message):

@@ -9,7 +9,7 @@ import torch
 
 from pyroelbo import Pair, audit, evidence
 
-Y = torch.tensor([1.0, -2.0, 0.5, 0.0])
+Y = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
 
 
 def coupled(location, observe=lambda y: y, rate=0.4):
@@ -148,3 +148,21 @@ def test_chains_and_plates_pass_the_check():
     torch.testing.assert_close(
         evidence.exact(Pair.of(model, lambda y: None), y).value, right, rtol=0, atol=1e-12
     )
+
+
+def test_a_pair_of_three_data_is_looked_at_whole():
+    """Its mask fits three rows only, of which two are equal."""
+    seen = torch.tensor([True, False, True])
+
+    def model(y):
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.5 * y, 2**-0.5))
+
+    y = torch.tensor([1.0, 0.0, 1.0])
+    exact = dist.Normal(0.0, 2**0.5).log_prob(y) * seen
+    torch.testing.assert_close(evidence.elbo(Pair.of(model, guide), y, 3).value, exact, rtol=0, atol=1e-12)

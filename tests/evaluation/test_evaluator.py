@@ -80,6 +80,54 @@ def test_a_branch_on_a_latent_is_run_one_particle_at_a_time():
     torch.testing.assert_close(exact, right.logsumexp((0, 1)), rtol=0, atol=1e-12)
 
 
+class TwoPlates(Nonlinear):
+    """Latents in two plates within a datum, and a model that refuses a further dimension."""
+
+    def model(self, y):
+        with self.plate(y):
+            row, column = pyro.plate("row", 2, dim=-3), pyro.plate("column", 3, dim=-2)
+            with row, column:
+                prior = dist.Normal(torch.arange(3.0)[:, None], 1.0)
+                z = pyro.sample("z", prior.expand([2, 3, len(y)]))
+            assert z.shape[:-1] == (2, 3)
+            with column:
+                w = pyro.sample("w", dist.Normal(z.sum(0), torch.tensor([1.0, 2.0, 3.0])[:, None]))
+            pyro.sample("y", dist.Normal(w.T[:, :2], 0.5).to_event(1), obs=y[:, :2])
+
+    def guide(self, y):
+        with self.plate(y):
+            row, column = pyro.plate("row", 2, dim=-3), pyro.plate("column", 3, dim=-2)
+            with row, column:
+                drawn = dist.Normal(0.1 * y[:, 0], torch.tensor([[0.5], [0.7], [0.9]]))
+                pyro.sample("z", drawn.expand([2, 3, len(y)]))
+            with column:
+                pyro.sample("w", dist.Normal(y[:, :3].T, 1.5))
+
+
+def test_repeated_data_with_two_plates_within_a_datum():
+    """Every term against a sum by hand, datum by datum and particle by particle."""
+    pair, y = TwoPlates(), torch.randn(4, 4)
+    evaluator = Evaluator(pair, y)
+    assert isinstance(evaluator.strategy, Repeat)
+    terms = evaluator.sample(5)
+    z, w = terms.latents["z"], terms.latents["w"]
+    assert z.shape == (5, 2, 3, 4) and w.shape == (5, 3, 4)
+    normal = dist.Normal
+    for k in range(5):
+        for b in range(4):
+            log_z = normal(torch.arange(3.0), 1.0).log_prob(z[k, :, :, b]).sum()
+            log_w = normal(z[k, :, :, b].sum(0), torch.tensor([1.0, 2.0, 3.0])).log_prob(w[k, :, b]).sum()
+            log_y = normal(w[k, :2, b], 0.5).log_prob(y[b, :2]).sum()
+            log_q = normal(0.1 * y[b, 0], torch.tensor([0.5, 0.7, 0.9])).log_prob(z[k, :, :, b]).sum()
+            log_q = log_q + normal(y[b, :3], 1.5).log_prob(w[k, :, b]).sum()
+            torch.testing.assert_close(terms.log_model["z"][k, b], log_z)
+            torch.testing.assert_close(terms.log_model["w"][k, b], log_w)
+            torch.testing.assert_close(terms.log_joint[k, b], log_z + log_w + log_y)
+            torch.testing.assert_close(terms.log_proposal[k, b], log_q)
+    torch.testing.assert_close(evaluator.log_joint(terms.latents), terms.log_joint)
+    torch.testing.assert_close(evaluator.log_guide(terms.latents), terms.log_proposal)
+
+
 class Wrong(Nonlinear):
     """Runs with particles and gives something else: only a comparison finds out."""
 

@@ -213,7 +213,9 @@ def test_what_is_no_joint_bound(data):
 
 @pytest.mark.parametrize("which", ["laplace", "list"])
 def test_a_point_behind_auxiliary_sites_is_refused_too(data, which):
-    """Before its curvature is asked for, a Laplace guide draws its mode; in a list, others make the auxiliary sites."""
+    """Before its curvature is asked for, a Laplace guide draws its mode; in a list, others make the auxiliary
+    sites.
+    """
 
     def model(x, y):
         pyro.sample("scale", dist.Gamma(2.0, 1.0))

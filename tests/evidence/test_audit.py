@@ -204,7 +204,8 @@ def test_a_guide_that_leaves_out_part_of_the_support_is_told():
     assert result["iwae-64"].k_hat.nanmedian() < 0.7  # the weights look well
     assert any("the guide cannot draw 6" in note for note in result.notes)  # 66 %
     assert "cannot draw" not in str(audit(Nonlinear(), torch.randn(3, 4)))
-    # A cell holds all that a grey level may come from, and a prior's draw in another cell has made another datum.
+    # A cell holds all that a grey level may come from, and a prior's draw in another cell has made another
+    # datum.
     flow = DequantizedFlow(3, 5, layers=1, hidden=(4,))
     assert "cannot draw" not in str(audit(flow, torch.full((200, 3), 2.0), particles=4))
     # The lowest level has a tail below its cell as well.

@@ -116,7 +116,7 @@ def test_one_draw_has_no_standard_error():
     pair, y = make(), draw(3)
     assert evidence.elbo(pair, y, particles=1).stderr.isnan().all()
     assert evidence.iwae(pair, y, particles=1).stderr.isnan().all()
-    with pytest.raises(ValueError, match="particles takes a positive number"):
+    with pytest.raises(ValueError, match="particles: expected a positive number"):
         evidence.elbo(pair, y, particles=0)
 
 
@@ -251,7 +251,9 @@ def test_the_upper_bound_of_posterior_draws_exceeds_by_the_reverse_divergence():
 
 
 def test_the_chi_bound_is_only_an_estimate():
-    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws fall below it."""
+    """For q = N(0, s²) against the posterior N(0, 1) of an empty datum the second moment is known; few draws
+    fall below it.
+    """
 
     def model(y):
         with pyro.plate("data", len(y)):

@@ -1,4 +1,5 @@
-"""AIS over discrete latents, alone and beside continuous ones: transitions leave their density as it is, and Ẑ is unbiased.
+"""AIS over discrete latents, alone and beside continuous ones: transitions leave their density as it is, and
+Ẑ is unbiased.
 
 False alarms: 1e-6 over all z-scores of the file together (Bonferroni)."""
 

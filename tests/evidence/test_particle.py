@@ -192,7 +192,9 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
 
 
 def test_ancestors_follow_the_weights():
-    """Systematic draws: each particle has within one of its expected number of followers, and it is right on average."""
+    """Systematic draws: each particle has within one of its expected number of followers, and it is right on
+    average.
+    """
     log_w = torch.randn(500, 7, 2)
     log_w[:, 2] = -math.inf
     index = particle._ancestors(log_w, torch.ones(500, 2, dtype=torch.bool)).reshape(500, 7, 2)

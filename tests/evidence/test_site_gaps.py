@@ -45,7 +45,8 @@ def test_shares_of_a_top_down_guide():
     y = torch.randn(8)
     found = evidence.site_gaps(Pair.of(model, top_down), y, 400, 200)
     top = kl(dist.Normal(0.2 * y, 0.7), dist.Normal(y / 3, math.sqrt(2 / 3))).mean()
-    # Given the top, low has the posterior N((top + y)/2, 1/2); the mean square of the guide's error is in closed form.
+    # Given the top, low has the posterior N((top + y)/2, 1/2); the mean square of the guide's error is in
+    # closed form.
     square = 0.01 * ((1.2 * y).square() + 0.49)
     low = (0.5 * (0.72 + square / 0.5 - 1) - 0.5 * math.log(0.72)).mean()
     exact = dist.Normal(0.0, math.sqrt(3)).log_prob(y).mean()

@@ -1,4 +1,5 @@
-"""Every estimator against every evidence that can be had: bounds on their side, means on the linear scale right.
+"""Every estimator against every evidence that can be had: bounds on their side, means on the linear scale
+right.
 
 False alarms: 1e-6 over the whole grid (see the benchmark's docstring, whose cells these are)."""
 
@@ -22,8 +23,8 @@ def test_bounds_lie_on_their_side(name):
 
 
 def log_reach(pair, y):
-    """ln of the probability that a grammar's prior draws a tree with as many leaves as y has words, [B]: that of as many
-    words where there is but one word.
+    """ln of the probability that a grammar's prior draws a tree with as many leaves as y has words, [B]: that
+    of as many words where there is but one word.
     """
     start, rules, words = pair.tables()
     lengths = ped.PCFG(start, rules, words.new_zeros(len(words), 1), max_length=pair.steps)

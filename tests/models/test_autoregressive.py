@@ -1,4 +1,5 @@
-"""Autoregressive chains: every prefix a site, the bound exact, one pass, the cache and the literal chain agree."""
+"""Autoregressive chains: every prefix a site, the bound exact, one pass, the cache and the literal chain
+agree."""
 
 import itertools
 import math
@@ -215,7 +216,8 @@ def padded(listed, length):
 
 
 def by_hand(pair, string):
-    """ln p of one string, token by token, from the network on that string alone, and the last of it the stop's."""
+    """ln p of one string, token by token, from the network on that string alone, and the last of it the
+    stop's."""
     tokens = torch.tensor([string], dtype=torch.long)
     terms = []
     for t in range(min(len(string) + 1, pair.length)):
@@ -313,9 +315,9 @@ def test_texts_as_rows():
     y, _ = data.strings([b"\x00\xff"], 3, bytes(range(256)))
     assert y.tolist() == [[0, 255, -1]]
     for bad, message in (
-        ("be", "texts is one str: it takes a list"),
-        (["a", b"a"], "texts holds bytes and str"),
-        ([3], "texts holds int: it takes all str, or all bytes"),
+        ("be", r"texts: expected a list of texts, got one str; windows\(\) cuts one text into rows"),
+        (["a", b"a"], "texts: expected all str or all bytes, got bytes and str"),
+        ([3], "texts: expected all str or all bytes, got int"),
     ):
         with pytest.raises(TypeError, match=message):
             data.strings(bad)
@@ -327,60 +329,87 @@ def test_text_in_rows():
     assert "".join(alphabet[i] for i in rows[0]) == "to be"
     again, _ = data.windows(b"to be or", 4, b"abcdefghijklmnopqrstuvwxyz ")
     assert again.tolist() == [[19, 14, 26, 1], [4, 26, 14, 17]]
-    with pytest.raises(TypeError, match="take one kind"):
+    with pytest.raises(TypeError, match="alphabet: expected str as text, got bytes"):
         data.windows("a", 1, b"a")
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Autoregressive(8, likelihood="l2"), "likelihood takes 'bernoulli' or 'categorical'"),
+        (
+            lambda: Autoregressive(8, likelihood="l2"),
+            "likelihood: expected 'bernoulli' or 'categorical', got 'l2'",
+        ),
         (
             lambda: Autoregressive(8),
-            r"shape takes \(height, width\) of images, got \(8,\): sequences take network='transformer'",
+            r"shape: expected \(height, width\) of images, got \(8,\); use network='transformer' for",
         ),
-        (lambda: Autoregressive((2, 2), network="lstm"), "network takes one of"),
-        (lambda: Autoregressive(8, network="transformer", width=30), "width takes a multiple of heads"),
-        (lambda: Autoregressive(8, network="transformer", width=0), "width takes a positive number"),
-        (lambda: Autoregressive((2, 2), width=0), "width takes a positive number of channels, got 0"),
-        (lambda: Autoregressive((2, 2), layers=0), "layers takes a positive number of layers, got 0"),
+        (
+            lambda: Autoregressive((2, 2), network="lstm"),
+            r"network: expected one of \('pixelcnn', 'transformer'\) or a module, got 'lstm'",
+        ),
+        (
+            lambda: Autoregressive(8, network="transformer", width=30),
+            "width: expected a multiple of heads=4, got 30",
+        ),
+        (lambda: Autoregressive(8, network="transformer", width=0), "width: expected a positive number"),
+        (lambda: Autoregressive((2, 2), width=0), "width: expected a positive number of channels, got 0"),
+        (lambda: Autoregressive((2, 2), layers=0), "layers: expected a positive number of layers, got 0"),
         (lambda: Autoregressive(1, network="transformer"), "at least 2 tokens"),
-        (lambda: transformer().model(torch.zeros(2, 5)), r"y has shape \(2, 5\): this model takes \[B, 7\]"),
-        (lambda: evidence.exact(transformer(), torch.full((2, 7), 3)).value, "takes values in"),
-        (lambda: fit(transformer(), torch.full((2, 7), -1), epochs=1), "takes values in"),
+        (lambda: transformer().model(torch.zeros(2, 5)), r"y: expected shape \[B, 7\], got \(2, 5\)"),
+        (
+            lambda: evidence.exact(transformer(), torch.full((2, 7), 3)).value,
+            r"y: expected integers in \[0, 2\], got 3 at row 0, place 0",
+        ),
+        (
+            lambda: fit(transformer(), torch.full((2, 7), -1), epochs=1),
+            r"y: expected integers in \[0, 2\], got -1 at row 0, place 0",
+        ),
         (
             lambda: evidence.exact(transformer(), torch.full((2, 7), 0.5)),
-            "y holds 0.5 at row 0, place 0: .* integers",
+            r"y: expected integers in \[0, 2\], got 0\.5 at row 0, place 0",
         ),
         (
             lambda: evidence.exact(strings(), padded([(1,), (2, 3)], 5)),
-            "y holds 3 at row 1, place 1: Strings takes .* -1 … 2",
+            r"y: expected integers in \[-1, 2\], got 3 at row 1, place 1",
         ),
         (
             lambda: evidence.exact(strings(), padded([(1, -1, 2)], 5)),
-            "y holds 2 at row 0, place 2, behind the end of that string",
+            "y: expected only -1 after the first -1 of a row, got 2 at row 0, place 2; that",
         ),
-        (lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1), "y holds 7 at row 1, place 0"),
-        (lambda: strings().log_evidence(padded([(1,), (7,)], 5)), "y holds 7 at row 1, place 0"),
-        (lambda: Strings(1, 3), "length from 2 on, symbols from 1 on, got 1 and 3"),
+        (
+            lambda: fit(strings(), padded([(1,), (7,)], 5), epochs=1),
+            r"y: expected integers in \[-1, 2\], got 7 at row 1, place 0",
+        ),
+        (
+            lambda: strings().log_evidence(padded([(1,), (7,)], 5)),
+            r"y: expected integers in \[-1, 2\], got 7 at row 1, place 0",
+        ),
+        (lambda: Strings(1, 3), "length, symbols: expected at least 2 and 1, got 1 and 3"),
         (
             lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
-            "y holds 9 at row 300, place 1",
+            r"y: expected integers in \[-1, 2\], got 9 at row 300, place 1",
         ),
-        (lambda: strings().model(padded([(1,)], 4)), r"y has shape \(1, 4\): this model takes \[B, 5\]"),
-        (lambda: Strings(5, 0), "symbols from 1 on, got 5 and 0"),
+        (lambda: strings().model(padded([(1,)], 4)), r"y: expected shape \[B, 5\], got \(1, 4\)"),
+        (lambda: Strings(5, 0), "length, symbols: expected at least 2 and 1, got 5 and 0"),
         (
             lambda: data.strings(["ab", "ac!"], alphabet="abc"),
-            r"texts\[1\] has '!' at place 2, which the alphabet of 3",
+            r"texts\[1\]: expected symbols of the alphabet of 3, got '!' at place 2",
         ),
-        (lambda: data.strings(["ab", "abcd"], 3), r"texts\[1\] has 4 symbols: length=3 is too short"),
-        (lambda: data.strings([]), "texts is empty"),
+        (
+            lambda: data.strings(["ab", "abcd"], 3),
+            r"length: expected at least 4, the symbols of texts\[1\], got 3",
+        ),
+        (lambda: data.strings([]), "texts: expected at least one text, got none"),
         (
             lambda: data.windows("abc!", 2, "abc"),
-            "text has '!' at place 3, which the alphabet of 3 symbols lacks",
+            "text: expected symbols of the alphabet of 3, got '!' at place 3",
         ),
-        (lambda: data.windows(b"ab", 3), "length takes 1 to the 2 symbols of text, got 3"),
-        (lambda: CausalTransformer(3, 4)(torch.zeros(1, 5).long()), "has places for 4 tokens, got 5"),
+        (lambda: data.windows(b"ab", 3), "length: expected 1 to 2, the symbols of text, got 3"),
+        (
+            lambda: CausalTransformer(3, 4)(torch.zeros(1, 5).long()),
+            "tokens: expected at most 4 of them, got 5",
+        ),
     ],
 )
 def test_bad_input_is_named(build, message):
@@ -408,13 +437,14 @@ def test_the_evidence_in_blocks_is_the_evidence(monkeypatch):
         torch.testing.assert_close(pair.log_evidence(y), whole.detach(), rtol=1e-12, atol=1e-12)
         assert pair.log_evidence(y[:0]).shape == (0,)
         y[5, 2] = 2
-        with pytest.raises(ValueError, match="holds 2 at row 5, place 2"):
+        with pytest.raises(ValueError, match=r"y: expected integers in \[0, 1\], got 2 at row 5, place 2"):
             pair.log_evidence(y)
 
 
 @torch.no_grad()
 def test_deep_features_tell_images_apart_at_the_start():
-    """The vertical stack has no path around its gates: eight of them with torch's own start would leave 1e-5."""
+    """The vertical stack has no path around its gates: eight of them with torch's own start would leave
+    1e-5."""
     torch.manual_seed(0)
     net = PixelCNN(2, (12, 12), 16, 8)
     vertical = horizontal = net._seen((torch.rand(32, 12, 12) < 0.5).long()).movedim(-1, 1)
@@ -433,7 +463,8 @@ def test_deep_features_tell_images_apart_at_the_start():
 
 @pytest.mark.parametrize("which", ["eager", "graph inside", "graph outside", "two drop-ins"])
 def test_convolutions_take_the_steps_of_hand_written_adam(which, monkeypatch):
-    """Their gradients may come in another memory order than the weights, which fused optimizers do not look at."""
+    """Their gradients may come in another memory order than the weights, which fused optimizers do not look
+    at."""
     y = (torch.rand(6, 12) < 0.5).double()
     monkeypatch.setattr(step, "_MOST_INSIDE", 0 if which == "graph outside" else 1000)
 

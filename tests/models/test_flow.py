@@ -117,10 +117,19 @@ def test_a_flow_reaches_the_entropy_of_a_toy(name, kind):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Flow(3).log_evidence(torch.zeros(2, 4)), r"shape \(2, 4\): this Flow takes \[B, 3\]"),
-        (lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 4.0), progress=False), "takes values in"),
-        (lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 0.5), progress=False), "takes values in"),
-        (lambda: DequantizedFlow(3, 1), "levels takes at least two"),
+        (
+            lambda: Flow(3).log_evidence(torch.zeros(2, 4)),
+            r"y: expected shape \[B, 3\] for this Flow, got \(2, 4\)",
+        ),
+        (
+            lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 4.0), progress=False),
+            r"observed site 'y' \(_Cell\): expected values in IntegerInterval\(lower_bound=0,",
+        ),
+        (
+            lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 0.5), progress=False),
+            r"observed site 'y' \(_Cell\): expected values in IntegerInterval\(lower_bound=0,",
+        ),
+        (lambda: DequantizedFlow(3, 1), "levels: expected at least two grey levels, got 1"),
         (lambda: Flow(1), "expected at least 2 for a coupling"),
     ],
 )

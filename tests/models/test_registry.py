@@ -36,7 +36,7 @@ def test_densities_keep_their_constants():
 
 def test_the_encoder_sees_grey_levels_between_minus_one_and_one():
     pair = VAE(6, 2, (8,), likelihood="categorical", levels=5)
-    assert pair._scaled(torch.full((1, 6), 4.0)).max() == 1
+    assert pair.generator.center()(torch.full((1, 6), 4), torch.float64).max() == 1
     torch.testing.assert_close(
         pair.encode(torch.full((1, 6), 4)).mean, pair.encode(torch.full((1, 6), 4.0)).mean
     )
@@ -81,24 +81,51 @@ def test_initial_values_come_from_the_data():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: VAE(4, likelihood="poisson"), "likelihood takes one of"),
-        (lambda: VAE(4, network="transformer"), "network takes"),
-        (lambda: VAE(4, network="conv"), "needs shape"),
-        (lambda: VAE((4, 4), 2, (), network="conv"), r"hidden takes at least one width for network='conv'"),
-        (lambda: VAE(4, likelihood="categorical", levels=1), "levels takes at least two grey levels, got 1"),
-        (lambda: VAE(4, 0), "latent takes"),
-        (lambda: VAE(4, weight=2.0), "weight belongs"),
-        (lambda: VAE(4, 2, (0,)), "sizes takes"),
-        (lambda: PPCA(4, 5), "latent takes 1 to 4"),
-        (lambda: PPCA(4, 2, guide="flow"), "guide takes"),
-        (lambda: GaussianMixture(4, 0), "components takes"),
-        (lambda: GaussianMixture(4, 2, floor=0.0), "floor takes"),
-        (lambda: GaussianMixture(4, 2, guide="x"), "guide takes"),
-        (lambda: GaussianMixture.for_data(torch.zeros(3, 4), (4,), 0, components=5), "at least as many data"),
-        (lambda: models.build("gan", "digits", {}), "unknown model"),
-        (lambda: models.build("vae", "digits", {"depth": 2}), "has no setting 'depth'"),
-        (lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
-        (lambda: PPCA(3).log_evidence(torch.zeros(2, 4)), r"takes \[B, 3\]"),
+        (
+            lambda: VAE(4, likelihood="poisson"),
+            r"likelihood: expected one of \('bernoulli', 'discretized_logistic', 'categorical',",
+        ),
+        (
+            lambda: VAE(4, network="transformer"),
+            "network: expected 'mlp', 'gated' or 'conv', got 'transformer'",
+        ),
+        (lambda: VAE(4, network="conv"), r"shape: expected \(height, width\) for network='conv', got \(4,\)"),
+        (
+            lambda: VAE((4, 4), 2, (), network="conv"),
+            "hidden: expected at least one width for network='conv', that of the layer after the",
+        ),
+        (
+            lambda: VAE(4, likelihood="categorical", levels=1),
+            "levels: expected at least two grey levels, got 1",
+        ),
+        (lambda: VAE(4, 0), "latent: expected a positive number of dimensions, got 0"),
+        (
+            lambda: VAE(4, weight=2.0),
+            r"weight: expected None for likelihood='bernoulli', got 2\.0; 'l1' and 'l2' have one",
+        ),
+        (lambda: VAE(4, 2, (0,)), r"sizes: expected at least two positive widths, got \(2, 0, 4\)"),
+        (lambda: PPCA(4, 5), "latent: expected 1 to 4 dimensions, those of the data, got 5"),
+        (lambda: PPCA(4, 2, guide="flow"), "guide: expected 'exact' or 'mean_field', got 'flow'"),
+        (lambda: GaussianMixture(4, 0), "components: expected a positive number, got 0"),
+        (lambda: GaussianMixture(4, 2, floor=0.0), r"floor: expected a positive scale, got 0\.0"),
+        (lambda: GaussianMixture(4, 2, guide="x"), "guide: expected 'exact' or 'encoder', got 'x'"),
+        (
+            lambda: GaussianMixture.for_data(torch.zeros(3, 4), (4,), 0, components=5),
+            "y: expected at least 5 data, one per component, got 3",
+        ),
+        (
+            lambda: models.build("gan", "digits", {}),
+            "model: expected one of vae, hierarchy, ladder, conv_ladder, autoregressive, flow,",
+        ),
+        (
+            lambda: models.build("vae", "digits", {"depth": 2}),
+            "settings: expected some of latent, hidden, likelihood, network, channels, weight,",
+        ),
+        (
+            lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)),
+            r"y: expected shape \[B, 3\], got \(2, 4\)",
+        ),
+        (lambda: PPCA(3).log_evidence(torch.zeros(2, 4)), r"y: expected shape \[B, 3\], got \(2, 4\)"),
     ],
 )
 def test_bad_settings_are_named(build, message):

@@ -65,7 +65,8 @@ def evidence_terms(pair, batch, z):
 
 
 def test_derivations_follow_their_probability():
-    """χ² of small trees at a false-alarm rate of 1e-6 (Wilson–Hilferty: z below 4.9), for a batch of grammars."""
+    """χ² of small trees at a false-alarm rate of 1e-6 (Wilson–Hilferty: z below 4.9), for a batch of
+    grammars."""
     torch.manual_seed(0)
     rules = torch.randn(2, 2, 6, 6)
     rules[..., :2, :] -= 2  # most derivations end soon
@@ -95,7 +96,7 @@ def test_a_chart_that_is_no_tree_has_no_probability():
     assert d.log_prob(z) == pytest.approx(-math.log(9))
     z[2, 2] = 1
     assert d.log_prob(z) == -math.inf
-    with pytest.raises(ValueError, match="max_length = 4"):
+    with pytest.raises(ValueError, match="max_length: expected samples of at most 4 words"):
         Derivation(torch.zeros(1), torch.tensor([[[9.0, 0.0], [0.0, 0.0]]]), max_length=4).sample((20,))
 
 
@@ -133,7 +134,7 @@ def test_em_of_a_grammar_finds_what_simulated_sentences_know():
 def test_a_grammar_whose_derivations_never_end_can_be_audited():
     """Nothing asks its prior for a tree."""
     pair, y = models.PCFG(3, 1, 5, "mean_field"), sentences(5, 6)
-    with pytest.raises(ValueError, match="outgrows"):
+    with pytest.raises(ValueError, match="max_length: expected samples of at most"):
         pair.simulate(20, like=y.repeat(4, 1))
     assert audit(pair, y, particles=10).reference == "exact"
 
@@ -171,33 +172,39 @@ def test_training_the_restricted_guide_narrows_its_gap(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.PCFG(0, 1, 2), "nonterminals takes"),
-        (lambda: models.PCFG(1, 1, 2, guide="x"), "guide takes"),
-        (lambda: models.PCFG(1, 1, 2, smoothing=-1.0), "smoothing takes"),
-        (lambda: models.PCFG(1, 1, 2).log_evidence(torch.zeros(3, 4)), r"takes integers \[B, L\]"),
+        (lambda: models.PCFG(0, 1, 2), "nonterminals: expected a positive number, got 0"),
+        (lambda: models.PCFG(1, 1, 2, guide="x"), "guide: expected 'exact' or 'mean_field', got 'x'"),
+        (
+            lambda: models.PCFG(1, 1, 2, smoothing=-1.0),
+            r"smoothing: expected a pseudo-count of at least 0, got -1\.0",
+        ),
+        (
+            lambda: models.PCFG(1, 1, 2).log_evidence(torch.zeros(3, 4)),
+            r"y: expected integers \[B, L\] with L at least 2, padded with -1, got torch\.float64 of",
+        ),
         (lambda: models.PCFG(1, 1, 2).log_evidence(torch.zeros(3, 1).long()), "L at least 2"),
-        (lambda: models.PCFG(1, 1, 2).log_evidence(torch.full((3, 2), 2)), "from 0 to 1"),
-        (lambda: models.CTC(2, 0), "labels takes"),
-        (lambda: models.CTC(2, 3, guide="x"), "guide takes"),
-        (lambda: models.CTC(2, 3).simulate(3), "for given frames"),
+        (lambda: models.PCFG(1, 1, 2).log_evidence(torch.full((3, 2), 2)), r"y: expected integers in \[-1, 1\], got 2 at index"),
+        (lambda: models.CTC(2, 0), "labels: expected a positive number, got 0"),
+        (lambda: models.CTC(2, 3, guide="x"), "guide: expected 'exact' or 'local', got 'x'"),
+        (lambda: models.CTC(2, 3).simulate(3), r"given: expected frames, got none; call simulate\(n, x\)"),
         (lambda: models.CTC(2, 3).log_evidence(torch.zeros(2, 4, 2), torch.tensor([[1], [0]])), "the blank"),
         (
             lambda: models.CTC(2, 3).log_evidence(torch.zeros(2, 4, 2), torch.tensor([[1], [4]])),
-            "takes 1 to 3",
+            r"y: expected labels in \[1, 3\], then -1 \(0 is the blank\), got 1 to 4",
         ),
         (
             lambda: models.CTC(2, 3).log_evidence(torch.zeros(3, 4), torch.ones(3, 1).long()),
-            r"takes \[B, T, 2\]",
+            r"x: expected shape \[B, T, 2\], got \(3, 4\)",
         ),
         (
             lambda: models.CTC(2, 3).log_evidence(torch.zeros(3, 4, 2), torch.ones(3, 1)),
-            r"takes integers \[B, L\]",
+            r"y: expected integers \[B, L\], got torch\.float64 of shape \(3, 1\)",
         ),
         (
             lambda: models.CTC(2, 3).log_evidence(
                 torch.zeros(3, 4, 2), torch.ones(3, 1).long(), torch.ones(2)
             ),
-            "lengths has shape",
+            r"lengths: expected 3 integers, one per sequence, got torch\.float64 of shape \(2,\)",
         ),
     ],
 )
@@ -208,7 +215,10 @@ def test_bad_input_is_named(call, message):
 
 def test_a_sentence_of_one_word_has_no_tree():
     y = torch.tensor([[0, 1, 1], [1, -1, -1]])
-    with pytest.raises(ValueError, match="datum 1 .* log probability -inf"):
+    with pytest.raises(
+        ValueError,
+        match=r"data: expected a finite log probability for every datum, got -inf for datum 1 \(of",
+    ):
         quiet(models.PCFG(1, 2, 2), y, epochs=1)
 
 
@@ -247,7 +257,10 @@ def test_simulated_labels_are_what_their_paths_give():
     assert torch.equal(same, x) and y.shape == (40, 6)
     assert torch.equal(pair.posterior(x, y, lengths).log_prob(latents["z"]).isfinite(), torch.ones(40).bool())
     narrow = (x, torch.ones(40, 1, dtype=torch.long), lengths)
-    with pytest.raises(ValueError, match="more than the 1 labels"):
+    with pytest.raises(
+        ValueError,
+        match="y: expected at most 1 labels, got a draw of more; simulate with a longer placeholder",
+    ):
         pair.simulate(40, like=narrow)
 
 

@@ -135,7 +135,9 @@ def test_the_hard_loss_trains():
 
 @pytest.mark.parametrize("rows", [10, 1])
 def test_the_least_elbo_loss_over_guides_is_the_cross_entropy(rows):
-    """Reached by a family with the posterior in it; a family of one q for all y pays min_q E KL(q, posterior)."""
+    """Reached by a family with the posterior in it; a family of one q for all y pays min_q E KL(q,
+    posterior).
+    """
     torch.manual_seed(1)
     pair, y = Tables(rows, "parallel"), sample_of_population()
     value = evidence.exact(pair, EVERY).value

@@ -273,9 +273,15 @@ def test_fit_takes_the_number_of_particles_into_the_bound():
     for objective, particles in (("iwae", 5), (IWAE_ELBO(5), 1)):
         pair = Shifted()
         run = fit(
-            pair, y, objective=objective, particles=particles, batch_size=32, epochs=2, kl_weight=lambda e: 0.5,
+            pair,
+            y,
+            objective=objective,
+            particles=particles,
+            batch_size=32,
+            epochs=2,
+            kl_weight=lambda e: 0.5,
             progress=False,
-        )  # fmt: skip
+        )
         runs.append((pair.shift.item(), [row["loss"] for row in run.metrics], run.metrics[0]["kl_weight"]))
     assert runs[0] == runs[1] and runs[0][2] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="particles: expected at least 2 for objective 'iwae', got 1"):
@@ -285,8 +291,16 @@ def test_fit_takes_the_number_of_particles_into_the_bound():
 def test_fit_validates_by_the_bound_that_it_trains():
     pair, y = Shifted(), torch.randn(200)
     run = fit(
-        pair, y, valid=y, objective="iwae", particles=20, learning_rate=1e-9, epochs=1, patience=3, progress=False
-    )  # fmt: skip
+        pair,
+        y,
+        valid=y,
+        objective="iwae",
+        particles=20,
+        learning_rate=1e-9,
+        epochs=1,
+        patience=3,
+        progress=False,
+    )
     exact = float(dist.Normal(0.0, 2**0.5).log_prob(y).mean())
     (row,) = run.metrics
     # The guide misses by 0.3 nats; of 200 data the bound of 20 draws strays by some 0.02.

@@ -1,5 +1,6 @@
-"""An objective defined here alone trains in every way that the library's own do: eager, compiled, resumed, by the command
-line; and what the steps share."""
+"""An objective defined here alone trains in every way that the library's own do: eager, compiled, resumed, by
+the command line; and what the steps share.
+"""
 
 import ast
 import functools
@@ -20,7 +21,7 @@ from pyroelbo.objectives.base import PerDatum
 from pyroelbo.optim import UpdateRule
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.step import EagerStep
-from tests.pairs import Nonlinear
+from tests.pairs import TABLE, Nonlinear
 
 
 class Alternating(Objective):
@@ -277,7 +278,6 @@ def test_eager_steps_are_those_of_torchs_optimizers():
 
 def test_a_mean_field_loss_is_checked_inside_a_weighted_one():
     from pyroelbo.objectives import Weighted_ELBO
-    from tests.pairs import TABLE
 
     make, draw = TABLE["hierarchy-bottom-up"]
     for objective in (TraceMeanField_ELBO(), Weighted_ELBO(TraceMeanField_ELBO(), 0.5)):
@@ -288,3 +288,16 @@ def test_a_mean_field_loss_is_checked_inside_a_weighted_one():
 def test_unknown_settings_are_named():
     with pytest.raises(TypeError, match=r"fit: expected settings among .*'epochs'.*, got 'epoch'"):
         quiet(fresh(), torch.randn(4, 4), epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "particles", "message"),
+    [
+        ("pcfg", "mean_field", 1, "expected a guide site for every latent.* AttributeError"),
+        ("own-conv", "iwae", 3, "expected networks that accept a leading dimension of particles"),
+    ],
+)
+def test_losses_that_cannot_run_are_refused_with_the_reason(name, objective, particles, message):
+    make, draw = TABLE[name]
+    with pytest.raises(ValueError, match=message):
+        quiet(make(), draw(4), objective=objective, particles=particles)

@@ -192,7 +192,9 @@ def test_clipping_bounds_the_step():
 
 
 def test_eager_training_under_a_callers_autocast_sees_its_own_updates():
-    """Casts of weights are kept until the outermost autocast ends: all steps would see the first one's, without a word."""
+    """Casts of weights are kept until the outermost autocast ends: all steps would see the first one's,
+    without a word.
+    """
     torch.set_default_dtype(torch.float32)
     y, found = torch.randn(8, 4), []
     for keeping in (True, False):
@@ -408,9 +410,15 @@ def model_with_global(y):
 @pytest.mark.parametrize(
     ("pair", "y", "settings", "error", "message"),
     [
-        (Nonlinear, torch.full((3, 4), float("nan")), {}, ValueError, "data has NaN"),
-        (Nonlinear, torch.zeros(0, 4), {}, ValueError, "data is empty"),
-        (Nonlinear, (torch.zeros(3, 4), torch.zeros(2)), {}, ValueError, "different lengths"),
+        (Nonlinear, torch.full((3, 4), float("nan")), {}, ValueError, "data: expected finite entries"),
+        (Nonlinear, torch.zeros(0, 4), {}, ValueError, "data: expected at least one row"),
+        (
+            Nonlinear,
+            (torch.zeros(3, 4), torch.zeros(2)),
+            {},
+            ValueError,
+            "expected parts with the same first dimension",
+        ),
         (
             Nonlinear,
             torch.zeros(3, 5),
@@ -423,7 +431,7 @@ def model_with_global(y):
             torch.full((3, 6), 0.5),
             {},
             ValueError,
-            "grey pixels have no Bernoulli probability",
+            "Grey pixels have no Bernoulli probability",
         ),
         (
             TABLE["vae-categorical"][0],
@@ -432,7 +440,13 @@ def model_with_global(y):
             ValueError,
             "expected values in IntegerInterval",
         ),
-        (TABLE["vae-l2"][0], torch.zeros(3, 5), {}, ValueError, r"takes \[B, 6\]"),
+        (
+            TABLE["vae-l2"][0],
+            torch.zeros(3, 5),
+            {},
+            ValueError,
+            r"y: expected shape \[B, 6\] .*, got \(3, 5\)$",
+        ),
         (
             lambda: Pair.of(model_without_plate, guide_without_plate),
             torch.zeros(3, 1),
@@ -454,7 +468,7 @@ def model_with_global(y):
             ValueError,
             "'z' is missing in the guide",
         ),
-        (Nonlinear, torch.zeros(3, 4), {"epochs": 0}, ValueError, "epochs takes a positive"),
+        (Nonlinear, torch.zeros(3, 4), {"epochs": 0}, ValueError, "epochs: expected a positive"),
         (
             Nonlinear,
             torch.zeros(3, 4),
@@ -584,7 +598,9 @@ def test_a_callback_that_raises_loses_nothing(tmp_path):
 @pytest.mark.parametrize("kind", ["eager", "compiled", "fallback"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_steps_with_a_long_gradient_are_left_out(kind, optimizer):
-    """A batch of outliers, and one that is not finite, leave parameters and optimizer as if they had never come."""
+    """A batch of outliers, and one that is not finite, leave parameters and optimizer as if they had never
+    come.
+    """
     from pyroelbo.compiled import CompiledStep
     from pyroelbo.training.step import EagerStep
 

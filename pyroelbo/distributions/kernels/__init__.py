@@ -1,1 +1,3 @@
-"""Compiled CPU loops of the structures, one file a structure, behind :mod:`pyroelbo.distributions.kernels.dispatch`."""
+"""Compiled CPU loops of the structures, one file a structure, behind
+:mod:`pyroelbo.distributions.kernels.dispatch`.
+"""

@@ -1,13 +1,22 @@
-"""Exponentials, layouts and products of matrices in compiled loops (needs numba)."""
+"""Exponentials, layouts and products of matrices inside compiled kernels (needs numba).
+
+Matrices that are read as vectors are "laid out": ``[S, padded]``, with S columns rounded up to whole vectors,
+in panels of ``panel`` columns one after the other, each of them row by row:
+
+    panel 0: row 0, row 1, ..., row S-1 | panel 1: row 0, ..., row S-1 | ...   (the last may be narrower)
+
+What lies beyond column S is zero (-inf for "best"). Addresses are offsets into the flat array.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
+from pyroelbo.distributions.kernels.gate import REORDER, compiled
 from pyroelbo.distributions.kernels.simd import (
     LANES,
     WIDE,
@@ -24,28 +33,24 @@ from pyroelbo.distributions.kernels.simd import (
 __all__ = [
     "PIECE",
     "aligned",
-    "compiled",
+    "exp_laid_out",
+    "exp_of",
     "exponential",
     "exponentials",
     "laid_out",
     "multiply",
     "narrow",
-    "powers_laid_out",
-    "powers_of",
 ]
 
-# NaN and infinity keep their meaning; only the order of a sum is free
-_ORDER = {"contract", "reassoc", "nsz"}
-compiled = njit(cache=True, fastmath=_ORDER)
-# so many numbers are worked on at a time
-PIECE = 4096
-_LINE = 64  # bytes
+PIECE = 4096  # numbers processed at a time, so that they stay in the cache
+_LINE = 64  # bytes of a cache line
 
 
 @compiled
 def aligned(rows, columns, like):
-    """An array [rows, columns] that begins with a line of the cache: a vector that straddles two is slow to read entry by
-    entry soon after it was written.
+    """An uninitialized array [rows, columns] that starts on a cache line.
+
+    A vector that straddles two lines is slow to read entry by entry soon after it was written.
     """
     raw = np.empty(rows * columns + _LINE // like.itemsize, like.dtype)
     skip = (-raw.ctypes.data % _LINE) // like.itemsize
@@ -53,12 +58,10 @@ def aligned(rows, columns, like):
 
 
 def exponential(x, spare):
-    """x = exp(x) in place for x <= 0, in a form that compilers turn into vector code; zero below the normal
-    range.
-    """
+    """x = exp(x) in place for x <= 0, vectorized by the compiler; zero below the normal range."""
 
 
-# no free order here: rounding by adding and subtracting a large number must not be simplified away
+# no reordering: adding and subtracting a large number, which rounds, must not be simplified away
 @overload(exponential, jit_options={"fastmath": {"contract", "nsz"}})
 def _(x, spare):
     if x.dtype == types.float32:
@@ -110,7 +113,7 @@ def _(x, spare):
 
 @compiled
 def exponentials(x, spare):
-    """``exponential`` of a long flat array, a piece at a time."""
+    """``exponential`` of a long flat array, piece by piece."""
     for start in range(0, x.shape[0], PIECE):
         piece = x[start : start + PIECE]
         exponential(piece, spare[: piece.shape[0]])
@@ -118,7 +121,7 @@ def exponentials(x, spare):
 
 @compiled
 def _top(x):
-    """The largest entry of a flat array, 0 where all are -inf; whatever it is where one is NaN."""
+    """The largest entry of a flat array, 0 if all are -inf; undefined if one is NaN."""
     top, whole = x[0], x.shape[0] - x.shape[0] % (2 * LANES)
     if whole:
         tops, others = load(x, 0), load(x, LANES)
@@ -132,7 +135,7 @@ def _top(x):
 
 @compiled
 def _below(x, top, out):
-    """out = x - top for flat arrays; returns the sum, which is NaN only where a number is, as none is positive."""
+    """out = x - top for flat arrays; returns the sum, NaN only if an entry is, since none is positive."""
     one = out.dtype.type(1)
     differences = one * 0
     for j in range(x.shape[0]):
@@ -143,10 +146,8 @@ def _below(x, top, out):
 
 
 @compiled
-def powers_of(x, out, spare):
-    """out = exp(x - top) for flat arrays; returns top, the largest entry (0 where all is -inf, NaN where one
-    is).
-    """
+def exp_of(x, out, spare):
+    """out = exp(x - top) for flat arrays; returns top, the largest (0 if all are -inf, NaN if one is)."""
     top, differences = _top(x), 0.0
     for start in range(0, x.shape[0], PIECE):
         piece = out[start : start + PIECE]
@@ -156,9 +157,9 @@ def powers_of(x, out, spare):
 
 
 @compiled
-def _copied(matrices, u, room, panel):
-    size, padded = room.shape
-    flat = room.reshape(-1)
+def _copied(matrices, u, workspace, panel):
+    size, padded = workspace.shape
+    flat = workspace.reshape(-1)
     for start in range(0, padded, panel):
         width, stride = min(panel, size - start), min(panel, padded - start)
         for i in range(size):
@@ -166,22 +167,22 @@ def _copied(matrices, u, room, panel):
             given, row = matrices[u, i, start : start + width], flat[at : at + width]
             for j in range(width):
                 row[j] = given[j]
-    return room
+    return workspace
 
 
 @compiled
-def laid_out(matrices, u, room, panel):
-    """A matrix with columns up to whole vectors, in panels of ``panel`` columns: in ``room`` unless it lies so."""
-    if room.shape[0] == room.shape[1] and panel >= room.shape[0]:
+def laid_out(matrices, u, workspace, panel):
+    """``matrices[u]`` laid out: copied to ``workspace [S, padded]``, or itself if it is laid out already."""
+    if workspace.shape[0] == workspace.shape[1] and panel >= workspace.shape[0]:
         return matrices[u]
-    return _copied(matrices, u, room, panel)
+    return _copied(matrices, u, workspace, panel)
 
 
 @compiled
-def powers_laid_out(matrix, room, panel, spare):
-    """``powers_of`` of a matrix [S,S], laid out in ``room``; returns the top."""
-    size, padded = room.shape
-    flat, top, differences = room.reshape(-1), _top(matrix.reshape(-1)), 0.0
+def exp_laid_out(matrix, workspace, panel, spare):
+    """``exp_of`` of a matrix [S,S], laid out in ``workspace [S, padded]``; returns the top."""
+    size, padded = workspace.shape
+    flat, top, differences = workspace.reshape(-1), _top(matrix.reshape(-1)), 0.0
     for start in range(0, padded, panel):
         width, stride = min(panel, size - start), min(panel, padded - start)
         some = max(1, PIECE // stride)
@@ -198,96 +199,60 @@ def powers_laid_out(matrix, room, panel, spare):
     return math.nan if differences != differences else float(top)
 
 
-def multiply(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
-    """out[to + r·columns + c] = Σ_k x[at + r·across + k·along] · y[k, c], for k < ``count``; see ``_vectors.tile`` for ``kind``.
+def multiply(kind, height, shape, x, x_at, y, y_at, out, out_at):
+    """out[r, c] = Σ_k x[r, k] · y[k, c] for ``shape`` = (rows, k's); see ``simd.tile`` for ``kind``.
 
-    ``out`` has ``columns``, whole vectors; rows go by ``height``, a literal 1 or 4. ``y`` lies from ``place`` on, as
-    panels of ``panel`` columns one after the other.
+    Rows go ``height`` (a literal 1 or 4) at a time: rows rounded up to it are read and written.
+
+    Args:
+        x_at: offset, row stride and k stride of ``x``.
+        y_at: offset and panel width of ``y``, which is laid out.
+        out_at: offset and number of columns (whole vectors) of ``out``.
     """
 
 
-@overload(multiply, prefer_literal=True, jit_options={"fastmath": _ORDER, "forceinline": True})
-def _(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
+@overload(multiply, prefer_literal=True, jit_options={"fastmath": set(REORDER), "forceinline": True})
+def _(kind, height, shape, x, x_at, y, y_at, out, out_at):
     how, tall = kind.literal_value, height.literal_value
 
-    def run(kind, height, rows, count, x, at, across, along, y, place, panel, columns, out, to):
+    def run(kind, height, shape, x, x_at, y, y_at, out, out_at):
+        rows, count = shape
+        at, across, along = x_at
+        place, panel = y_at
+        to, columns = out_at
         for r in range(0, rows, tall):
-            here, there = at + r * across, to + r * columns
+            left, there = (at + r * across, across, along), to + r * columns
             for start in range(0, columns, panel):
                 j, end = start, min(start + panel, columns)
                 shift, stride = place + start * (count - 1), end - start
                 while j + WIDE * LANES <= end:
-                    tile(
-                        how,
-                        tall,
-                        WIDE,
-                        count,
-                        x,
-                        here,
-                        across,
-                        along,
-                        y,
-                        shift + j,
-                        stride,
-                        out,
-                        there + j,
-                        columns,
-                    )
+                    tile(how, tall, WIDE, count, x, left, y, (shift + j, stride), out, (there + j, columns))
                     j += WIDE * LANES
                 if j + 2 * LANES <= end:
-                    tile(
-                        how,
-                        tall,
-                        2,
-                        count,
-                        x,
-                        here,
-                        across,
-                        along,
-                        y,
-                        shift + j,
-                        stride,
-                        out,
-                        there + j,
-                        columns,
-                    )
+                    tile(how, tall, 2, count, x, left, y, (shift + j, stride), out, (there + j, columns))
                     j += 2 * LANES
                 if j < end:
-                    tile(
-                        how,
-                        tall,
-                        1,
-                        count,
-                        x,
-                        here,
-                        across,
-                        along,
-                        y,
-                        shift + j,
-                        stride,
-                        out,
-                        there + j,
-                        columns,
-                    )
+                    tile(how, tall, 1, count, x, left, y, (shift + j, stride), out, (there + j, columns))
 
     return run
 
 
 def narrow(kind, count, x, at, y):
-    """The two vectors of Σ_k x[at + k] · y[k, c], c < 2 ``LANES``, for k < ``count``; see ``_vectors.tile`` for ``kind``.
+    """Two vectors, Σ_k x[at + k] · y[k, c] for k < ``count``, c < 2 ``LANES``; see ``simd.tile`` for
+    ``kind``.
 
-    Four rows are taken at a time: what lies beyond ``count`` has to add nothing.
+    ``count`` is rounded up to a multiple of four: entries beyond it must add nothing.
     """
 
 
-@overload(narrow, prefer_literal=True, jit_options={"fastmath": _ORDER, "forceinline": True})
+@overload(narrow, prefer_literal=True, jit_options={"fastmath": set(REORDER), "forceinline": True})
 def _(kind, count, x, at, y):
     best = kind.literal_value == "best"
     empty = -math.inf if best else 0.0
 
     def run(kind, count, x, at, y):
         left = fill(y.dtype.type(empty))
-        # sums that wait for one another leave the processor idle
+        # two chains of sums, so that one need not wait for the other
         right, other_left, other_right = left, left, left
         for k in range(0, count, 4):
             place = 2 * LANES * k

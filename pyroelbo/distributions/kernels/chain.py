@@ -1,8 +1,28 @@
-"""Compiled loops of the chain recursions; imported only where numba is installed.
+"""Scaled forward and backward passes over chains (needs numba).
 
-Log potentials come as in ``_forward_backward``; weights and ``powers [A,U,S,S]`` (from, to) are their
-exponentials, divided by the largest of each time or matrix. Where sequences share their transitions, four go
-together, so that a matrix is read once for four of them; this beats BLAS on such thin products.
+    B sequences, T steps, S states; I, A in {1, B} (shared by the batch or not), U in {1, T-1} (the same at
+    every step or not)
+
+    initial         [I, S]        log potentials
+    transition      [A, U, S, S]  log potentials (from, to)
+    observation     [B, T, S]     log potentials
+    lengths         [B]           in 1..T; steps at and beyond a length are padding: never read
+    exp_transition  [A, U, S, S]  filled: exp(transition - top), top being the largest entry of each matrix
+    alpha           [B, T, S]     filled: filtered weights, divided by scale; zero in the padding
+    scale           [B, T]        filled: what alpha was divided by; 1 in the padding
+    gamma           [B, T, S]     filled: posterior of each state; zero in the padding
+    log_z           [B]           filled
+    min_alpha       [B]           filled: the smallest entry of alpha before division
+
+Sequences that share their transitions are processed in groups of four, so that a matrix is read once for four
+of them; this beats BLAS on such thin products. Rows of a workspace have ``padded`` columns, S rounded up to
+whole vectors of LANES; what lies beyond S is zero, and stays so. Time is processed in chunks, whose weights
+exp(observation - top) are computed at once:
+
+    workspace.weight    [group · stride]  row r of the group: chunk · S weights at r · stride, then zeros
+    workspace.previous  [4, padded]       alpha of the last step; in the backward pass what goes back a step
+    workspace.moved     [4, padded]       the product with the matrix; updated in place
+    workspace.matrix    [S, padded]       the matrix, laid out (see ``arithmetic``)
 """
 
 from __future__ import annotations
@@ -15,13 +35,19 @@ import numpy as np
 from pyroelbo.distributions.kernels.arithmetic import (
     PIECE,
     aligned,
-    compiled,
+    exp_laid_out,
+    exp_of,
     exponentials,
     laid_out,
     multiply,
     narrow,
-    powers_laid_out,
-    powers_of,
+)
+from pyroelbo.distributions.kernels.gate import (
+    compiled,
+    expect_contiguous,
+    expect_index,
+    expect_shapes,
+    kernel,
 )
 from pyroelbo.distributions.kernels.simd import (
     LANES,
@@ -40,37 +66,119 @@ from pyroelbo.distributions.kernels.simd import (
     total,
 )
 
-# weights of a group of rows are kept for its way back up to so many
-_KEPT = 1 << 20
-# times the least sum that is trusted the product of sums must not leave the normal range
-_LEAST_PRODUCT, _MOST_PRODUCT = 1e-15, 1e200
+__all__ = ["backward", "evidence", "forward", "smooth"]
+
+_KEPT_WEIGHTS = 1 << 20  # up to this size the weights of a group are kept for the backward pass
+# the product of the sums divided out is kept as a number while it is within these bounds, then as a logarithm
+_MIN_PRODUCT, _MAX_PRODUCT = 1e-15, 1e200
+
+
+class Layout(NamedTuple):
+    """``group`` sequences at a time, ``padded`` columns, panels of ``panel`` columns; ``single``: one narrow
+    row.
+    """
+
+    group: int
+    padded: int
+    panel: int
+    single: bool
+
+
+class Workspace(NamedTuple):
+    """Arrays for one group, see the module's diagram; ``spare`` and ``min_alpha`` are scratch and running
+    minima.
+    """
+
+    weight: np.ndarray
+    spare: np.ndarray
+    moved: np.ndarray
+    previous: np.ndarray
+    min_alpha: np.ndarray
+    matrix: np.ndarray
+
+
+class Group(NamedTuple):
+    """The inputs of one group: ``first`` is exp(initial - first_top), ``exp_transition [U,S,S]`` with ``top
+    [U]``.
+    """
+
+    first: np.ndarray
+    first_top: np.ndarray
+    exp_transition: np.ndarray
+    top: np.ndarray
+    observation: np.ndarray
+    lengths: np.ndarray
+
+
+class Filtered(NamedTuple):
+    """The outputs of the forward pass; ``alpha`` and ``scale`` without rows if they are not kept."""
+
+    alpha: np.ndarray
+    scale: np.ndarray
+    log_z: np.ndarray
+    min_alpha: np.ndarray
+
+
+class Smoothed(NamedTuple):
+    """The outputs of the backward pass: either ``flow`` or ``counts`` is without rows."""
+
+    gamma: np.ndarray
+    flow: np.ndarray
+    counts: np.ndarray
+
+
+class Counts(NamedTuple):
+    """``flow [group · chunk, padded]`` of a chunk and ``total [S rounded up to 4, padded]``: rows and columns
+    beyond S collect what is never read. Without rows if counts are not wanted.
+    """
+
+    flow: np.ndarray
+    total: np.ndarray
 
 
 @compiled
-def _absorb(moved, r, weight, at, floor, out, low):
-    """Row r of out = max(moved · weight, floor), whose sum is returned; row r of low keeps the least seen."""
-    padded = moved.shape[1]
-    none = fill(moved.dtype.type(0))
-    sums = none
-    for j in range(r * padded, (r + 1) * padded, LANES):
-        value = multiply_add(load(moved, j), load(weight, at + j - r * padded), none)
-        # NaN stays: it is not below the floor
-        value = greater(fill(floor), value)
-        store(low, j, lesser(value, load(low, j)))
-        store(out, j, value)
-        sums = add(sums, value)
-    return total(sums)
+def layout_of(transition, observation):
+    rows, _, size = observation.shape
+    group = 4 if transition.shape[0] == 1 and rows > 1 else 1
+    homogeneous = transition.shape[1] == 1
+    padded = -(-size // LANES) * LANES
+    # one row of few states stays in registers
+    single = group == 1 and homogeneous and size <= 2 * LANES
+    if single:
+        padded = 2 * LANES
+    return Layout(group, padded, WIDE * LANES if homogeneous else padded, single)
+
+
+@compiled
+def workspace_for(layout, chunk, size, like):
+    """A workspace for rows of ``size`` states, and for the weights of ``chunk`` steps, in the dtype of
+    ``like``.
+    """
+    # vectors read beyond a row; what they find there meets a zero, and must be finite
+    weight = aligned(layout.group, chunk * size + 2 * LANES, like).reshape(-1)
+    weight[:] = 0
+    # in this order: what is written must not lie a multiple of a page from what is read
+    rows = aligned(12 + size + 3, layout.padded, like)
+    rows[:] = 0
+    return Workspace(
+        weight, aligned(1, PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size]
+    )
+
+
+@compiled
+def _chunk(steps, size):
+    return min(max(1, PIECE // size), steps)
 
 
 @compiled
 def _weights(observation, out, spare):
-    """out = exp(observation - top) where top is the largest of each row; returns the sum of the tops."""
+    """out = exp(observation - top), top being the largest of each row [S]; returns the sum of the tops."""
     steps, size = observation.shape
     offset = 0.0
     differences = fill(out.dtype.type(0))
     for t in range(steps):
         at = t * size
-        # the last vector of a row reaches back, rows shorter than one go by entries
+        # the last vector of a row reaches back; rows shorter than a vector go entry by entry
         tail = size - LANES
         top = observation[t, 0]
         if tail < 0:
@@ -96,111 +204,124 @@ def _weights(observation, out, spare):
                 value = add(convert(load(observation, j), out), shift)
                 store(out, j, value)
                 differences = add(differences, value)
-    # none is positive, so that their sum is NaN only where one is
+    # none is positive, so that their sum is NaN only if one is
     if total(differences) != total(differences):
         offset = math.nan
     exponentials(out[: steps * size], spare)
     return offset
 
 
-class _Room(NamedTuple):
-    """Arrays of a group of up to four rows: ``weight``, chunks of weights one row after the other, and rows of whole
-    vectors. What lies beyond the states is zero.
-    """
-
-    weight: np.ndarray
-    spare: np.ndarray
-    moved: np.ndarray
-    previous: np.ndarray
-    low: np.ndarray
-    matrix: np.ndarray
+@compiled
+def _chunk_weights(group, begin, end, layout, workspace):
+    """Fill ``workspace.weight`` for steps ``begin`` to ``end`` of each row; returns the tops' sums [4]."""
+    rows, _, size = group.observation.shape
+    weight, lengths, offsets = workspace.weight, group.lengths, np.zeros(4)
+    for r in range(rows):
+        if begin < lengths[r]:
+            at = r * (weight.shape[0] // layout.group)
+            last = min(end, lengths[r])
+            stop = at + (last - begin) * size
+            offsets[r] = _weights(group.observation[r, begin:last], weight[at:stop], workspace.spare)
+            weight[stop : stop + 2 * LANES] = 0
+    return offsets
 
 
 @compiled
-def room_for(group, chunk, size, padded, like):
-    """Room for a group of rows of ``size`` states in ``padded`` columns, and for the weights of ``chunk`` steps."""
-    # vectors read beyond a row; what they find there meets a zero, and must be finite
-    weight = aligned(group, chunk * size + 2 * LANES, like).reshape(-1)
-    weight[:] = 0
-    # one after the other: what is written must not lie a multiple of a page from what is read
-    rows = aligned(12 + size + 3, padded, like)
-    rows[:] = 0
-    return _Room(weight, aligned(1, PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size])
-
-
-@compiled
-def _chunk(steps, size):
-    return min(max(1, PIECE // size), steps)
-
-
-@compiled
-def layout_of(transition, observation):
-    """How many rows go together, to how many columns they are filled up, and in what panels matrices lie."""
-    rows, _, size = observation.shape
-    group = 4 if transition.shape[0] == 1 and rows > 1 else 1
-    still = transition.shape[1] == 1
-    padded = -(-size // LANES) * LANES
-    # one row of few states stays in registers
-    lone = group == 1 and still and size <= 2 * LANES
-    if lone:
-        padded = 2 * LANES
-    return group, padded, WIDE * LANES if still else padded, lone
-
-
-@compiled
-def _started(initial, padded, spare):
-    """exp(initial - top) in rows of whole vectors, and the tops."""
+def _first(initial, padded, spare):
+    """exp(initial - top) in rows of whole vectors [I, padded], and the tops [I]."""
     first = np.zeros((initial.shape[0], padded), spare.dtype)
     tops = np.zeros(initial.shape[0])
     for b in range(initial.shape[0]):
-        tops[b] = powers_of(initial[b], first[b, : initial.shape[1]], spare)
+        tops[b] = exp_of(initial[b], first[b, : initial.shape[1]], spare)
     return first, tops
 
 
 @compiled
-def _all_powers(transition, powers, spare):
+def _exp_transitions(transition, exp_transition, spare):
+    """Fill ``exp_transition``; returns the tops [A, U]."""
     tops = np.zeros((transition.shape[0], transition.shape[1]))
     for a in range(transition.shape[0]):
         for u in range(transition.shape[1]):
-            tops[a, u] = powers_of(transition[a, u].reshape(-1), powers[a, u].reshape(-1), spare)
+            tops[a, u] = exp_of(transition[a, u].reshape(-1), exp_transition[a, u].reshape(-1), spare)
     return tops
 
 
 @compiled
-def _lone(begin, end, length, first, matrix, size, floor, fewest, most, product, room, alpha, scale):
-    """The steps of ``_filter`` for one row of up to two vectors; returns the sums divided out, and logarithms
-    of such.
+def _sums_kept(like):
+    """A sum within these bounds is not divided out. An upper bound far from 1 would let a step that is lost
+    below the smallest number count beside entries as small as those trusted.
     """
+    return (1e-2, 10.0) if like.itemsize == 4 else (1e-20, 10.0)
+
+
+@compiled
+def _absorb(workspace, r, at, floor):
+    """Row r of ``previous`` = max(moved · weight, floor); returns its sum, and updates the minima."""
+    moved, previous, min_alpha = workspace.moved, workspace.previous, workspace.min_alpha
+    padded = moved.shape[1]
+    none = fill(moved.dtype.type(0))
+    sums = none
+    for j in range(r * padded, (r + 1) * padded, LANES):
+        value = multiply_add(load(moved, j), load(workspace.weight, at + j - r * padded), none)
+        # NaN stays: it is not below the floor
+        value = greater(fill(floor), value)
+        store(min_alpha, j, lesser(value, load(min_alpha, j)))
+        store(previous, j, value)
+        sums = add(sums, value)
+    return total(sums)
+
+
+@compiled
+def _keep(previous, r, t, alpha):
+    """alpha[r, t] = row r of ``previous``, without its padding."""
+    size, padded = alpha.shape[2], previous.shape[1]
+    if size < LANES:
+        for j in range(size):
+            alpha[r, t, j] = previous[r, j]
+    else:
+        for k in range(0, size, LANES):
+            j = min(k, size - LANES)
+            store(alpha, (r * alpha.shape[1] + t) * size + j, load(previous, r * padded + j))
+
+
+@compiled
+def _filter_single(begin, end, group, matrix, floor, product, workspace, out):
+    """Steps ``begin`` to ``end`` of a single row of up to two vectors; returns the product of the sums
+    divided out, and the logarithms of earlier ones.
+    """
+    size, length = group.observation.shape[2], group.lengths[0]
     kind = matrix.dtype.type
     none, lowest = fill(kind(0)), fill(kind(floor))
-    previous, weight, keep = room.previous, room.weight, alpha.size > 0
-    low0, low1 = load(room.low, 0), load(room.low, LANES)
+    min_sum, max_sum = _sums_kept(matrix)
+    previous, weight, alpha = workspace.previous, workspace.weight, out.alpha
+    keep = alpha.size > 0
+    min0, min1 = load(workspace.min_alpha, 0), load(workspace.min_alpha, LANES)
     offset = 0.0
     for t in range(begin, end):
         if t == 0:
-            value0, value1 = load(first, 0), load(first, LANES)
+            value0, value1 = load(group.first, 0), load(group.first, LANES)
         else:
             value0, value1 = narrow("sum", size, previous, 0, matrix)
         at = (t - begin) * size
         # NaN stays: it is not below the floor
         value0 = greater(lowest, multiply_add(value0, load(weight, at), none))
         value1 = greater(lowest, multiply_add(value1, load(weight, at + LANES), none))
-        low0, low1 = lesser(value0, low0), lesser(value1, low1)
+        min0, min1 = lesser(value0, min0), lesser(value1, min1)
         s = total(add(value0, value1))
-        divided = t == length - 1 or not (fewest < s < most)
+        divided = t == length - 1 or not (min_sum < s < max_sum)
         if divided:
             if s > 0:
                 inverse = fill(kind(1) / s)
                 value0, value1 = multiply_add(value0, inverse, none), multiply_add(value1, inverse, none)
             product *= s
-            if not (_LEAST_PRODUCT < product < _MOST_PRODUCT):
+            if not (_MIN_PRODUCT < product < _MAX_PRODUCT):
                 offset += math.log(product) if product != 0 else -math.inf
                 product = 1.0
         store_halves(previous, 0, value0)
         store_halves(previous, LANES, value1)
         if keep:
-            scale[0, t] = s if divided else kind(1)
-            # the next row covers what a vector leaves beyond this one
+            out.scale[0, t] = s if divided else kind(1)
+            # the next row overwrites what a vector leaves beyond this one
             if t * size + 2 * LANES <= alpha.size:
                 store(alpha, t * size, value0)
                 if size > LANES:
@@ -208,61 +329,83 @@ def _lone(begin, end, length, first, matrix, size, floor, fewest, most, product,
             else:
                 for j in range(size):
                     alpha[0, t, j] = previous[0, j]
-    store(room.low, 0, low0)
-    store(room.low, LANES, low1)
+    store(workspace.min_alpha, 0, min0)
+    store(workspace.min_alpha, LANES, min1)
     return product, offset
 
 
 @compiled
-def _filter(
-    first,
-    first_tops,
-    matrix,
-    powers,
-    tops,
-    observation,
-    lengths,
-    layout,
-    floor,
-    room,
-    alpha,
-    scale,
-    log_z,
-    least,
-):
-    """The scaled forward pass of a group of rows, which all arrays are cut to; ``powers [U,S,S]`` and their ``tops``
-    are those of the group, ``matrix`` is laid out where U is 1.
-    """
-    group, padded, panel, lone = layout
-    rows, size = observation.shape[0], observation.shape[2]
-    stride = room.weight.shape[0] // group
-    chunk = (stride - 2 * LANES) // size
-    weight, spare, moved, previous, low = room.weight, room.spare, room.moved, room.previous, room.low
-    still, keep = tops.shape[0] == 1, alpha.shape[0] > 0
-    kind = weight.dtype.type
-    lowest = kind(floor)
-    # a sum is divided out only where it leaves these bounds, and at the end; an upper one far from 1 would let
-    # a step that is lost below the smallest number count beside entries as small as those trusted
-    fewest, most = (1e-2, 10.0) if weight.itemsize == 4 else (1e-20, 10.0)
-    product = np.ones(rows)
-    low[:] = math.inf
-    longest = lengths.max()
+def _filter_step(t, begin, group, layout, floor, product, workspace, out):
+    """One step of each row: weigh ``workspace.moved``, divide if the sum asks for it, keep."""
+    rows, _, size = group.observation.shape
+    lengths, previous, log_z = group.lengths, workspace.previous, out.log_z
+    kind = previous.dtype.type
+    min_sum, max_sum = _sums_kept(previous)
+    stride, keep = workspace.weight.shape[0] // layout.group, out.alpha.shape[0] > 0
     for r in range(rows):
-        log_z[r] = first_tops[min(r, first.shape[0] - 1)]
-        log_z[r] += (lengths[r] - 1) * tops[0] if still else tops[: lengths[r] - 1].sum()
+        if t >= lengths[r]:
+            continue
+        s = _absorb(workspace, r, r * stride + (t - begin) * size, floor)
+        divided = t == lengths[r] - 1 or not (min_sum < s < max_sum)
+        if divided:
+            if s > 0:
+                inverse = kind(1) / s
+                for j in range(layout.padded):
+                    previous[r, j] *= inverse
+            product[r] *= s
+            if not (_MIN_PRODUCT < product[r] < _MAX_PRODUCT):
+                log_z[r] += math.log(product[r]) if product[r] != 0 else -math.inf
+                product[r] = 1.0
+        if keep:
+            out.scale[r, t] = s if divided else kind(1)
+            _keep(previous, r, t, out.alpha)
+
+
+@compiled
+def _two_longest(lengths):
+    """The row of the longest sequence, its length, and the second largest length (0 for a single row)."""
+    row, second = 0, 0
+    for r in range(1, lengths.shape[0]):
+        if lengths[r] > lengths[row]:
+            row, second = r, lengths[row]
+        else:
+            second = max(second, lengths[r])
+    return row, lengths[row], second
+
+
+@compiled
+def _move(x, matrix, layout, row, together, out):
+    """out = x · matrix, for the rows of a group ``together`` or one row of it."""
+    size, padded, panel = matrix.shape[0], layout.padded, layout.panel
+    if together:
+        multiply("sum", 4, (4, size), x, (0, padded, 1), matrix, (0, panel), out, (0, padded))
+    else:
+        at = row * padded
+        multiply("sum", 1, (1, size), x, (at, padded, 1), matrix, (0, panel), out, (at, padded))
+
+
+@compiled
+def _filter(group, matrix, layout, floor, workspace, out):
+    """The scaled forward pass of a group; ``matrix`` is laid out if U is 1."""
+    rows, _, size = group.observation.shape
+    lengths, top, first = group.lengths, group.top, group.first
+    chunk = (workspace.weight.shape[0] // layout.group - 2 * LANES) // size
+    moved, log_z = workspace.moved, out.log_z
+    homogeneous, keep = top.shape[0] == 1, out.alpha.shape[0] > 0
+    lowest = workspace.weight.dtype.type(floor)
+    product = np.ones(rows)
+    workspace.min_alpha[:] = math.inf
+    row, longest, second = _two_longest(lengths)
+    for r in range(rows):
+        log_z[r] = group.first_top[min(r, first.shape[0] - 1)]
+        log_z[r] += (lengths[r] - 1) * top[0] if homogeneous else top[: lengths[r] - 1].sum()
     for begin in range(0, longest, chunk):
         end = min(begin + chunk, longest)
+        offsets = _chunk_weights(group, begin, end, layout, workspace)
         for r in range(rows):
-            if begin < lengths[r]:
-                at = r * stride
-                last = min(end, lengths[r])
-                stop_at = at + (last - begin) * size
-                log_z[r] += _weights(observation[r, begin:last], weight[at:stop_at], spare)
-                weight[stop_at : stop_at + 2 * LANES] = 0
-        if lone:
-            product[0], offset = _lone(
-                begin, end, longest, first, matrix, size, floor, fewest, most, product[0], room, alpha, scale
-            )
+            log_z[r] += offsets[r]
+        if layout.single:
+            product[0], offset = _filter_single(begin, end, group, matrix, floor, product[0], workspace, out)
             log_z[0] += offset
             continue
         for t in range(begin, end):
@@ -270,304 +413,275 @@ def _filter(
                 for r in range(rows):
                     moved[r] = first[min(r, first.shape[0] - 1)]
             else:
-                if not still:
-                    matrix = laid_out(powers, t - 1, room.matrix, panel)
-                if rows > 1:
-                    multiply("sum", 4, 4, size, previous, 0, padded, 1, matrix, 0, panel, padded, moved, 0)
-                else:
-                    multiply("sum", 1, 1, size, previous, 0, padded, 1, matrix, 0, panel, padded, moved, 0)
-            for r in range(rows):
-                if t >= lengths[r]:
-                    continue
-                at = r * stride + (t - begin) * size
-                s = _absorb(moved, r, weight, at, lowest, previous, low)
-                divided = t == lengths[r] - 1 or not (fewest < s < most)
-                if divided:
-                    if s > 0:
-                        inverse = kind(1) / s
-                        for j in range(padded):
-                            previous[r, j] *= inverse
-                    product[r] *= s
-                    if not (_LEAST_PRODUCT < product[r] < _MOST_PRODUCT):
-                        log_z[r] += math.log(product[r]) if product[r] != 0 else -math.inf
-                        product[r] = 1.0
-                if keep:
-                    scale[r, t] = s if divided else kind(1)
-                    if size < LANES:
-                        for j in range(size):
-                            alpha[r, t, j] = previous[r, j]
-                    else:
-                        for k in range(0, size, LANES):
-                            j = min(k, size - LANES)
-                            store(alpha, (r * alpha.shape[1] + t) * size + j, load(previous, r * padded + j))
+                if not homogeneous:
+                    matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
+                _move(workspace.previous, matrix, layout, row, t < second, moved)
+            _filter_step(t, begin, group, layout, lowest, product, workspace, out)
     for r in range(rows):
         log_z[r] += math.log(product[r])
-        least[r] = low[r, :size].min()
+        out.min_alpha[r] = workspace.min_alpha[r, :size].min()
         if keep:
-            alpha[r, lengths[r] :] = 0
-            scale[r, lengths[r] :] = 1
+            out.alpha[r, lengths[r] :] = 0
+            out.scale[r, lengths[r] :] = 1
 
 
 @compiled
-def forward(initial, transition, observation, lengths, floor, powers, alpha, scale, log_z, least):
-    """Scaled forward pass: fills ``log_z [B]``, ``least [B]``, and all that is kept; returns the least of ``least``.
-
-    ``alpha [B,T,S]`` is what the sums ``scale [B,T]`` leave, one in the end; ``least`` is the least entry
-    met. ``floor`` lifts every entry from below at each step, which makes the result an upper bound. Where ``alpha`` and
-    ``scale`` have no rows, nothing is kept; ``powers`` then need not be filled.
-    """
+def fit(initial_shape, transition, observation, lengths):
+    """Whether the shapes of the inputs match, see the module's diagram."""
     rows, steps, size = observation.shape
-    shared, still = transition.shape[0] == 1, transition.shape[1] == 1
+    return (
+        steps > 0
+        and size > 0
+        and initial_shape[0] in (1, rows)
+        and initial_shape[1] == size
+        and transition.shape[0] in (1, rows)
+        and transition.shape[1] in (1, steps - 1)
+        and transition.shape[2] == size
+        and transition.shape[3] == size
+        and lengths.shape[0] == rows
+    )
+
+
+@compiled
+def _forward(initial, transition, observation, lengths, floor, exp_transition, out):
+    rows, steps, size = observation.shape
+    shared, homogeneous = transition.shape[0] == 1, transition.shape[1] == 1
     layout = layout_of(transition, observation)
-    group, padded, panel, _ = layout
-    room = room_for(group, _chunk(steps, size), size, padded, powers)
-    keep = alpha.shape[0] > 0
-    first, first_tops = _started(initial, padded, room.spare)
-    if keep or not still:
-        tops = _all_powers(transition, powers, room.spare)
+    workspace = workspace_for(layout, _chunk(steps, size), size, exp_transition)
+    keep = out.alpha.shape[0] > 0
+    first, first_top = _first(initial, layout.padded, workspace.spare)
+    if keep or not homogeneous:
+        tops = _exp_transitions(transition, exp_transition, workspace.spare)
     else:
         tops = np.zeros((transition.shape[0], 1))
-    matrix = room.matrix
-    for start in range(0, rows, group):
-        a, part = 0 if shared else start, slice(start, min(start + group, rows))
-        if still and (start == 0 or not shared):
+    matrix = workspace.matrix
+    for start in range(0, rows, layout.group):
+        a, part = 0 if shared else start, slice(start, min(start + layout.group, rows))
+        if homogeneous and (start == 0 or not shared):
             if keep:
-                matrix = laid_out(powers[a], 0, room.matrix, panel)
+                matrix = laid_out(exp_transition[a], 0, workspace.matrix, layout.panel)
             else:
-                tops[a, 0] = powers_laid_out(transition[a, 0], room.matrix, panel, room.spare)
+                tops[a, 0] = exp_laid_out(transition[a, 0], workspace.matrix, layout.panel, workspace.spare)
         own = part if initial.shape[0] > 1 else slice(0, 1)
-        _filter(
-            first[own],
-            first_tops[own],
-            matrix,
-            powers[a],
-            tops[a],
-            observation[part],
-            lengths[part],
-            layout,
-            floor,
-            room,
-            alpha[part],
-            scale[part],
-            log_z[part],
-            least[part],
+        group = Group(
+            first[own], first_top[own], exp_transition[a], tops[a], observation[part], lengths[part]
         )
-    return least.min() if rows else math.inf
+        mine = Filtered(out.alpha[part], out.scale[part], out.log_z[part], out.min_alpha[part])
+        _filter(group, matrix, layout, floor, workspace, mine)
+    return out.min_alpha.min() if rows else math.inf
 
 
-@compiled
-def evidence(initial, transition, observation, lengths, floor, log_z, least, like):
-    """``forward`` in the precision of ``like``; nothing is kept."""
-    still = transition.shape[1] == 1
-    powers = np.empty((transition.shape[0], 0, 0, 0) if still else transition.shape, like.dtype)
-    alpha, scale = np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype)
-    return forward(initial, transition, observation, lengths, floor, powers, alpha, scale, log_z, least)
+@kernel
+def forward(initial, transition, observation, lengths, floor, exp_transition, alpha, scale, log_z, min_alpha):
+    """Scaled forward pass: fills all that follow ``floor``; returns the smallest of ``min_alpha``.
 
-
-@compiled
-def _smoother(
-    turned,
-    matrix,
-    observation,
-    lengths,
-    layout,
-    known,
-    room,
-    alpha,
-    scale,
-    grad,
-    gamma,
-    flow,
-    count,
-    ahead,
-    sums,
-):
-    """The scaled backward pass of a group of rows, which all arrays are cut to, ``turned`` to [U,S,S]. ``room.weight``
-    has the weights where they are ``known``. ``ahead`` is a chunk's flow; see ``backward``.
+    ``floor`` lifts every entry from below at each step, which makes the result an upper bound.
     """
-    group, padded, panel, _ = layout
-    rows, steps, size = observation.shape
-    weight, beta, out = room.weight, room.moved, room.previous
-    still, fused = turned.shape[0] == 1, sums.shape[0] > 0
-    kind = weight.dtype.type
-    none, tail = fill(kind(0)), size - LANES
-    stride, chunk = weight.shape[0] // group, _chunk(steps, size)
-    beta[:] = 0
-    out[:] = 0
-    for begin in range((steps - 1) // chunk * chunk, -1, -chunk):
-        end, base = min(begin + chunk, steps), 0 if known else begin
-        for r in range(rows):
-            if begin < lengths[r] and not known:
-                at = r * stride
-                last = min(end, lengths[r])
-                _weights(observation[r, begin:last], weight[at : at + (last - begin) * size], room.spare)
-        for t in range(end - 1, begin - 1, -1):
-            for r in range(rows):
-                if t >= lengths[r]:
-                    for j in range(size):
-                        gamma[r, t, j] = 0
-                        out[r, j] = 0
-                        if not fused:
-                            flow[r, t, j] = 0
-                    continue
-                if t == lengths[r] - 1:
-                    for j in range(size):
-                        beta[r, j] = 1
-                at, place = r * stride + (t - base) * size, (r * chunk + t - begin) * padded
-                inverse = kind(1) / scale[r, t] if t > 0 and scale[r, t] > 0 else kind(0)
-                own = kind(grad[r])
-                if tail < 0:
-                    for j in range(size):
-                        gamma[r, t, j] = alpha[r, t, j] * beta[r, j] * own
-                        out[r, j] = weight[at + j] * beta[r, j] * inverse
-                        if fused:
-                            ahead[r * chunk + t - begin, j] = out[r, j] * own
-                        else:
-                            flow[r, t, j] = out[r, j] * own
-                    continue
-                factor, times, row = fill(inverse), fill(own), (r * steps + t) * size
-                for k in range(0, size, LANES):
-                    j = min(k, tail)
-                    coming = load(beta, r * padded + j)
-                    share = multiply_add(load(alpha, row + j), coming, none)
-                    store(gamma, row + j, multiply_add(share, times, none))
-                    expect(gamma, row + j - 2 * size)
-                    value = multiply_add(load(weight, at + j), multiply_add(coming, factor, none), none)
-                    store(out, r * padded + j, value)
-                    if fused:
-                        store(ahead, place + j, multiply_add(value, times, none))
-                    else:
-                        store(flow, row + j, multiply_add(value, times, none))
-            if t > 0:
-                if not still:
-                    matrix = laid_out(turned, t - 1, room.matrix, panel)
-                if rows > 1:
-                    multiply("sum", 4, 4, size, out, 0, padded, 1, matrix, 0, panel, padded, beta, 0)
+    expect_contiguous(
+        initial, transition, observation, lengths, exp_transition, alpha, scale, log_z, min_alpha
+    )
+    rows, steps, _ = observation.shape
+    expect_shapes(fit(initial.shape, transition, observation, lengths))
+    expect_shapes(exp_transition.shape == transition.shape and alpha.shape == observation.shape)
+    expect_shapes(scale.shape == (rows, steps) and log_z.shape == min_alpha.shape == (rows,))
+    expect_index("lengths", lengths, 1, steps)
+    out = Filtered(alpha, scale, log_z, min_alpha)
+    return _forward(initial, transition, observation, lengths, floor, exp_transition, out)
+
+
+@kernel
+def evidence(initial, transition, observation, lengths, floor, log_z, min_alpha, like):
+    """``forward`` in the dtype of ``like``, which keeps neither weights nor scales."""
+    expect_contiguous(initial, transition, observation, lengths, log_z, min_alpha, like)
+    expect_shapes(fit(initial.shape, transition, observation, lengths))
+    expect_shapes(log_z.shape == min_alpha.shape == lengths.shape)
+    expect_index("lengths", lengths, 1, observation.shape[1])
+    homogeneous = transition.shape[1] == 1
+    exp_transition = np.empty((transition.shape[0], 0, 0, 0) if homogeneous else transition.shape, like.dtype)
+    out = Filtered(np.empty((0, 0, 0), like.dtype), np.empty((0, 0), like.dtype), log_z, min_alpha)
+    return _forward(initial, transition, observation, lengths, floor, exp_transition, out)
+
+
+@compiled
+def _step_back(t, begin, known, group, layout, workspace, kept, grad, out, counts):
+    """gamma[t], and ``workspace.previous`` = weight · beta / scale, from beta in ``workspace.moved``."""
+    rows, steps, size = group.observation.shape
+    lengths, weight, beta, back = group.lengths, workspace.weight, workspace.moved, workspace.previous
+    alpha, padded, kind = kept.alpha, layout.padded, workspace.weight.dtype.type
+    none, tail, fused = fill(kind(0)), size - LANES, counts.total.shape[0] > 0
+    stride, chunk = weight.shape[0] // layout.group, _chunk(steps, size)
+    for r in range(rows):
+        if t >= lengths[r]:
+            for j in range(size):
+                out.gamma[r, t, j] = 0
+                back[r, j] = 0
+                if not fused:
+                    out.flow[r, t, j] = 0
+            continue
+        if t == lengths[r] - 1:
+            for j in range(size):
+                beta[r, j] = 1
+        at, place = r * stride + (t - (0 if known else begin)) * size, (r * chunk + t - begin) * padded
+        inverse = kind(1) / kept.scale[r, t] if t > 0 and kept.scale[r, t] > 0 else kind(0)
+        own = kind(grad[r])
+        if tail < 0:
+            for j in range(size):
+                out.gamma[r, t, j] = alpha[r, t, j] * beta[r, j] * own
+                back[r, j] = weight[at + j] * beta[r, j] * inverse
+                if fused:
+                    counts.flow[r * chunk + t - begin, j] = back[r, j] * own
                 else:
-                    multiply("sum", 1, 1, size, out, 0, padded, 1, matrix, 0, panel, padded, beta, 0)
-        if fused:
-            for r in range(rows):
-                if begin < lengths[r]:
-                    t = max(begin, 1)
-                    each = min(end, lengths[r]) - t
-                    if count.shape[0] > 0:
-                        sums[:] = 0
-                    at, place = (r * steps + t - 1) * size, (r * chunk + t - begin) * padded
-                    multiply("onto", 4, size, each, alpha, at, 1, size, ahead, place, padded, padded, sums, 0)
-                    if count.shape[0] > 0:
-                        for i in range(size):
-                            for j in range(size):
-                                count[r, i, j] += sums[i, j]
+                    out.flow[r, t, j] = back[r, j] * own
+            continue
+        factor, times, row = fill(inverse), fill(own), (r * steps + t) * size
+        for k in range(0, size, LANES):
+            j = min(k, tail)
+            coming = load(beta, r * padded + j)
+            joint = multiply_add(load(alpha, row + j), coming, none)
+            store(out.gamma, row + j, multiply_add(joint, times, none))
+            expect(out.gamma, row + j - 2 * size)
+            value = multiply_add(load(weight, at + j), multiply_add(coming, factor, none), none)
+            store(back, r * padded + j, value)
+            if fused:
+                store(counts.flow, place + j, multiply_add(value, times, none))
+            else:
+                store(out.flow, row + j, multiply_add(value, times, none))
 
 
 @compiled
-def _collected(count, group, steps, size, padded):
-    """Room for a chunk's flow, and for the sum of counts; rows and columns beyond the states collect what nobody
-    reads.
+def _add_counts(begin, end, group, layout, alpha, out, counts):
+    """Add a chunk's expected steps to ``out.counts``, or to ``counts.total`` if the batch shares it."""
+    rows, steps, size = group.observation.shape
+    padded, chunk, apart = layout.padded, _chunk(steps, size), out.counts.shape[0] > 0
+    for r in range(rows):
+        if begin < group.lengths[r]:
+            t = max(begin, 1)
+            each = min(end, group.lengths[r]) - t
+            if apart:
+                counts.total[:] = 0
+            before, now = ((r * steps + t - 1) * size, 1, size), ((r * chunk + t - begin) * padded, padded)
+            multiply("onto", 4, (size, each), alpha, before, counts.flow, now, counts.total, (0, padded))
+            if apart:
+                for i in range(size):
+                    for j in range(size):
+                        out.counts[r, i, j] += counts.total[i, j]
+
+
+@compiled
+def _smoother(group, matrix, layout, known, workspace, kept, grad, out, counts):
+    """The scaled backward pass of a group, whose ``exp_transition`` is transposed here; ``workspace.weight``
+    has the weights of all steps if they are ``known``.
     """
-    fused = count.shape[0] > 0
-    ahead = np.zeros((group * _chunk(steps, size) if fused else 1, padded), count.dtype)
-    return ahead, np.zeros((-(-size // 4) * 4 if fused else 0, padded), count.dtype)
+    rows, steps, size = group.observation.shape
+    chunk = _chunk(steps, size)
+    beta, back = workspace.moved, workspace.previous
+    homogeneous, fused = group.exp_transition.shape[0] == 1, counts.total.shape[0] > 0
+    beta[:] = 0
+    back[:] = 0
+    row, longest, second = _two_longest(group.lengths)
+    for r in range(rows):
+        out.gamma[r, longest:] = 0
+        if not fused:
+            out.flow[r, longest:] = 0
+    for begin in range((longest - 1) // chunk * chunk, -1, -chunk):
+        end = min(begin + chunk, longest)
+        if not known:
+            _chunk_weights(group, begin, end, layout, workspace)
+        for t in range(end - 1, begin - 1, -1):
+            _step_back(t, begin, known, group, layout, workspace, kept, grad, out, counts)
+            if t > 0:
+                if not homogeneous:
+                    matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
+                _move(back, matrix, layout, row, t < second, beta)
+        if fused:
+            _add_counts(begin, end, group, layout, kept.alpha, out, counts)
 
 
 @compiled
-def backward(turned, observation, lengths, alpha, scale, grad, gamma, flow, count):
+def _counts_for(count, layout, steps, size):
+    fused = count.shape[0] > 0
+    flow = np.zeros((layout.group * _chunk(steps, size) if fused else 1, layout.padded), count.dtype)
+    return Counts(flow, np.zeros((-(-size // 4) * 4 if fused else 0, layout.padded), count.dtype))
+
+
+@kernel
+def backward(transposed, observation, lengths, alpha, scale, grad, gamma, flow, count):
     """Scaled backward pass: fills the posterior ``gamma`` of each state, and what steps are made of, times
     ``grad [B]``.
 
-    With flow = weight · beta / scale the posterior of a step into time t is alpha[t-1] · powers · flow[t].
-    Either ``count [C,S,S]``, zero on entry, gets the sum of alpha[t-1] · flow[t] over time, C being 1 for the sum
-    over rows or B; or, where C is 0, ``flow [B,T,S]`` is filled: zero at the first step and beyond the sequences.
-    ``turned`` is ``powers`` transposed (to, from). The weights are computed once more, which costs less than
-    memory to keep them.
+    With flow = weight · beta / scale the posterior of a step into time t is alpha[t-1] · exp_transition ·
+    flow[t]. Either ``count [C,S,S]``, zero on entry, gets the sum of alpha[t-1] · flow[t] over time, C being
+    1 (the sum over the batch) or B; or, if C is 0, ``flow [B,T,S]`` is filled: zero at the first step and in
+    the padding. ``transposed [A,U,S,S]`` is ``exp_transition`` (to, from). The weights are computed once
+    more, which costs less than the memory to keep them.
     """
+    expect_contiguous(transposed, observation, lengths, alpha, scale, grad, gamma, flow, count)
     rows, steps, size = observation.shape
-    layout = layout_of(turned, observation)
-    group, padded, panel, _ = layout
-    room = room_for(group, _chunk(steps, size), size, padded, turned)
-    ahead, sums = _collected(count, group, steps, size, padded)
-    matrix, apart = room.matrix, count.shape[0] > 1
-    for start in range(0, rows, group):
-        a, part = 0 if turned.shape[0] == 1 else start, slice(start, min(start + group, rows))
-        if turned.shape[1] == 1:
-            matrix = laid_out(turned[a], 0, room.matrix, panel)
-        _smoother(
-            turned[a],
-            matrix,
-            observation[part],
-            lengths[part],
-            layout,
-            False,
-            room,
-            alpha[part],
-            scale[part],
-            grad[part],
-            gamma[part],
-            flow[part],
-            count[part] if apart else count[:0],
-            ahead,
-            sums,
-        )
+    expect_shapes(fit((rows, size), transposed, observation, lengths))
+    expect_shapes(alpha.shape == gamma.shape == observation.shape and scale.shape == (rows, steps))
+    expect_shapes(grad.shape == (rows,) and count.shape[0] in (0, 1, rows))
+    if count.shape[0] > 0:
+        expect_shapes(count.shape[1] == size and count.shape[2] == size)
+    else:
+        expect_shapes(flow.shape == observation.shape)
+    expect_index("lengths", lengths, 1, steps)
+    layout = layout_of(transposed, observation)
+    workspace = workspace_for(layout, _chunk(steps, size), size, transposed)
+    counts = _counts_for(count, layout, steps, size)
+    matrix, apart = workspace.matrix, count.shape[0] > 1
+    none = np.empty((0, 0), alpha.dtype)
+    no_top = np.empty(0)
+    for start in range(0, rows, layout.group):
+        a, part = 0 if transposed.shape[0] == 1 else start, slice(start, min(start + layout.group, rows))
+        if transposed.shape[1] == 1:
+            matrix = laid_out(transposed[a], 0, workspace.matrix, layout.panel)
+        group = Group(none, no_top, transposed[a], no_top, observation[part], lengths[part])
+        kept = Filtered(alpha[part], scale[part], no_top, no_top)
+        out = Smoothed(gamma[part], flow[part], count[part] if apart else count[:0])
+        _smoother(group, matrix, layout, False, workspace, kept, grad[part], out, counts)
     if count.shape[0] == 1:
-        count[0] += sums[:size, :size]
+        count[0] += counts.total[:size, :size]
 
 
-@compiled
-def smooth(initial, transition, observation, lengths, powers, gamma, count, log_z, least):
-    """``forward`` and ``backward`` of chains whose steps are alike (U = 1), group after group, so that what is kept stays
-    in the cache: fills ``powers``, ``gamma [B,T,S]``, ``count``, ``log_z [B]`` and ``least [B]``; returns the least of it.
+@kernel
+def smooth(initial, transition, observation, lengths, exp_transition, gamma, count, log_z, min_alpha):
+    """``forward`` and ``backward`` of homogeneous chains (U = 1), group after group, so that what is kept
+    stays in the cache: fills all that follow ``lengths``, ``count [B,S,S]`` being zero on entry; returns the
+    smallest of ``min_alpha``.
     """
+    expect_contiguous(
+        initial, transition, observation, lengths, exp_transition, gamma, count, log_z, min_alpha
+    )
     rows, steps, size = observation.shape
+    expect_shapes(fit(initial.shape, transition, observation, lengths) and transition.shape[1] == 1)
+    expect_shapes(exp_transition.shape == transition.shape and gamma.shape == observation.shape)
+    expect_shapes(count.shape == (rows, size, size) and log_z.shape == min_alpha.shape == (rows,))
+    expect_index("lengths", lengths, 1, steps)
     shared = transition.shape[0] == 1
     layout = layout_of(transition, observation)
-    group, padded, panel, _ = layout
-    known = group * steps * size <= _KEPT
-    room = room_for(group, steps if known else _chunk(steps, size), size, padded, powers)
-    first, first_tops = _started(initial, padded, room.spare)
-    tops = _all_powers(transition, powers, room.spare)
-    ahead, sums = _collected(count, group, steps, size, padded)
-    turned = np.empty((1, size, size), powers.dtype)
-    alpha, scale = np.empty((group, steps, size), powers.dtype), np.empty((group, steps), powers.dtype)
-    back, grad = aligned(size, padded, powers), np.ones(group, powers.dtype)
+    known = layout.group * steps * size <= _KEPT_WEIGHTS
+    workspace = workspace_for(layout, steps if known else _chunk(steps, size), size, exp_transition)
+    first, first_top = _first(initial, layout.padded, workspace.spare)
+    tops = _exp_transitions(transition, exp_transition, workspace.spare)
+    counts = _counts_for(count, layout, steps, size)
+    dtype = exp_transition.dtype
+    transposed, grad = np.empty((1, size, size), dtype), np.ones(layout.group, dtype)
+    alpha, scale = np.empty((layout.group, steps, size), dtype), np.empty((layout.group, steps), dtype)
+    back = aligned(size, layout.padded, exp_transition)
     back[:] = 0
-    for start in range(0, rows, group):
-        a, part = 0 if shared else start, slice(start, min(start + group, rows))
+    for start in range(0, rows, layout.group):
+        a, part = 0 if shared else start, slice(start, min(start + layout.group, rows))
         if start == 0 or not shared:
-            turned[0] = powers[a, 0].T
-            ahead_matrix = laid_out(powers[a], 0, room.matrix, panel)
-            back_matrix = laid_out(turned, 0, back, panel)
+            transposed[0] = exp_transition[a, 0].T
+            ahead_matrix = laid_out(exp_transition[a], 0, workspace.matrix, layout.panel)
+            back_matrix = laid_out(transposed, 0, back, layout.panel)
         own, mine = part if initial.shape[0] > 1 else slice(0, 1), slice(0, part.stop - part.start)
-        _filter(
-            first[own],
-            first_tops[own],
-            ahead_matrix,
-            powers[a],
-            tops[a],
-            observation[part],
-            lengths[part],
-            layout,
-            0.0,
-            room,
-            alpha[mine],
-            scale[mine],
-            log_z[part],
-            least[part],
+        group = Group(
+            first[own], first_top[own], exp_transition[a], tops[a], observation[part], lengths[part]
         )
-        _smoother(
-            turned,
-            back_matrix,
-            observation[part],
-            lengths[part],
-            layout,
-            known,
-            room,
-            alpha[mine],
-            scale[mine],
-            grad[mine],
-            gamma[part],
-            gamma[:0],
-            count[part],
-            ahead,
-            sums,
-        )
-    return least.min() if rows else math.inf
+        kept = Filtered(alpha[mine], scale[mine], log_z[part], min_alpha[part])
+        _filter(group, ahead_matrix, layout, 0.0, workspace, kept)
+        reverse = Group(first[own], first_top[own], transposed, tops[a], observation[part], lengths[part])
+        out = Smoothed(gamma[part], gamma[:0], count[part])
+        _smoother(reverse, back_matrix, layout, known, workspace, kept, grad[mine], out, counts)
+    return min_alpha.min() if rows else math.inf

@@ -1,4 +1,4 @@
-"""Where compiled loops may be used: one rule for all structures. Without numba results stay the same."""
+"""When compiled kernels are used: one rule for all structures. Results do not depend on it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["compilable", "loops"]
+__all__ = ["kernels"]
 
 
 @functools.cache
-def loops(name: str) -> ModuleType | None:
-    """The module ``name`` of compiled loops in this package, where numba is installed."""
+def _load(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"pyroelbo.distributions.kernels.{name}")
     except ImportError:
         return None
 
 
-def compilable(x: Tensor) -> bool:
-    """Whether compiled loops take the numbers of ``x``."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64)
+def kernels(name: str, x: Tensor) -> ModuleType | None:
+    """The compiled kernels of file ``name``; None without numba, and unless ``x`` is float32 or float64 on
+    the CPU.
+    """
+    return _load(name) if x.is_cpu and x.dtype in (torch.float32, torch.float64) else None

@@ -1,22 +1,89 @@
-"""Kalman filter and its adjoint, compiled (needs numba).
+"""Kalman filter in square-root form, and its adjoint (needs numba). All arithmetic is in float64.
 
-Covariances do not depend on the data: a batch that shares its parameters shares their recursion. Where
-parameters stay the same it is not continued past its fixed point, that is when a step changes less than its
-own rounding does.
+    B sequences of T steps; H hidden dimensions, O observed; G in {1, B} (parameters shared by the batch or
+    not); U in {1, T-1} and W in {1, T} (the same at every step or not)
+
+    start    [G, H]        spread [G, H, H]      mean and covariance of the first state
+    move     [G, U, H, H]  drift  [G, U, H]      noise [G, U, H, H]   of the transition
+    read     [G, W, O, H]  offset [G, W, O]      error [G, W, O, O]   of the observation
+    lengths  [B]           in 1..T; steps at and beyond a length are padding: neither read nor filled
+
+Covariances do not depend on the data: a batch that shares its parameters shares their recursion. If
+parameters are the same at every step it stops at its fixed point, ``settled``, where a step changes less than
+its own rounding does. With S^½ the lower triangular factor of S, a step rotates
+
+    [ error^½  read P^½ ]      [ S^½            0   ]
+    [ 0        P^½      ]  to  [ P read' S^-½'  V^½ ]   (S: innovations, P: predicted, V: filtered)
+
+and then [ move V^½  noise^½ ] to [ P^½  0 ] of the next step. Squares of large and small numbers are never
+added: a start of standard deviation 1e6 before sensors of .05 loses 8 digits instead of 16.
+
+Source: Kaminski, Bryson and Schmidt (1971); Morf and Kailath (1975).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-NOISE = 4 * 2.0**-52
-SUMS = {"contract", "reassoc"}  # sums in any order, so that they vectorize; infinities and NaN stay right
+from pyroelbo.distributions.kernels.gate import (
+    expect_contiguous,
+    expect_index,
+    expect_shapes,
+    kernel,
+)
+
+__all__ = ["Covariances", "Parameters", "States", "kalman_adjoint", "kalman_filter"]
+
+# the rounding of a step of the covariance, relative
+_ROUNDING = 16 * 2.0**-52
+# sums in any order, so that they vectorize; infinities and NaN stay right
+_SUMS = frozenset({"contract", "reassoc"})
+_compiled = njit(cache=True)
+_compiled_sums = njit(cache=True, fastmath=set(_SUMS))
 
 
-@njit(cache=True, fastmath=SUMS)
+class Parameters(NamedTuple):
+    """The parameters of a chain, see the module's diagram; for the adjoint, their gradients."""
+
+    start: np.ndarray
+    spread: np.ndarray
+    move: np.ndarray
+    drift: np.ndarray
+    noise: np.ndarray
+    read: np.ndarray
+    offset: np.ndarray
+    error: np.ndarray
+
+
+class Covariances(NamedTuple):
+    """Filled up to ``settled [G]``: P and V, the covariances of predicted and filtered states [G,T,H,H];
+    ``gain`` [G,T,H,O]; ``whiten`` = S^-½ [G,T,O,O], S being the covariance of the innovations; ``white_read``
+    = S^-½ read [G,T,O,H]; ``rest`` = I - gain read [G,T,H,H]; and ``log_det`` of S [G,T].
+    """
+
+    predicted: np.ndarray
+    filtered: np.ndarray
+    gain: np.ndarray
+    whiten: np.ndarray
+    white_read: np.ndarray
+    rest: np.ndarray
+    log_det: np.ndarray
+    settled: np.ndarray
+
+
+class States(NamedTuple):
+    """Filled: predicted means [B,T,H], innovations [B,T,O], and ``residual`` = S^-1 innovation [B,T,O]."""
+
+    mean: np.ndarray
+    innovation: np.ndarray
+    residual: np.ndarray
+
+
+@_compiled_sums
 def _mm(x, y, out):
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
@@ -27,32 +94,43 @@ def _mm(x, y, out):
                 out[i, j] += s * y[k, j]
 
 
-@njit(cache=True)
+@_compiled_sums
+def _mmt(x, y, out):
+    """out = x · y'."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            s = 0.0
+            for k in range(x.shape[1]):
+                s += x[i, k] * y[j, k]
+            out[i, j] = s
+
+
+@_compiled
 def _same(x, y):
-    """Whether two positive semidefinite matrices differ by no more than one step's rounding, in any units."""
+    """Whether two positive semidefinite matrices differ by no more than a step's rounding, in any units."""
     for i in range(x.shape[0]):
         for k in range(i + 1):
             apart = x[i, k] - y[i, k]
-            if not apart * apart <= NOISE * NOISE * x[i, i] * x[k, k]:
+            if not apart * apart <= _ROUNDING * _ROUNDING * x[i, i] * x[k, k]:
                 return False
     return True
 
 
-@njit(cache=True)
+@_compiled
 def _subtract(scale, x, out):
     for i in range(x.shape[0]):
         for k in range(x.shape[1]):
             out[i, k] -= scale * x[i, k]
 
 
-@njit(cache=True)
+@_compiled
 def _transpose(x, out):
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             out[j, i] = x[i, j]
 
 
-@njit(cache=True)
+@_compiled
 def _add_symmetric(x, y, out):
     """out = symmetric part of x, plus y."""
     for i in range(x.shape[0]):
@@ -62,305 +140,466 @@ def _add_symmetric(x, y, out):
             out[j, i] = s + y[j, i]
 
 
-@njit(cache=True)
-def _invert(s, low, out):
-    """Inverse of a positive definite matrix by its Cholesky factor; returns ln det, NaN where there is no
-    factor.
-    """
-    n = s.shape[0]
-    log_det = 0.0
-    for j in range(n):
+@_compiled
+def _cholesky(s, out):
+    """The lower triangular factor of a positive semidefinite matrix; NaN if it is not."""
+    for j in range(s.shape[0]):
         pivot = s[j, j]
         for k in range(j):
-            pivot -= low[j, k] * low[j, k]
-        if not pivot > 0.0:
-            return np.nan
-        log_det += math.log(pivot)
-        root = math.sqrt(pivot)
-        low[j, j] = root
-        for i in range(j + 1, n):
+            pivot -= out[j, k] * out[j, k]
+        if abs(pivot) <= s.shape[0] * 2.0**-52 * s[j, j]:
+            pivot = 0.0
+        root = math.sqrt(pivot) if pivot >= 0.0 else math.nan
+        out[j, j] = root
+        for i in range(j):
+            out[i, j] = 0.0
+        for i in range(j + 1, s.shape[0]):
             x = s[i, j]
             for k in range(j):
-                x -= low[i, k] * low[j, k]
-            low[i, j] = x / root
-    for j in range(n):  # the factor's inverse, in place
-        low[j, j] = 1.0 / low[j, j]
-        for i in range(j + 1, n):
-            x = 0.0
-            for k in range(j, i):
-                x -= low[i, k] * low[k, j]
-            low[i, j] = x / low[i, i]
-    for i in range(n):
-        for j in range(i + 1):
-            x = 0.0
-            for k in range(i, n):
-                x += low[k, i] * low[k, j]
-            out[i, j] = x
-            out[j, i] = x
-    return log_det
+                x -= out[i, k] * out[j, k]
+            out[i, j] = 0.0 if root == 0.0 else x / root
 
 
-@njit(cache=True)
-def _filter_covariances(p0, a, q, c, r, steps, fixed, p, v, gain, inverse, j, log_det):
-    """Fill predicted p, filtered v, gain, inverse innovation covariance, I - gain c; returns the last step
-    that they have.
+@_compiled_sums
+def _triangularize(x):
+    """Rotate the rows of x in place, x · Q, to a lower triangular matrix of nonnegative diagonal
+    (Householder).
     """
-    hidden, observed = p0.shape[0], r.shape[1]
-    cp, s = np.empty((observed, hidden)), np.empty((observed, observed))
-    low = np.zeros((observed, observed))
-    ct, pct, kr = (np.empty((hidden, observed)), np.empty((hidden, observed)), np.empty((hidden, observed)))
-    at, jt, kt = np.empty_like(p0), np.empty_like(p0), np.empty_like(cp)
-    x, z, w = np.empty_like(p0), np.empty_like(p0), np.empty_like(p0)
-    p[0] = p0
+    rows, columns = x.shape
+    for i in range(rows):
+        beyond = 0.0
+        for j in range(i + 1, columns):
+            beyond += x[i, j] * x[i, j]
+        first = x[i, i]
+        flip = first < 0.0
+        if beyond > 0.0:
+            norm = math.sqrt(first * first + beyond)
+            head = first + norm if first >= 0.0 else first - norm
+            rate = 2.0 / (head * head + beyond)
+            for r in range(i + 1, rows):
+                s = x[r, i] * head
+                for j in range(i + 1, columns):
+                    s += x[r, j] * x[i, j]
+                s *= rate
+                x[r, i] -= s * head
+                for j in range(i + 1, columns):
+                    x[r, j] -= s * x[i, j]
+            flip = first >= 0.0
+            x[i, i] = -norm if flip else norm
+            for j in range(i + 1, columns):
+                x[i, j] = 0.0
+        if flip:
+            for r in range(i, rows):
+                x[r, i] = -x[r, i]
+
+
+@_compiled
+def _invert_triangle(x, out):
+    """out = inverse of the lower triangular matrix x[:O,:O]; returns 2 ln det, NaN unless its diagonal is
+    positive.
+    """
+    n, log_det = out.shape[0], 0.0
+    for j in range(n):
+        if not x[j, j] > 0.0:
+            return math.nan
+        log_det += math.log(x[j, j])
+        for i in range(j):
+            out[i, j] = 0.0
+        out[j, j] = 1.0 / x[j, j]
+        for i in range(j + 1, n):
+            s = 0.0
+            for k in range(j, i):
+                s -= x[i, k] * out[k, j]
+            out[i, j] = s / x[i, i]
+    return 2.0 * log_det
+
+
+@_compiled
+def _update(t, root, read, error_root, found, scratch):
+    """One step of the filter: fills ``found`` at t from ``root`` = P^½; ``root`` becomes V^½."""
+    hidden, observed = root.shape[0], read.shape[0]
+    seen, below = scratch
+    _mm(read, root, seen)
+    pre = below[: observed + hidden, : observed + hidden]
+    for i in range(observed):
+        for k in range(observed):
+            pre[i, k] = error_root[i, k]
+        for k in range(hidden):
+            pre[i, observed + k] = seen[i, k]
+    for i in range(hidden):
+        for k in range(observed):
+            pre[observed + i, k] = 0.0
+        for k in range(hidden):
+            pre[observed + i, observed + k] = root[i, k]
+    _triangularize(pre)
+    found.log_det[t] = _invert_triangle(pre, found.whiten[t])
+    corner, rest = pre[observed:, :observed], found.rest[t]
+    _mm(corner, found.whiten[t], found.gain[t])
+    _mm(found.whiten[t], read, found.white_read[t])
+    _mm(corner, found.white_read[t], rest)
+    for i in range(hidden):
+        for k in range(hidden):
+            rest[i, k] = (1.0 if i == k else 0.0) - rest[i, k]
+            root[i, k] = pre[observed + i, observed + k]
+    _mmt(root, root, found.filtered[t])
+
+
+@_compiled
+def _predict(root, move, noise_root, below):
+    """``root`` = V^½ becomes P^½ of the next step."""
+    hidden = root.shape[0]
+    pre = below[:hidden, : 2 * hidden]
+    _mm(move, root, pre[:, :hidden])
+    for i in range(hidden):
+        for k in range(hidden):
+            pre[i, hidden + k] = noise_root[i, k]
+    _triangularize(pre)
+    for i in range(hidden):
+        for k in range(hidden):
+            root[i, k] = pre[i, k]
+
+
+@_compiled
+def _filter_covariances(g, p, steps, found):
+    """Fill the covariances of one group; returns the last step that they have."""
+    hidden, observed = p.start.shape[1], p.offset.shape[2]
+    move, noise, read, error = p.move[g], p.noise[g], p.read[g], p.error[g]
+    fixed = move.shape[0] == 1 and noise.shape[0] == 1 and read.shape[0] == 1 and error.shape[0] == 1
+    root, noise_root, error_root = (
+        np.empty((hidden, hidden)),
+        np.empty((hidden, hidden)),
+        np.empty((observed, observed)),
+    )
+    wide = max(observed + hidden, 2 * hidden)
+    seen, below = np.empty((observed, hidden)), np.empty((wide, wide))
+    scratch = (seen, below)
+    _cholesky(p.spread[g], root)
+    found.predicted[0] = p.spread[g]
     for t in range(steps):
-        co, ro = c[min(t, c.shape[0] - 1)], r[min(t, r.shape[0] - 1)]
-        _transpose(co, ct)
-        _mm(co, p[t], cp)
-        _mm(cp, ct, s)
-        _add_symmetric(s, ro, s)
-        log_det[t] = _invert(s, low, inverse[t])
-        _transpose(cp, pct)
-        _mm(pct, inverse[t], gain[t])
-        _mm(gain[t], co, j[t])
-        for i in range(hidden):
-            for k in range(hidden):
-                j[t, i, k] = (1.0 if i == k else 0.0) - j[t, i, k]
-        _transpose(j[t], jt)
-        _transpose(gain[t], kt)
-        _mm(j[t], p[t], x)  # Joseph's form keeps v positive where the noise is small against p
-        _mm(x, jt, z)
-        _mm(gain[t], ro, kr)
-        _mm(kr, kt, x)
-        _add_symmetric(z, x, v[t])
+        if t < error.shape[0]:
+            _cholesky(error[t], error_root)
+        _update(t, root, read[min(t, read.shape[0] - 1)], error_root, found, scratch)
         if t + 1 < steps:
-            ao, qo = a[min(t, a.shape[0] - 1)], q[min(t, q.shape[0] - 1)]
-            _transpose(ao, at)
-            _mm(ao, v[t], x)
-            _mm(x, at, w)
-            _add_symmetric(w, qo, z)
-            if fixed and _same(z, p[t]):
+            if t < noise.shape[0]:
+                _cholesky(noise[t], noise_root)
+            _predict(root, move[min(t, move.shape[0] - 1)], noise_root, below)
+            _mmt(root, root, found.predicted[t + 1])
+            if fixed and _same(found.predicted[t + 1], found.predicted[t]):
                 return t
-            p[t + 1] = z
     return steps - 1
 
 
-@njit(cache=True, fastmath=SUMS)
-def kalman_filter(
-    y,
-    lengths,
-    m0,
-    p0,
-    a,
-    b,
-    q,
-    c,
-    d,
-    r,
-    value,
-    mean,
-    error,
-    residual,
-    p,
-    v,
-    gain,
-    inverse,
-    j,
-    log_det,
-    settled,
-):
-    """Fill ln p(y) [B]; predicted means, errors, weighted errors [B,T,.]; covariances [G,T,.,.] up to the
-    step ``settled``.
+@_compiled_sums
+def _observe(row, t, y, g, p, found, states):
+    """Fill the innovation and its residual of one step; returns its quadratic form."""
+    u, w = min(t, found.settled[g]), min(t, p.read.shape[1] - 1)
+    observed, hidden = p.read.shape[2], p.read.shape[3]
+    innovation, residual = states.innovation[row, t], states.residual[row, t]
+    whiten = found.whiten[g, u]
+    for i in range(observed):
+        x = y[row, t, i] - p.offset[g, w, i]
+        for k in range(hidden):
+            x -= p.read[g, w, i, k] * states.mean[row, t, k]
+        innovation[i] = x
+        residual[i] = 0.0
+    square = 0.0
+    for i in range(observed):
+        x = 0.0
+        for k in range(i + 1):
+            x += whiten[i, k] * innovation[k]
+        square += x * x
+        for k in range(i + 1):
+            residual[k] += whiten[i, k] * x
+    return square
 
-    Parameters are [G,...] with G = 1 (shared by the batch) or B; a, b, q [G,1 or T-1,...], c, d, r [G,1 or
-    T,...].
-    """
-    batch, steps, observed = y.shape
-    hidden = m0.shape[1]
-    groups = m0.shape[0]
-    fixed = a.shape[1] == 1 and c.shape[1] == 1
-    filtered = np.empty(hidden)
+
+@_compiled_sums
+def _advance(row, t, g, p, found, states, filtered):
+    """Fill the predicted mean of step t + 1."""
+    hidden, observed = p.read.shape[3], p.read.shape[2]
+    u, a = min(t, found.settled[g]), min(t, p.move.shape[1] - 1)
+    for i in range(hidden):
+        x = states.mean[row, t, i]
+        for k in range(observed):
+            x += found.gain[g, u, i, k] * states.innovation[row, t, k]
+        filtered[i] = x
+    for i in range(hidden):
+        x = p.drift[g, a, i]
+        for k in range(hidden):
+            x += p.move[g, a, i, k] * filtered[k]
+        states.mean[row, t + 1, i] = x
+
+
+@_compiled
+def _group(found, g):
+    return Covariances(
+        found.predicted[g],
+        found.filtered[g],
+        found.gain[g],
+        found.whiten[g],
+        found.white_read[g],
+        found.rest[g],
+        found.log_det[g],
+        found.settled,
+    )
+
+
+@_compiled
+def _fit(p, groups, rows, steps):
+    """Whether parameters (or their gradients) match one another."""
+    hidden, observed = p.start.shape[1], p.offset.shape[2]
+    turns, looks = p.move.shape[1], p.read.shape[1]
+    return (
+        steps > 0
+        and groups in (1, rows)
+        and p.start.shape[0] == groups
+        and p.spread.shape == (groups, hidden, hidden)
+        and turns in (1, steps - 1)
+        and p.move.shape == p.noise.shape == (groups, turns, hidden, hidden)
+        and p.drift.shape == (groups, turns, hidden)
+        and looks in (1, steps)
+        and p.read.shape == (groups, looks, observed, hidden)
+        and p.offset.shape == (groups, looks, observed)
+        and p.error.shape == (groups, looks, observed, observed)
+    )
+
+
+@_compiled
+def _filled_fit(found, states, groups, rows, steps):
+    hidden, observed = states.mean.shape[2], states.innovation.shape[2]
+    return (
+        found.predicted.shape == found.filtered.shape == found.rest.shape == (groups, steps, hidden, hidden)
+        and found.gain.shape == (groups, steps, hidden, observed)
+        and found.whiten.shape == (groups, steps, observed, observed)
+        and found.white_read.shape == (groups, steps, observed, hidden)
+        and found.log_det.shape == (groups, steps)
+        and found.settled.shape == (groups,)
+        and states.mean.shape == (rows, steps, hidden)
+        and states.innovation.shape == states.residual.shape == (rows, steps, observed)
+    )
+
+
+@kernel(fastmath=_SUMS)
+def kalman_filter(y, lengths, parameters, value, states, found):
+    """Fill ln p(y) ``value [B]`` of ``y [B,T,O]``, the states, and the covariances up to ``settled``."""
+    expect_contiguous(y, lengths, parameters, value, states, found)
+    rows, steps, observed = y.shape
+    groups = parameters.start.shape[0]
+    expect_shapes(_fit(parameters, groups, rows, steps) and _filled_fit(found, states, groups, rows, steps))
+    expect_shapes(states.innovation.shape == y.shape and lengths.shape == value.shape == (rows,))
+    expect_shapes(
+        parameters.offset.shape[2] == observed and parameters.start.shape[1] == states.mean.shape[2]
+    )
+    expect_index("lengths", lengths, 1, steps)
+    filtered = np.empty(parameters.start.shape[1])
     for g in range(groups):
-        settled[g] = _filter_covariances(
-            p0[g], a[g], q[g], c[g], r[g], steps, fixed, p[g], v[g], gain[g], inverse[g], j[g], log_det[g]
-        )
-    for row in range(batch):
+        found.settled[g] = _filter_covariances(g, parameters, steps, _group(found, g))
+    for row in range(rows):
         g = row if groups > 1 else 0
         total = -0.5 * lengths[row] * observed * math.log(2.0 * math.pi)
-        for i in range(hidden):
-            mean[row, 0, i] = m0[g, i]
+        states.mean[row, 0] = parameters.start[g]
         for t in range(lengths[row]):
-            u, tc, ta = min(t, settled[g]), min(t, c.shape[1] - 1), min(t, a.shape[1] - 1)
-            for i in range(observed):
-                x = y[row, t, i] - d[g, tc, i]
-                for k in range(hidden):
-                    x -= c[g, tc, i, k] * mean[row, t, k]
-                error[row, t, i] = x
-            for i in range(hidden):
-                x = mean[row, t, i]
-                for k in range(observed):
-                    x += gain[g, u, i, k] * error[row, t, k]
-                filtered[i] = x
-            square = 0.0
-            for i in range(observed):
-                x = 0.0
-                for k in range(observed):
-                    x += inverse[g, u, i, k] * error[row, t, k]
-                residual[row, t, i] = x
-                square += x * error[row, t, i]
-            total -= 0.5 * (square + log_det[g, u])
+            square = _observe(row, t, y, g, parameters, found, states)
+            total -= 0.5 * (square + found.log_det[g, min(t, found.settled[g])])
             if t + 1 < lengths[row]:
-                for i in range(hidden):
-                    x = b[g, ta, i]
-                    for k in range(hidden):
-                        x += a[g, ta, i, k] * filtered[k]
-                    mean[row, t + 1, i] = x
+                _advance(row, t, g, parameters, found, states, filtered)
         value[row] = total
 
 
-@njit(cache=True)
-def _adjoint_covariances(a, c, steps, settled, gain, inverse, j, after, before, slot):
-    """Fill N, the precision that the future adds, of the filtered and of the predicted state, at ``slot``
-    of each step.
+class Precisions(NamedTuple):
+    """What the future adds to the precision of the filtered (``after``) and of the predicted state
+    (``before``) [T,H,H], at ``slot [T+1]`` of each step.
     """
-    hidden, observed = gain.shape[1], gain.shape[2]
+
+    after: np.ndarray
+    before: np.ndarray
+    slot: np.ndarray
+
+
+@_compiled
+def _adjoint_covariances(g, move, steps, found, out):
+    """Fill the precisions of one group."""
+    hidden = move.shape[2]
     at, jt = np.empty((hidden, hidden)), np.empty((hidden, hidden))
-    ct, weighted = np.empty((hidden, observed)), np.empty((hidden, observed))
     x, z, w = np.empty_like(at), np.empty_like(at), np.empty_like(at)
-    still = False
+    after, before, slot, settled = out.after, out.before, out.slot, found.settled[g]
+    unchanged = False
     for t in range(steps - 1, -1, -1):
-        if still and t >= settled:
+        if unchanged and t >= settled:
             slot[t] = slot[t + 1]
             continue
         slot[t] = t
         u = min(t, settled)
         after[t] = 0.0
         if t + 1 < steps:
-            ao = a[min(t, a.shape[0] - 1)]
+            ao = move[g, min(t, move.shape[1] - 1)]
             _transpose(ao, at)
             _mm(at, before[slot[t + 1]], x)
             _mm(x, ao, after[t])
-        co = c[min(t, c.shape[0] - 1)]
-        _transpose(co, ct)
-        _mm(ct, inverse[u], weighted)
-        _mm(weighted, co, x)
-        _transpose(j[u], jt)
+        white, rest = found.white_read[g, u], found.rest[g, u]
+        for i in range(hidden):
+            for k in range(hidden):
+                s = 0.0
+                for o in range(white.shape[0]):
+                    s += white[o, i] * white[o, k]
+                x[i, k] = s
+        _transpose(rest, jt)
         _mm(jt, after[t], w)
-        _mm(w, j[u], z)
+        _mm(w, rest, z)
         _add_symmetric(z, x, before[t])
-        still = t + 1 < steps and _same(before[t], before[slot[t + 1]])
+        unchanged = t + 1 < steps and _same(before[t], before[slot[t + 1]])
 
 
-@njit(cache=True, fastmath=SUMS)
-def kalman_adjoint(
-    weight,
-    lengths,
-    a,
-    c,
-    mean,
-    error,
-    residual,
-    p,
-    v,
-    gain,
-    inverse,
-    j,
-    settled,
-    gm0,
-    gp0,
-    ga,
-    gb,
-    gq,
-    gc,
-    gd,
-    gr,
-    gy,
-):
-    """Add the gradients of Σ weight·ln p(y) to the g arrays, zero on entry.
+class Shared(NamedTuple):
+    """Products of a step's matrices that all rows share."""
 
-    With r and N the score's mean and precision of each predicted state, all gradients are products of
+    move_v: np.ndarray  # move V
+    n_move_v: np.ndarray  # N move V, N being the next step's precision
+    gain: np.ndarray  # gain'
+    gain_n: np.ndarray  # gain' N
+    innovation: np.ndarray  # gain' N gain + S^-1
+    read: np.ndarray  # gain' N V - gain'
+
+
+@_compiled
+def _share(g, t, last, move, found, precisions, out):
+    """Fill the products of step t."""
+    u, now = min(t, found.settled[g]), precisions.slot[t]
+    whiten, observed = found.whiten[g, u], found.whiten.shape[2]
+    _mm(move[g, min(t, move.shape[1] - 1)], found.filtered[g, u], out.move_v)
+    if not last:
+        _mm(precisions.before[precisions.slot[t + 1]], out.move_v, out.n_move_v)
+    _transpose(found.gain[g, u], out.gain)
+    _mm(out.gain, precisions.after[now], out.gain_n)
+    _mm(out.gain_n, found.gain[g, u], out.innovation)
+    for i in range(observed):
+        for k in range(observed):
+            for o in range(observed):
+                out.innovation[i, k] += whiten[o, i] * whiten[o, k]
+    _mm(out.gain_n, found.filtered[g, u], out.read)
+    _subtract(1.0, out.gain, out.read)
+
+
+@_compiled
+def _add_shared(g, t, last, mass, precisions, shared, grads):
+    """Add the products of step t, ``mass`` times, to the gradients."""
+    a, w = min(t, grads.move.shape[1] - 1), min(t, grads.read.shape[1] - 1)
+    if not last:
+        _subtract(mass, shared.n_move_v, grads.move[g, a])
+        _subtract(0.5 * mass, precisions.before[precisions.slot[t + 1]], grads.noise[g, a])
+    _subtract(0.5 * mass, shared.innovation, grads.error[g, w])
+    _subtract(-mass, shared.read, grads.read[g, w])
+
+
+class Kept(NamedTuple):
+    """What the adjoint reads of the parameters and of the filter."""
+
+    move: np.ndarray
+    read: np.ndarray
+    states: States
+    found: Covariances
+
+
+@_compiled_sums
+def _back_through_move(row, g, t, weight, kept, shared, r, grads, up, total):
+    """Gradients by the step from t to t + 1; fills ``up`` = move' r."""
+    hidden, observed = kept.read.shape[3], kept.read.shape[2]
+    u, a = min(t, kept.found.settled[g]), min(t, kept.move.shape[1] - 1)
+    for i in range(hidden):
+        s = kept.states.mean[row, t, i]
+        for k in range(observed):
+            s += kept.found.gain[g, u, i, k] * kept.states.innovation[row, t, k]
+        total[i] = s
+        up[i] = 0.0
+    for k in range(hidden):
+        s = r[row, k]
+        grads.drift[g, a, k] += weight * s
+        for i in range(hidden):
+            up[i] += kept.move[g, a, k, i] * s
+            total[i] += shared.move_v[k, i] * s
+    for i in range(hidden):
+        s = weight * r[row, i]
+        for k in range(hidden):
+            grads.move[g, a, i, k] += s * total[k]
+            grads.noise[g, a, i, k] += 0.5 * s * r[row, k]
+
+
+@_compiled_sums
+def _back_through_read(row, g, t, weight, kept, r, grads, by_y, up, total):
+    """Gradients by the observation at t; ``r`` becomes that of the predicted state."""
+    hidden, observed = kept.read.shape[3], kept.read.shape[2]
+    u, w = min(t, kept.found.settled[g]), min(t, kept.read.shape[1] - 1)
+    by_innovation = by_y[row, t]
+    for i in range(observed):
+        s = kept.states.residual[row, t, i]
+        for k in range(hidden):
+            s -= kept.found.gain[g, u, k, i] * up[k]
+        by_innovation[i] = s
+        grads.offset[g, w, i] += weight * s
+    for i in range(observed):
+        for k in range(observed):
+            grads.error[g, w, i, k] += 0.5 * weight * by_innovation[i] * by_innovation[k]
+        for k in range(hidden):
+            up[k] += kept.read[g, w, i, k] * by_innovation[i]
+    for i in range(hidden):
+        r[row, i] = up[i]
+    for i in range(hidden):
+        s = kept.states.mean[row, t, i]
+        for k in range(hidden):
+            s += kept.found.predicted[g, u, i, k] * up[k]
+        total[i] = weight * s
+    for i in range(observed):
+        for k in range(hidden):
+            grads.read[g, w, i, k] += by_innovation[i] * total[k]
+        by_innovation[i] *= -weight
+
+
+@kernel(fastmath=_SUMS)
+def kalman_adjoint(weight, lengths, kept, grads, by_y):
+    """Add the gradients of Σ weight · ln p(y) to ``grads``, and fill ``by_y [B,T,O]``; all zero on entry.
+
+    With r and N the mean and precision of the score of each predicted state, all gradients are products of
     these: no inverse but that of the innovations is needed (de Jong 1989; Koopman and Shephard 1992).
     """
-    batch, steps, hidden = mean.shape
-    observed = residual.shape[2]
-    shared = p.shape[0] == 1 and np.all(lengths == lengths[0])
-    after, before = np.empty((steps, hidden, hidden)), np.empty((steps, hidden, hidden))
-    slot = np.empty(steps + 1, np.int64)
-    av, x = np.empty((hidden, hidden)), np.empty((hidden, hidden))
-    kt, kn = np.empty((observed, hidden)), np.empty((observed, hidden))
-    oo, oh = np.empty((observed, observed)), np.empty((observed, hidden))
-    r, vector = np.zeros((batch, hidden)), np.empty(hidden)
-    filtered, up, u = np.empty(hidden), np.empty(hidden), np.empty(observed)
-    for unit in range(1 if shared else batch):
-        g = unit if p.shape[0] > 1 else 0
-        rows = np.arange(batch) if shared else np.arange(unit, unit + 1)
-        mass = weight[rows].sum()
-        length = lengths[unit]
-        _adjoint_covariances(a[g], c[g], length, settled[g], gain[g], inverse[g], j[g], after, before, slot)
+    expect_contiguous(weight, lengths, kept.move, kept.read, kept.states, kept.found, grads, by_y)
+    rows, steps, hidden = kept.states.mean.shape
+    groups, observed = kept.move.shape[0], kept.read.shape[2]
+    expect_shapes(_fit(grads, groups, rows, steps))
+    expect_shapes(_filled_fit(kept.found, kept.states, groups, rows, steps))
+    expect_shapes(grads.move.shape == kept.move.shape and grads.read.shape == kept.read.shape)
+    expect_shapes(grads.start.shape[1] == hidden and kept.states.innovation.shape == by_y.shape)
+    expect_shapes(kept.read.shape[2] == by_y.shape[2] and weight.shape == lengths.shape == (rows,))
+    expect_index("lengths", lengths, 1, steps)
+    expect_index("settled", kept.found.settled, 0, steps - 1)
+    square, wide = np.empty((2, hidden, hidden)), np.empty((3, observed, hidden))
+    shared = Shared(square[0], square[1], wide[0], wide[1], np.empty((observed, observed)), wide[2])
+    precisions = Precisions(
+        np.empty((steps, hidden, hidden)), np.empty((steps, hidden, hidden)), np.empty(steps + 1, np.int64)
+    )
+    r, up, total = np.zeros((rows, hidden)), np.empty(hidden), np.empty(hidden)
+    together = groups == 1 and np.all(lengths == lengths[0])
+    for unit in range(1 if together else rows):
+        g = unit if groups > 1 else 0
+        some = np.arange(rows) if together else np.arange(unit, unit + 1)
+        mass, length, slot = weight[some].sum(), lengths[unit], precisions.slot
+        _adjoint_covariances(g, kept.move, length, kept.found, precisions)
         for t in range(length - 1, -1, -1):
-            ta, tc, at = min(t, a.shape[1] - 1), min(t, c.shape[1] - 1), min(t, settled[g])
-            ao, co, now = a[g, ta], c[g, tc], slot[t]
-            # between its two fixed points everything stays as it was one step later
-            if not (t + 2 < length and t >= settled[g] and now == slot[t + 1] and now == slot[t + 2]):
-                _mm(ao, v[g, at], av)
-                if t + 1 < length:
-                    _mm(before[slot[t + 1]], av, x)
-                _transpose(gain[g, at], kt)
-                _mm(kt, after[now], kn)
-                _mm(kn, gain[g, at], oo)
-                _mm(kn, v[g, at], oh)
-            if t + 1 < length:
-                _subtract(mass, x, ga[g, ta])
-                _subtract(0.5 * mass, before[slot[t + 1]], gq[g, ta])
-            _subtract(0.5 * mass, oo, gr[g, tc])
-            _subtract(0.5 * mass, inverse[g, at], gr[g, tc])
-            _subtract(mass, kt, gc[g, tc])
-            _subtract(-mass, oh, gc[g, tc])
-            for row in rows:
-                w = weight[row]
-                for i in range(hidden):
-                    s = mean[row, t, i]
-                    for k in range(observed):
-                        s += gain[g, at, i, k] * error[row, t, k]
-                    filtered[i] = s
-                    up[i] = 0.0
-                    vector[i] = 0.0
-                if t + 1 < length:
-                    for k in range(hidden):
-                        s = r[row, k]
-                        gb[g, ta, k] += w * s
-                        for i in range(hidden):
-                            up[i] += ao[k, i] * s
-                            vector[i] += av[k, i] * s
-                    for i in range(hidden):
-                        s = w * r[row, i]
-                        for k in range(hidden):
-                            ga[g, ta, i, k] += s * (filtered[k] + vector[k])
-                            gq[g, ta, i, k] += 0.5 * s * r[row, k]
-                for i in range(observed):
-                    s = residual[row, t, i]
-                    for k in range(hidden):
-                        s -= gain[g, at, k, i] * up[k]
-                    u[i] = s
-                    gy[row, t, i] -= w * s
-                    gd[g, tc, i] += w * s
-                for i in range(observed):
-                    for k in range(observed):
-                        gr[g, tc, i, k] += 0.5 * w * u[i] * u[k]
-                    for k in range(hidden):
-                        up[k] += co[i, k] * u[i]
-                for i in range(hidden):
-                    r[row, i] = up[i]
-                for i in range(hidden):
-                    s = mean[row, t, i]
-                    for k in range(hidden):
-                        s += p[g, at, i, k] * up[k]
-                    vector[i] = w * s
-                for i in range(observed):
-                    for k in range(hidden):
-                        gc[g, tc, i, k] += u[i] * vector[k]
-        _subtract(0.5 * mass, before[slot[0]], gp0[g])
-        for row in rows:
+            last, now = t + 1 == length, slot[t]
+            # between its two fixed points everything is as it was one step later
+            if not (
+                t + 2 < length and t >= kept.found.settled[g] and now == slot[t + 1] and now == slot[t + 2]
+            ):
+                _share(g, t, last, kept.move, kept.found, precisions, shared)
+            _add_shared(g, t, last, mass, precisions, shared, grads)
+            for row in some:
+                if last:
+                    up[:] = 0.0
+                else:
+                    _back_through_move(row, g, t, weight[row], kept, shared, r, grads, up, total)
+                _back_through_read(row, g, t, weight[row], kept, r, grads, by_y, up, total)
+        _subtract(0.5 * mass, precisions.before[slot[0]], grads.spread[g])
+        for row in some:
             for i in range(hidden):
-                gm0[g, i] += weight[row] * r[row, i]
+                grads.start[g, i] += weight[row] * r[row, i]
                 for k in range(hidden):
-                    gp0[g, i, k] += 0.5 * weight[row] * r[row, i] * r[row, k]
+                    grads.spread[g, i, k] += 0.5 * weight[row] * r[row, i] * r[row, k]

@@ -1,4 +1,13 @@
-"""Compiled loops that choose paths of a chain: samples and the best one (needs numba)."""
+"""Paths of a chain: exact samples and a best path (needs numba).
+
+    transposed  [A, U, S, S]         transition (to, from): weights in ``draw``, log potentials in ``viterbi``
+    alpha       [B, T, S]            filtered weights, of any scale at each step
+    lengths     [B]                  in 1..T; steps at and beyond a length are padding, 0 in paths
+    uniform     [N, B, T]            numbers in [0, 1)
+    z           [N, B, T] or [B, T]  filled
+
+Other letters, groups and workspaces are those of ``chain``; columns beyond S are -inf in ``viterbi``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +16,15 @@ import math
 import numpy as np
 from numba import njit
 
-from pyroelbo.distributions.kernels.arithmetic import aligned, compiled, laid_out, multiply, narrow
-from pyroelbo.distributions.kernels.chain import layout_of, room_for
+from pyroelbo.distributions.kernels.arithmetic import aligned, laid_out, multiply, narrow
+from pyroelbo.distributions.kernels.chain import fit, layout_of, workspace_for
+from pyroelbo.distributions.kernels.gate import (
+    compiled,
+    expect_contiguous,
+    expect_index,
+    expect_shapes,
+    kernel,
+)
 from pyroelbo.distributions.kernels.simd import (
     LANES,
     add,
@@ -23,142 +39,158 @@ from pyroelbo.distributions.kernels.simd import (
 
 __all__ = ["draw", "viterbi"]
 
-_compile_max = njit(cache=True, fastmath={"nnan", "nsz"})
+# potentials are no NaN here
+_MAX = frozenset({"nnan", "nsz"})
+_compiled_max = njit(cache=True, fastmath=set(_MAX))
 
 
 @compiled
-def draw(turned, alpha, lengths, uniform, z):
-    """Backward sampling from the filter: ``z [N,B,T]`` by inversion of ``uniform [N,B,T]``; 0 beyond the
-    sequences.
-    """
+def _choose(weight, uniform):
+    """The first index at which the running sum of weights exceeds ``uniform`` times their sum."""
+    total = weight[0] * 0
+    for j in range(weight.shape[0]):
+        total += weight[j]
+    mark = uniform * total
+    running = total * 0
+    chosen = 0
+    for j in range(weight.shape[0]):
+        if weight[j] > 0:
+            running += weight[j]
+            chosen = j
+            if running > mark:
+                break
+    return chosen
+
+
+@kernel
+def draw(transposed, alpha, lengths, uniform, z):
+    """Backward sampling from the filter, by inversion of ``uniform``: fills ``z [N,B,T]``."""
+    expect_contiguous(transposed, alpha, lengths, uniform, z)
     draws, rows, steps = z.shape
     size = alpha.shape[2]
+    expect_shapes(fit((rows, size), transposed, alpha, lengths) and alpha.shape[1] == steps)
+    expect_shapes(uniform.shape == z.shape)
+    expect_index("lengths", lengths, 1, steps)
     weight = np.empty(size, alpha.dtype)
     for n in range(draws):
         for b in range(rows):
-            last = lengths[b] - 1
+            a, last = b if transposed.shape[0] > 1 else 0, lengths[b] - 1
             for t in range(last + 1, steps):
                 z[n, b, t] = 0
             for t in range(last, -1, -1):
-                total = alpha[b, t, 0] * 0
                 if t < last:
-                    row = turned[
-                        b if turned.shape[0] > 1 else 0, t if turned.shape[1] > 1 else 0, z[n, b, t + 1]
-                    ]
+                    row = transposed[a, t if transposed.shape[1] > 1 else 0, z[n, b, t + 1]]
                     for j in range(size):
                         weight[j] = alpha[b, t, j] * row[j]
-                        total += weight[j]
                 else:
                     for j in range(size):
                         weight[j] = alpha[b, t, j]
-                        total += weight[j]
-                mark = uniform[n, b, t] * total
-                running = total * 0
-                chosen = 0
-                for j in range(size):
-                    if weight[j] > 0:
-                        running += weight[j]
-                        chosen = j
-                        if running > mark:
-                            break
-                z[n, b, t] = chosen
+                z[n, b, t] = _choose(weight, uniform[n, b, t])
 
 
-@_compile_max
-def _best_scores(first, matrix, transition, seen, longest, size, layout, room, delta):
-    """Fills ``delta [4, T·padded]``: for each row of a group the score of the best way to each state at each time, up to
-    a number that all states of a time share.
+@_compiled_max
+def _best_log_weights(first, matrix, transition, seen, longest, layout, workspace, delta):
+    """Fills ``delta [4, T·padded]``: for each row of a group the log weight of the best path to each state at
+    each time, up to a number that all states of a time share. ``seen`` are the rows' observations, each with
+    padding.
     """
-    group, padded, panel, lone = layout
-    kind, far = delta.dtype.type, delta.shape[1]
-    moved, stride, tops = room.moved, seen.shape[1], np.zeros(4, delta.dtype)
+    group, padded, panel, single = layout
+    size, kind, far = workspace.matrix.shape[0], delta.dtype.type, delta.shape[1]
+    moved, stride, tops = workspace.moved, seen.shape[1], np.zeros(4, delta.dtype)
     for t in range(longest):
         if t == 0:
             for r in range(group):
                 moved[r] = first[min(r, first.shape[0] - 1)]
-        elif lone:
+        elif single:
             left, right = narrow("best", size, delta, (t - 1) * padded, matrix)
             store(moved, 0, left)
             store(moved, LANES, right)
         else:
             if transition.shape[0] > 1:
-                matrix = laid_out(transition, t - 1, room.matrix, panel)
-            at = (t - 1) * padded
+                matrix = laid_out(transition, t - 1, workspace.matrix, panel)
+            before = ((t - 1) * padded, far, 1)
             if group > 1:
-                multiply("best", 4, 4, size, delta, at, far, 1, matrix, 0, panel, padded, moved, 0)
+                multiply("best", 4, (4, size), delta, before, matrix, (0, panel), moved, (0, padded))
             else:
-                multiply("best", 1, 1, size, delta, at, far, 1, matrix, 0, panel, padded, moved, 0)
+                multiply("best", 1, (1, size), delta, before, matrix, (0, panel), moved, (0, padded))
         for r in range(group):
-            # a step late, so that nobody waits for the largest
+            # one step late, so that no step waits for the largest
             top = tops[r] if tops[r] > -math.inf else kind(0)
             shift, highest = fill(-top), fill(kind(-math.inf))
             for j in range(0, padded, LANES):
-                score = add(load(moved, r * padded + j), add(load(seen, r * stride + t * size + j), shift))
-                store(delta, r * far + t * padded + j, score)
-                highest = greater(score, highest)
+                value = add(load(moved, r * padded + j), add(load(seen, r * stride + t * size + j), shift))
+                store(delta, r * far + t * padded + j, value)
+                highest = greater(value, highest)
             tops[r] = largest(highest)
 
 
-@_compile_max
-def _onward(delta, place, turned, at, last):
-    """Scores of ways to a state and on from it; nothing is added after the last step."""
-    score = load(delta, place)
-    return score if last else add(score, load(turned, at))
+@_compiled_max
+def _onward(delta, place, transposed, at, last):
+    """Log weights of paths to a state and on from it; nothing is added after the last step."""
+    value = load(delta, place)
+    return value if last else add(value, load(transposed, at))
 
 
-@_compile_max
-def viterbi(initial, transition, turned, observation, lengths, z):
-    """A best path ``z [B,T]`` in log space. Only scores are kept, the arguments are found again on the way
-    back.
+@_compiled_max
+def _best_state(delta, place, transposed, at, last, size):
+    """The first state of largest ``_onward``; ``at`` is the row of ``transposed``, flat."""
+    kind, tail, chosen = delta.dtype.type, size - LANES, size - 1
+    if tail < 0:
+        best = kind(-math.inf)
+        for i in range(size):
+            value = scalar(delta, place + i) + (kind(0) if last else scalar(transposed, at + i))
+            if value > best or i == 0:
+                best, chosen = value, i
+        return chosen
+    tops = fill(kind(-math.inf))
+    for k in range(0, size, LANES):
+        i = min(k, tail)
+        tops = greater(_onward(delta, place + i, transposed, at + i, last), tops)
+    best = fill(largest(tops))
+    for k in range(0, size, LANES):
+        i = min(k, tail)
+        lane = first_equal(_onward(delta, place + i, transposed, at + i, last), best)
+        chosen = min(chosen, i + lane if lane < LANES else chosen)
+    return chosen
+
+
+@kernel(fastmath=_MAX)
+def viterbi(initial, transition, transposed, observation, lengths, z):
+    """A best path, in log space: fills ``z [B,T]``. Only log weights are kept; their arguments are found
+    again on the way back.
     """
+    expect_contiguous(initial, transition, transposed, observation, lengths, z)
     rows, steps, size = observation.shape
+    expect_shapes(fit(initial.shape, transition, observation, lengths) and z.shape == (rows, steps))
+    expect_shapes(transposed.shape == transition.shape)
+    expect_index("lengths", lengths, 1, steps)
     layout = layout_of(transition, observation)
-    group, padded, panel, _ = layout
-    kind = observation.dtype.type
-    room = room_for(group, 0, size, padded, observation)
-    room.matrix[:] = -math.inf
+    padded = layout.padded
+    workspace = workspace_for(layout, 0, size, observation)
+    workspace.matrix[:] = -math.inf
     first = np.full((initial.shape[0], padded), -math.inf, observation.dtype)
     first[:, :size] = initial
-    delta = aligned(group, steps * padded, observation)
+    delta = aligned(layout.group, steps * padded, observation)
     # vectors read beyond a row
-    seen = np.zeros((group, steps * size + 2 * LANES), observation.dtype)
-    none, tail, far = fill(kind(-math.inf)), size - LANES, steps * padded
-    matrix, shared, still = room.matrix, transition.shape[0] == 1, turned.shape[1] == 1
-    for start in range(0, rows, group):
-        a, stop = 0 if shared else start, min(start + group, rows)
+    seen = np.zeros((layout.group, steps * size + 2 * LANES), observation.dtype)
+    matrix, shared, homogeneous = workspace.matrix, transition.shape[0] == 1, transition.shape[1] == 1
+    for start in range(0, rows, layout.group):
+        a, stop = 0 if shared else start, min(start + layout.group, rows)
         for b in range(start, stop):
             seen[b - start, : steps * size] = observation[b].reshape(-1)
             for t in range(lengths[b], steps):
                 z[b, t] = 0
-        if still:
-            matrix = laid_out(transition[a], 0, room.matrix, panel)
+        if homogeneous:
+            matrix = laid_out(transition[a], 0, workspace.matrix, layout.panel)
         own = slice(start, stop) if initial.shape[0] > 1 else slice(0, 1)
         longest = lengths[start:stop].max()
-        _best_scores(first[own], matrix, transition[a], seen, longest, size, layout, room, delta)
+        _best_log_weights(first[own], matrix, transition[a], seen, longest, layout, workspace, delta)
         for t in range(longest - 1, -1, -1):
             for b in range(start, stop):
-                if t >= lengths[b]:
-                    continue
-                # after the last step nothing is added, all else comes from the matrix
-                onward, last = z[b, min(t + 1, lengths[b] - 1)], t == lengths[b] - 1
-                u, place = 0 if still else t, (b - start) * far + t * padded
-                at = ((a * turned.shape[1] + u) * size + onward) * size
-                chosen = size - 1
-                if tail < 0:
-                    best = kind(-math.inf)
-                    for i in range(size):
-                        score = scalar(delta, place + i) + (kind(0) if last else turned[a, u, onward, i])
-                        if score > best or i == 0:
-                            best, chosen = score, i
-                    z[b, t] = chosen
-                    continue
-                tops = none
-                for k in range(0, size, LANES):
-                    i = min(k, tail)
-                    tops = greater(_onward(delta, place + i, turned, at + i, last), tops)
-                best = fill(largest(tops))
-                for k in range(0, size, LANES):
-                    i = min(k, tail)
-                    lane = first_equal(_onward(delta, place + i, turned, at + i, last), best)
-                    chosen = min(chosen, i + lane if lane < LANES else chosen)
-                z[b, t] = chosen
+                if t < lengths[b]:
+                    # after the last step nothing is added, what is read then does not matter
+                    onward, last = z[b, min(t + 1, lengths[b] - 1)], t == lengths[b] - 1
+                    place = (b - start) * steps * padded + t * padded
+                    u = a * transition.shape[1] + (0 if homogeneous else min(t, transition.shape[1] - 1))
+                    at = 0 if last else (u * size + onward) * size
+                    z[b, t] = _best_state(delta, place, transposed, at, last, size)

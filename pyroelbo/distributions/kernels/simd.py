@@ -1,8 +1,9 @@
-"""Vectors of eight floats inside numba's compiled functions; LLVM maps them to what the processor has.
+"""Vectors of eight floats inside compiled kernels; LLVM maps them to what the processor has (needs numba).
 
-Numba's own loops are vectorized one by one, from memory to memory, which leaves short rows scalar. Sums that
-stay in registers need the vector as a type. Arrays are contiguous, ``offset`` counts entries of the flat array,
-and nobody checks bounds.
+Numba vectorizes loop by loop, from memory to memory, which leaves short rows scalar. Sums that stay in
+registers need the vector as a type. Arrays are contiguous, and ``offset`` counts entries of the flat array.
+Accesses go
+through raw pointers: bounds are checked only if numba's own are, that is with ``NUMBA_BOUNDSCHECK=1``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 LANES = 8
-# so many vectors of four rows of sums fit into the processor's registers
+# vectors of four rows of sums that fit into the processor's registers
 WIDE = 4 if binding.get_host_cpu_features().get("avx512f") else 2
 _FLAGS = ("contract", "reassoc", "nsz")
 
@@ -52,27 +53,34 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_data_type(), LANES))
 
 
-def _place(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> tuple[Any, int]:
-    data = context.make_array(array_type)(context, builder, array).data
-    scalar = context.get_data_type(array_type.dtype)
-    place = builder.gep(data, [offset])
-    size = context.get_abi_sizeof(scalar)
-    return builder.bitcast(place, ir.VectorType(scalar, LANES).as_pointer()), size
+def _flat(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, entries: int) -> Any:
+    """A pointer to ``offset``, from which ``entries`` are about to be read or written."""
+    view = context.make_array(array_type)(context, builder, array)
+    if config.BOUNDSCHECK:
+        end = builder.add(offset, ir.Constant(offset.type, entries))
+        before = builder.icmp_signed("<", offset, ir.Constant(offset.type, 0))
+        beyond = builder.icmp_signed(">", end, view.nitems)
+        with builder.if_then(builder.or_(before, beyond), likely=False):
+            context.call_conv.return_user_exc(builder, IndexError, ("vector access out of bounds",))
+    return builder.gep(view.data, [offset])
 
 
 def _load(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
-    place, size = _place(context, builder, array_type, array, offset)
-    return builder.load(place, align=size)
+    scalar = context.get_data_type(array_type.dtype)
+    place = _flat(context, builder, array_type, array, offset, LANES)
+    place = builder.bitcast(place, ir.VectorType(scalar, LANES).as_pointer())
+    return builder.load(place, align=context.get_abi_sizeof(scalar))
 
 
 def _scalar(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.load(builder.gep(data, [offset]))
+    return builder.load(_flat(context, builder, array_type, array, offset, 1))
 
 
 def _store(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: Any) -> None:
-    place, size = _place(context, builder, array_type, array, offset)
-    builder.store(vector, place, align=size)
+    scalar = context.get_data_type(array_type.dtype)
+    place = _flat(context, builder, array_type, array, offset, LANES)
+    place = builder.bitcast(place, ir.VectorType(scalar, LANES).as_pointer())
+    builder.store(vector, place, align=context.get_abi_sizeof(scalar))
 
 
 def _spread(context: Any, builder: Any, vector: _Vector, scalar: Any) -> Any:
@@ -117,7 +125,7 @@ def scalar(typing: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def convert(typing: Any, vector: Any, like: Any) -> Any:
-    """The vector in the precision of the array ``like``, which is no lower."""
+    """The vector in the dtype of the array ``like``, of the same or a higher precision."""
 
     def code(context, builder, signature, arguments):
         kind = context.get_value_type(signature.return_type)
@@ -139,13 +147,13 @@ def store(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
 
 @intrinsic
 def store_halves(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
-    """``store`` in two halves: entries of one that is as long as a line of the cache are slow to read soon after."""
+    """``store`` in two halves: entries of a vector as long as a cache line are slow to read soon after."""
 
     def code(context, builder, signature, arguments):
         data, offset, value = arguments
         half = LANES // 2
         scalar = context.get_data_type(signature.args[0].dtype)
-        place = builder.gep(context.make_array(signature.args[0])(context, builder, data).data, [offset])
+        place = _flat(context, builder, signature.args[0], data, offset, LANES)
         for lower in (0, half):
             mask = ir.Constant(ir.VectorType(ir.IntType(32), half), [lower + i for i in range(half)])
             part = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
@@ -159,7 +167,7 @@ def store_halves(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
 
 @intrinsic
 def expect(typing: Any, array: Any, offset: Any) -> Any:
-    """Fetch what lies at ``offset``, soon to be written, into the cache; it may lie outside the array."""
+    """Prefetch the line at ``offset``, soon to be written; it may lie outside the array."""
 
     def code(context, builder, signature, arguments):
         kind = signature.args[0]
@@ -223,7 +231,7 @@ lesser = intrinsic(_chosen("<"))
 
 @intrinsic
 def first_equal(typing: Any, a: Any, b: Any) -> Any:
-    """The first lane at which both are equal, ``LANES`` where none is."""
+    """The first lane in which both are equal, ``LANES`` if there is none."""
 
     def code(context, builder, signature, arguments):
         same = builder.bitcast(builder.fcmp_ordered("==", *arguments), ir.IntType(LANES))
@@ -261,30 +269,30 @@ def tile(
     width: Any,
     count: Any,
     x: Any,
-    at: Any,
-    across: Any,
-    along: Any,
+    x_at: Any,
     y: Any,
-    place: Any,
-    stride: Any,
+    y_at: Any,
     out: Any,
-    to: Any,
-    step: Any,
+    out_at: Any,
 ) -> Any:
-    """out[to + r·step + c] = Σ_k x[at + r·across + k·along] · y[place + k·stride + c] for k < ``count``.
+    """out[r, c] = Σ_k x[r, k] · y[k, c] for k < ``count``, with all sums in registers.
 
-    ``kind``, ``height`` and ``width`` are literal: r < ``height`` and c < 8 ``width``, whose sums stay in registers;
-    "sum" is as above, "onto" adds to what is in ``out``, "best" has max_k (x + y) instead.
+    ``kind``, ``height`` and ``width`` are literal: r < ``height``, c < 8 ``width``. "sum" is as above, "onto"
+    adds to what is in ``out``, "best" is max_k (x + y) instead. ``x_at`` is (offset, row stride, k stride),
+    ``y_at`` and ``out_at`` are (offset, row stride).
     """
-    rows, vectors, best = height.literal_value, width.literal_value, kind.literal_value == "best"
-    # sums that wait for one another leave the processor idle
+    best, onto = kind.literal_value == "best", kind.literal_value == "onto"
+    rows, vectors = height.literal_value, width.literal_value
+    # several chains of sums, so that one need not wait for the other
     ways = max(1, 4 // (rows * vectors))
 
     def code(context, builder, signature, arguments):
-        kinds = signature.args
-        _, _, _, count, x, at, across, along, y, place, stride, out, to, step = arguments
-        type_x, type_y, type_out = kinds[4], kinds[8], kinds[11]
+        _, _, _, _, type_x, _, type_y, _, type_out, _ = signature.args
+        count, x, x_at, y, y_at, out, out_at = arguments[3:]
+        at, across, along = cgutils.unpack_tuple(builder, x_at, 3)
+        (place, stride), (to, step) = (cgutils.unpack_tuple(builder, t, 2) for t in (y_at, out_at))
         vector = context.get_value_type(_Vector(type_y.dtype))
+        combine = _larger_sum if best else _multiply_add
 
         def plus(value, factor, times):
             return builder.add(value, builder.mul(factor, ir.Constant(value.type, times)))
@@ -292,16 +300,19 @@ def tile(
         def cell(r, v):
             return builder.add(plus(to, step, r), ir.Constant(to.type, v * LANES))
 
-        sums = {}
-        for r in range(rows):
-            for v in range(vectors):
-                for u in range(ways):
-                    start = ir.Constant(vector, [-float("inf") if best else 0.0] * LANES)
-                    if kind.literal_value == "onto" and not u:
-                        start = _load(context, builder, type_out, out, cell(r, v))
-                    sums[r, v, u] = cgutils.alloca_once_value(builder, start)
+        def initial(r, v, way):
+            if onto and way == 0:
+                return _load(context, builder, type_out, out, cell(r, v))
+            return ir.Constant(vector, [-float("inf") if best else 0.0] * LANES)
 
-        def extend(k, u):
+        cells = [(r, v) for r in range(rows) for v in range(vectors)]
+        sums = {
+            (r, v, way): cgutils.alloca_once_value(builder, initial(r, v, way))
+            for r, v in cells
+            for way in range(ways)
+        }
+
+        def extend(k, way):
             row = builder.add(place, builder.mul(k, stride))
             there = builder.add(at, builder.mul(k, along))
             given = [
@@ -312,34 +323,27 @@ def tile(
                 one = _scalar(context, builder, type_x, x, plus(there, across, r))
                 factor = _spread(context, builder, _Vector(type_y.dtype), one)
                 for v in range(vectors):
-                    total = sums[r, v, u]
-                    combine = _larger_sum if best else _multiply_add
+                    total = sums[r, v, way]
                     builder.store(combine(builder, factor, given[v], builder.load(total)), total)
 
         full = builder.lshr(count, ir.Constant(count.type, ways.bit_length() - 1))
+        step_of = ir.Constant(count.type, ways)
         with cgutils.for_range(builder, full) as loop:
-            for u in range(ways):
-                extend(
-                    builder.add(
-                        builder.mul(loop.index, ir.Constant(count.type, ways)), ir.Constant(count.type, u)
-                    ),
-                    u,
-                )
-        done, one = builder.mul(full, ir.Constant(count.type, ways)), ir.Constant(count.type, 1)
+            for way in range(ways):
+                first = builder.mul(loop.index, step_of)
+                extend(builder.add(first, ir.Constant(count.type, way)), way)
         if ways > 1:
-            with cgutils.for_range_slice(builder, done, count, one) as (k, _):
+            rest, one = builder.mul(full, step_of), ir.Constant(count.type, 1)
+            with cgutils.for_range_slice(builder, rest, count, one) as (k, _):
                 extend(k, 0)
-        for r in range(rows):
-            for v in range(vectors):
-                value = builder.load(sums[r, v, 0])
-                for u in range(1, ways):
-                    other = builder.load(sums[r, v, u])
-                    value = (
-                        _larger(builder, value, other) if best else builder.fadd(value, other, flags=_FLAGS)
-                    )
-                _store(context, builder, type_out, out, cell(r, v), value)
+        for r, v in cells:
+            value = builder.load(sums[r, v, 0])
+            for way in range(1, ways):
+                other = builder.load(sums[r, v, way])
+                value = _larger(builder, value, other) if best else builder.fadd(value, other, flags=_FLAGS)
+            _store(context, builder, type_out, out, cell(r, v), value)
         return context.get_dummy_value()
 
     number = types.intp
-    given = number, x, number, number, number, y, number, number, out, number, number
-    return types.void(kind, height, width, *given), code
+    pair, triple = types.UniTuple(number, 2), types.UniTuple(number, 3)
+    return types.void(kind, height, width, number, x, triple, y, pair, out, pair), code
