@@ -2,10 +2,11 @@
 
     python benchmarks/pyro_suite.py --pyro DIR [tests/infer/test_gradient.py ...]
 
-DIR is a checkout of Pyro (its tests are not part of the wheel). Each file runs twice in a process of its own: as it is, and with
-``loss``, ``loss_and_grads`` and ``differentiable_loss`` of all of Pyro's ELBOs going through ``CompiledELBO`` from the first
-call on, without Inductor. Prints passed, failed and compiled calls for each file, and every test that fails only compiled. Tests
-that expect a warning of Pyro are counted apart: a graph repeats none (``CompiledELBO`` leaves them to its first, eager call).
+DIR is a checkout of Pyro (its tests are not part of the wheel). Each file runs twice in a process of its own:
+as it is, and with ``loss``, ``loss_and_grads`` and ``differentiable_loss`` of all of Pyro's ELBOs going
+through ``CompiledELBO`` from the first call on, without Inductor. Prints passed, failed and compiled calls
+for each file, and every test that fails only compiled. Tests that expect a warning of Pyro are counted apart:
+a graph repeats none (``CompiledELBO`` leaves them to its first, eager call).
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def main() -> None:
         new = sorted(set(compiled["failed"]) - set(plain["failed"]))
         bad += len(new)
         print(
-            f"{file}: {plain['passed']} pass, {len(plain['failed'])} fail; compiled {compiled['passed']} pass,"
-            f" {compiled['calls']} compiled calls, {compiled['silent']} miss a warning, {len(new)} fail that passed",
+            f"{file}: {plain['passed']} pass, {len(plain['failed'])} fail;"
+            f" compiled {compiled['passed']} pass, {compiled['calls']} compiled calls,"
+            f" {compiled['silent']} miss a warning, {len(new)} fail that passed",
             flush=True,
         )
         for node in new:

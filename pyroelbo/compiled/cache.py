@@ -295,8 +295,8 @@ class GraphCache:
         return True
 
     def _vary(self, key: Any, floats: list[float]) -> str | None:
-        """Compare with the newest graph: lift floats that have changed since, and drop graphs that hold them as
-        constants. The name of another changed value, or None."""
+        """Compare with the newest graph: lift floats that have changed since, and drop graphs that hold them
+        as constants. The name of another changed value, or None."""
         known = self.graphs.get(key)
         if not known:
             return None
@@ -319,7 +319,7 @@ class GraphCache:
         return name
 
     def _room(self, key: Any, changed: str | None, pending: _Pending | None) -> bool:
-        """True where one more graph may be built; stale ones give way, after ever more calls without a change."""
+        """True where one more graph may be built; stale ones are dropped, each after twice as many calls."""
         if sum(map(len, self.graphs.values())) < self.max_graphs:
             return True
         stale = [
@@ -490,8 +490,9 @@ class GraphCache:
             self.graphs.pop(key, None)
             self.give_up(
                 key,
-                f"after {graph.calls - 1} compiled calls the model no longer does what it did at capture, although no"
-                f" value that it can see has changed: {error}. Results since the last comparison may be wrong",
+                f"after {graph.calls - 1} compiled calls the model no longer does what it did at capture,"
+                f" although no value that it can see has changed: {error}."
+                " Results since the last comparison may be wrong",
             )
             return False
         self.counters.checks += 1

@@ -349,7 +349,7 @@ def make_package(path, name, code, monkeypatch):
 
 
 def test_installed_packages_do_not_hide_the_model(tmp_path, monkeypatch):
-    """A method that the loss never calls mentions a package of 60,000 values; the module's own are still watched."""
+    """A method that the loss never calls mentions a package of 60,000 values."""
     monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
     environment._installed.cache_clear()
     code = "table = {i: float(i) for i in range(60_000)}\ndef draw(x):\n    return table[x]\n"
