@@ -71,8 +71,7 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
 def repairing_inductor(
     graph: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]
 ) -> Callable[..., list]:
-    """Inductor's build; libraries in its cache that cannot be loaded are removed and compiled again, each
-    once.
+    """Inductor's build, after removing libraries in its cache that cannot be loaded, each once.
 
     The compiler writes a library where later processes look for it, and they take any file there for a
     complete one: what a killed process left would keep all later ones from that graph.

@@ -149,11 +149,9 @@ class Read(NamedTuple):
 
 
 class Interception(TorchFunctionMode):
-    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients instead of writing
-    ``.grad``.
+    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients.
 
-    ``reads`` are the tensors whose values other Python code asked for: the graph is valid while they are
-    equal.
+    ``reads`` are the tensors whose values other Python code asked for: the graph holds while they are equal.
     """
 
     def __init__(self, census: Census | None = None) -> None:

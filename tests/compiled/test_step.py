@@ -141,7 +141,7 @@ def test_step_under_autocast():
 
 
 def test_inductors_step_under_autocast_is_taken():
-    """Rounded to bfloat16 in other places, gradients differ from the captured graph's by a part in a hundred."""
+    """Rounded to bfloat16 in other places, gradients differ by a part in a hundred."""
     torch.set_default_dtype(torch.float32)
     module, y = VAE(width=64), data(64, 6)
     step = CompiledStep(
