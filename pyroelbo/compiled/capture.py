@@ -216,7 +216,7 @@ class _Tracer:
 
 
 def _own_memory(gradients: dict[Tensor, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, copied where they share memory with an input or lie in another order than their parameter."""
+    """The gradients, copied where they share an input's memory or lack their parameter's memory order."""
     taken = {t.untyped_storage()._cdata for t in inputs}
     outputs = []
     for leaf, g in gradients.items():
@@ -317,7 +317,7 @@ def _split_reads(graph: fx.GraphModule, reads: int) -> tuple[fx.GraphModule, lis
 
 
 def _needed(graph: fx.GraphModule, target: fx.Node) -> set[fx.Node]:
-    """The nodes that ``target`` is computed from, with the writes in place to any of their tensors before it."""
+    """The nodes that ``target`` is computed from, with earlier writes in place to any of their tensors."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     needed: set[fx.Node] = set()
     todo = [target]

@@ -44,7 +44,7 @@ def internal(path: str) -> bool:
 
 
 def place(frame: FrameType | None) -> str:
-    """``file:line`` of the innermost user code below the traced loss, or of the library code that was called last."""
+    """``file:line`` of the innermost user code below the traced loss, else of the library code."""
     last = ""
     while frame is not None:
         path = frame.f_code.co_filename
@@ -61,8 +61,8 @@ def place(frame: FrameType | None) -> str:
 class Census(TorchDispatchMode):
     """Collects the tensors that a run reads and did not make, and which tensors no guard could check.
 
-    The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage, those that
-    depend on a random draw or on a tensor that the run has changed in place.
+    The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage,
+    those that depend on a random draw or on a tensor that the run has changed in place.
     """
 
     def __init__(self) -> None:
@@ -149,9 +149,9 @@ class Read(NamedTuple):
 
 
 class Interception(TorchFunctionMode):
-    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients instead of writing ``.grad``.
+    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients.
 
-    ``reads`` are the tensors whose values other Python code asked for: the graph is valid while they are equal.
+    ``reads`` are the tensors whose values other Python code asked for: the graph holds while they are equal.
     """
 
     def __init__(self, census: Census | None = None) -> None:
@@ -357,7 +357,7 @@ def _tril_size(n: int, diag: int) -> int:
 
 @contextmanager
 def static_pyro() -> Iterator[None]:
-    """Context manager that disables the value-dependent steps of Pyro and torch, so that operations can be traced."""
+    """Context manager that disables value-dependent steps of Pyro and torch, so that they can be traced."""
     import pyro.infer.util
     import pyro.util
     from torch.distributions import Distribution, transforms

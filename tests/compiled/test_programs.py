@@ -1,4 +1,4 @@
-"""Generated programs, whose Python values change between calls, follow eager over 30 calls: nothing is ever stale."""
+"""Generated programs, whose Python values change between calls, follow eager over 30 calls."""
 
 import random
 import warnings

@@ -184,7 +184,7 @@ def test_an_automatic_guide_of_one_site_for_all_latents_cannot_leave_some_out():
 
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO])
 def test_training_losses_take_the_same_handler(loss):
-    """Pyro's losses of the wrapped programs: -ln p(y) in every draw if the guide is the prior there."""
+    """Pyro's losses of the wrapped programs: -ln p(y) in every draw, as the guide is right where unseen."""
 
     def model(y, seen):
         with pyro.plate("data", len(y)):
