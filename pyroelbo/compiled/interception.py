@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -62,7 +62,8 @@ class Census(TorchDispatchMode):
     """Collects the tensors that a run reads and did not make, and which tensors no guard could check.
 
     The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage,
-    those that depend on a random draw or on a tensor that the run has changed in place.
+    those that depend on a random draw or on a tensor that the run has changed in place. ``ranges`` says of
+    each ``one_hot`` whether a guard can check its classes.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Census(TorchDispatchMode):
         self._made: Any = WeakIdKeyDictionary()
         self._tainted: dict[int, str] = {}
         self._free_storages: set[int] = set()
+        self.ranges: list[bool] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -154,9 +156,10 @@ class Interception(TorchFunctionMode):
     ``reads`` are the tensors whose values other Python code asked for: the graph holds while they are equal.
     """
 
-    def __init__(self, census: Census | None = None) -> None:
+    def __init__(self, census: Census | None = None, ranges: Iterable[bool] = ()) -> None:
         super().__init__()
         self._census = census
+        self._ranges = iter(ranges)
         self.gradients: dict[Tensor, Tensor] = {}
         self.reads: list[Read] = []
 
@@ -232,6 +235,11 @@ class Interception(TorchFunctionMode):
         if num_classes == -1:
             highest = tensor.max()
             num_classes = 1 + int(self._read(Tensor.item, highest, (highest,), {}, sys._getframe(2)))
+        valid = ((tensor >= 0) & (tensor < num_classes)).all()
+        if self._census is not None:
+            self._census.ranges.append(self._census.taint(valid) is None)
+        elif next(self._ranges, False):  # classes that do not depend on a draw: out of range, eager raises
+            self._read(Tensor.__bool__, valid, (valid,), {}, sys._getframe(2))
         return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
     def _backward(self, root, gradient=None, retain_graph=None, create_graph=False, inputs=None):
