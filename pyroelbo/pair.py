@@ -180,14 +180,17 @@ class Pair(PyroModule):
         self._pyro_set_supermodule(self._fresh_name(), self._pyro_context)
 
     @staticmethod
-    def of(model: Callable, guide: Callable, *, placeholder: Callable | None = None) -> Pair:
+    def of(
+        model: Callable, guide: Callable, *, placeholder: Callable | None = None, plate: str | None = None
+    ) -> Pair:
         """Any two Pyro callables as a pair: functions that use ``pyro.param`` or ``pyro.module``,
         PyroModules, AutoGuides.
 
         Modules become the parts ``generator`` and ``encoder``. ``placeholder(n)`` returns a batch of n data
-        of the right shape, which :meth:`simulate` needs.
+        of the right shape, which :meth:`simulate` needs. ``plate`` is the name of the plate over the data; by
+        default "data", else at each site the only plate as long as the batch.
         """
-        return _CallablePair(model, guide, placeholder)
+        return _CallablePair(model, guide, placeholder, plate)
 
     @property
     def name(self) -> str:
@@ -371,13 +374,35 @@ class ExactPair(Pair):
         return type(self).guide is ExactPair.guide
 
 
+class _DataPlate(Messenger):
+    """Names the plate over the data ``"data"``: the one called ``name``, or by default the only one of
+    ``size`` elements where none has that name."""
+
+    def __init__(self, name: str | None, size: int) -> None:
+        super().__init__()
+        self.name, self.size = name, size
+
+    def _pyro_sample(self, msg: Any) -> None:
+        frames = msg["cond_indep_stack"]
+        if any(f.name == PLATE for f in frames):
+            return
+        if self.name is None:
+            chosen = [f for f in frames if f.dim is not None and f.size == self.size]
+        else:
+            chosen = [f for f in frames if f.name == self.name]
+        if len(chosen) == 1:
+            msg["cond_indep_stack"] = tuple(f._replace(name=PLATE) if f is chosen[0] else f for f in frames)
+
+
 class _CallablePair(Pair):
-    def __init__(self, model: Callable, guide: Callable, placeholder: Callable | None) -> None:
+    def __init__(
+        self, model: Callable, guide: Callable, placeholder: Callable | None, plate: str | None
+    ) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
                 raise TypeError(f"{name}: expected a Pyro callable, got a {type(program).__name__}")
         super().__init__()
-        self.__dict__.update(_callables=(model, guide), _placeholder=placeholder)
+        self.__dict__.update(_callables=(model, guide), _placeholder=placeholder, _plate=plate)
         # Registering a PyroModule as a submodule through PyroModule would change its names in the store.
         for part, program in (("generator", model), ("encoder", guide)):
             owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
@@ -390,10 +415,15 @@ class _CallablePair(Pair):
         return getattr(model, "__name__", type(model).__name__)
 
     def model(self, *batch: Any, **named: Any) -> Any:
-        return self.__dict__["_callables"][0](*batch, **named)
+        return self._run(0, batch, named)
 
     def guide(self, *batch: Any, **named: Any) -> Any:
-        return self.__dict__["_callables"][1](*batch, **named)
+        return self._run(1, batch, named)
+
+    def _run(self, which: int, batch: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        parts = [x for x in (*batch, *named.values()) if isinstance(x, Tensor) and x.dim()]
+        with _DataPlate(self.__dict__["_plate"], len(parts[0]) if parts else -1):
+            return self.__dict__["_callables"][which](*batch, **named)
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         make = self.__dict__["_placeholder"]

@@ -45,8 +45,9 @@ def refuse_infinite(elbo: Tensor) -> None:
 
 
 def sample_sites(trace: Any) -> Iterator[tuple[str, Any]]:
+    """The sample sites of a trace by name, without those of ``pyro.deterministic`` (log probability 0)."""
     for name, site in trace.nodes.items():
-        if site["type"] == "sample":
+        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
             yield name, site
 
 
@@ -59,12 +60,14 @@ def data_frame(site: Any, program: str) -> Any:
         if frame.name == PLATE and frame.dim is not None:
             return frame
     kind = "observes" if site["is_observed"] else "draws a latent"
+    plates = [f.name for f in site["cond_indep_stack"] if f.dim is not None]
+    named = ""
+    if plates:
+        named = f" If its plate {plates[0]!r} runs over the data, pass Pair.of(..., plate={plates[0]!r})."
     raise ValueError(
         f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}, so there is no bound per "
-        "datum: only a "
-        f'joint one over the whole batch, scope="joint". Write `with pyro.plate("{PLATE}", len(y)):` around '
-        "the sites "
-        "of one datum"
+        f'datum: only a joint one over the whole batch, scope="joint".{named} Write '
+        f'`with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
     )
 
 

@@ -50,7 +50,7 @@ def test_a_loop_is_the_last_resort():
     evaluator = Evaluator(Stubborn(), torch.randn(3, 4))
     assert isinstance(evaluator.strategy, Loop)
     assert evaluator.sample(5).log_weight.shape == (5, 3)
-    (note,) = evidence.iwae(Stubborn(), torch.randn(3, 4), 5).notes
+    (note,) = (n for n in evidence.iwae(Stubborn(), torch.randn(3, 4), 5).notes if "slow" in n)
     assert note.startswith("particles run one at a time") and "plate: AssertionError, three rows" in note
     assert "repeat: AssertionError, three rows" in note
 
@@ -407,17 +407,17 @@ def test_an_undeclared_batch_dimension_is_refused():
 
 def test_data_outside_the_support_are_refused():
     make, _ = TABLE["vae-bernoulli"]
-    with pytest.raises(ValueError, match=r"'y' \(Bernoulli\): expected values in .*binarize"):
+    with pytest.raises(ValueError, match=r"'y' \(\w+\): expected values in .*binarize"):
         evidence.elbo(make(), torch.full((3, 6), 0.5))
-    with pytest.raises(ValueError, match=r"takes \[B, 6\]"):
+    with pytest.raises(ValueError, match=r"expected shape \[B, 6\]"):
         evidence.elbo(make(), torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="y has NaN"):
+    with pytest.raises(ValueError, match="y: expected finite entries"):
         evidence.elbo(make(), torch.full((3, 6), float("nan")))
 
 
 def test_one_datum_without_its_batch_dimension_is_refused():
     make, draw = TABLE["vae-l2"]
-    with pytest.raises(ValueError, match="takes"):
+    with pytest.raises(ValueError, match="expected shape"):
         evidence.elbo(make(), draw(3)[0])
 
     def model(y):

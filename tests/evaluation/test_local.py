@@ -25,7 +25,7 @@ def test_it_starts_where_the_guide_is():
 
 
 def test_it_reaches_the_family_gap():
-    """The best diagonal Gaussian for pPCA's posterior: ½ (Σ ln Λ_ii - ln det Λ) nats remain."""
+    """The best diagonal Gaussian on pPCA's posterior: ½ (Σ ln Λ_ii - ln det Λ) nats remain."""
     pair, y = PPCA(5, 3, guide="mean_field"), torch.randn(30, 5)
     precision = pair.posterior(y).precision_matrix.detach()
     truth = 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(precision))

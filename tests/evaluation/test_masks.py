@@ -184,7 +184,7 @@ def test_an_automatic_guide_of_one_site_for_all_latents_cannot_leave_some_out():
 
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO])
 def test_training_losses_take_the_same_handler(loss):
-    """Pyro's losses of the wrapped programs: -ln p(y) in every draw if the guide is the prior there."""
+    """Pyro's losses of the wrapped programs: -ln p(y) in every draw, as the guide is right where unseen."""
 
     def model(y, seen):
         with pyro.plate("data", len(y)):
@@ -220,3 +220,9 @@ def test_masks_inside_events_are_refused_in_the_model_and_checked_in_the_guide()
         evidence.elbo(Pair.of(lambda y: model(y, hidden), guide), torch.zeros(3))
     with pytest.raises(ValueError, match="'z' masks entries inside its event"):
         evidence.elbo(Pair.of(model, guide), torch.zeros(3))
+
+
+def test_an_aggregated_posterior_of_masked_latents_is_refused():
+    pair, batch = missing()
+    with pytest.raises(evidence.Unavailable, match="latent site 'c_unobserved' is masked"):
+        evidence.diagnostics(pair, batch)

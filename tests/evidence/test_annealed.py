@@ -449,7 +449,8 @@ def test_chains_at_the_posterior_give_an_estimate_from_above():
     exact = pair.log_evidence(y).detach()
     above = evidence.ais(pair, y, 30, 8, leapfrog=3, reverse="chains")
     gap = above.value - exact
-    assert above.kind == "estimate" and "only if the chains have converged" in above.notes[-1]
+    assert above.kind == "estimate"
+    assert any("only if the chains have converged" in note for note in above.notes)
     assert abs(float(gap.mean())) < 0.1 + Z_LIMIT * float(gap.std()) / math.sqrt(30)
 
 

@@ -210,7 +210,7 @@ def test_what_has_no_aggregated_posterior():
     for look in (evidence.diagnostics, evidence.site_gaps):
         with pytest.raises(evidence.Unavailable, match="cannot be split"):
             look(Pair.of(bounded, wide), torch.randn(20))
-    with pytest.raises(ValueError, match="draws takes"):
+    with pytest.raises(ValueError, match="draws: expected"):
         evidence.diagnostics(gaussian_pair(), torch.randn(3, 2), draws=0)
 
 
@@ -296,7 +296,7 @@ def test_calibration_refuses_what_makes_no_bins():
         evidence.calibration(pair, 10, 39)
     with pytest.raises(ValueError, match="expected at least two bins"):
         evidence.calibration(pair, 100, 42)
-    with pytest.raises(ValueError, match="num_data takes"):
+    with pytest.raises(ValueError, match="num_data: expected"):
         evidence.calibration(pair, 0)
     with pytest.raises(TypeError, match="placeholder is not defined"):
         evidence.calibration(Pair.of(pair.model, pair.guide))

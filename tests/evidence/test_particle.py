@@ -282,8 +282,8 @@ def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="one latent site, 'z', and no latent_path"):
         evidence.smc(make(), draw(2))
     for options, message in (
-        ({"particles": 0}, "particles takes"),
-        ({"filters": 0}, "filters takes"),
+        ({"particles": 0}, "particles: expected"),
+        ({"filters": 0}, "filters: expected"),
         ({"proposal": "posterior"}, "proposal: expected"),
         ({"threshold": 1.5}, "threshold: expected"),
     ):

@@ -1,4 +1,4 @@
-"""Recorded evaluations are what the programs give, at any particles; what cannot be recorded is run as it is."""
+"""Recorded evaluations equal the programs at any particles; what cannot be recorded is run as it is."""
 
 import numpy as np
 import pyro

@@ -88,5 +88,5 @@ def test_one_site_and_a_decoder_that_refuses_particles():
     make, draw = TABLE["own-conv"]
     found = evidence.site_gaps(make(), draw(3), 6, 5)
     assert found.sites == ("z",) and float(found.gaps["z"]) == pytest.approx(float(found.total))
-    with pytest.raises(ValueError, match="inner takes"):
+    with pytest.raises(ValueError, match="inner: expected"):
         evidence.site_gaps(Nonlinear(), torch.randn(2, 4), inner=0)
