@@ -12,7 +12,7 @@ from pyroelbo.results import Audit, Bound, Gap, Run
 from pyroelbo.training.fit import fit
 
 if TYPE_CHECKING:
-    from pyroelbo import compiled, distributions, models, objectives, priors, report
+    from pyroelbo import compiled, distributions, encoders, models, objectives, priors, report
     from pyroelbo.training.em import fit_em
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "compiled",
     "data",
     "distributions",
+    "encoders",
     "evidence",
     "fit",
     "fit_em",
@@ -42,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What most programs do not use is imported when it is first named.
-    if name in ("compiled", "distributions", "models", "objectives", "priors", "report"):
+    if name in ("compiled", "distributions", "encoders", "models", "objectives", "priors", "report"):
         return importlib.import_module(f"pyroelbo.{name}")
     if name == "fit_em":
         return importlib.import_module("pyroelbo.training.em").fit_em

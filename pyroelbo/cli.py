@@ -250,11 +250,12 @@ def _train(options: argparse.Namespace) -> int:
     )
     report.plot_curve(run, options.out / "curve.png")
     last = run.metrics[-1] if run.metrics else {}
-    bound = "".join(f", validation {k[6:]} {v:.3f}" for k, v in last.items() if k.startswith("valid_"))
+    bound = "".join(f", validation {k[6:]} {v:.3f} nats" for k, v in last.items() if k.startswith("valid_"))
     if last:
         print(
             f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} "
-            f"epochs ({run.stopped})"
+            f"{'epoch' if last['epoch'] == 1 else 'epochs'}"
+            + ("" if run.stopped == "epochs" else f", stopped: {run.stopped}")
         )
     if run.stopped == "interrupted":
         print(

@@ -31,11 +31,11 @@ __all__ = [
 
 
 class Encoder(nn.Module):
-    """q(z | y) over vectors of ``dims`` numbers, from ``takes`` numbers x that a network computes of y
+    """q(z | y) over vectors of ``dims`` numbers, from ``num_inputs`` numbers x that a network computes of y
     (abstract).
 
-    ``encoder(x)``, x [*, takes], is a reparametrized distribution of event shape [dims]. ``encoder(x, base)``
-    reads x in units of a Gaussian ``base``, z = base.loc + base.scale · u with u distributed as
+    ``encoder(x)``, x [*, num_inputs], is a reparametrized distribution of event shape [dims]. ``encoder(x,
+    base)`` reads x in units of a Gaussian ``base``, z = base.loc + base.scale · u with u distributed as
     ``encoder(x)``: a correction of a prior. Log scales stay within ±``bound``, softly; None leaves them as
     they are.
     """
@@ -46,12 +46,12 @@ class Encoder(nn.Module):
 
     @property
     @abstractmethod
-    def takes(self) -> int:
-        """How many numbers of the network q(z | y) is made of."""
+    def num_inputs(self) -> int:
+        """Size of x, the number of network outputs that the family needs."""
 
     @abstractmethod
     def forward(self, x: Tensor, base: Any = None) -> Any:
-        """q(z | y) from x [*, takes]."""
+        """q(z | y) from x [*, num_inputs]."""
 
     def _log_scale(self, raw: Tensor) -> Tensor:
         return raw if self.bound is None else bounded(raw, self.bound)
@@ -61,7 +61,7 @@ class DiagonalEncoder(Encoder):
     """N(μ, diag s²), x = (μ, ln s)."""
 
     @property
-    def takes(self) -> int:
+    def num_inputs(self) -> int:
         return 2 * self.dims
 
     def forward(self, x: Tensor, base: Any = None) -> Any:
@@ -76,11 +76,11 @@ class FullEncoder(Encoder):
     """N(μ, L Lᵀ), L = diag(s) (I + A) with A strictly lower triangular, x = (μ, ln s, A row by row)."""
 
     @property
-    def takes(self) -> int:
+    def num_inputs(self) -> int:
         return 2 * self.dims + self.dims * (self.dims - 1) // 2
 
     def forward(self, x: Tensor, base: Any = None) -> Any:
-        loc, raw, below = x.split((self.dims, self.dims, self.takes - 2 * self.dims), -1)
+        loc, raw, below = x.split((self.dims, self.dims, self.num_inputs - 2 * self.dims), -1)
         scale = self._log_scale(raw).exp()
         if base is not None:
             loc, scale = base.loc + base.scale * loc, base.scale * scale
@@ -126,7 +126,7 @@ class FlowEncoder(Encoder):
         )
 
     @property
-    def takes(self) -> int:
+    def num_inputs(self) -> int:
         return 2 * self.dims + self.flow.context
 
     def forward(self, x: Tensor, base: Any = None) -> Any:
@@ -156,7 +156,7 @@ class MixtureEncoder(Encoder):
         self.loc = nn.Parameter(torch.randn(components, dims))
 
     @property
-    def takes(self) -> int:
+    def num_inputs(self) -> int:
         return 2 * self.components * self.dims
 
     def forward(self, x: Tensor, base: Any = None) -> Any:

@@ -19,6 +19,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum",),
 }
 
+_FUSED = {"adam": torch._fused_adam_, "adamw": torch._fused_adamw_}
+
 Reduction = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -218,8 +220,7 @@ class TrainingStep(ABC):
                 found_inf=skip,
             )
         else:
-            fused = torch._fused_adamw_ if rule.optimizer == "adamw" else torch._fused_adam_
-            fused(
+            _FUSED[rule.optimizer](
                 params,
                 gradients,
                 slots[0],

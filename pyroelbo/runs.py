@@ -48,6 +48,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: Any = None
+        self._config: dict[str, Any] = {}
 
     @classmethod
     def create(
@@ -77,16 +78,17 @@ class RunDirectory:
                 )
         elif run.path.exists() and (not run.path.is_dir() or {p.name for p in run.path.iterdir()} - {LOCK}):
             raise FileExistsError(
-                f"{run.path} exists and is not empty: choose another directory, or resume=True to continue "
-                f"its run"
+                f"{run.path} exists and is not empty: choose another directory, or resume=True (--resume) to "
+                f"continue its run"
             )
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._acquire()
             for left in run.path.glob(".*.partial"):  # of a killed process: this one holds the lock
                 left.unlink()
-            run.write_json(CONFIG, {"pyroelbo": __version__, **config})
+            run._config = {"pyroelbo": __version__, **config}
             if not resume:
+                run.write_json(CONFIG, run._config)
                 (run.path / METRICS).touch()
         except OSError as error:
             run.close()
@@ -129,7 +131,7 @@ class RunDirectory:
     def finish(
         self, weights: Mapping[str, Tensor], *, stopped: str, epochs: int, steps: int, seconds: float
     ) -> None:
-        """Write the weights to keep, with their number of steps, and the run's summary."""
+        """Write the final weights, with their number of steps, and the run's summary."""
         files.write_tensors(self.path / WEIGHTS, weights, {"step": steps})
         summary = {"stopped": stopped, "epochs": epochs, "steps": steps, "seconds": round(seconds, 3)}
         self.write_json(SUMMARY, summary)
@@ -198,9 +200,8 @@ class RunDirectory:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Context manager in which whatever a checkpoint's content breaks is a ValueError that names the
-        checkpoint.
-        """
+        """Context manager around a resume: errors that a checkpoint's content causes become a ValueError that
+        names it; without any, the new configuration is written."""
         file = self.path / CHECKPOINT
         try:
             yield
@@ -208,6 +209,7 @@ class RunDirectory:
             if str(self.path) in str(error):
                 raise
             raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        self.write_json(CONFIG, self._config)
 
 
 def fresh(base: str | Path) -> Path:

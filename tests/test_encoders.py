@@ -35,7 +35,7 @@ def square(dims, to=15.0, step=0.05):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_density_integrates_to_one_and_gives_the_moments_of_draws(kind, dims):
     made = encoder(kind, dims)
-    q = made(0.4 * torch.randn(made.takes))
+    q = made(0.4 * torch.randn(made.num_inputs))
     grid, cell = square(dims)
     with torch.no_grad():
         mass = (q.log_prob(grid).exp() * cell).flatten()
@@ -51,7 +51,7 @@ def test_the_density_integrates_to_one_and_gives_the_moments_of_draws(kind, dims
 def test_draws_have_the_gradient_of_the_expectation(kind):
     """d/dx E_q(x) f(z), by reparametrized draws and by a sum over a grid."""
     made = encoder(kind, 2)
-    x = (0.4 * torch.randn(made.takes)).requires_grad_()
+    x = (0.4 * torch.randn(made.num_inputs)).requires_grad_()
 
     def f(z):
         return (z[..., 0] - 0.4).square() * 0.3 + torch.sin(z.prod(-1)) + z[..., 1]
@@ -70,7 +70,7 @@ def test_draws_have_the_gradient_of_the_expectation(kind):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_base_gives_the_unit_of_the_correction(kind):
     made, base = encoder(kind, 3), dist.Normal(torch.randn(3), torch.rand(3) + 0.5)
-    x, z = torch.randn(5, made.takes), torch.randn(5, 3)
+    x, z = torch.randn(5, made.num_inputs), torch.randn(5, 3)
     alone = made(x).log_prob((z - base.loc) / base.scale) - base.scale.log().sum()
     torch.testing.assert_close(made(x, base).log_prob(z), alone)
     pyro.set_rng_seed(1)
@@ -82,7 +82,7 @@ def test_a_base_gives_the_unit_of_the_correction(kind):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_particles_and_batches(kind):
     made = encoder(kind, 3)
-    q = made(torch.randn(4, made.takes))
+    q = made(torch.randn(4, made.num_inputs))
     assert q.batch_shape == (4,) and q.event_shape == (3,) and q.has_rsample
     z = q.rsample((7,))
     assert z.shape == (7, 4, 3) and q.log_prob(z).shape == (7, 4)
@@ -106,7 +106,7 @@ class Fixed(Pair):
         super().__init__()
         head = encoders.build(encoder, 2)
         self.f, self.noise = f, noise
-        self.encoder = torch.nn.Sequential(*MLP((1, 32, head.takes)), head)
+        self.encoder = torch.nn.Sequential(*MLP((1, 32, head.num_inputs)), head)
 
     def model(self, y):
         with pyro.plate("data", len(y)):
@@ -168,7 +168,7 @@ def test_the_family_is_a_part_of_the_encoder(kind, network):
     fit(pair, y, epochs=2, learning_rate=0.01, progress=False)
     assert all(not torch.equal(p, before[k]) for k, p in pair.part("encoder").items())
     assert type(pair.encode(y)) is type(
-        ENCODERS[kind](2, None)(torch.zeros(20, ENCODERS[kind](2, None).takes))
+        ENCODERS[kind](2, None)(torch.zeros(20, ENCODERS[kind](2, None).num_inputs))
     )
 
 
@@ -195,8 +195,8 @@ def test_an_encoder_of_ones_own():
             lambda: models.Ladder(6, (3, 2), (8, 6), merge="precision", encoder="full"),
             "encoder: expected 'diagonal' with merge='precision'",
         ),
-        (lambda: MixtureEncoder(2, components=0), "components .*got 0"),
-        (lambda: encoders.FlowEncoder(2, context=0), "context .*got 0"),
+        (lambda: MixtureEncoder(2, components=0), "components: .*got 0"),
+        (lambda: encoders.FlowEncoder(2, context=0), "context: .*got 0"),
     ],
 )
 def test_bad_settings_are_named(make, message):

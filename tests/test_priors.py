@@ -79,7 +79,7 @@ def test_the_diagonal_mixture_is_pyros():
     torch.testing.assert_close(
         single.log_prob(z.float()).double(), ours.log_prob(z.float().double()), atol=0.02, rtol=0
     )
-    with pytest.raises(ValueError, match="logits, loc and scale have shapes"):
+    with pytest.raises(ValueError, match="logits, loc, scale: expected shapes"):
         DiagonalMixture(logits[:3], loc, scale)
 
 
@@ -233,7 +233,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
         ),
         (
             lambda: models.VAE(6, 2, (8,), prior="mixture", components=0),
-            "'mixture' of 'z': components .*got 0",
+            "'mixture' of 'z': components: .*got 0",
         ),
         (
             lambda: models.VAE.for_data(torch.zeros(3, 6), 6, 2, prior="vamp", components=4),
@@ -253,7 +253,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
         ),
         (lambda: FlowPrior(3, "radial"), "kind: expected one of .* got 'radial'"),
         (lambda: AutoregressivePrior(3, hidden=()), "hidden: expected positive widths"),
-        (lambda: AutoregressivePrior(0), "dims .*got 0"),
+        (lambda: AutoregressivePrior(0), "dims: .*got 0"),
     ],
 )
 def test_bad_settings_are_named(make, message):

@@ -21,7 +21,8 @@ __all__ = ["build_failure", "draws", "inductor", "repairing_inductor"]
 def inductor(graph: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., list]:
     """Compile a captured graph. Random numbers come from torch's own generators, in eager's order.
 
-    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later draws.
+    Draws that nothing uses are outputs of the build, since Inductor would drop them and so shift all later
+    draws.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -70,10 +71,10 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
 def repairing_inductor(
     graph: fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]
 ) -> Callable[..., list]:
-    """Inductor's build; libraries in its cache that cannot be loaded are removed and compiled again, each once.
+    """Inductor's build, after removing libraries in its cache that cannot be loaded, each once.
 
-    The compiler writes a library where later processes look for it, and they take any file there for a complete one:
-    what a killed process left would keep all later ones from that graph.
+    The compiler writes a library where later processes look for it, and they take any file there for a
+    complete one: what a killed process left would keep all later ones from that graph.
     """
     torn: set[str] = set()
     while True:

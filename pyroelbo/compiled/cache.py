@@ -248,7 +248,7 @@ class GraphCache:
         """True where the model sees the same values as in the last call, up to floats that can be lifted."""
         if pending is None:
             self._new += 1
-            if self._new == _MAX_NEW * self.max_graphs:
+            if self._new == _MAX_NEW:
                 self.give_up(
                     key,
                     "every call has another structure; define model and guide once, and keep shapes fixed",
@@ -295,8 +295,8 @@ class GraphCache:
         return True
 
     def _vary(self, key: Any, floats: list[float]) -> str | None:
-        """Compare with the newest graph: lift floats that have changed since, and drop graphs that hold them as
-        constants. The name of another changed value, or None."""
+        """Compare with the newest graph: lift floats that have changed since, and drop graphs that hold them
+        as constants. The name of another changed value, or None."""
         known = self.graphs.get(key)
         if not known:
             return None
@@ -319,7 +319,7 @@ class GraphCache:
         return name
 
     def _room(self, key: Any, changed: str | None, pending: _Pending | None) -> bool:
-        """True where one more graph may be built; stale ones give way, after ever more calls without a change."""
+        """True where one more graph may be built; stale ones are dropped, each after twice as many calls."""
         if sum(map(len, self.graphs.values())) < self.max_graphs:
             return True
         stale = [
@@ -359,7 +359,7 @@ class GraphCache:
 
     def remember(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
         """After an eager run: note what the model could see, so that the next call may be captured."""
-        if not self.patient or (self._new >= _MAX_NEW * self.max_graphs and self._new % _MAX_NEW):
+        if not self.patient or (self._new >= _MAX_NEW and self._new % _MAX_NEW):
             return
         structure = signature(args, kwargs)
         key = (kind, model, guide, structure.key)
@@ -490,8 +490,9 @@ class GraphCache:
             self.graphs.pop(key, None)
             self.give_up(
                 key,
-                f"after {graph.calls - 1} compiled calls the model no longer does what it did at capture, although no"
-                f" value that it can see has changed: {error}. Results since the last comparison may be wrong",
+                f"after {graph.calls - 1} compiled calls the model no longer does what it did at capture,"
+                f" although no value that it can see has changed: {error}."
+                " Results since the last comparison may be wrong",
             )
             return False
         self.counters.checks += 1

@@ -67,8 +67,8 @@ def capture(call: Call, lifted: Sequence[Place | int] = ()) -> Plan:
     run = _Run(call)
     hooked = [t for t in Environment(call.roots).kept if isinstance(t, Tensor)]
     with _reasons(run.last), quiet(), unhooked(hooked):
-        free, environment = _census(run)
-        tracer = _Tracer(run, free, lifted, environment)
+        free, environment, ranges = _census(run)
+        tracer = _Tracer(run, free, lifted, environment, ranges)
         return tracer.plan()
 
 
@@ -81,8 +81,8 @@ def _plain_store() -> None:
             store._param_to_name[plain] = name
 
 
-def _census(run: _Run) -> tuple[list[Tensor], Environment]:
-    """The tensors that the loss reads besides its arguments, and the environment after one run."""
+def _census(run: _Run) -> tuple[list[Tensor], Environment, list[bool]]:
+    """The tensors that the loss reads besides its arguments, the environment after a run, and ``ranges``."""
     call = run.call
     environment = Environment(call.roots)
     census = _Counted(environment)
@@ -115,7 +115,8 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment]:
                 " change it in place"
             )
     environment = Environment(call.roots)
-    return Plan.order([t for i, t in census.free.items() if i not in own], environment), environment
+    free = Plan.order([t for i, t in census.free.items() if i not in own], environment)
+    return free, environment, census.ranges
 
 
 class _Counted(Census):
@@ -134,8 +135,14 @@ class _Tracer:
     """The second run of a loss, under ``make_fx``."""
 
     def __init__(
-        self, run: _Run, free: list[Tensor], lifted: Sequence[Place | int], environment: Environment
+        self,
+        run: _Run,
+        free: list[Tensor],
+        lifted: Sequence[Place | int],
+        environment: Environment,
+        ranges: list[bool],
     ):
+        self._ranges = ranges
         self._run, self._free, self._lifted, self._environment = run, free, list(lifted), environment
         self._floats = run.call.floats
         self._values = [self._floats[p] if isinstance(p, int) else p.get() for p in self._lifted]
@@ -153,7 +160,7 @@ class _Tracer:
             if isinstance(p, int):
                 floats[p] = number
         placed = [(p, number) for p, number in pairs if isinstance(p, Place)]
-        seen = Interception()
+        seen = Interception(ranges=self._ranges)
         value, replaced = self._run(seen, tensors, floats, placed)
         self._leaves, self._reads = list(seen.gradients), seen.reads
         value = detach_provenance(value).detach()
@@ -216,7 +223,7 @@ class _Tracer:
 
 
 def _own_memory(gradients: dict[Tensor, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, copied where they share memory with an input or lie in another order than their parameter."""
+    """The gradients, copied where they share an input's memory or lack their parameter's memory order."""
     taken = {t.untyped_storage()._cdata for t in inputs}
     outputs = []
     for leaf, g in gradients.items():
@@ -317,7 +324,7 @@ def _split_reads(graph: fx.GraphModule, reads: int) -> tuple[fx.GraphModule, lis
 
 
 def _needed(graph: fx.GraphModule, target: fx.Node) -> set[fx.Node]:
-    """The nodes that ``target`` is computed from, with the writes in place to any of their tensors before it."""
+    """The nodes that ``target`` is computed from, with earlier writes in place to any of their tensors."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     needed: set[fx.Node] = set()
     todo = [target]

@@ -78,7 +78,7 @@ class Place:
 
 
 class Call:
-    """One call of a loss. ``tensors`` and ``floats`` are its arguments of these types, in the order of the pytree."""
+    """One call of a loss. ``tensors`` and ``floats`` are its arguments of these types, in order."""
 
     def __init__(self, loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict):
         self.loss, self.kind, self.model, self.guide = loss, kind, model, guide
@@ -104,7 +104,7 @@ class Call:
             return evaluate(self.loss, self.kind, self.model, self.guide, args, kwargs)
 
     def materialize(self) -> None:
-        """Run once so that lazily made parameters exist; draws, buffers, gradients and values are put back."""
+        """Run once so that lazily made parameters exist; everything else is put back."""
         seen = [t for t in Environment(self.roots).kept if isinstance(t, Tensor)]
         store = pyro.get_param_store()
         gradients = [(t, t.grad) for t in (*seen, *store._params.values()) if t.is_leaf]
@@ -141,7 +141,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Restore, on exit, the values of ``tensors``, the param store's entries, and all global random states."""
+    """Restore, on exit, the values of ``tensors``, the param store's entries and all global random states."""
     store = pyro.get_param_store()
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would be a constant of the graph

@@ -37,9 +37,9 @@ class CompiledELBO(ELBO):
     become inputs; other Python values, and values of tensors that Python code reads, are guards.
 
     What cannot be one static graph (samplers and control flow that depend on random draws, models that change
-    Python values as they run or draw from other generators, more than ``max_graphs`` structures) runs in eager
-    mode, after one ``CompileWarning`` that names the site, line or value. Pyro validates arguments in eager
-    calls only. All other attributes are those of the wrapped loss.
+    Python values as they run or draw from other generators, more than ``max_graphs`` structures) runs in
+    eager mode, after one ``CompileWarning`` that names the site, line or value. Pyro validates arguments in
+    eager calls only. All other attributes are those of the wrapped loss.
 
     Args:
         loss: a Pyro ELBO with ``loss_and_grads`` or ``differentiable_loss``; its values are in nats.
@@ -49,7 +49,8 @@ class CompiledELBO(ELBO):
 
     ``counters`` counts calls, captures, builds and fallbacks; printed, it also says after how many calls the
     time to compile is paid back. Inductor keeps its builds on disk, so a second process builds faster. Cost
-    besides the graph: O(parameters + Python values that the model can see), tens of microseconds for a small model.
+    besides the graph: O(parameters + Python values that the model can see), tens of microseconds for a small
+    model.
     """
 
     def __init__(

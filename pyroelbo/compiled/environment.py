@@ -389,7 +389,7 @@ class Environment:
         return list(zip(self._size_names, self._sized, self._sizes, strict=True))
 
     def release(self, container: Any, key: Any) -> None:
-        """Stop watching the item ``key`` of ``container``, or the closure cell ``container`` (``key`` is None)."""
+        """Stop watching an item of a container, or a closure cell (``key`` is None)."""
         if key is None:
             i = next((i for i, cell in enumerate(self._cells) if cell is container), None)
             if i is not None:

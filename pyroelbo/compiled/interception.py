@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def internal(path: str) -> bool:
 
 
 def place(frame: FrameType | None) -> str:
-    """``file:line`` of the innermost user code below the traced loss, or of the library code that was called last."""
+    """``file:line`` of the innermost user code below the traced loss, else of the library code."""
     last = ""
     while frame is not None:
         path = frame.f_code.co_filename
@@ -61,8 +61,9 @@ def place(frame: FrameType | None) -> str:
 class Census(TorchDispatchMode):
     """Collects the tensors that a run reads and did not make, and which tensors no guard could check.
 
-    The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage, those that
-    depend on a random draw or on a tensor that the run has changed in place.
+    The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage,
+    those that depend on a random draw or on a tensor that the run has changed in place. ``ranges`` says of
+    each ``one_hot`` whether a guard can check its classes.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Census(TorchDispatchMode):
         self._made: Any = WeakIdKeyDictionary()
         self._tainted: dict[int, str] = {}
         self._free_storages: set[int] = set()
+        self.ranges: list[bool] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -149,14 +151,15 @@ class Read(NamedTuple):
 
 
 class Interception(TorchFunctionMode):
-    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients instead of writing ``.grad``.
+    """Keeps the numbers of Pyro's loss code in the graph, and collects gradients.
 
-    ``reads`` are the tensors whose values other Python code asked for: the graph is valid while they are equal.
+    ``reads`` are the tensors whose values other Python code asked for: the graph holds while they are equal.
     """
 
-    def __init__(self, census: Census | None = None) -> None:
+    def __init__(self, census: Census | None = None, ranges: Iterable[bool] = ()) -> None:
         super().__init__()
         self._census = census
+        self._ranges = iter(ranges)
         self.gradients: dict[Tensor, Tensor] = {}
         self.reads: list[Read] = []
 
@@ -232,6 +235,11 @@ class Interception(TorchFunctionMode):
         if num_classes == -1:
             highest = tensor.max()
             num_classes = 1 + int(self._read(Tensor.item, highest, (highest,), {}, sys._getframe(2)))
+        valid = ((tensor >= 0) & (tensor < num_classes)).all()
+        if self._census is not None:
+            self._census.ranges.append(self._census.taint(valid) is None)
+        elif next(self._ranges, False):  # classes that do not depend on a draw: out of range, eager raises
+            self._read(Tensor.__bool__, valid, (valid,), {}, sys._getframe(2))
         return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
     def _backward(self, root, gradient=None, retain_graph=None, create_graph=False, inputs=None):
@@ -357,7 +365,7 @@ def _tril_size(n: int, diag: int) -> int:
 
 @contextmanager
 def static_pyro() -> Iterator[None]:
-    """Context manager that disables the value-dependent steps of Pyro and torch, so that operations can be traced."""
+    """Context manager that disables value-dependent steps of Pyro and torch, so that they can be traced."""
     import pyro.infer.util
     import pyro.util
     from torch.distributions import Distribution, transforms

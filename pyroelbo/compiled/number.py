@@ -1,4 +1,4 @@
-"""Python floats that change from call to call, as 0-dim inputs of a graph that still promote like Python numbers."""
+"""Python floats as 0-dim inputs of a graph that still promote like Python numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Expression = Callable[[Sequence[float]], Any]
 class Numbers:
     """The lifted floats of one trace: what Python code asked about their values.
 
-    ``guards`` are (expression, result, where): comparisons that the code branched on. ``read`` are the indices
-    of floats whose value left the graph, which have to stay constants.
+    ``guards`` are (expression, result, where): comparisons that the code branched on. ``read`` are the
+    indices of floats whose value left the graph, which have to stay constants.
     """
 
     def __init__(self, values: Sequence[float], tensors: Sequence[Tensor]):
@@ -36,8 +36,9 @@ class Numbers:
 class Number:
     """A float, the 0-dim float64 tensor that carries it in a graph, and the expression that made it.
 
-    Arithmetic with Python numbers gives ``Number``; torch functions get the tensor in the dtype that a Python float
-    would have there. Comparisons become guards. Anything else reads the value, which makes it a constant.
+    Arithmetic with Python numbers gives ``Number``; torch functions get the tensor in the dtype that a Python
+    float would have there. Comparisons become guards. Anything else reads the value, which makes it a
+    constant.
     """
 
     def __init__(self, owner: Numbers, value: float, tensor: Tensor, make: Expression, parts: frozenset[int]):
@@ -218,7 +219,7 @@ def _tensors(parts: Any) -> list[Tensor]:
 
 
 def lowered(func: Any, args: tuple, kwargs: dict) -> Any:
-    """``func`` with every ``Number`` replaced: by its tensor in elementwise functions, by its value in others."""
+    """``func`` with every ``Number`` replaced: by its tensor if elementwise, otherwise by its value."""
     if func in _FULL:
         found = [x for x in (*args, *kwargs.values()) if isinstance(x, Number)]
         if len(found) == 1:

@@ -19,9 +19,9 @@ class FusedOptim(PyroOptim):
 
     ``FusedOptim(torch.optim.Adam, {"lr": 1e-3})``. ``optim_args`` may be a function of the parameter's name
     that returns such a dict, and ``clip_args`` is PyroOptim's (its norms are per parameter). Torch's fused
-    kernels are used where the optimizer has them. As in Pyro, a parameter that is in the step's trace without a
-    gradient is stepped with a zero gradient if it has had one before, and is skipped otherwise. Gradients are
-    released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so
+    kernels are used where the optimizer has them. As in Pyro, a parameter that is in the step's trace without
+    a gradient is stepped with a zero gradient if it has had one before, and is skipped otherwise. Gradients
+    are released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so
     that each can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
     optimizer (None before the first step), for schedulers or for setting ``param_groups[i]["lr"]``.
     """
@@ -103,7 +103,7 @@ class FusedOptim(PyroOptim):
                 self._restore(p, waiting)
 
     def _start_momentum(self, p: Tensor) -> None:
-        """torch's fused SGD fails where only some parameters have a momentum yet; without dampening it starts at 0."""
+        """Start the momentum at 0: torch's fused SGD fails where only some parameters have one yet."""
         assert self.optimizer is not None
         if not isinstance(self.optimizer, torch.optim.SGD) or self.optimizer.state[p]:
             return

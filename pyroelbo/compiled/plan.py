@@ -45,10 +45,10 @@ class Guards:
 class Plan:
     """A captured loss: ``graph(*data, *state) -> [loss, *gradients]``, and where its inputs live.
 
-    ``data`` are the tensor arguments and then one 0-dim float64 tensor for each lifted Python float. State are the
-    parameters, buffers and other tensors that the model reads; each call looks them up again in the param
-    store or where the model finds them, so replaced tensors are followed. ``read`` are the lifted floats whose
-    value the graph holds as a constant all the same.
+    ``data`` are the tensor arguments and then one 0-dim float64 tensor for each lifted Python float. State
+    are the parameters, buffers and other tensors that the model reads; each call looks them up again in the
+    param store or where the model finds them, so replaced tensors are followed. ``read`` are the lifted
+    floats whose value the graph holds as a constant all the same.
     """
 
     def __init__(

@@ -232,9 +232,9 @@ class _StepCache(GraphCache):
 class _SameStep:
     """Compares a build of a step with its captured graph: outputs, and all tensors that either has written.
 
-    The second moments start at 1, and all moments are compared relative to the whole gradient: a gradient that is only
-    rounding (of a bias before BatchNorm) would be divided by itself in Adam's first step, to plus or minus one.
-    Raises ``Mismatch``.
+    The second moments start at 1, and all moments are compared relative to the whole gradient: a gradient
+    that is only rounding (of a bias before BatchNorm) would be divided by itself in Adam's first step, to
+    plus or minus one. Raises ``Mismatch``.
     """
 
     def __init__(

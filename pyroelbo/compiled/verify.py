@@ -78,8 +78,8 @@ def _exact(value: object) -> torch.dtype:
 
 
 def cases(plan: Plan, call: Call, thorough: bool) -> Iterator[Case]:
-    """The batch under two seeds; with ``thorough`` also with its rows resampled, with each floating tensor or all
-    floating state scaled by 1.01, and with other values for the lifted numbers."""
+    """The batch under two seeds; with ``thorough`` also with its rows resampled, with each floating tensor or
+    all floating state scaled by 1.01, and with other values for the lifted numbers."""
     numbers = plan.numbers(call.floats) or []
     for seed in _SEEDS:
         yield Case(call.tensors, numbers, seed, True)
@@ -112,9 +112,9 @@ def _resampled(tensors: Sequence[Tensor]) -> list[Tensor] | None:
 def verify(plan: Plan, call: Call, runner: Callable[..., list], thorough: bool = False) -> None:
     """Compare ``runner`` with eager under equal seeds: loss, every gradient, every buffer.
 
-    Variants of the batch that eager refuses, or that the graph's guards exclude, are skipped. Under autocast the
-    two round to half precision in different places, and the tolerance of half precision holds for all numbers.
-    Raises ``Mismatch`` with the first relative difference.
+    Variants of the batch that eager refuses, or that the graph's guards exclude, are skipped. Under autocast
+    the two round to half precision in different places, and the tolerance of half precision holds for all
+    numbers. Raises ``Mismatch`` with the first relative difference.
     """
     least = LOOSE if autocasting() else 0.0
     for case in cases(plan, call, thorough):
@@ -164,8 +164,8 @@ def difference(
 ) -> str:
     """A sentence about the first output that differs in norm, or "" where all agree.
 
-    Gradients (outputs 1 to ``gradients`` − 1) are compared relative to their own norm and a hundredth of the whole
-    gradient's. ``least`` bounds all tolerances from below.
+    Gradients (outputs 1 to ``gradients`` − 1) are compared relative to their own norm and a hundredth of the
+    whole gradient's. ``least`` bounds all tolerances from below.
     """
     whole = sum(float(g.detach().double().norm()) ** 2 for g in expected[1:gradients] if g is not None) ** 0.5
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):

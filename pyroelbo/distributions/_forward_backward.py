@@ -55,7 +55,7 @@ def _rows_together(steps: int, states: int) -> int:
 
 
 class Problem(NamedTuple):
-    """Log potentials of a batch of chains, flat as in the module's text."""
+    """Log potentials of a batch of chains, in the flat shapes of the module's docstring."""
 
     initial: Tensor
     transition: Tensor
@@ -140,7 +140,7 @@ class Scaled(NamedTuple):
 
 class Smoothed(NamedTuple):
     """Both scaled passes in one: the posterior ``gamma [B,T,S]`` of each state, and the expected ``counts
-    [B,S,S]`` of each step. Whoever asks for them may write into them.
+    [B,S,S]`` of each step; callers may overwrite both.
     """
 
     gamma: Tensor
@@ -215,21 +215,21 @@ class Solution(NamedTuple):
 
 
 def _shared(problem: Problem) -> Problem:
-    """A transition that is one matrix expanded to all rows goes by one."""
+    """Replace a transition that is one matrix expanded to all rows by that matrix."""
     step = problem.transition
     return problem._replace(transition=step[:1]) if len(step) > 1 and step.stride(0) == 0 else problem
 
 
 def _precisions(problem: Problem) -> tuple[torch.dtype, ...]:
-    """Those to work in, one after the other. Few states cost no more in the higher one."""
+    """The dtypes to try, in order. With few states float64 costs no more than float32."""
     observation = problem.observation
     wide = observation.shape[-1] > 16 and observation.dtype != torch.float64
     return (torch.float32, torch.float64) if wide else (torch.float64,)
 
 
 def solve(problem: Problem, keep: bool, smooth: bool = False) -> Solution:
-    """ln Z of each sequence; with ``keep`` also what samples and gradients need; with ``smooth`` rather the
-    posterior at once, where that is faster. O(B·T·S²) time, O(B·T·S) memory.
+    """ln Z of each sequence; with ``keep`` also what samples and gradients need, or with ``smooth`` the
+    posterior at once, if that is faster. O(B·T·S²) time, O(B·T·S) memory.
     """
     problem = _shared(problem)
     smooth = smooth and _smooths(problem)
@@ -282,7 +282,7 @@ def _within(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _exponential(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 where all is -inf."""
+    """exp(x - peak) in ``dtype``, and the peaks over the last dimension, 0 if all are -inf."""
     peak = x.amax(-1, keepdim=True)
     peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
     return (x.to(dtype) - peak.to(dtype)).exp_(), peak.squeeze(-1).double()
@@ -339,8 +339,8 @@ def _forward(problem: Problem, dtype: torch.dtype, floor: float, keep: bool) -> 
 
 
 def _smooths(problem: Problem) -> bool:
-    """Whether both passes may go in one, over few sequences at a time: what the first keeps then stays in the
-    cache. The counts of each sequence are to take no more workspace than its states.
+    """Whether to run both passes group by group, so that what the first keeps stays in the cache: only if the
+    counts of a sequence need no more memory than its states.
     """
     _, steps, states = problem.observation.shape
     few = problem.transition.shape[1] == 1 and 1 < states <= min(_MAX_COUNTED_STATES, steps)
@@ -437,9 +437,7 @@ def draw_paths(solution: Solution, uniform: Tensor) -> Tensor:
 
 
 def best_path(problem: Problem) -> Tensor:
-    """A most probable path ``[B,T]``, the first among equals at each step. O(B·T·S²) time, O(B·T·S)
-    memory.
-    """
+    """A most probable path ``[B,T]``, the first among ties at each step. O(B·T·S²) time, O(B·T·S) memory."""
     initial, transition, observation, lengths = problem
     rows, steps, _ = observation.shape
     transposed = _transpose(transition)
@@ -471,7 +469,7 @@ def expectations(
 ) -> Expected:
     """The gradient of Σ_b grad_b ln Z_b in closed form, in the shapes of the potentials; None is all ones.
 
-    ``workspace [B,T,S]`` may be used for the states'.
+    ``workspace [B,T,S]`` may be used for the states' part.
     """
     potentials, count = problem[:3], problem.observation.shape[0]
     apart = problem.transition.shape[0] == count
@@ -501,7 +499,9 @@ def expectations(
 
 
 def smoothed(problem: Problem) -> Expected:
-    """``expectations`` of a problem whose potentials all have B rows, a few sequences at a time."""
+    """``expectations`` of a problem whose potentials all have B rows, a few sequences at a time to save
+    memory.
+    """
     rows, steps, states = problem.observation.shape
     group = _rows_together(steps, states)
     if rows <= group or problem.transition.shape[1] > 1 or _smooths(problem):
@@ -531,7 +531,7 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        # what comes out may be written into: whoever asks again gets it from a new solution
+        # results may be overwritten by the caller: a second call needs a new solution
         passes, ctx.passes = ctx.passes, None
         if passes is None:
             passes = solve(Problem(*ctx.saved_tensors), keep=True, smooth=True).passes
@@ -539,9 +539,7 @@ class _LogPartition(torch.autograd.Function):
 
 
 class _Expected(torch.autograd.Function):
-    """The gradient of ln Z in closed form; its own derivatives, if anyone asks, by autograd through the exact
-    scan.
-    """
+    """The gradient of ln Z in closed form; its own derivatives by autograd through the exact scan."""
 
     @staticmethod
     def forward(ctx, initial, transition, observation, lengths, grad, passes):
@@ -553,7 +551,7 @@ class _Expected(torch.autograd.Function):
         initial, transition, observation, lengths, grad = ctx.saved_tensors
         further = torch.is_grad_enabled()
         with torch.enable_grad():
-            # views of what is attached: one may be computed from another
+            # views, since one input may be computed from another
             inputs = [
                 x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_()
                 for x in (initial, transition, observation, grad)
@@ -571,9 +569,7 @@ class _Expected(torch.autograd.Function):
 
 
 def log_partition(problem: Problem, solution: Solution | None = None) -> Tensor:
-    """ln Z ``[B]``, differentiable as often as wanted; ``solution`` may hold the kept forward pass
-    already.
-    """
+    """ln Z ``[B]``, with derivatives of any order; ``solution`` may hold a kept forward pass."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in problem[:3]):
         return _LogPartition.apply(*problem, solution)
     return (solution or solve(problem, keep=False)).log_z.to(problem.observation.dtype)

@@ -299,7 +299,7 @@ def _weighted(x: Tensor, scale: Tensor, reliable: Tensor) -> Tensor:
 
 
 def _summed(x: Tensor, y: Tensor, groups: int) -> Tensor:
-    """Σ over positions, and over the batch where it shares the grammar, of outer products: [G, K, M]."""
+    """Σ over positions, and over the batch if it shares the grammar, of outer products: [G, K, M]."""
     if groups == 1:
         return (x.flatten(0, 1).t() @ y.flatten(0, 1)).unsqueeze(0)
     return x.permute(1, 2, 0) @ y.transpose(0, 1)

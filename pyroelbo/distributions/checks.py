@@ -77,14 +77,14 @@ def refuse_outside(value: Tensor, bad: Tensor, event: int, where: str) -> None:
 
 
 def refuse_transforms(**arguments: Tensor) -> None:
-    """Refuse tensors inside torch.func transforms and forward-mode derivatives, which the kernels cannot
-    read.
-    """
+    """Refuse tensors inside torch.func transforms and forward-mode derivatives, which kernels cannot read."""
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return
     for name, value in arguments.items():
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
-        if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None):
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+        if wrapped or dual:
             raise NotImplementedError(
-                f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, jvp, ...); give "
-                f"the "
-                "distribution a batch dimension instead of vmap, and use torch.autograd for derivatives"
+                f"{name}: expected a plain tensor, got one inside torch.func (vmap, grad, ...); give the "
+                "distribution a batch dimension instead of vmap, and use torch.autograd"
             )

@@ -324,7 +324,8 @@ class AnyGaussian(Emission):
             # with a little of the whole, so that clusters of one datum have a width
             within = apart.square().mean(0) if self.diagonal else apart.T @ apart / len(apart)
             variance = within + 1e-2 * variance
-        self._set(variance.expand_as(self.variance), torch.zeros(self.states, dtype=torch.bool))
+        nowhere = torch.zeros(self.states, dtype=torch.bool, device=y.device)
+        self._set(variance.expand_as(self.variance), nowhere)
 
     def log_prior(self) -> Tensor:
         variance, weight = self.variance, -0.5 * self.smoothing

@@ -177,7 +177,7 @@ class NetworkMerge(nn.Module):
         super().__init__()
         self.out, self.family = out, encoders.build(encoder, out, LOG_SCALE)
         self.cell = Dense(state + seen, seen, **cell)
-        self.head = nn.Linear(seen, self.family.takes)
+        self.head = nn.Linear(seen, self.family.num_inputs)
         nn.init.normal_(self.head.weight, std=1e-3)
         nn.init.zeros_(self.head.bias)
 

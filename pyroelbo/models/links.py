@@ -18,20 +18,20 @@ LOG_SCALE = 5.0  # log scales of links stay within ± this, softly
 
 
 class GaussianLink(nn.Module):
-    """N(μ(x), diag s(x)²) of a network of x, ``takes`` numbers: a generator link, or a bottom-up encoder
+    """N(μ(x), diag s(x)²) of a network of x, ``inputs`` numbers: a generator link, or a bottom-up encoder
     link."""
 
-    def __init__(self, takes: int, out: int, hidden: Sequence[int] = ()) -> None:
+    def __init__(self, inputs: int, out: int, hidden: Sequence[int] = ()) -> None:
         super().__init__()
-        self.inputs, self.out = (takes,), out
-        self.network = MLP((takes, *hidden, 2 * out))
+        self.inputs, self.out = (inputs,), out
+        self.network = MLP((inputs, *hidden, 2 * out))
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         return normal(self.network(x))
 
 
 class BottomUpLink(nn.Module):
-    """q(z_l | z_{l-1}) of ``out`` numbers, from a network of ``takes`` numbers.
+    """q(z_l | z_{l-1}) of ``out`` numbers, from a network of ``inputs`` numbers.
 
     ``center`` maps these to the network's input (pixels to [-1, 1]); ``encoder`` is the family of q, a name
     of :data:`~pyroelbo.encoders.ENCODERS` or a callable.
@@ -39,16 +39,16 @@ class BottomUpLink(nn.Module):
 
     def __init__(
         self,
-        takes: int,
+        inputs: int,
         out: int,
         hidden: Sequence[int] = (),
         center: nn.Module | None = None,
         encoder: encoders.Choice = "diagonal",
     ) -> None:
         super().__init__()
-        self.inputs, self.out, self.center = (takes,), out, center
+        self.inputs, self.out, self.center = (inputs,), out, center
         self.family = encoders.build(encoder, out, LOG_SCALE)
-        self.network = MLP((takes, *hidden, self.family.takes))
+        self.network = MLP((inputs, *hidden, self.family.num_inputs))
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         seen = x if self.center is None else self.center(x, self.network[0].weight.dtype)
@@ -79,7 +79,7 @@ class TopDownLink(nn.Module):
         super().__init__()
         self.inputs, self.out, self.center = (above, seen), out, center
         self.family = encoders.build(encoder, out, LOG_SCALE)
-        self.network = MLP((above + seen, *hidden, self.family.takes))
+        self.network = MLP((above + seen, *hidden, self.family.num_inputs))
 
     def forward(self, state: Tensor | None, seen: Tensor, p: Any) -> dist.TorchDistribution:
         seen = seen if self.center is None else self.center(seen, self.network[0].weight.dtype)
@@ -89,10 +89,10 @@ class TopDownLink(nn.Module):
 class PixelLink(nn.Module):
     """p(y | z_1) of pixels: a network and a likelihood of :class:`~pyroelbo.models.observation.Pixels`."""
 
-    def __init__(self, network: nn.Module, pixels: Pixels, takes: int | None = None) -> None:
+    def __init__(self, network: nn.Module, pixels: Pixels, inputs: int | None = None) -> None:
         super().__init__()
         self.network, self.pixels = network, pixels
-        self.inputs = () if takes is None else (takes,)
+        self.inputs = () if inputs is None else (inputs,)
 
     def forward(self, state: Tensor) -> dist.TorchDistribution:
         return self.pixels.distribution(self.network(state))

@@ -268,7 +268,7 @@ class StateSpace(ExactPair):
         p.start.zero_()
         p.log_start.zero_()
         p.log_noise.fill_(-0.5)
-        p.move.copy_(0.8 * torch.eye(size) + 0.1 * torch.randn_like(p.move))
+        p.move.copy_(0.8 * torch.eye(size).to(read) + 0.1 * torch.randn_like(p.move))
         g.read.copy_(spread[:, None] * (read @ turn))
         g.offset.copy_(seen.mean(0))
         g.log_scale.copy_((spread * rest.sqrt()).log())

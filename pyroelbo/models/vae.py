@@ -80,9 +80,9 @@ class VAE(Pair):
         self.generator.add_module("decoder", self._decoder(network, hidden, channels))
         head = encoders.build(encoder, latent)
         if network == "conv":
-            self.encoder: nn.Module = ConvEncoder(self._image(), head.takes, channels, hidden[-1], head)
+            self.encoder: nn.Module = ConvEncoder(self._image(), head.num_inputs, channels, hidden[-1], head)
         else:
-            self.encoder = nn.Sequential(*_FULL[network]((self.dims, *hidden, head.takes)), head)
+            self.encoder = nn.Sequential(*_FULL[network]((self.dims, *hidden, head.num_inputs)), head)
         self.prior = priors.build(prior, latent, components, self.encode, (self.dims,))
 
     def _decoder(self, network: str, hidden: Sequence[int], channels: int) -> nn.Module:

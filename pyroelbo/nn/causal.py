@@ -228,11 +228,11 @@ class _Gated(nn.Module):
     """One layer of both stacks. The first layer excludes the pixel itself from the horizontal stack, and
     shifts the vertical stack down by one row, so that it never sees its own row."""
 
-    def __init__(self, takes: int, channels: int, reach: int, first: bool, dropout: float) -> None:
+    def __init__(self, inputs: int, channels: int, reach: int, first: bool, dropout: float) -> None:
         super().__init__()
         self.first, self.reach = first, reach
-        self.down = nn.Conv2d(takes, 2 * channels, (reach + 1, 2 * reach + 1))
-        self.across = nn.Conv2d(takes, 2 * channels, (1, reach + (0 if first else 1)))
+        self.down = nn.Conv2d(inputs, 2 * channels, (reach + 1, 2 * reach + 1))
+        self.across = nn.Conv2d(inputs, 2 * channels, (1, reach + (0 if first else 1)))
         self.link = nn.Conv2d(channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout2d(dropout)

@@ -75,8 +75,8 @@ def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> 
 class LinearNormal(nn.Linear):
     """N(W x + b, diag s²): a mean that is linear in x, scales s = exp(log_scale) that do not depend on x."""
 
-    def __init__(self, takes: int, out: int) -> None:
-        super().__init__(takes, out)
+    def __init__(self, inputs: int, out: int) -> None:
+        super().__init__(inputs, out)
         self.log_scale = nn.Parameter(torch.zeros(out))
 
     def distribution(self, x: Tensor) -> dist.Normal:

@@ -1,4 +1,6 @@
-"""Training objectives beyond Pyro's own: each is a Pyro ``ELBO``, for ``SVI(loss=...)`` and for ``fit``."""
+"""Training objectives beyond Pyro's own. Those of one loss are a Pyro ``ELBO``, for ``SVI(loss=...)`` and
+``fit``.
+"""
 
 from pyroelbo.objectives.base import Objective, Update, Weighted_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO

@@ -62,7 +62,7 @@ class Objective:
     """Whether the loss draws ``particles`` itself; otherwise ``fit`` repeats each batch."""
 
     weightable = True
-    """Whether there is a KL term to weigh."""
+    """Whether there is a KL term to weight."""
 
     scales_subsamples = True
     """Whether the loss is multiplied by the scale of a subsampled data plate."""

@@ -98,13 +98,14 @@ class Exact_ELBO(Objective, Trace_ELBO):
 
 
 class Hard_ELBO(Objective, Trace_ELBO):
-    """E_q[-ln p(y, z)]: the loss without the guide's entropy, the length of a code that is written down.
+    """E_q[-ln p(y, z)]: the loss without the guide's entropy, the expected description length of (y, z).
 
-    For discrete z it is at least the ELBO loss, hence an upper bound on -ln p(y), and what hard EM
-    minimizes; for a deterministic guide it is -ln p(y, z(y)), equal to the ELBO loss if z is discrete.
-    With Shannon's code words as z, |z| = ⌈-log₂ Pop(y)⌉, and P(z) = 2^-|z| it lies in [H, H + ln 2).
-    For continuous z it is no bound (a guide may shrink to a point) and can diverge to minus infinity.
-    Gradients as in :class:`~pyro.infer.Trace_ELBO`: pathwise or by the score function.
+    For discrete z it is at least the ELBO loss, hence an upper bound on -ln p(y), and what hard EM minimizes;
+    for a deterministic guide it is -ln p(y, z(y)), equal to the ELBO loss if z is discrete. With Shannon's
+    code words as z, of |z| = ⌈-log₂ Pop(y)⌉ bits for a data distribution Pop with entropy H, and P(z) =
+    2^-|z|, it lies in [H, H + ln 2). For continuous z it is no bound (a guide may shrink to a point) and can
+    diverge to minus infinity. Gradients as in :class:`~pyro.infer.Trace_ELBO`: pathwise or by the score
+    function.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:

@@ -20,8 +20,8 @@ class Layered_ELBO(Pathwise):
     """E_q[-ln p(y | z)] + ``weight`` · Σ_l γ_l · max(``free_bits``, KL_l) over the latent sites l, in nats.
 
     KL_l is the batch mean of KL(q(z_l | …), p(z_l | …)): in closed form where that is the bound's term and
-    torch implements it, otherwise ln q - ln p at the draw. The closed form is the bound's term if the guide
-    draws every latent that the model draws before z_l before z_l as well (top-down encoders: all sites;
+    torch implements it, otherwise ln q - ln p at the draw. The closed form is the bound's term if every
+    latent that precedes z_l in the model also precedes it in the guide (top-down encoders: all sites;
     bottom-up: the top site).
 
     With ``free_bits=0`` and weight 1 the loss is -ELBO; otherwise it is an objective, not a bound.

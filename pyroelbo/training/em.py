@@ -80,28 +80,27 @@ def fit_em(
     Args:
         pair: the pair to fit.
         data: a batch, a map-style Dataset or a DataLoader.
-        epochs: most passes over the data, of each restart.
+        epochs: maximum number of passes over the data, per restart.
         tolerance: smallest gain of an epoch, nats per datum.
-        hard: replace the posterior by its mode (for continuous z the noise then goes to its floor: take few
-            steps).
-        batch_size: data in one piece of an E-step; None takes all at once.
+        hard: replace the posterior by its mode (for continuous z the noise then shrinks to its floor: use few
+            epochs).
+        batch_size: data per chunk of an E-step; None takes all at once.
         stepwise: exponent κ in (0.5, 1]: an M-step after each piece, on statistics averaged with step sizes
             (k + 2)^-κ (closed forms only).
         gradient_steps: steps of L-BFGS in an M-step that has no closed form.
-        restarts: number of runs, the best of which is kept: the first from the current parameters, the others
-            from ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters
-            stack
-            (:class:`ClosedForm`), otherwise one after another, with the same result.
-        start: ``"data"``, where the first run starts from ``pair.initialize``, seeded ``seed``;
-            ``"current"``, from the parameters as they are; or a start that ``initialize`` knows (mixtures and
-            Gaussian HMMs:
+        restarts: number of runs, the best of which is kept: the first as ``start`` says, the others from
+            ``pair.initialize``, seeded ``seed`` + 1, 2, …; run side by side where the pair's parameters
+            stack (:class:`ClosedForm`), otherwise one after another, with the same result.
+        start: ``"data"``: the first run starts from ``pair.initialize``, seeded ``seed``; ``"current"``: from
+            the parameters as they are; or a start that ``initialize`` knows (mixtures and Gaussian HMMs:
             ``"k-means"`` or ``"random"``), for all runs. By default "data" while the parameters are those of
             the constructor, otherwise "current"; the progress bar says which.
-        weights: number of times that each datum counts, [N], not negative; data must be in memory then.
+        weights: case weights [N], not negative, of data in memory; for pairs whose ``e_step`` has
+            ``weights``, and those without a closed form.
         impossible: what to do with data of probability zero under the start: ``"error"`` or ``"skip"``, which
             leaves them out and warns with their number.
-        freeze: parts that stay as they are, as do parameters that require no gradient. The M-step of the
-            others is by gradients then.
+        freeze: parts to keep fixed, like parameters that require no gradient. The M-step of the others is by
+            gradients then, for pairs with finite latents.
         seed: seed of starts and data order.
         device: where to fit; CUDA if there is one, unless given.
         out: a new run directory, as in :func:`~pyroelbo.fit`.

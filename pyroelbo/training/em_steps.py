@@ -166,9 +166,10 @@ class GradientSteps:
         if isinstance(posterior, StructuredDistribution):
             return posterior.potentials
         if not isinstance(posterior, torch.distributions.Categorical):
+            remedy = "freeze nothing" if hasattr(self.pair, "m_step") else "define e_step and m_step"
             raise TypeError(
-                f"{self.pair.name}.posterior: expected a structured or categorical posterior, got "
-                f"{type(posterior).__name__}: define e_step and m_step"
+                f"{self.pair.name}.posterior: expected a structured or categorical posterior for M-steps by "
+                f"gradients, got {type(posterior).__name__}: {remedy}"
             )
         return (posterior.logits + batches.call(self.pair.log_evidence, batch)[:, None],)
 

@@ -64,13 +64,13 @@ def fit(
 
     Args:
         pair: the pair to train.
-        data: a batch (a tensor, a tuple or a dict: all data at once), a map-style Dataset, or a DataLoader,
-            which makes its own batches.
+        data: all data as a batch (a tensor, a tuple or a dict), cut into minibatches; a map-style Dataset; or
+            a DataLoader, which makes its own batches.
         valid: a batch whose bound is measured after each epoch, in the metric ``valid_METHOD``.
         device: where to train; CUDA if there is one, unless given.
         out: a new run directory for metrics, checkpoints and the final weights.
         resume: continue from the checkpoint in ``out``; on the CPU the result equals an unbroken run bit for
-            bit (callables must be the same).
+            bit (pass the same functions).
         config: stored with the run.
         progress: show a progress bar.
         callbacks: called with each epoch's row of metrics; one that raises KeyboardInterrupt stops the run.
@@ -214,9 +214,7 @@ class _Job:
     def train(
         self, loader: Minibatches, place: torch.device, progress: bool, callbacks: Sequence[Callable]
     ) -> str:
-        """Train until the last epoch, an early stop or an interrupt, and leave the weights to keep in the
-        pair.
-        """
+        """Train until the last epoch, an early stop or an interrupt; leave the final weights in the pair."""
         if self.settings.budget is not None:
             self.deadline = time.monotonic() + duration(self.settings.budget)
         self.loss_sum = self.loss_sum.to(place)
@@ -339,7 +337,7 @@ class _Job:
             row[f"valid_{bound.method}"] = bound.mean
             if bound.mean > self.best_value:
                 self.best_value, self.best_epoch = bound.mean, self.epoch
-                if self.settings.patience is not None:
+                if self.settings.patience is not None or self.settings.budget is not None:
                     self.best = {k: v.detach().clone() for k, v in self.kept().items()}
         self.metrics.append(row)
         if self.run is not None:
@@ -347,7 +345,7 @@ class _Job:
         return row
 
     def _validate(self, valid: Batch) -> Bound:
-        """The objective's bound of the held-out data under the weights to keep."""
+        """The objective's bound of the held-out data under the final weights."""
         averages = self.sequence.averages
         own = {k: self.state[k].detach().clone() for k in averages}
         _assign(self.state, averages)
@@ -417,6 +415,11 @@ class _Job:
         counts = ("epoch", "step", "position", "best_epoch", "loss_count", "rows")
         found = {key: self.run.count(meta, key) for key in counts}
         self.epoch, self.step, self.position = found["epoch"], found["step"], found["position"]
+        if self.epoch > self.settings.epochs:
+            raise ValueError(
+                f"epochs: expected at least the {self.epoch} that {self.run.path} has, got "
+                f"{self.settings.epochs}"
+            )
         self.best_value, self.best_epoch = float(meta["best_value"]), found["best_epoch"]
         self.loss_sum, self.loss_count = tensors["loss_sum"], found["loss_count"]
         self.epoch_rng = tensors.get("rng/epoch")

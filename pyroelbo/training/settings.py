@@ -1,6 +1,4 @@
-"""The settings of a training, once: `fit`'s keywords, the stored configuration and the command line's
-options.
-"""
+"""Training settings, defined once: `fit`'s keywords, the stored configuration, the command line's options."""
 
 from __future__ import annotations
 
@@ -29,20 +27,20 @@ def _option(about: str, *flags: str, kind: Any = str, names: Any = ()) -> dict[s
 class FitSettings:
     """Settings of :func:`~pyroelbo.fit`: validated, and the same for a resumed run except for ``FREE``.
 
-    Raises ValueError or TypeError, naming the setting, for values that it cannot have.
+    Raises ValueError or TypeError, naming the setting, for invalid values.
     """
 
     objective: Any = field(
         default="elbo",
-        metadata=_option("what is maximized: a name, an Objective or a pyro.infer.ELBO", names=OBJECTIVES),
+        metadata=_option("what is trained: a name, an Objective or a pyro.infer.ELBO", names=OBJECTIVES),
     )
     epochs: int = field(default=20, metadata=_option("passes over the data", "-n", "--num-epochs", kind=int))
-    batch_size: int = field(default=128, metadata=_option("data in a step", "-b", kind=int))
+    batch_size: int = field(default=128, metadata=_option("data per step", "-b", kind=int))
     learning_rate: float = field(default=1e-3, metadata=_option("step size", "-lr", kind=float))
     schedule: str | Schedule = field(
         default="constant",
         metadata=_option(
-            "factor on the step size: a name or a function of the epoch, a float", names=SCHEDULES
+            "factor on the step size: a name, or a function of the (fractional) epoch", names=SCHEDULES
         ),
     )
     optimizer: str = field(
@@ -51,7 +49,9 @@ class FitSettings:
     particles: int = field(default=1, metadata=_option("draws of the latents per datum and step", kind=int))
     kl_weight: float | Callable[[float], float] = field(
         default=1.0,
-        metadata=_option("weight of the KL term: a number, or a function of the epoch, a float", kind=float),
+        metadata=_option(
+            "weight of the KL term: a number, or a function of the (fractional) epoch", kind=float
+        ),
     )
     clip_norm: float | None = field(
         default=None, metadata=_option("bound on the norm of the whole gradient", kind=float)
@@ -67,11 +67,12 @@ class FitSettings:
     patience: int | None = field(
         default=None,
         metadata=_option(
-            "stop after so many epochs without a better validation bound; the best weights are kept", kind=int
+            "stop after this many epochs without a better validation bound; the best weights are kept",
+            kind=int,
         ),
     )
     freeze: Sequence[str] = field(
-        default=(), metadata=_option("parts that stay as they are: encoder, generator, ...", kind=list)
+        default=(), metadata=_option("parts to keep fixed: encoder, generator, ...", kind=list)
     )
     seed: int = field(
         default=0, metadata=_option("seed of initial parameters, data order and draws", kind=int)
@@ -80,7 +81,8 @@ class FitSettings:
         default=10.0, metadata=_option("seconds between checkpoints, which resume starts from", kind=float)
     )
     budget: str | None = field(
-        default=None, metadata=_option("stop after this much time, such as 10min; the best weights are kept")
+        default=None,
+        metadata=_option("stop after this much time, such as 10min; with valid= the best weights are kept"),
     )
     compile: bool = field(
         default=False,
@@ -146,6 +148,7 @@ class FitSettings:
         if not isinstance(self.objective, str):
             stored["objective"] = objective.describe()
         stored["freeze"] = list(self.freeze)
-        # The cosine depends on the last epoch, so such a run cannot be lengthened.
-        stored["schedule_epochs"] = self.epochs if self.schedule == "cosine" else None
+        # Other schedules depend on the last epoch, so such a run cannot be lengthened.
+        named = not callable(self.schedule) and self.schedule != "constant"
+        stored["schedule_epochs"] = self.epochs if named else None
         return stored

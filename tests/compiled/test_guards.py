@@ -349,7 +349,7 @@ def make_package(path, name, code, monkeypatch):
 
 
 def test_installed_packages_do_not_hide_the_model(tmp_path, monkeypatch):
-    """A method that the loss never calls mentions a package of 60,000 values; the module's own are still watched."""
+    """A method that the loss never calls mentions a package of 60,000 values."""
     monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
     environment._installed.cache_clear()
     code = "table = {i: float(i) for i in range(60_000)}\ndef draw(x):\n    return table[x]\n"
@@ -437,7 +437,7 @@ def test_arguments_made_anew_are_said_to_be_the_reason():
     def model(y, options):
         pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)) + options.shift, 1.0), obs=y)
 
-    loss = CompiledELBO(Trace_ELBO(), backend="eager", max_graphs=1)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
     with pytest.warns(CompileWarning, match="every call has another structure"):
         for _ in range(70):
             loss.loss_and_grads(model, nothing, torch.tensor(0.5), argparse.Namespace(shift=1.0))

@@ -235,3 +235,17 @@ def test_a_read_of_a_draw_names_its_line():
     ):
         for _ in range(3):
             loss.loss_and_grads(model, normal_guide, torch.tensor(0.5))
+
+
+def test_a_class_out_of_range_raises_as_in_eager():
+    def model(y, k):
+        w = pyro.param("w", torch.ones(3))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(F.one_hot(k, 3).to(w.dtype) @ w, 1.0), obs=y)
+
+    loss, y = CompiledELBO(Trace_ELBO(), backend="eager"), data(4)
+    for _ in range(3):
+        loss.loss_and_grads(model, nothing, y, torch.tensor([0, 2, 1, 1]))
+    assert loss.counters.compiled_calls == 2
+    with pytest.raises(RuntimeError, match="Class values"):
+        loss.loss_and_grads(model, nothing, y, torch.tensor([0, 3, 1, 1]))

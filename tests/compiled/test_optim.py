@@ -93,7 +93,7 @@ def test_fused_optim_follows_replaced_parameters():
 @pytest.mark.parametrize("constructor", [torch.optim.Adam, torch.optim.SGD])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_without_a_gradient_are_pyros(constructor, compiled):
-    """Captured without a gradient: a zero gradient if there was one before. Absent or never trained: no step."""
+    """In the trace without a gradient: a zero one if there was one before. Absent or never trained: none."""
     options = {"lr": 1e-2} | ({"momentum": 0.9} if constructor is torch.optim.SGD else {})
 
     def run(optimizer, make_loss):

@@ -141,7 +141,7 @@ def test_step_under_autocast():
 
 
 def test_inductors_step_under_autocast_is_taken():
-    """Rounded to bfloat16 in other places than the captured graph, gradients differ by a part in a hundred."""
+    """Rounded to bfloat16 in other places, gradients differ by a part in a hundred."""
     torch.set_default_dtype(torch.float32)
     module, y = VAE(width=64), data(64, 6)
     step = CompiledStep(
@@ -288,7 +288,7 @@ def test_cuda_step_agrees_with_eager():
 
 @pytest.mark.parametrize("wrong", [0.0, 1e-3])
 def test_a_gradient_that_is_only_rounding_does_not_refuse_a_build(wrong):
-    """Adam divides it by itself, so two runs may move a parameter in opposite directions; other errors still show."""
+    """Adam divides it by itself, so two runs may move a parameter in opposite directions."""
     inputs = [torch.ones(4), torch.ones(4), torch.tensor(1e-2), *(torch.zeros(4) for _ in range(4))]
 
     def update(sign, error):

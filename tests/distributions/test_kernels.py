@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro.distributions as dist
 import pytest
@@ -26,12 +27,12 @@ numba = pytest.importorskip("numba")
 from pyroelbo.distributions.kernels import (  # noqa: E402
     alignment,
     chain,
+    gate,
     inside_outside,
     kalman,
     mixture,
     path,
 )
-from pyroelbo.distributions.kernels.gate import Kernel  # noqa: E402
 
 B, T, S = 3, 5, 8
 LENGTHS = torch.tensor([5, 2, 4])
@@ -230,7 +231,7 @@ def flat(arguments):
 
 def test_python_enters_kernels_through_the_gate_alone():
     here = {(module, name) for module in (chain, path, alignment, inside_outside, kalman, mixture)
-            for name, x in vars(module).items() if isinstance(x, Kernel)}  # fmt: skip
+            for name, x in vars(module).items() if isinstance(x, gate.Kernel)}  # fmt: skip
     assert here == set(CASES)
     folder = Path(chain.__file__).parents[1]
     for file in folder.glob("*.py"):
@@ -427,7 +428,7 @@ def test_every_access_is_in_bounds(tmp_path):
 PLANTED = {
     "forward": ("chain", "store(alpha, (r * alpha.shape[1] + t) * size + j,", "size + j,", "size + j + 1,"),
     "evidence": ("chain", "store(out, j, value)", "j,", "j + 1,"),
-    "backward": ("chain", "store(out.gamma, row + j,", "j,", "j + 1,"),
+    "backward": ("chain", "store(gamma, row + j,", "j,", "j + 1,"),
     "smooth": ("chain", "out.counts[r, i, j] +=", "j]", "j + 1]"),
     "draw": ("path", "z[n, b, t] = _choose(", "t]", "t + 1]"),
     "viterbi": ("path", "store(delta, r * far + t * padded + j,", "j,", "j + 1,"),
@@ -472,3 +473,17 @@ def test_the_check_of_lengths_alone():
     check_lengths(torch.tensor([1, 5]), 5)
     with pytest.raises(ValueError, match="lengths: expected integers, got dtype torch.float64"):
         check_lengths(torch.tensor([1.0]), 5)
+
+
+def test_compiling_is_announced_once(caplog):
+    def start(function):
+        dispatcher = SimpleNamespace(py_func=function, stats=SimpleNamespace(cache_path="cache"))
+        notice.on_start(SimpleNamespace(data={"dispatcher": dispatcher}))
+
+    notice = gate._Notice()
+    start(torch.nn.Linear)  # somebody else's code
+    assert not caplog.records
+    start(chain.forward._run.py_func)
+    start(path.draw._run.py_func)
+    (record,) = caplog.records
+    assert "compiling kernels" in record.message and "cache" in record.message

@@ -183,7 +183,10 @@ def test_training_the_restricted_guide_narrows_its_gap(name):
             r"y: expected integers \[B, L\] with L at least 2, padded with -1, got torch\.float64 of",
         ),
         (lambda: models.PCFG(1, 1, 2).log_evidence(torch.zeros(3, 1).long()), "L at least 2"),
-        (lambda: models.PCFG(1, 1, 2).log_evidence(torch.full((3, 2), 2)), r"y: expected integers in \[-1, 1\], got 2 at index"),
+        (
+            lambda: models.PCFG(1, 1, 2).log_evidence(torch.full((3, 2), 2)),
+            r"y: expected integers in \[-1, 1\], got 2 at index",
+        ),
         (lambda: models.CTC(2, 0), "labels: expected a positive number, got 0"),
         (lambda: models.CTC(2, 3, guide="x"), "guide: expected 'exact' or 'local', got 'x'"),
         (lambda: models.CTC(2, 3).simulate(3), r"given: expected frames, got none; call simulate\(n, x\)"),

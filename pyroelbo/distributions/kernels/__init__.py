@@ -1,3 +1,3 @@
-"""Compiled CPU loops of the structures, one file a structure, behind
-:mod:`pyroelbo.distributions.kernels.dispatch`.
+"""Compiled CPU kernels, one file a structure; see docs/kernels.md and :mod:`.dispatch` for when they are
+used.
 """

@@ -47,6 +47,7 @@ from pyroelbo.distributions.kernels.gate import (
     expect_contiguous,
     expect_index,
     expect_shapes,
+    inlined,
     kernel,
 )
 from pyroelbo.distributions.kernels.simd import (
@@ -254,15 +255,14 @@ def _sums_kept(like):
     return (1e-2, 10.0) if like.itemsize == 4 else (1e-20, 10.0)
 
 
-@compiled
-def _absorb(workspace, r, at, floor):
+@inlined
+def _absorb(moved, r, weight, at, floor, previous, min_alpha):
     """Row r of ``previous`` = max(moved · weight, floor); returns its sum, and updates the minima."""
-    moved, previous, min_alpha = workspace.moved, workspace.previous, workspace.min_alpha
     padded = moved.shape[1]
     none = fill(moved.dtype.type(0))
     sums = none
     for j in range(r * padded, (r + 1) * padded, LANES):
-        value = multiply_add(load(moved, j), load(workspace.weight, at + j - r * padded), none)
+        value = multiply_add(load(moved, j), load(weight, at + j - r * padded), none)
         # NaN stays: it is not below the floor
         value = greater(fill(floor), value)
         store(min_alpha, j, lesser(value, load(min_alpha, j)))
@@ -271,7 +271,7 @@ def _absorb(workspace, r, at, floor):
     return total(sums)
 
 
-@compiled
+@inlined
 def _keep(previous, r, t, alpha):
     """alpha[r, t] = row r of ``previous``, without its padding."""
     size, padded = alpha.shape[2], previous.shape[1]
@@ -334,70 +334,25 @@ def _filter_single(begin, end, group, matrix, floor, product, workspace, out):
     return product, offset
 
 
-@compiled
-def _filter_step(t, begin, group, layout, floor, product, workspace, out):
-    """One step of each row: weigh ``workspace.moved``, divide if the sum asks for it, keep."""
-    rows, _, size = group.observation.shape
-    lengths, previous, log_z = group.lengths, workspace.previous, out.log_z
-    kind = previous.dtype.type
-    min_sum, max_sum = _sums_kept(previous)
-    stride, keep = workspace.weight.shape[0] // layout.group, out.alpha.shape[0] > 0
-    for r in range(rows):
-        if t >= lengths[r]:
-            continue
-        s = _absorb(workspace, r, r * stride + (t - begin) * size, floor)
-        divided = t == lengths[r] - 1 or not (min_sum < s < max_sum)
-        if divided:
-            if s > 0:
-                inverse = kind(1) / s
-                for j in range(layout.padded):
-                    previous[r, j] *= inverse
-            product[r] *= s
-            if not (_MIN_PRODUCT < product[r] < _MAX_PRODUCT):
-                log_z[r] += math.log(product[r]) if product[r] != 0 else -math.inf
-                product[r] = 1.0
-        if keep:
-            out.scale[r, t] = s if divided else kind(1)
-            _keep(previous, r, t, out.alpha)
-
-
-@compiled
-def _two_longest(lengths):
-    """The row of the longest sequence, its length, and the second largest length (0 for a single row)."""
-    row, second = 0, 0
-    for r in range(1, lengths.shape[0]):
-        if lengths[r] > lengths[row]:
-            row, second = r, lengths[row]
-        else:
-            second = max(second, lengths[r])
-    return row, lengths[row], second
-
-
-@compiled
-def _move(x, matrix, layout, row, together, out):
-    """out = x · matrix, for the rows of a group ``together`` or one row of it."""
-    size, padded, panel = matrix.shape[0], layout.padded, layout.panel
-    if together:
-        multiply("sum", 4, (4, size), x, (0, padded, 1), matrix, (0, panel), out, (0, padded))
-    else:
-        at = row * padded
-        multiply("sum", 1, (1, size), x, (at, padded, 1), matrix, (0, panel), out, (at, padded))
-
-
+# NamedTuples are unpacked before a loop over time, and only arrays passed on within: their references are
+# counted
 @compiled
 def _filter(group, matrix, layout, floor, workspace, out):
     """The scaled forward pass of a group; ``matrix`` is laid out if U is 1."""
-    rows, _, size = group.observation.shape
-    lengths, top, first = group.lengths, group.top, group.first
-    chunk = (workspace.weight.shape[0] // layout.group - 2 * LANES) // size
-    moved, log_z = workspace.moved, out.log_z
-    homogeneous, keep = top.shape[0] == 1, out.alpha.shape[0] > 0
-    lowest = workspace.weight.dtype.type(floor)
-    product = np.ones(rows)
-    workspace.min_alpha[:] = math.inf
-    row, longest, second = _two_longest(lengths)
+    first, first_top, exp_transition, top, observation, lengths = group
+    weight, _, moved, previous, min_alpha, _ = workspace
+    alpha, scale, log_z, _ = out
+    rows, _, size = observation.shape
+    stride = weight.shape[0] // layout.group
+    padded, panel = layout.padded, layout.panel
+    chunk = (stride - 2 * LANES) // size
+    homogeneous, keep, kind = top.shape[0] == 1, alpha.shape[0] > 0, weight.dtype.type
+    lowest, product = kind(floor), np.ones(rows)
+    min_sum, max_sum = _sums_kept(weight)
+    min_alpha[:] = math.inf
+    longest = lengths.max()
     for r in range(rows):
-        log_z[r] = group.first_top[min(r, first.shape[0] - 1)]
+        log_z[r] = first_top[min(r, first.shape[0] - 1)]
         log_z[r] += (lengths[r] - 1) * top[0] if homogeneous else top[: lengths[r] - 1].sum()
     for begin in range(0, longest, chunk):
         end = min(begin + chunk, longest)
@@ -414,15 +369,35 @@ def _filter(group, matrix, layout, floor, workspace, out):
                     moved[r] = first[min(r, first.shape[0] - 1)]
             else:
                 if not homogeneous:
-                    matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
-                _move(workspace.previous, matrix, layout, row, t < second, moved)
-            _filter_step(t, begin, group, layout, lowest, product, workspace, out)
+                    matrix = laid_out(exp_transition, t - 1, workspace.matrix, panel)
+                x_at, y_at, to = (0, padded, 1), (0, panel), (0, padded)
+                if rows > 1:
+                    multiply("sum", 4, (4, size), previous, x_at, matrix, y_at, moved, to)
+                else:
+                    multiply("sum", 1, (1, size), previous, x_at, matrix, y_at, moved, to)
+            for r in range(rows):
+                if t >= lengths[r]:
+                    continue
+                s = _absorb(moved, r, weight, r * stride + (t - begin) * size, lowest, previous, min_alpha)
+                divided = t == lengths[r] - 1 or not (min_sum < s < max_sum)
+                if divided:
+                    if s > 0:
+                        inverse = kind(1) / s
+                        for j in range(padded):
+                            previous[r, j] *= inverse
+                    product[r] *= s
+                    if not (_MIN_PRODUCT < product[r] < _MAX_PRODUCT):
+                        log_z[r] += math.log(product[r]) if product[r] != 0 else -math.inf
+                        product[r] = 1.0
+                if keep:
+                    scale[r, t] = s if divided else kind(1)
+                    _keep(previous, r, t, alpha)
     for r in range(rows):
         log_z[r] += math.log(product[r])
-        out.min_alpha[r] = workspace.min_alpha[r, :size].min()
+        out.min_alpha[r] = min_alpha[r, :size].min()
         if keep:
-            out.alpha[r, lengths[r] :] = 0
-            out.scale[r, lengths[r] :] = 1
+            alpha[r, lengths[r] :] = 0
+            scale[r, lengths[r] :] = 1
 
 
 @compiled
@@ -502,50 +477,33 @@ def evidence(initial, transition, observation, lengths, floor, log_z, min_alpha,
     return _forward(initial, transition, observation, lengths, floor, exp_transition, out)
 
 
-@compiled
-def _step_back(t, begin, known, group, layout, workspace, kept, grad, out, counts):
-    """gamma[t], and ``workspace.previous`` = weight · beta / scale, from beta in ``workspace.moved``."""
-    rows, steps, size = group.observation.shape
-    lengths, weight, beta, back = group.lengths, workspace.weight, workspace.moved, workspace.previous
-    alpha, padded, kind = kept.alpha, layout.padded, workspace.weight.dtype.type
-    none, tail, fused = fill(kind(0)), size - LANES, counts.total.shape[0] > 0
-    stride, chunk = weight.shape[0] // layout.group, _chunk(steps, size)
-    for r in range(rows):
-        if t >= lengths[r]:
-            for j in range(size):
-                out.gamma[r, t, j] = 0
-                back[r, j] = 0
-                if not fused:
-                    out.flow[r, t, j] = 0
-            continue
-        if t == lengths[r] - 1:
-            for j in range(size):
-                beta[r, j] = 1
-        at, place = r * stride + (t - (0 if known else begin)) * size, (r * chunk + t - begin) * padded
-        inverse = kind(1) / kept.scale[r, t] if t > 0 and kept.scale[r, t] > 0 else kind(0)
-        own = kind(grad[r])
-        if tail < 0:
-            for j in range(size):
-                out.gamma[r, t, j] = alpha[r, t, j] * beta[r, j] * own
-                back[r, j] = weight[at + j] * beta[r, j] * inverse
-                if fused:
-                    counts.flow[r * chunk + t - begin, j] = back[r, j] * own
-                else:
-                    out.flow[r, t, j] = back[r, j] * own
-            continue
-        factor, times, row = fill(inverse), fill(own), (r * steps + t) * size
-        for k in range(0, size, LANES):
-            j = min(k, tail)
-            coming = load(beta, r * padded + j)
-            joint = multiply_add(load(alpha, row + j), coming, none)
-            store(out.gamma, row + j, multiply_add(joint, times, none))
-            expect(out.gamma, row + j - 2 * size)
-            value = multiply_add(load(weight, at + j), multiply_add(coming, factor, none), none)
-            store(back, r * padded + j, value)
-            if fused:
-                store(counts.flow, place + j, multiply_add(value, times, none))
-            else:
-                store(out.flow, row + j, multiply_add(value, times, none))
+@inlined
+def _back_row(alpha, beta, weight, gamma, back, flow, at, factors, size):
+    """gamma = alpha · beta · own, back = weight · beta · inverse, and flow = back · own for one row of flat
+    arrays.
+
+    ``at`` are the offsets of alpha and gamma, of beta and back, of weight, and of flow; ``factors`` are
+    inverse, own.
+    """
+    row, line, place, to = at
+    inverse, own = factors
+    none, tail = fill(alpha.dtype.type(0)), size - LANES
+    if tail < 0:
+        for j in range(size):
+            gamma[row + j] = alpha[row + j] * beta[line + j] * own
+            back[line + j] = weight[place + j] * beta[line + j] * inverse
+            flow[to + j] = back[line + j] * own
+        return
+    factor, times = fill(inverse), fill(own)
+    for k in range(0, size, LANES):
+        j = min(k, tail)
+        coming = load(beta, line + j)
+        joint = multiply_add(load(alpha, row + j), coming, none)
+        store(gamma, row + j, multiply_add(joint, times, none))
+        expect(gamma, row + j - 2 * size)
+        value = multiply_add(load(weight, place + j), multiply_add(coming, factor, none), none)
+        store(back, line + j, value)
+        store(flow, to + j, multiply_add(value, times, none))
 
 
 @compiled
@@ -572,29 +530,48 @@ def _smoother(group, matrix, layout, known, workspace, kept, grad, out, counts):
     """The scaled backward pass of a group, whose ``exp_transition`` is transposed here; ``workspace.weight``
     has the weights of all steps if they are ``known``.
     """
+    exp_transition, lengths, weight = group.exp_transition, group.lengths, workspace.weight
     rows, steps, size = group.observation.shape
-    chunk = _chunk(steps, size)
-    beta, back = workspace.moved, workspace.previous
-    homogeneous, fused = group.exp_transition.shape[0] == 1, counts.total.shape[0] > 0
+    beta, back, alpha, scale, gamma = workspace.moved, workspace.previous, kept.alpha, kept.scale, out.gamma
+    homogeneous, fused = exp_transition.shape[0] == 1, counts.total.shape[0] > 0
+    padded, panel = layout.padded, layout.panel
+    flat_alpha, flat_beta, flat_gamma = alpha.reshape(-1), beta.reshape(-1), gamma.reshape(-1)
+    flat_back, kind = back.reshape(-1), weight.dtype.type
+    flat_flow = counts.flow.reshape(-1) if fused else out.flow.reshape(-1)
+    stride, chunk = weight.shape[0] // layout.group, _chunk(steps, size)
     beta[:] = 0
     back[:] = 0
-    row, longest, second = _two_longest(group.lengths)
+    longest = lengths.max()
     for r in range(rows):
-        out.gamma[r, longest:] = 0
+        gamma[r, lengths[r] :] = 0
         if not fused:
-            out.flow[r, longest:] = 0
+            out.flow[r, lengths[r] :] = 0
     for begin in range((longest - 1) // chunk * chunk, -1, -chunk):
         end = min(begin + chunk, longest)
         if not known:
             _chunk_weights(group, begin, end, layout, workspace)
         for t in range(end - 1, begin - 1, -1):
-            _step_back(t, begin, known, group, layout, workspace, kept, grad, out, counts)
+            for r in range(rows):
+                if t >= lengths[r]:
+                    continue
+                if t == lengths[r] - 1:
+                    for j in range(size):
+                        beta[r, j] = 1
+                row, place = (r * steps + t) * size, r * stride + (t - (0 if known else begin)) * size
+                inverse = kind(1) / scale[r, t] if t > 0 and scale[r, t] > 0 else kind(0)
+                at = (row, r * padded, place, (r * chunk + t - begin) * padded if fused else row)
+                factors = (inverse, kind(grad[r]))
+                _back_row(flat_alpha, flat_beta, weight, flat_gamma, flat_back, flat_flow, at, factors, size)
             if t > 0:
                 if not homogeneous:
-                    matrix = laid_out(group.exp_transition, t - 1, workspace.matrix, layout.panel)
-                _move(back, matrix, layout, row, t < second, beta)
+                    matrix = laid_out(exp_transition, t - 1, workspace.matrix, panel)
+                x_at, y_at, to = (0, padded, 1), (0, panel), (0, padded)
+                if rows > 1:
+                    multiply("sum", 4, (4, size), back, x_at, matrix, y_at, beta, to)
+                else:
+                    multiply("sum", 1, (1, size), back, x_at, matrix, y_at, beta, to)
         if fused:
-            _add_counts(begin, end, group, layout, kept.alpha, out, counts)
+            _add_counts(begin, end, group, layout, alpha, out, counts)
 
 
 @compiled

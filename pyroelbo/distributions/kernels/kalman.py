@@ -44,6 +44,7 @@ _ROUNDING = 16 * 2.0**-52
 _SUMS = frozenset({"contract", "reassoc"})
 _compiled = njit(cache=True)
 _compiled_sums = njit(cache=True, fastmath=set(_SUMS))
+_inlined = njit(cache=True, fastmath=set(_SUMS), forceinline=True)
 
 
 class Parameters(NamedTuple):
@@ -289,7 +290,7 @@ def _filter_covariances(g, p, steps, found):
     return steps - 1
 
 
-@_compiled_sums
+@_inlined
 def _observe(row, t, y, g, p, found, states):
     """Fill the innovation and its residual of one step; returns its quadratic form."""
     u, w = min(t, found.settled[g]), min(t, p.read.shape[1] - 1)
@@ -313,7 +314,7 @@ def _observe(row, t, y, g, p, found, states):
     return square
 
 
-@_compiled_sums
+@_inlined
 def _advance(row, t, g, p, found, states, filtered):
     """Fill the predicted mean of step t + 1."""
     hidden, observed = p.read.shape[3], p.read.shape[2]
@@ -500,7 +501,7 @@ class Kept(NamedTuple):
     found: Covariances
 
 
-@_compiled_sums
+@_inlined
 def _back_through_move(row, g, t, weight, kept, shared, r, grads, up, total):
     """Gradients by the step from t to t + 1; fills ``up`` = move' r."""
     hidden, observed = kept.read.shape[3], kept.read.shape[2]
@@ -524,7 +525,7 @@ def _back_through_move(row, g, t, weight, kept, shared, r, grads, up, total):
             grads.noise[g, a, i, k] += 0.5 * s * r[row, k]
 
 
-@_compiled_sums
+@_inlined
 def _back_through_read(row, g, t, weight, kept, r, grads, by_y, up, total):
     """Gradients by the observation at t; ``r`` becomes that of the predicted state."""
     hidden, observed = kept.read.shape[3], kept.read.shape[2]

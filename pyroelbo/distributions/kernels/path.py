@@ -19,10 +19,10 @@ from numba import njit
 from pyroelbo.distributions.kernels.arithmetic import aligned, laid_out, multiply, narrow
 from pyroelbo.distributions.kernels.chain import fit, layout_of, workspace_for
 from pyroelbo.distributions.kernels.gate import (
-    compiled,
     expect_contiguous,
     expect_index,
     expect_shapes,
+    inlined,
     kernel,
 )
 from pyroelbo.distributions.kernels.simd import (
@@ -42,9 +42,10 @@ __all__ = ["draw", "viterbi"]
 # potentials are no NaN here
 _MAX = frozenset({"nnan", "nsz"})
 _compiled_max = njit(cache=True, fastmath=set(_MAX))
+_inlined_max = njit(cache=True, fastmath=set(_MAX), forceinline=True)
 
 
-@compiled
+@inlined
 def _choose(weight, uniform):
     """The first index at which the running sum of weights exceeds ``uniform`` times their sum."""
     total = weight[0] * 0
@@ -124,14 +125,14 @@ def _best_log_weights(first, matrix, transition, seen, longest, layout, workspac
             tops[r] = largest(highest)
 
 
-@_compiled_max
+@_inlined_max
 def _onward(delta, place, transposed, at, last):
     """Log weights of paths to a state and on from it; nothing is added after the last step."""
     value = load(delta, place)
     return value if last else add(value, load(transposed, at))
 
 
-@_compiled_max
+@_inlined_max
 def _best_state(delta, place, transposed, at, last, size):
     """The first state of largest ``_onward``; ``at`` is the row of ``transposed``, flat."""
     kind, tail, chosen = delta.dtype.type, size - LANES, size - 1
