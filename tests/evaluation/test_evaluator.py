@@ -253,8 +253,8 @@ def plain_guide(y):
         pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
 
 
-def plain_model(y, z="z", plate="data", size=None, scale=1.0, event=True, obs=True):
-    with pyro.plate(plate, size or len(y)), poutine.scale(scale=scale):
+def plain_model(y, z="z", size=None, scale=1.0, event=True, obs=True):
+    with pyro.plate("data", size or len(y)), poutine.scale(scale=scale):
         value = pyro.sample(z, dist.Normal(torch.zeros(size or len(y)), 1.0))
         if event:
             pyro.sample("y", dist.Normal(value, 1.0), obs=y if obs else None)
@@ -266,11 +266,6 @@ def plain_model(y, z="z", plate="data", size=None, scale=1.0, event=True, obs=Tr
         (lambda y: plain_model(y, scale=0.5), plain_guide, "site 'z' is scaled by 0.5"),
         (lambda y: plain_model(y, z="w"), plain_guide, "guide site 'z' is missing in the model"),
         (plain_model, lambda y: None, "model site 'z' is missing in the guide"),
-        (
-            lambda y: plain_model(y, plate="rows"),
-            plain_guide,
-            "model site 'z' draws a latent outside the plate 'data'",
-        ),
         (lambda y: plain_model(y, event=False), plain_guide, "observes nothing"),
         (
             lambda y: plain_model(torch.zeros(7)),
