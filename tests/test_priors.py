@@ -79,7 +79,7 @@ def test_the_diagonal_mixture_is_pyros():
     torch.testing.assert_close(
         single.log_prob(z.float()).double(), ours.log_prob(z.float().double()), atol=0.02, rtol=0
     )
-    with pytest.raises(ValueError, match="logits, loc and scale have shapes"):
+    with pytest.raises(ValueError, match="logits, loc, scale: expected shapes"):
         DiagonalMixture(logits[:3], loc, scale)
 
 

@@ -88,7 +88,7 @@ class Layout:
 
     ``depth`` is the number of plate dimensions, ``beyond`` the (program, site) whose latents may be evaluated
     outside their support, ``scaled_site`` a site with a scale within its datum, ``shapes`` the shape of each
-    site's value for one particle of the batch looked at. A pair that is not ``sliceable`` is tied to its
+    site's value for one particle of the probed batch. A pair that is not ``sliceable`` is tied to its
     whole batch (by a mask or a plate of a fixed size). ``masked`` says whether a latent has a mask in the
     model or inside the guide's event.
     """

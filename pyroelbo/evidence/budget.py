@@ -147,7 +147,7 @@ class Budget:
         try:
             once()  # costs that occur only once (building, caches) are not counted
         except Unavailable:
-            return math.inf  # nothing is drawn; what a reference takes is tried
+            return math.inf  # nothing is drawn; references are tried
         while True:
             start = time.monotonic()
             bound = once()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.masks import is_masked
 from pyroelbo.evaluation.sites import Unavailable, refuse_infinite
 from pyroelbo.evidence.lattice import is_discrete
 from pyroelbo.numerics import logsumexp, positive_count
@@ -167,9 +168,11 @@ def _side_by_side(points: dict[str, Tensor]) -> Tensor:
 
 def _check(evaluator: Evaluator, sites: tuple[str, ...]) -> None:
     """Unavailable if the sites have no density of their own under guide or prior."""
-    for name, node in evaluator.guide_trace().nodes.items():
-        if name in sites and node["mask"] is not None and node["mask"] is not True:
-            raise Unavailable(f"guide site {name!r} is masked: evaluate data without padding")
+    # The guide's own masks, and those of the model.
+    for trace in (evaluator.guide_trace(), evaluator.traces()[0]):
+        masked = [name for name in sites if is_masked(trace.nodes[name]["mask"])]
+        if masked:
+            raise Unavailable(f"latent site {masked[0]!r} is masked: evaluate data without padding")
     latents = evaluator.sample_pass(min(_CHECKS, evaluator.cells)).latents
     # The same points for every datum: those drawn for the first one.
     given = {

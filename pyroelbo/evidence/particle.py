@@ -158,7 +158,7 @@ class _Walk(ABC):
 
 def _walk(pair: Pair, evaluator: Evaluator, rows: slice | None, proposal: str) -> _Walk:
     batch = evaluator.batch if rows is None else batches.rows(evaluator.batch, rows)
-    # A joint evaluator takes the whole batch as one datum, whose latents a chain of each datum does not have.
+    # In joint scope the batch is one datum, and the paths of several data are not its path.
     chain = batches.call(pair.latent_path, batch) if evaluator.size == batches.size(evaluator.batch) else None
     if chain is not None:
         return _Path(chain, batches.size(batch), proposal)

@@ -220,3 +220,9 @@ def test_masks_inside_events_are_refused_in_the_model_and_checked_in_the_guide()
         evidence.elbo(Pair.of(lambda y: model(y, hidden), guide), torch.zeros(3))
     with pytest.raises(ValueError, match="'z' masks entries inside its event"):
         evidence.elbo(Pair.of(model, guide), torch.zeros(3))
+
+
+def test_an_aggregated_posterior_of_masked_latents_is_refused():
+    pair, batch = missing()
+    with pytest.raises(evidence.Unavailable, match="latent site 'c_unobserved' is masked"):
+        evidence.diagnostics(pair, batch)

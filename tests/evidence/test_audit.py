@@ -113,7 +113,7 @@ def test_a_budget_of_time():
     import time
 
     start = time.monotonic()
-    result = audit(Nonlinear(latent=3), torch.randn(3, 4), budget="0.5s")
+    result = audit(Nonlinear(latent=3), torch.randn(3, 4), budget="3s")
     # Not a measurement of speed: a machine of any speed keeps within a multiple of what it was given.
     assert time.monotonic() - start < 60 and "evaluations a second chose" in str(result)
 
@@ -153,7 +153,7 @@ def test_a_budget_too_small_is_refused():
         audit(Nonlinear(), torch.randn(40, 4), budget=100)
 
 
-@pytest.mark.parametrize("budget", [None, 3000, "0.2s"])
+@pytest.mark.parametrize("budget", [None, 3000, "3s"])
 def test_a_scale_within_the_datum_leaves_the_elbo(budget):
     import pyro
     import pyro.distributions as dist

@@ -630,7 +630,10 @@ def test_what_the_hmm_refuses():
         (lambda: models.HMM(2, 3).log_evidence(torch.zeros(2, 3)), "expected"),
         (lambda: models.HMM(9, 3).initialize(torch.zeros(2, 3).long()), "y: expected at least 9 steps"),
         (lambda: models.PPCA(3, 1, noise="x"), "noise: expected"),
-        (lambda: models.PPCA(3, 1, noise="diagonal").solve(torch.zeros(3, 3)), "no closed form"),
+        (
+            lambda: models.PPCA(3, 1, noise="diagonal").solve(torch.zeros(3, 3)),
+            "noise: expected 'shared' for a closed form",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             build()
