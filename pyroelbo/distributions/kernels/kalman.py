@@ -492,6 +492,14 @@ def _add_shared(g, t, last, mass, precisions, shared, grads):
     _subtract(-mass, shared.read, grads.read[g, w])
 
 
+class Backward(NamedTuple):
+    """The score of each row's predicted state [B,H], updated step by step, and two vectors of scratch [H]."""
+
+    score: np.ndarray
+    up: np.ndarray
+    total: np.ndarray
+
+
 class Kept(NamedTuple):
     """What the adjoint reads of the parameters and of the filter."""
 
@@ -501,58 +509,61 @@ class Kept(NamedTuple):
     found: Covariances
 
 
-@_inlined
-def _back_through_move(row, g, t, weight, kept, shared, r, grads, up, total):
-    """Gradients by the step from t to t + 1; fills ``up`` = move' r."""
-    hidden, observed = kept.read.shape[3], kept.read.shape[2]
-    u, a = min(t, kept.found.settled[g]), min(t, kept.move.shape[1] - 1)
-    for i in range(hidden):
-        s = kept.states.mean[row, t, i]
-        for k in range(observed):
-            s += kept.found.gain[g, u, i, k] * kept.states.innovation[row, t, k]
-        total[i] = s
-        up[i] = 0.0
-    for k in range(hidden):
-        s = r[row, k]
-        grads.drift[g, a, k] += weight * s
+@_compiled
+def _back_through(rows, g, t, last, weight, kept, shared, back, grads, by_y):
+    """Gradients by the step from t to t + 1 (none at the ``last``) and by the observation at t."""
+    # Fields are read once: in the loops each access would count references.
+    r, up, total = back.score, back.up, back.total
+    gain, predicted, settled = kept.found.gain, kept.found.predicted, kept.found.settled[g]
+    mean, innovation, residual = kept.states.mean, kept.states.innovation, kept.states.residual
+    by_drift, by_move, by_noise = grads.drift, grads.move, grads.noise
+    by_offset, by_error, by_read = grads.offset, grads.error, grads.read
+    u, a, w = min(t, settled), min(t, kept.move.shape[1] - 1), min(t, kept.read.shape[1] - 1)
+    move, read, move_v = kept.move[g, a], kept.read[g, w], shared.move_v
+    observed, hidden = read.shape
+    for row in rows:
+        share = weight[row]
         for i in range(hidden):
-            up[i] += kept.move[g, a, k, i] * s
-            total[i] += shared.move_v[k, i] * s
-    for i in range(hidden):
-        s = weight * r[row, i]
-        for k in range(hidden):
-            grads.move[g, a, i, k] += s * total[k]
-            grads.noise[g, a, i, k] += 0.5 * s * r[row, k]
-
-
-@_inlined
-def _back_through_read(row, g, t, weight, kept, r, grads, by_y, up, total):
-    """Gradients by the observation at t; ``r`` becomes that of the predicted state."""
-    hidden, observed = kept.read.shape[3], kept.read.shape[2]
-    u, w = min(t, kept.found.settled[g]), min(t, kept.read.shape[1] - 1)
-    by_innovation = by_y[row, t]
-    for i in range(observed):
-        s = kept.states.residual[row, t, i]
-        for k in range(hidden):
-            s -= kept.found.gain[g, u, k, i] * up[k]
-        by_innovation[i] = s
-        grads.offset[g, w, i] += weight * s
-    for i in range(observed):
-        for k in range(observed):
-            grads.error[g, w, i, k] += 0.5 * weight * by_innovation[i] * by_innovation[k]
-        for k in range(hidden):
-            up[k] += kept.read[g, w, i, k] * by_innovation[i]
-    for i in range(hidden):
-        r[row, i] = up[i]
-    for i in range(hidden):
-        s = kept.states.mean[row, t, i]
-        for k in range(hidden):
-            s += kept.found.predicted[g, u, i, k] * up[k]
-        total[i] = weight * s
-    for i in range(observed):
-        for k in range(hidden):
-            grads.read[g, w, i, k] += by_innovation[i] * total[k]
-        by_innovation[i] *= -weight
+            s = mean[row, t, i]
+            for k in range(observed):
+                s += gain[g, u, i, k] * innovation[row, t, k]
+            total[i] = s
+            up[i] = 0.0
+        if not last:
+            for k in range(hidden):
+                s = r[row, k]
+                by_drift[g, a, k] += share * s
+                for i in range(hidden):
+                    up[i] += move[k, i] * s
+                    total[i] += move_v[k, i] * s
+            for i in range(hidden):
+                s = share * r[row, i]
+                for k in range(hidden):
+                    by_move[g, a, i, k] += s * total[k]
+                    by_noise[g, a, i, k] += 0.5 * s * r[row, k]
+        for i in range(observed):
+            s = residual[row, t, i]
+            for k in range(hidden):
+                s -= gain[g, u, k, i] * up[k]
+            by_y[row, t, i] = s
+            by_offset[g, w, i] += share * s
+        for i in range(observed):
+            s = by_y[row, t, i]
+            for k in range(observed):
+                by_error[g, w, i, k] += 0.5 * share * s * by_y[row, t, k]
+            for k in range(hidden):
+                up[k] += read[i, k] * s
+        for i in range(hidden):
+            r[row, i] = up[i]
+        for i in range(hidden):
+            s = mean[row, t, i]
+            for k in range(hidden):
+                s += predicted[g, u, i, k] * up[k]
+            total[i] = share * s
+        for i in range(observed):
+            for k in range(hidden):
+                by_read[g, w, i, k] += by_y[row, t, i] * total[k]
+            by_y[row, t, i] *= -share
 
 
 @kernel(fastmath=_SUMS)
@@ -577,7 +588,8 @@ def kalman_adjoint(weight, lengths, kept, grads, by_y):
     precisions = Precisions(
         np.empty((steps, hidden, hidden)), np.empty((steps, hidden, hidden)), np.empty(steps + 1, np.int64)
     )
-    r, up, total = np.zeros((rows, hidden)), np.empty(hidden), np.empty(hidden)
+    r = np.zeros((rows, hidden))
+    back = Backward(r, np.empty(hidden), np.empty(hidden))
     together = groups == 1 and np.all(lengths == lengths[0])
     for unit in range(1 if together else rows):
         g = unit if groups > 1 else 0
@@ -592,12 +604,7 @@ def kalman_adjoint(weight, lengths, kept, grads, by_y):
             ):
                 _share(g, t, last, kept.move, kept.found, precisions, shared)
             _add_shared(g, t, last, mass, precisions, shared, grads)
-            for row in some:
-                if last:
-                    up[:] = 0.0
-                else:
-                    _back_through_move(row, g, t, weight[row], kept, shared, r, grads, up, total)
-                _back_through_read(row, g, t, weight[row], kept, r, grads, by_y, up, total)
+            _back_through(some, g, t, last, weight, kept, shared, back, grads, by_y)
         _subtract(0.5 * mass, precisions.before[slot[0]], grads.spread[g])
         for row in some:
             for i in range(hidden):
