@@ -209,7 +209,8 @@ class RunDirectory:
             if str(self.path) in str(error):
                 raise
             raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
-        self.write_json(CONFIG, self._config)
+        if self._config:
+            self.write_json(CONFIG, self._config)
 
 
 def fresh(base: str | Path) -> Path:

@@ -77,7 +77,7 @@ def test_train_audit_and_sample(words, tmp_path, capsys):
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
     cases = [
-        (["train", "gan", "--out", str(tmp_path / "x")], "unknown model 'gan'"),
+        (["train", "gan", "--out", str(tmp_path / "x")], "model: expected one of vae"),
         (["train", "vae", "--out", str(run)], "not empty"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "no setting 'depth'"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "NAME=VALUE"),

@@ -88,6 +88,11 @@ class Budget:
             if self._affords(scale * seconds, scale * bound.cost):
                 return (name,), notes
             notes.append(f"no {name} value: it would take more than the budget")
+        try:
+            Evaluator(self.pair, self.batch, scope=self.scope).refuse_scales("AIS")
+        except Unavailable as reason:
+            notes.append(f"no ais value: {reason}")
+            return (), notes
         each = _REFERENCE_SHARE * self.evaluations / self.data
         needed = _MIN_TEMPERATURES * _CHAIN
         if each >= needed:
