@@ -79,8 +79,8 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
     cases = [
         (["train", "gan", "--out", str(tmp_path / "x")], "model: expected one of vae"),
         (["train", "vae", "--out", str(run)], "not empty"),
-        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "no setting 'depth'"),
-        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "NAME=VALUE"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "got 'depth'"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "--set: expected NAME=VALUE"),
         (
             [
                 "train",
@@ -92,23 +92,23 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
                 "--set",
                 "likelihood=l2",
             ],
-            "zeros and ones",
+            "--data: expected grey levels",
         ),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
-            "there is no",
+            "mnist.npz: no such file",
         ),
         (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs: expected a positive"),
-        (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup takes"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup: expected"),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],
-            "likelihood takes one of",
+            "likelihood: expected one of",
         ),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent=abc"],
-            "'latent' of model 'vae' takes",
+            "latent: expected a value like",
         ),
-        (["audit", str(run), "--num-data", "-1"], "--num-data takes"),
+        (["audit", str(run), "--num-data", "-1"], "--num-data: expected"),
         (["audit", str(tmp_path / "none")], "holds no run"),
         (["sample", str(tmp_path / "none")], "holds no run"),
         (["audit", str(run), "--reference", "exact"], "no finite set"),
