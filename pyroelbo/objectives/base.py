@@ -138,6 +138,7 @@ def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         return loss.differentiable_loss(pair.model, pair.guide, *args, **kwargs)
 
+    nesting = loss.max_plate_nesting
     try:
         with torch.random.fork_rng(), torch.no_grad(), Programs(pair).quiet():
             batches.call(run, batch)
@@ -149,6 +150,10 @@ def refuse_failing(loss: Any, pair: Pair, batch: Batch, expected: str) -> None:
             f"objective: expected {expected}, got {pair.name}, on which {loss.describe()} raises "
             f"{type(error).__name__}: {reason[0]}"
         ) from error
+    finally:
+        loss.max_plate_nesting = (
+            nesting  # the first step finds it, with the same random draws as without a trial
+        )
 
 
 class WrappedELBO(ELBO):
