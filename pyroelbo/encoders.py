@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyroelbo.flows import FlowDistribution, SplineFlow
+from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
 from pyroelbo.nn import bounded
 from pyroelbo.numerics import logsumexp, positive_count
 
@@ -168,24 +166,17 @@ class MixtureEncoder(Encoder):
         return UniformMixture(loc, scale)
 
 
-class UniformMixture(TorchDistribution):
+class UniformMixture(VectorDistribution):
     """p(z) = (1/M) Σ_m N(z; loc_m, diag scale_m²), ``loc`` and ``scale`` [*B, M, D]; event shape [D].
 
     Draws are reparametrized, given a component that is drawn uniformly. Cost: O(D) a draw, O(M·D) a density.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = dist.constraints.real_vector
     has_rsample = True
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         self.loc, self.scale = loc, scale
         super().__init__(loc.shape[:-2], loc.shape[-1:])
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> UniformMixture:
-        new = copy.copy(self)
-        new._batch_shape = torch.Size(batch_shape)
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""
@@ -204,11 +195,6 @@ class UniformMixture(TorchDistribution):
         lead = (*shape[:-1], -1, -1)
         loc, scale = (x.expand(lead).gather(-2, index).squeeze(-2) for x in (self.loc, self.scale))
         return loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, D]``."""
-        return self.rsample(sample_shape)
 
 
 # a name of ENCODERS, or a callable of (dims, bound)

@@ -26,7 +26,7 @@ from torch.nn.functional import pad, softplus
 from pyroelbo.nn import MLP, bounded, join, masked_mlp
 from pyroelbo.numerics import positive_count
 
-__all__ = ["KINDS", "Coupling", "FlowDistribution", "MaskedMap", "SplineFlow", "spline"]
+__all__ = ["KINDS", "Coupling", "FlowDistribution", "MaskedMap", "SplineFlow", "VectorDistribution", "spline"]
 
 KINDS = ("coupling", "autoregressive")
 BOUND = 5.0  # splines act on [-BOUND, BOUND]
@@ -226,7 +226,24 @@ class SplineFlow(nn.Module):
         return e, log_det
 
 
-class FlowDistribution(TorchDistribution):
+class VectorDistribution(TorchDistribution):
+    """A distribution of real vectors whose expanded batch dimensions share its parameters (abstract)."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.real_vector
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
+        new = copy.copy(self)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws ``[*sample, *B, d]``."""
+        return self.rsample(sample_shape)
+
+
+class FlowDistribution(VectorDistribution):
     """p(z) of z = loc + exp(log_scale) · f⁻¹(e), e ~ N(0, I): with x = (z - loc) / exp(log_scale),
 
         ln p(z) = ln N(f(x); 0, I) + ln |det f'(x)| - Σ_d log_scale_d.
@@ -235,8 +252,6 @@ class FlowDistribution(TorchDistribution):
     shape [d]. Draws are reparametrized. ``expand`` adds batch dimensions, which share the parameters.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = dist.constraints.real_vector
     has_rsample = True
 
     def __init__(
@@ -246,11 +261,6 @@ class FlowDistribution(TorchDistribution):
         batch = torch.broadcast_shapes(loc.shape[:-1], log_scale.shape[:-1])
         batch = batch if context is None else torch.broadcast_shapes(batch, context.shape[:-1])
         super().__init__(batch, loc.shape[-1:])
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
-        new = copy.copy(self)
-        new._batch_shape = torch.Size(batch_shape)
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""
@@ -268,8 +278,3 @@ class FlowDistribution(TorchDistribution):
         e = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         x, _ = self.flow.from_noise(e, self.context)
         return self.loc + self.log_scale.exp() * x
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws ``[*sample, *B, d]``."""
-        return self.rsample(sample_shape)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyroelbo.distributions import DiagonalMixture, Mixture
-from pyroelbo.flows import FlowDistribution, SplineFlow
+from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
 from pyroelbo.nn import bounded, masked_mlp
 from pyroelbo.numerics import logsumexp, positive_count
 
@@ -169,21 +167,14 @@ class AutoregressivePrior(Prior):
         return _Autoregressive(self)
 
 
-class _Autoregressive(TorchDistribution):
+class _Autoregressive(VectorDistribution):
     """The distribution of an :class:`AutoregressivePrior`."""
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = dist.constraints.real_vector
     has_rsample = False
 
     def __init__(self, prior: AutoregressivePrior) -> None:
         self.prior = prior
         super().__init__(torch.Size(), torch.Size((prior.dims,)))
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Autoregressive:
-        new = copy.copy(self)
-        new._batch_shape = torch.Size(batch_shape)
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""
