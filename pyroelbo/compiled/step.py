@@ -10,11 +10,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyroelbo.compiled.cache import Counters, Graph, GraphCache
-from pyroelbo.compiled.eager import Call, autocasting, evaluate, restored
+from pyroelbo.compiled.eager import Call, autocasting, evaluate, gradient_hooks, restored, unhooked
 from pyroelbo.compiled.environment import Untraceable
 from pyroelbo.compiled.plan import Plan
 from pyroelbo.compiled.verify import Mismatch, difference
-from pyroelbo.optim import Reduction, TrainingStep, UpdateRule, averaging
+from pyroelbo.optim import Reduction, TrainingStep, UpdateRule, aligned, averaging
 
 __all__ = ["CompiledStep"]
 
@@ -42,8 +42,8 @@ class CompiledStep(TrainingStep):
     device, train/eval mode) is captured at its first call, compared with eager under equal seeds, and kept;
     beyond ``max_graphs``, and for models that cannot be captured, the same update runs on Pyro's eager
     gradients after one ``CompileWarning``. For bf16, call the step inside ``torch.autocast``. With more than
-    24 parameters, with ``skip_norm`` and with ``reduce`` the update runs right after the graph, in torch's
-    fused kernels.
+    24 parameters, with ``skip_norm``, with ``reduce`` and with gradient hooks on parameters (they fire once a
+    step, as in eager) the update runs right after the graph, in torch's fused kernels.
 
     Args:
         objective: a Pyro ELBO; its loss is in nats.
@@ -94,6 +94,9 @@ class CompiledStep(TrainingStep):
         found = None
         if not (_PYRO_STACK and cache.inside_handlers()):
             found = cache.lookup(self._kind, self._model, self._guide, args, kwargs)
+            if found is not None and not cache.hooked and _hooked(found[0].plan, found[2]):
+                cache.follow_hooks()
+                found = cache.lookup(self._kind, self._model, self._guide, args, kwargs)
         if found is None:
             cache.counters.eager_calls += 1
             return self._eager(args, kwargs)
@@ -159,11 +162,32 @@ class CompiledStep(TrainingStep):
                 slots[-1][i].lerp_(p, newest.to(p.dtype))
 
 
+def _hooked(plan: Plan, state: list[Tensor]) -> bool:
+    return any(gradient_hooks(state[i]) for i in plan.leaves)
+
+
+def _through_hooks(leaf: Tensor, gradient: Tensor) -> Tensor | None:
+    """What the leaf's gradient hooks make of its gradient."""
+    if not gradient_hooks(leaf):
+        return gradient
+    leaf.grad = None
+    torch.autograd.backward([leaf], [aligned(gradient, leaf)])
+    found, leaf.grad = leaf.grad, None
+    return found
+
+
 class _StepCache(GraphCache):
     def __init__(self, step: CompiledStep, backend: str, max_graphs: int, options: dict[str, Any] | None):
         super().__init__(step.objective, backend, max_graphs, options, patient=False)
         self._step = step
         self._extras: dict[int, list[Tensor]] = {}
+        self.hooked = False
+
+    def follow_hooks(self) -> None:
+        """Build all graphs anew, so that every gradient leaves them and passes through its leaf's hooks."""
+        self.hooked = True
+        self.graphs.clear()
+        self._extras.clear()
 
     def inputs(self, plan: Plan, data: list[Tensor], state: list[Tensor]) -> list[Tensor]:
         return [*data, *state, *self._extras[id(plan)]]
@@ -172,7 +196,8 @@ class _StepCache(GraphCache):
         step = self._step
         reduce, step.reduce = step.reduce, None  # other processes may not be timing a graph of theirs
         try:
-            super()._time(graph, call)
+            with unhooked(graph.plan.state() or []):
+                super()._time(graph, call)
         finally:
             step.reduce = reduce
 
@@ -190,14 +215,15 @@ class _StepCache(GraphCache):
         extra = self._extras[id(plan)] = step._state_of(names)
         first, last = len(data), len(data) + len(state)
         params = [first + i for _, i, _ in trained]
-        longest, reduces = step.rule.skip_norm, step.reduce is not None
-        inside = len(trained) <= _MOST_INSIDE and longest is None and not reduces
+        others = [(1 + k, i) for k, i in enumerate(plan.leaves) if self.hooked and first + i not in params]
+        longest, outside = step.rule.skip_norm, self.hooked or step.reduce is not None
+        inside = len(trained) <= _MOST_INSIDE and longest is None and not outside
 
         def whole(*inputs: Tensor) -> list[Tensor]:
             outputs = plan.graph(*inputs[:last])
             gradients = [outputs[k] for k, _, _ in trained]
-            if reduces:
-                return [outputs[0], *gradients]
+            if outside:
+                return [outputs[0], *gradients, *(outputs[k] for k, _ in others)]
             if not inside:
                 skip = [] if longest is None else [(~(step._norm(gradients) <= longest)).float()]
                 return [outputs[0], *step._clip(gradients), *skip]
@@ -219,8 +245,10 @@ class _StepCache(GraphCache):
         def both(*inputs: Tensor) -> list[Tensor]:
             outputs = runner(*inputs)
             gradients = list(outputs[1:])
-            if reduces:
-                step._apply(dict(zip(names, gradients, strict=True)))
+            if outside:
+                leaves = [*params, *(first + i for _, i in others)]
+                found = [_through_hooks(inputs[i], g) for i, g in zip(leaves, gradients, strict=True)]
+                step._apply({n: g for n, g in zip(names, found, strict=False) if g is not None})
                 return [outputs[0]]
             skip = None if longest is None else gradients.pop()
             step._fused_update([inputs[i] for i in params], gradients, list(inputs[last:]), skip)
@@ -271,9 +299,7 @@ class _SameStep:
             if i == 0:
                 return "the loss"
             if i < outputs:
-                return (
-                    f"the gradient of {self._names[i - 1]!r}" if i <= len(self._names) else "the skipped step"
-                )
+                return f"the gradient of {self._names[i - 1]!r}" if i <= len(self._names) else f"output {i}"
             if i < gradients:
                 return f"a moment of {self._names[(i - outputs) % len(self._names)]!r}"
             k = i - gradients

@@ -257,6 +257,70 @@ def test_step_with_baselines():
         assert float((other[name] - value).detach().norm()) < 1e-10, name
 
 
+def doubled(p, note):
+    p.register_hook(lambda g: note(g) or 2.0 * g)
+
+
+def halved(p, note):
+    def hook(p):
+        note(p.grad)
+        p.grad.mul_(0.5)
+
+    p.register_post_accumulate_grad_hook(hook)
+
+
+@pytest.mark.parametrize("register", [doubled, halved])
+@pytest.mark.parametrize("when", [0, 2])
+def test_gradient_hooks_fire_once_a_step(register, when):
+    """Also those registered after a build, and on a parameter that the step does not train."""
+
+    def run(make_step):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        module, fired = VAE(), []
+        trained = {n: p for n, p in module.named_parameters() if n != "encoder.0.bias"}
+        step = make_step(module, trained)
+        pyro.set_rng_seed(4)
+        losses = []
+        for i in range(5):
+            if i == when:
+                for p in (module.encoder[0].bias, module.decoder[0].weight):
+                    register(p, lambda g, i=i: fired.append(float(g.norm())))
+            losses.append(float(step(data(8, 6, seed=i))))
+        assert not any(p.grad is not None for p in trained.values())
+        return step, losses, sorted(fired), module.state_dict()
+
+    def by_hand(module, trained):
+        optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+
+        def step(y):
+            value = Trace_ELBO().loss_and_grads(module.model, module.guide, y)
+            torch.nn.utils.clip_grad_norm_(trained.values(), 5.0)
+            optimizer.step()
+            module.zero_grad()
+            return value
+
+        return step
+
+    _, expected, calls, end = run(by_hand)
+    step, losses, found, state = run(
+        lambda module, trained: CompiledStep(
+            Trace_ELBO(),
+            module.model,
+            module.guide,
+            trained,
+            optimizer="sgd",
+            lr=0.1,
+            clip_norm=5.0,
+            backend="eager",
+        )
+    )
+    assert step.counters.compiled_calls == 5
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert len(found) == 2 * (5 - when) and found == pytest.approx(calls, rel=1e-6)
+    torch.testing.assert_close(state, end, rtol=1e-6, atol=1e-6)
+
+
 def test_step_trains_only_what_it_was_given():
     module, y = VAE(), data(8, 6)
     decoder = copy.deepcopy(module.decoder.state_dict())
