@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test slow lint examples bench fuzz kills clean
+.PHONY: demo test slow lint examples bench fuzz kills mutants clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/vae.py
@@ -25,7 +25,7 @@ examples: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e .[bench]
-	set -e; for b in benchmarks/[a-z]*.py; do echo "== $$b"; $(BIN)/python -m benchmarks.$$(basename $$b .py); done
+	set -e; for b in $(filter-out %/kills.py %/mutants.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python -m benchmarks.$$(basename $$b .py); done
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ fuzz: $(STAMP)
 
 kills: $(STAMP)
 	$(BIN)/python -m benchmarks.kills
+
+mutants: $(STAMP)
+	$(BIN)/python -m benchmarks.mutants
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs
