@@ -1,0 +1,70 @@
+"""Free bits under masks and subsampling, and balance weights that are constants, against closed forms."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pyroelbo.objectives import Layered_ELBO
+
+Y = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+MASK = torch.tensor([True, True, False, False])
+SIZE = 20  # of the data set that the four are drawn from
+
+
+def model(y, slopes):
+    with pyro.plate("data", SIZE, subsample=torch.arange(4)):
+        with pyro.poutine.mask(mask=MASK):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        x = pyro.sample("x", dist.Normal(torch.zeros(4), 1.0))
+        pyro.sample("y", dist.Normal(z + x, 1.0), obs=y)
+
+
+def guide(y, slopes):
+    with pyro.plate("data", SIZE, subsample=torch.arange(4)):
+        with pyro.poutine.mask(mask=MASK):
+            pyro.sample("z", dist.Normal(slopes[0] * y, 1.0))
+        pyro.sample("x", dist.Normal(slopes[1] * y, 0.5))
+
+
+def divergences(slopes):
+    """KL of each datum at z, where it counts, and at x."""
+    prior = Normal(torch.zeros(4), 1.0)
+    return (
+        kl_divergence(Normal(slopes[0] * Y, 1.0), prior)[MASK],
+        kl_divergence(Normal(slopes[1] * Y, 0.5), prior),
+    )
+
+
+def penalty(slopes, **settings):
+    """What the KL terms add to the loss, at half their weight: the draws are those of weight 0."""
+    losses = []
+    for weight in (0.5, 0.0):
+        pyro.set_rng_seed(1)
+        losses.append(Layered_ELBO(weight=weight, **settings).differentiable_loss(model, guide, Y, slopes))
+    return losses[0] - losses[1]
+
+
+@pytest.mark.parametrize("share", [0.6, 1.5])
+def test_free_bits_are_those_of_the_data_that_count(share):
+    """The mean over the data under the mask decides, 0.6 of it lies above their sum over all; the floor is
+    that of as many data, and scaled like them."""
+    slopes = torch.tensor([0.7, 0.3])
+    z, x = divergences(slopes)
+    free = share * float(z.mean())
+    held = z.sum() if share < 1 else free * len(z)
+    other = torch.where(x.mean() > free, x.sum(), torch.as_tensor(free * len(x)))
+    torch.testing.assert_close(penalty(slopes, free_bits=free), 0.5 * SIZE / 4 * (held + other))
+
+
+def test_balance_weights_are_held_constant():
+    slopes = torch.tensor([0.7, 0.3], requires_grad=True)
+    means = torch.stack([k.mean() for k in divergences(slopes)])
+    share = (means / means.mean()).detach()
+    expected = 0.5 * SIZE / 4 * sum(g * k.sum() for g, k in zip(share, divergences(slopes), strict=True))
+    found = penalty(slopes, balance=True)
+    gradients = [torch.autograd.grad(value, slopes)[0] for value in (found, expected)]
+    # each share is formed with 1e-6 nats added to the mean
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
