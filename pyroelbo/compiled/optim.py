@@ -69,8 +69,8 @@ class FusedOptim(PyroOptim):
             absent = [(p, p.grad) for p in known if p not in given]
         for p, _ in absent:
             p.grad = None
-        assert self.optimizer is not None
-        self.optimizer.step(*args, **kwargs)
+        if self.optimizer is not None:  # None before the first parameter: a program may have none at all
+            self.optimizer.step(*args, **kwargs)
         for p in params:
             p.grad = None
         for p, gradient in absent:

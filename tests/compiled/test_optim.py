@@ -128,3 +128,12 @@ def test_steps_without_a_gradient_are_pyros(constructor, compiled):
     make_loss = (lambda: CompiledELBO(Trace_ELBO(), backend="eager")) if compiled else Trace_ELBO
     found = run(FusedOptim(constructor, options), make_loss)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_program_without_parameters_steps():
+    def program(y):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    optimizer = FusedOptim(torch.optim.Adam, {"lr": 1e-2})
+    svi = SVI(program, program, optimizer, CompiledELBO(Trace_ELBO(), backend="eager"))
+    assert [svi.step(data(3)) for _ in range(3)] == [0.0] * 3
