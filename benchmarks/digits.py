@@ -20,23 +20,19 @@ import torch
 
 from pyroelbo import ExactPair, data, evidence, fit, models
 
-LEVELS = 17
-
-
-LOGISTIC = {"likelihood": "discretized_logistic"}
 LAYERED = {"objective": "layered"}
 
 
 def image(model, **settings):
-    return lambda train: model.for_data(train, (8, 8), LEVELS, **settings)
+    return lambda digits: models.build(model, digits, settings)
 
 
 def vae(**settings):
-    return image(models.VAE, **LOGISTIC, **settings), {}
+    return image("vae", **settings), {}
 
 
 def flow(kind, layers):
-    return image(models.DequantizedFlow, kind=kind, layers=layers), {}
+    return image("flow", kind=kind, layers=layers), {}
 
 
 # name: how to build the pair, and the settings of `fit` that differ
@@ -48,10 +44,10 @@ ROWS = {
     "VAE, 16 latents, N(0, I)": vae(latent=16),
     "VAE, 16 latents, VampPrior-50": vae(latent=16, prior="vamp"),
     "VAE, 16 latents, flow prior": vae(latent=16, prior="flow"),
-    "hierarchy 16-8, bottom-up": (image(models.Hierarchy, **LOGISTIC, latent=(16, 8)), {}),
-    "ladder 16-8": (image(models.Ladder, **LOGISTIC, latent=(16, 8), hidden=(128, 64)), LAYERED),
+    "hierarchy 16-8, bottom-up": (image("hierarchy", latent=(16, 8)), {}),
+    "ladder 16-8": (image("ladder", latent=(16, 8), hidden=(128, 64)), LAYERED),
     "PixelCNN, 4 layers of 32": (
-        image(models.Autoregressive, likelihood="categorical", width=32, layers=4),
+        image("autoregressive", width=32, layers=4),
         {"objective": "evidence"},
     ),
 }
@@ -76,7 +72,7 @@ def main():
     parser.add_argument("--samples", type=int, default=1000, help="K of IW-K")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    digits = data.load("digits", form="bytes")
+    digits = data.load("digits", "bytes")
     results, above = [], None
     print(
         f"| model | parameters | epochs | -ELBO | -IW-{options.samples} | reference | differs from the row "
@@ -85,7 +81,7 @@ def main():
     )
     for name, (make, settings) in ROWS.items():
         pyro.set_rng_seed(options.seed)
-        pair = make(digits["train"])
+        pair = make(digits)
         run = fit(
             pair,
             digits["train"],

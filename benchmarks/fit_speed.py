@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train = data.load("digits", form="bytes")["train"]
+    train = data.load("digits", "bytes")["train"]
     times = {name: [] for name in ROWS}
     for name in ROWS:
         ROWS[name](train)

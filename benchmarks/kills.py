@@ -59,7 +59,7 @@ from pyroelbo import data, fit, fit_em, models
 kind, out, resume = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3] == "resume"
 torch.set_num_threads(1)
 torch.manual_seed(0)
-y = data.load("digits", form="binary")["train"][:300]
+y = data.load("digits", "binary")["train"][:300]
 pair = eval(kind["model"])
 train = DataLoader(TensorDataset(y), batch_size=32, shuffle=True) if kind.get("loader") else y
 more = {"valid": y[:50]} if kind.get("valid") else {}

@@ -13,7 +13,7 @@ in 256 grey levels (1,565, 200 and 200, split at random by seed 0), under a disc
 bits/dim are -IW-K of all images over 560 ln 2.
 """
 
-from benchmarks.static_mnist import System, main
+from benchmarks.static_mnist import System, main, started
 from pyroelbo import models
 
 LAYERED = {"objective": "layered", "clip_norm": 50.0}
@@ -29,11 +29,11 @@ def short(epochs, batch_size):
 
 
 def omniglot(model, **settings):
-    return lambda train: model.for_data(train, (28, 28), 2, **settings)
+    return started(model, (28, 28), **settings)
 
 
 def faces(model, **settings):
-    return lambda train: model.for_data(train, (28, 20), 256, likelihood="discretized_logistic", **settings)
+    return started(model, (28, 20), likelihood="discretized_logistic", **settings)
 
 
 def rows(name, make, data, fit, latent, hidden, ladder, components):

@@ -44,14 +44,18 @@ class System:
     draws: int = 16  # of the ELBO
 
 
+def started(model, shape, **settings):
+    return lambda train: model(shape, **settings).initialize(train)
+
+
 def gated_vae(**settings):
     shape = {"latent": 40, "hidden": (300, 300), "network": "gated"}
-    return lambda train: models.VAE.for_data(train, (28, 28), 2, **shape, **settings)
+    return started(models.VAE, (28, 28), **shape, **settings)
 
 
 def ladder(**settings):
     shape = {"latent": (40, 40), "hidden": (300, 300), "network": "gated", "norm": "none", "prior": "vamp"}
-    return lambda train: models.Ladder.for_data(train, (28, 28), 2, components=250, **shape | settings)
+    return started(models.Ladder, (28, 28), components=250, **shape | settings)
 
 
 # The ladder learns its training images by heart within 65 epochs (83 nats beside 90 of validation), which
@@ -420,12 +424,13 @@ def load_images(name, root):
     """Splits of a data set by name, and its number of ``levels``. Omniglot's grey levels are drawn as coin
     flips once, by seed 0, as static MNIST's were.
     """
-    form = {"omniglot": "grey", "freyfaces": "bytes"}.get(name, "binary")
-    images = data.load(name, form=form, root=root)
-    if form == "grey":
+    kind = {"omniglot": "grey", "freyfaces": "bytes"}.get(name, "binary")
+    images = data.load(name, kind, root=root)
+    splits = images.splits
+    if kind == "grey":
         generator = torch.Generator().manual_seed(0)
-        images = {split: data.binarize(x, generator) for split, x in images.items()}
-    return images | {"levels": data.levels(name) if form == "bytes" else 2}
+        splits = {split: data.binarize(x, generator) for split, x in splits.items()}
+    return splits | {"levels": images.levels or 2}
 
 
 def main(systems=SYSTEMS, out="runs/static_mnist", description=__doc__):

@@ -116,7 +116,8 @@ def main(arguments=None):
         options.num_epochs, options.data, options.width = 1, 64, 8
     out = options.out or fresh("runs/ctc_digits")
 
-    images, labels = data.load("digits"), data.labels("digits")
+    images = data.load("digits", "grey")
+    labels = images.labels
     # each split has its own images
     train = strings(images["train"], labels["train"], options.data, options.seed)
     valid = strings(images["valid"], labels["valid"], 200, options.seed + 1)

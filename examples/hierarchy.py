@@ -80,7 +80,7 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     out = options.out or fresh("runs/hierarchy")
-    digits = data.load("digits", form="binary")
+    digits = data.load("digits", "binary")
     test = digits["test"]
     if options.smoke:
         options.num_epochs, test = 2, test[:10]

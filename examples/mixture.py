@@ -33,7 +33,7 @@ def main(arguments=None):
     epochs = 2 if options.smoke else options.num_epochs
     out = options.out or fresh("runs/mixture")
 
-    digits = data.load("digits")
+    digits = data.load("digits", "grey")
     with torch.no_grad():
         projection = models.PPCA(64, 2).solve(digits["train"])
         train, test = (projection.posterior(digits[split]).mean for split in ("train", "test"))
@@ -41,7 +41,8 @@ def main(arguments=None):
     results = {}
     for guide in ("exact", "encoder"):
         torch.manual_seed(options.seed)
-        pair = models.GaussianMixture.for_data(train, (2,), 0, components=options.components, guide=guide)
+        pair = models.GaussianMixture(2, options.components, guide=guide)
+        pair.initialize(train)
         # The latent is discrete: Trace_ELBO uses score-function gradients for the encoder; with the exact
         # guide ln w is differentiated directly.
         fit(

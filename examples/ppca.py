@@ -26,7 +26,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     epochs = 2 if options.smoke else options.num_epochs
 
-    digits = data.load("digits")  # grey pixels in [0, 1], with a Gaussian density
+    digits = data.load("digits", "grey")  # grey pixels in [0, 1], with a Gaussian density
     train, test = digits["train"], digits["test"]
 
     torch.manual_seed(options.seed)
@@ -37,7 +37,8 @@ def main(arguments=None):
     all_results = {"closed form": results}
     for guide in ("exact", "mean_field"):
         torch.manual_seed(options.seed)
-        pair = models.PPCA.for_data(train, (8, 8), 17, latent=options.latent, guide=guide)
+        pair = models.PPCA(64, options.latent, guide)
+        pair.initialize(train)
         fit(
             pair,
             train,

@@ -46,20 +46,13 @@ def main(arguments=None):
     out = options.out or fresh("runs/priors")
 
     # Grey levels 0 … 16 with probabilities, so that nats are a code length.
-    digits = data.load("digits", form="bytes")
+    digits = data.load("digits", "bytes")
     train, test = digits["train"], digits["test"][: options.num_audit]
     results, parts, planes = {}, {}, {}
     for prior in names:
         torch.manual_seed(options.seed)
-        # for_data initializes the pseudo-inputs of a VampPrior from data; the other priors need none.
-        pair = models.VAE.for_data(
-            train,
-            data.shape("digits"),
-            data.levels("digits"),
-            likelihood="discretized_logistic",
-            prior=prior,
-            components=options.components,
-        )
+        # build also initializes the pseudo-inputs of a VampPrior from data; the other priors need none.
+        pair = models.build("vae", digits, {"prior": prior, "components": options.components})
         # The prior is a part of the pair, as the decoder: the same loss trains both.
         fit(
             pair,

@@ -39,12 +39,10 @@ def main(arguments=None):
 
     # Grey levels 0 … 16 of 8x8 pixels. The discretized logistic assigns a probability to each level, so nats
     # are a code length.
-    form = models.vae.VAE.form_of({"likelihood": options.likelihood})
-    digits = data.load("digits", form=form)
+    settings = {"likelihood": options.likelihood, "network": options.network}
+    digits, settings = models.matched("vae", data.load("digits"), settings)  # as this likelihood takes them
     torch.manual_seed(options.seed)
-    pair = models.VAE(
-        data.shape("digits"), latent=2, likelihood=options.likelihood, levels=17, network=options.network
-    )
+    pair = models.build("vae", digits, settings)
 
     # The pair is a Pyro model and a Pyro guide; fit minimizes -ELBO, as SVI(pair.model, pair.guide, ...)
     # does.
@@ -59,11 +57,7 @@ def main(arguments=None):
         seed=options.seed,
         device="cuda" if options.cuda else None,
         out=out,
-        config={
-            "model": "vae",
-            "data": "digits",
-            "settings": {"likelihood": options.likelihood, "network": options.network},
-        },
+        config={"model": "vae", "data": digits.describe(), "settings": settings},
     )
     print(
         f"\nafter {len(run.losses)} epochs the loss is {run.losses[-1]:.2f} nats per digit. How far is "
@@ -78,23 +72,22 @@ def main(arguments=None):
     (out / "audit.json").write_text(result.to_json())
 
     with torch.no_grad():
-        grey = test[:16] / 16 if form == "bytes" else test[:16]
+        white = max(digits.levels - 1, 1)
         codes = pair.encode(digits["test"].to(pair.device)).mean
         _, drawn = pair.simulate(16)
-        drawn = drawn / 16 if form == "bytes" else drawn
         ticks = torch.linspace(-2.5, 2.5, 15)
         plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2).to(pair.device)
         pictures = [
             report.plot_curve(run, out / "curve.png"),
             report.plot(result, out / "audit.png"),
             report.images(
-                [grey, pair.mean_image(codes[:16]), drawn.clamp(0, 1)],
+                [test[:16] / white, pair.mean_image(codes[:16]), (drawn / white).clamp(0, 1)],
                 (8, 8),
                 out / "images.png",
                 ["data", "decoded", "samples"],
             ),
             report.plot_latents(
-                codes, data.labels("digits")["test"], pair.mean_image(plane), (8, 8), 2.5, out / "latents.png"
+                codes, digits.labels["test"], pair.mean_image(plane), (8, 8), 2.5, out / "latents.png"
             ),
         ]
     print("\npictures:", *pictures)

@@ -31,7 +31,7 @@ def main(arguments=None):
         options.latent, options.num_audit, options.temperatures = 2, 4, 4
 
     torch.manual_seed(options.seed)
-    digits = data.load("digits", form="grey")
+    digits = data.load("digits", "grey")
     pair = models.PPCA(64, options.latent, guide="mean_field").solve(digits["train"])
     with torch.no_grad():
         # Rotated latents give the same model, but make the posterior correlated.

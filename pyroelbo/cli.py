@@ -165,9 +165,9 @@ _MODELS_OWN = ("epochs", "learning_rate")
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        default="digits",
+        default=None,
         choices=data.NAMES,
-        help="data set; digits ship with scikit-learn, the others are files",
+        help="data set; by default the model's own. Digits ship with scikit-learn, the others are files",
     )
     parser.add_argument(
         "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
@@ -208,22 +208,12 @@ def _value(text: str) -> Any:
     return text
 
 
-def _splits(dataset: str, form: str, root: Path | None) -> dict[str, torch.Tensor]:
-    if dataset == "binarized_mnist" and form != "binary":
-        raise ValueError(
-            "--data: expected grey levels for this likelihood, got binarized_mnist: use a Bernoulli "
-            "likelihood, "
-            "or --data mnist"
-        )
-    return data.load(dataset, form=form, root=root)
-
-
 def _train(options: argparse.Namespace) -> int:
     entry = models.entry(options.model)
-    settings = _settings(options.set)
-    splits = _splits(options.data, entry.form(settings), options.data_dir)
+    found = data.load(options.data or entry.data, root=options.data_dir)
+    found, settings = models.matched(options.model, found, _settings(options.set))
     pyro.set_rng_seed(options.seed)
-    pair = models.build(options.model, options.data, settings, splits["train"])
+    pair = models.build(options.model, found, settings)
     warmup = options.kl_warmup
     if warmup < 0:
         raise ValueError(f"--kl-warmup: expected a number of epochs, got {warmup}")
@@ -234,14 +224,14 @@ def _train(options: argparse.Namespace) -> int:
         chosen["kl_weight"] = lambda epoch: weight * min(1.0, epoch / warmup)
     run = fit(
         pair,
-        splits["train"],
-        valid=splits["valid"],
+        found["train"],
+        valid=found["valid"],
         device="cuda" if options.cuda else None,
         out=options.out,
         resume=options.resume,
         config={
             "model": options.model,
-            "data": options.data,
+            "data": found.describe(),
             "settings": settings,
             "kl_warmup": warmup,
         },
@@ -253,7 +243,7 @@ def _train(options: argparse.Namespace) -> int:
     bound = "".join(f", validation {k[6:]} {v:.3f} nats" for k, v in last.items() if k.startswith("valid_"))
     if last:
         print(
-            f"{options.model} on {options.data}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} "
+            f"{options.model} on {found.name}: loss {last['loss']:.3f} nats{bound} after {last['epoch']} "
             f"{'epoch' if last['epoch'] == 1 else 'epochs'}"
             + ("" if run.stopped == "epochs" else f", stopped: {run.stopped}")
         )
@@ -271,14 +261,14 @@ def _train(options: argparse.Namespace) -> int:
 def _audit(options: argparse.Namespace) -> int:
     if options.num_data < 0:
         raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
-    pair, config = models.load(options.path)
-    form = models.entry(config["model"]).form(config["settings"])
-    y = _splits(config["data"], form, options.data_dir)[options.split]
+    pair, config, known = models.load(options.path)
+    found = data.load(known.name, known.kind, root=options.data_dir)
+    y, labels = found[options.split], found.labels.get(options.split)
     pyro.set_rng_seed(options.seed)
     if 0 < options.num_data < len(y):
-        y = y[
-            torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))[: options.num_data]
-        ]
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))
+        order = order[: options.num_data]
+        y, labels = y[order], None if labels is None else labels[order]
     result = audit(
         pair,
         y,
@@ -287,17 +277,17 @@ def _audit(options: argparse.Namespace) -> int:
         temperatures=options.temperatures,
         budget=options.budget,
     )
-    print(f"{config['model']} of {options.path}, {config['data']} {options.split} split, seed {options.seed}")
+    print(f"{config['model']} of {options.path}, {found.name} {options.split} split, seed {options.seed}")
     print(result)
     if isinstance(pair, models.Chain):
         print("\n" + _rates(pair, y, options.particles))
-    if form != "grey":
-        print("\n" + report.bits_table(result, y.shape[-1]))
+    if found.about.discrete:
+        print("\n" + report.bits_table(result, found.dims))
     run = RunDirectory(options.path)
     run.write_text("audit.json", result.to_json() + "\n")
-    figure = report.plot(result, options.path / "audit.png")
-    _pictures(pair, config, y, options.path)
-    print(f"\nwritten: {options.path / 'audit.json'}, {figure}")
+    written = [run.path / "audit.json", report.plot(result, run.path / "audit.png")]
+    written += _pictures(pair, found, y, labels, run.path)
+    print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
 
 
@@ -313,23 +303,25 @@ def _rates(pair: models.Chain, y: torch.Tensor, particles: int) -> str:
     )
 
 
-def _pictures(pair: Any, config: dict[str, Any], y: torch.Tensor, path: Path) -> None:
-    """Reconstructions and the latent plane, for pairs that can draw a mean image."""
-    shape, n = data.shape(config["data"]), min(16, len(y))
-    with torch.no_grad():
-        original = y[:n] / (pair.levels - 1) if getattr(pair, "form", "grey") == "bytes" else y[:n]
-        if hasattr(pair, "reconstruct"):
-            found = pair.reconstruct(y[:n])
-            report.images([original, found], shape, path / "reconstructions.png", ["data", "decoded"])
-        if not hasattr(pair, "mean_image"):
-            return
-        q = pair.encode(y)
-        report.images(
-            [original, pair.mean_image(q.mean[:n])], shape, path / "reconstructions.png", ["data", "decoded"]
-        )
-        if q.mean.shape[-1] == 2:
-            plane = _plane(15, 2.5).to(y.dtype)
-            report.plot_latents(q.mean, None, pair.mean_image(plane), shape, 2.5, path / "latents.png")
+def _pictures(pair: Any, found: data.Dataset, y: torch.Tensor, labels: Any, path: Path) -> list[Path]:
+    """Reconstructions and the latent plane, for pairs that decode pictures."""
+    decoded = pair.reconstruct(y[:16])
+    if decoded is None or len(found.shape) != 2:
+        return []
+    rows = [_brightness(found, y[:16]), decoded]
+    written = [report.images(rows, found.shape, path / "reconstructions.png", ["data", "decoded"])]
+    plane = pair.latent_plane(y)
+    if plane is not None:
+        codes, decode = plane
+        with torch.no_grad():
+            grid = decode(_plane(15, 2.5).to(codes))
+        written.append(report.plot_latents(codes, labels, grid, found.shape, 2.5, path / "latents.png"))
+    return written
+
+
+def _brightness(found: data.Dataset, y: torch.Tensor) -> torch.Tensor:
+    """Pictures of the data set's kind in [0, 1]."""
+    return (y / max(found.levels - 1, 1)).clamp(0, 1)
 
 
 def _plane(n: int, extent: float) -> torch.Tensor:
@@ -338,16 +330,14 @@ def _plane(n: int, extent: float) -> torch.Tensor:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    pair, config = models.load(options.path)
+    pair, _, known = models.load(options.path)
     pyro.set_rng_seed(options.seed)
     _, batch = pair.simulate(options.num_samples)
     (y,) = batches.parts(batch).values()
     files.write_tensors(options.path / "samples.safetensors", {"y": y}, {"seed": options.seed})
-    top = data.levels(config["data"]) - 1 if getattr(pair, "form", "grey") == "bytes" else 1
-    pictures = (y / top).clamp(0, 1)
     columns = min(16, options.num_samples)
     figure = report.images(
-        list(pictures.split(columns)), data.shape(config["data"]), options.path / "samples.png"
+        list(_brightness(known, y).split(columns)), known.shape, options.path / "samples.png"
     )
     print(f"written: {options.path / 'samples.safetensors'} (y, {tuple(y.shape)}), {figure}")
     return 0

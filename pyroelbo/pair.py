@@ -241,6 +241,15 @@ class Pair(PyroModule):
         site, whose order in the programs is the chain."""
         return None
 
+    def reconstruct(self, *batch: Tensor) -> Tensor | None:
+        """Means of the data given their codes, scaled to [0, 1], [B, D]; None for pairs that have none."""
+        return None
+
+    def latent_plane(self, *batch: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """The codes [B, 2] of the data and the map that decodes a code as :meth:`reconstruct` does; None
+        where the latent has other dimensions."""
+        return None
+
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         """A batch of n data of the right shape with arbitrary observed values (abstract: pairs that simulate
         define it)."""

@@ -82,19 +82,6 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "got 'depth'"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "--set: expected NAME=VALUE"),
         (
-            [
-                "train",
-                "vae",
-                "--out",
-                str(tmp_path / "x"),
-                "--data",
-                "binarized_mnist",
-                "--set",
-                "likelihood=l2",
-            ],
-            "--data: expected grey levels",
-        ),
-        (
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
             "mnist.npz: no such file",
         ),

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -6,18 +9,34 @@ from pyroelbo import data
 
 
 def test_digits():
-    grey, binary, levels = (data.load("digits", form=f) for f in ("grey", "binary", "bytes"))
-    assert {k: len(v) for k, v in grey.items()} == {"train": 1297, "valid": 200, "test": 300}
-    assert set(binary["train"].unique().tolist()) == {0.0, 1.0}
-    assert levels["train"].max() == data.levels("digits") - 1 == 16
-    assert torch.equal(levels["test"], grey["test"] * 16)
-    assert data.labels("digits")["test"].shape == (300,)
-    with pytest.raises(
-        ValueError, match="name: expected one of digits, binarized_mnist, mnist, omniglot, freyfaces, got"
-    ):
+    own, grey, binary = (data.load("digits", kind) for kind in (None, "grey", "binary"))
+    assert {k: len(v) for k, v in own.splits.items()} == {"train": 1297, "valid": 200, "test": 300}
+    assert own.kind == "bytes" and own["train"].max() == own.levels - 1 == 16
+    assert torch.equal(own["test"], grey["test"] * 16)
+    assert torch.equal(binary["test"] == 1, grey["test"] > 0.5) and binary.levels == 2 and grey.levels == 0
+    assert own.labels["test"].shape == (300,)
+    names = "digits, binarized_mnist, mnist, omniglot, freyfaces"
+    with pytest.raises(ValueError, match=f"name: expected one of {names}, got 'cifar'"):
         data.load("cifar")
-    with pytest.raises(ValueError, match="form: expected 'grey', 'binary' or 'bytes', got 'colour'"):
-        data.load("digits", form="colour")
+    with pytest.raises(ValueError, match="data: expected series, got digits, bytes"):
+        data.load("digits", "series")
+
+
+def test_a_description_is_read_back_and_nothing_else_is():
+    digits = data.load("digits", "grey")
+    found = data.Dataset.described(json.loads(json.dumps(digits.describe())))
+    assert found == dataclasses.replace(digits, splits={}, labels={})
+    for damaged in (
+        {},
+        {"kind": "grey"},
+        found.describe() | {"kind": "colours"},
+        found.describe() | {"shape": [-1]},
+        found.describe() | {"levels": 1.5},
+        found.describe() | {"steps": 2**40},
+        found.describe() | {"extra": 1},
+    ):
+        with pytest.raises(ValueError, match="expected the description of a data set, got"):
+            data.Dataset.described(damaged)
 
 
 def test_files_are_read_by_path(tmp_path, monkeypatch):

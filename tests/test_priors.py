@@ -236,7 +236,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
             "'mixture' of 'z': components: .*got 0",
         ),
         (
-            lambda: models.VAE.for_data(torch.zeros(3, 6), 6, 2, prior="vamp", components=4),
+            lambda: models.VAE(6, prior="vamp", components=4).initialize(torch.zeros(3, 6)),
             "at most one pseudo-input for each of the 3 data, got 4",
         ),
         (

@@ -1,7 +1,23 @@
-"""Data: image data sets by name, and texts or sequences of your own as padded rows."""
+"""Data: sets by name, their kinds, and texts or sequences of your own as padded rows."""
 
-from pyroelbo.data.images import NAMES, binarize, labels, levels, load, shape
+from pyroelbo.data.dataset import KINDS, Dataset, Kind
+from pyroelbo.data.images import binarize
 from pyroelbo.data.sequences import sequences
+from pyroelbo.data.sets import NAMES, load
 from pyroelbo.data.text import strings, windows
+from pyroelbo.data.views import VIEWS, view, views
 
-__all__ = ["NAMES", "binarize", "labels", "levels", "load", "sequences", "shape", "strings", "windows"]
+__all__ = [
+    "KINDS",
+    "NAMES",
+    "VIEWS",
+    "Dataset",
+    "Kind",
+    "binarize",
+    "load",
+    "sequences",
+    "strings",
+    "view",
+    "views",
+    "windows",
+]

@@ -11,7 +11,7 @@ from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
-from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, settings_of
+from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 
@@ -38,5 +38,6 @@ __all__ = [
     "build",
     "entry",
     "load",
+    "matched",
     "settings_of",
 ]

@@ -15,7 +15,6 @@ from torch.distributions import constraints
 from torch.nn.functional import pad
 
 from pyroelbo.models.chain import SharedPath
-from pyroelbo.models.observation import form_of
 from pyroelbo.models.precision import exact
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
 from pyroelbo.pair import PLATE, ExactPair
@@ -186,11 +185,11 @@ class Autoregressive(ExactPair):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.form_of({"likelihood": likelihood})
+        if likelihood not in ("bernoulli", "categorical"):
+            raise ValueError(f"likelihood: expected 'bernoulli' or 'categorical', got {likelihood!r}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.length, self.levels = math.prod(self.shape), levels
         self.symbols = 2 if likelihood == "bernoulli" else levels
-        self.form = "binary" if likelihood == "bernoulli" else "bytes"
         if self.length < 2 or self.symbols < 2:
             raise ValueError(
                 f"shape: expected at least 2 tokens of at least 2 symbols, got {self.length} of "
@@ -311,18 +310,6 @@ class Autoregressive(ExactPair):
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         first = next(self.parameters())
         return torch.zeros(n, self.length, dtype=first.dtype, device=first.device)
-
-    @staticmethod
-    def form_of(settings: dict[str, Any]) -> str:
-        """The form of image data that a model with these settings expects."""
-        name = settings.get("likelihood", "bernoulli")
-        if name not in ("bernoulli", "categorical"):
-            raise ValueError(f"likelihood: expected 'bernoulli' or 'categorical', got {name!r}")
-        return form_of(settings)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> Autoregressive:
-        return cls(shape, levels=levels, **settings)
 
 
 class Strings(Autoregressive):

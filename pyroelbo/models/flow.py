@@ -88,8 +88,6 @@ class DequantizedFlow(Pair):
     Source: Theis, van den Oord and Bethge (2016), equation 7; Ho et al. (2019) for its reading as an ELBO.
     """
 
-    form = "bytes"
-
     def __init__(
         self,
         dims: int,
@@ -127,11 +125,6 @@ class DequantizedFlow(Pair):
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.loc.new_zeros(n, self.dims)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> DequantizedFlow:
-        pair = cls(math.prod(shape), levels, **settings)
-        return pair if train is None else pair.initialize(train)
 
 
 class _InCell(dist.Uniform):

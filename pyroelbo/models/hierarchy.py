@@ -13,27 +13,18 @@ from torch import Tensor, nn
 from pyroelbo import encoders, priors
 from pyroelbo.models.chain import Chain
 from pyroelbo.models.links import BottomUpLink, GaussianLink, PixelLink, TopDownLink
-from pyroelbo.models.observation import Pixels, form_of
+from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP
 
 __all__ = ["Hierarchy", "ImageChain", "check_widths"]
 
 
 class ImageChain(Chain):
-    """A chain on flat images [B, D] (abstract): adds the form of its data, reconstructions and
-    initialization."""
+    """A chain on flat images [B, D] (abstract): adds reconstructions and initialization."""
 
     @property
     def pixels(self) -> Pixels:
         return self.generator.observation.pixels  # type: ignore[return-value]
-
-    @property
-    def form(self) -> str:
-        return self.pixels.form
-
-    @property
-    def levels(self) -> int:
-        return self.pixels.levels
 
     def check(self, y: Tensor) -> None:
         self.pixels.check(y, type(self).__name__)
@@ -46,28 +37,16 @@ class ImageChain(Chain):
         return self.pixels.mean_image(model.nodes["y"]["fn"])
 
     @torch.no_grad()
-    def initialize(self, y: Tensor) -> None:
+    def initialize(self, y: Tensor) -> ImageChain:
         """Initialize the prior from data [N, D]: from y itself, or bottom-up from draws of z_{N-1}, which the
-        top of the encoder is given."""
+        top of the encoder is given; returns self."""
         self.check(y)
         top: Any = getattr(self.prior, "prior", self.prior)
         if self.order == "bottom-up":
             for link in self.encoder.links[:-1]:
                 y = link(y).sample()
         top.initialize(y)
-
-    @staticmethod
-    def form_of(settings: dict[str, Any]) -> str:
-        """The form of data that a chain with these settings expects."""
-        return form_of(settings)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> ImageChain:
-        """The chain for images of this ``shape``, initialized from ``train`` if that is given."""
-        pair = cls(shape, levels=levels, **settings)  # type: ignore[call-arg]  # final classes take pixels
-        if train is not None:
-            pair.initialize(train)
-        return pair
+        return self
 
 
 class Hierarchy(ImageChain):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -129,13 +127,6 @@ class _Mixture(ExactPair):
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.blank(n)
 
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings: Any) -> Any:
-        pair = cls(math.prod(shape), **settings)  # type: ignore[call-arg]
-        if train is not None:
-            pair.initialize(train)
-        return pair
-
 
 class GaussianMixture(_Mixture):
     """p(z) = Categorical(π) over M components, p(y | z) = N(loc_z, Σ_z). Data [B, D].
@@ -162,8 +153,6 @@ class GaussianMixture(_Mixture):
     Source: Dempster, Laird, Rubin (1977).
     """
 
-    form = "grey"
-
     def __init__(
         self,
         dims: int,
@@ -188,8 +177,6 @@ class BernoulliMixture(_Mixture):
     Beta(1 + a, 1 + a), Dirichlet(1 + a)). Parts: ``generator`` (logits [M], log_odds [M, D]), ``encoder``
     (amortized only). Cost: O(B·M·D), two matrix products.
     """
-
-    form = "binary"
 
     def __init__(self, dims: int, components: int = 10, guide: str = "exact", smoothing: float = 0.0) -> None:
         super().__init__(Bernoulli(components, dims, smoothing), guide)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
 
-__all__ = ["LIKELIHOODS", "Coins", "Pixels", "form_of"]
+__all__ = ["LIKELIHOODS", "Coins", "Pixels"]
 
-# name: (network outputs per pixel, given the number of grey levels; form of the data)
-LIKELIHOODS: dict[str, tuple[Callable[[int], int], str]] = {
-    "bernoulli": (lambda levels: 1, "binary"),
-    "discretized_logistic": (lambda levels: 1, "bytes"),
-    "categorical": (lambda levels: levels, "bytes"),
-    "l2": (lambda levels: 1, "grey"),
-    "l1": (lambda levels: 1, "grey"),
+# name: (network outputs per pixel, given the number of grey levels; kinds of data)
+LIKELIHOODS: dict[str, tuple[Callable[[int], int], tuple[str, ...]]] = {
+    "bernoulli": (lambda levels: 1, ("binary",)),
+    "discretized_logistic": (lambda levels: 1, ("bytes",)),
+    "categorical": (lambda levels: levels, ("bytes",)),
+    "l2": (lambda levels: 1, ("grey", "vectors")),
+    "l1": (lambda levels: 1, ("grey", "vectors")),
 }
 
 
@@ -51,8 +51,9 @@ class Pixels(nn.Module):
                 f"weight: expected None for likelihood={likelihood!r}, got {weight!r}; 'l1' and 'l2' have one"
             )
         self.dims, self.likelihood, self.levels = dims, likelihood, levels
-        per_pixel, self.form = LIKELIHOODS[likelihood]
-        if self.form == "bytes" and levels < 2:
+        per_pixel, kinds = LIKELIHOODS[likelihood]
+        self.integers = "bytes" in kinds
+        if self.integers and levels < 2:
             raise ValueError(f"levels: expected at least two grey levels, got {levels}")
         self.per_pixel = per_pixel(levels)
         starts = {"discretized_logistic": levels / 10, "l1": 10.0, "l2": 100.0}
@@ -88,7 +89,7 @@ class Pixels(nn.Module):
 
     def center(self) -> Center:
         """Module that maps such pixels to [-1, 1]."""
-        return Center(self.levels - 1 if self.form == "bytes" else 1)
+        return Center(self.levels - 1 if self.integers else 1)
 
     def mean_image(self, distribution: Any) -> Tensor:
         """E[y | x], scaled to [0, 1], [*, dims]."""
@@ -111,11 +112,3 @@ class Center(nn.Module):
     def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Pixels of any dtype in [-1, 1], of the ``dtype`` of the network's parameters."""
         return 2 * y.to(dtype) / self.top - 1
-
-
-def form_of(settings: Mapping[str, Any]) -> str:
-    """The form of data that a model with these settings expects."""
-    name = settings.get("likelihood", "bernoulli")
-    if name not in LIKELIHOODS:
-        raise ValueError(f"likelihood: expected one of {tuple(LIKELIHOODS)}, got {name!r}")
-    return LIKELIHOODS[name][1]

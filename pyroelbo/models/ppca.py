@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -41,8 +40,6 @@ class PPCA(ExactPair):
 
     Source: Tipping and Bishop (1999), equations 6, 7, 14 and 15; Rubin and Thayer (1982) for EM.
     """
-
-    form = "grey"
 
     def __init__(
         self,
@@ -211,10 +208,3 @@ class PPCA(ExactPair):
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.loc.new_zeros(n, self.dims)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> PPCA:
-        pair = cls(math.prod(shape), **settings)
-        if train is not None:
-            pair.initialize(train)
-        return pair

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroelbo import data
+from pyroelbo import batch as batches
+from pyroelbo.data import Dataset, view, views
 from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
@@ -20,90 +21,120 @@ from pyroelbo.models.flow import DequantizedFlow
 from pyroelbo.models.hierarchy import Hierarchy
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
+from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.vae import VAE
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, check_same, copy_into
 
-__all__ = ["REGISTRY", "Entry", "build", "entry", "load", "settings_of"]
+__all__ = ["REGISTRY", "Entry", "build", "entry", "load", "matched", "settings_of"]
+
+Kinds = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the registry: ``make(train or None, shape, levels, **settings)`` builds the pair,
-    ``form(settings)`` is the form of data that it expects."""
+    """A row of the registry.
+
+    Args:
+        about: one line of ``pyroelbo models``.
+        pair: the class; the arguments of its constructor but those of ``sizes`` are the model's settings.
+        kinds: the kinds of data that it takes (:data:`pyroelbo.data.KINDS`), the first choice first, each
+            with the settings that this kind needs: the values that fit, the default first.
+        sizes: the arguments of the constructor that the data determine.
+        data: the data set that stands for none.
+        epochs, learning_rate: defaults of the command line.
+    """
 
     about: str
-    make: Callable[..., Pair]
-    form: Callable[[dict[str, Any]], str]
-    epochs: int
-    learning_rate: float
+    pair: Callable[..., Pair]
+    kinds: Kinds
+    sizes: Callable[[Dataset], dict[str, Any]]
+    data: str = "digits"
+    epochs: int = 50
+    learning_rate: float = 1e-3
+
+
+def _pixels(*names: str) -> Kinds:
+    """The kinds of the pixel likelihoods of these names."""
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        for kind in LIKELIHOODS[name][1]:
+            kinds.setdefault(kind, {"likelihood": []})["likelihood"].append(name)
+    return kinds
+
+
+def _picture(data: Dataset) -> dict[str, Any]:
+    return {"shape": data.shape, "levels": data.levels}
+
+
+def _row(data: Dataset) -> dict[str, Any]:
+    return {"dims": data.dims}
 
 
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
         "VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
         f"encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}",
-        VAE.for_data,
-        VAE.form_of,
-        50,
-        1e-3,
+        VAE,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
     ),
     "hierarchy": Entry(
         "chain of Gaussian latents; order=bottom-up|top-down, likelihood, encoder and prior (at the top) "
         "as vae",
-        Hierarchy.for_data,
-        Hierarchy.form_of,
-        50,
-        1e-3,
+        Hierarchy,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
     ),
     "ladder": Entry(
         "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood, "
-        "encoder and prior "
-        "as vae",
-        Ladder.for_data,
-        Ladder.form_of,
-        50,
-        1e-3,
+        "encoder and prior as vae",
+        Ladder,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
     ),
     "conv_ladder": Entry(
         "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood and prior as vae",
-        ConvLadder.for_data,
-        ConvLadder.form_of,
-        30,
-        1e-3,
+        ConvLadder,
+        kinds={k: v for k, v in _pixels(*LIKELIHOODS).items() if k != "vectors"},
+        sizes=_picture,
+        epochs=30,
     ),
     "autoregressive": Entry(
         "pixels one after the other, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
-        Autoregressive.for_data,
-        Autoregressive.form_of,
-        20,
-        1e-3,
+        Autoregressive,
+        kinds=_pixels("bernoulli", "categorical"),
+        sizes=_picture,
+        epochs=20,
     ),
     "flow": Entry(
         "normalizing flow on grey levels, uniformly dequantized; kind=coupling|autoregressive",
-        DequantizedFlow.for_data,
-        lambda settings: "bytes",
-        50,
-        1e-3,
+        DequantizedFlow,
+        kinds={"bytes": {}},
+        sizes=lambda data: {"dims": data.dims, "levels": data.levels},
     ),
     "ppca": Entry(
-        "probabilistic PCA, exact; guide=exact|mean_field", PPCA.for_data, lambda settings: "grey", 50, 1e-2
+        "probabilistic PCA, exact; guide=exact|mean_field, noise=shared|diagonal",
+        PPCA,
+        kinds={"grey": {}, "vectors": {}},
+        sizes=_row,
+        learning_rate=1e-2,
     ),
     "mixture": Entry(
         "Gaussian mixture, exact; covariance=diagonal|full, guide=exact|encoder",
-        GaussianMixture.for_data,
-        lambda settings: "grey",
-        50,
-        1e-2,
+        GaussianMixture,
+        kinds={"grey": {}, "vectors": {}},
+        sizes=_row,
+        learning_rate=1e-2,
     ),
     "bernoulli_mixture": Entry(
         "Bernoulli mixture, exact; guide=exact|encoder",
-        BernoulliMixture.for_data,
-        lambda settings: "binary",
-        50,
-        1e-2,
+        BernoulliMixture,
+        kinds={"binary": {}},
+        sizes=_row,
+        learning_rate=1e-2,
     ),
 }
 
@@ -114,23 +145,66 @@ def entry(name: str) -> Entry:
     return REGISTRY[name]
 
 
-def build(name: str, dataset: str, settings: dict[str, Any], train: Any = None) -> Pair:
-    """The pair of this name for images of ``dataset``, initialized from ``train`` if that is given."""
-    make = entry(name).make
-    return make(train, data.shape(dataset), data.levels(dataset), **_checked(name, settings))
+def matched(name: str, data: Dataset, settings: Mapping[str, Any]) -> tuple[Dataset, dict[str, Any]]:
+    """The data as the first kind that this model takes under these settings, and the settings with those that
+    the kind needs.
+
+    Raises ValueError for data that cannot be seen as such a kind, naming what the model takes and which
+    models take the data, and for settings that no kind has.
+    """
+    kinds, settings = entry(name).kinds, _checked(name, settings)
+    for key in {key for needs in kinds.values() for key in needs}:
+        known = dict.fromkeys(value for needs in kinds.values() for value in needs.get(key, ()))
+        if key in settings and settings[key] not in known:
+            raise ValueError(f"{key}: expected one of {', '.join(known)}, got {settings[key]!r}")
+    fitting = {
+        kind: {key: settings.get(key, values[0]) for key, values in needs.items()}
+        for kind, needs in kinds.items()
+        if all(settings.get(key, values[0]) in values for key, values in needs.items())
+    }
+    seen = [kind for kind in fitting if kind in views(data.kind)]
+    if not seen:
+        raise ValueError(_mismatch(name, data, settings, list(fitting)))
+    return view(data, seen[:1]), settings | fitting[seen[0]]
+
+
+def _mismatch(name: str, data: Dataset, settings: Mapping[str, Any], taken: list[str]) -> str:
+    kinds = entry(name).kinds
+    keys = sorted({key for needs in kinds.values() for key in needs if key in settings})
+    under = " with " + ", ".join(f"{key}={settings[key]}" for key in keys) if keys else ""
+    ways = [
+        f"{key}={'|'.join(values)}"
+        for kind, needs in kinds.items()
+        if kind in views(data.kind)
+        for key, values in needs.items()
+    ]
+    others = [other for other, row in REGISTRY.items() if set(row.kinds) & set(views(data.kind))]
+    remedy = f"use {' or '.join(ways)}" if ways else f"models that take it: {', '.join(others) or 'none'}"
+    return f"data: expected {' or '.join(taken)} for {name}{under}, got {data.name}, {data.kind}; {remedy}"
+
+
+def build(name: str, data: Dataset, settings: Mapping[str, Any] | None = None) -> Pair:
+    """The pair of this name for data of this kind and these sizes, initialized from its split "train", if it
+    has one and the pair can be."""
+    data, settings = matched(name, data, settings or {})
+    pair = entry(name).pair(**entry(name).sizes(data), **settings)
+    if "train" in data.splits and hasattr(pair, "initialize"):
+        batches.call(pair.initialize, data["train"])
+    return pair
 
 
 def settings_of(name: str) -> dict[str, inspect.Parameter]:
-    """The settings of a model, besides the shape of its data."""
-    owner = getattr(entry(name).make, "__self__", entry(name).make)
-    found = inspect.signature(owner).parameters
-    return {k: p for k, p in found.items() if k not in ("shape", "dims", "levels")}
+    """The settings of a model: the arguments of its constructor that the data do not determine."""
+    row = entry(name)
+    blank = Dataset("none", next(iter(row.kinds)), (1, 1), {})
+    found = inspect.signature(row.pair).parameters
+    return {k: p for k, p in found.items() if k not in row.sizes(blank)}
 
 
 _LARGEST = 10**6  # of an integer setting
 
 
-def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings whose types are those of the model's defaults; raises ValueError, naming the first that is
     not."""
     known = settings_of(name)
@@ -155,8 +229,8 @@ def _checked(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
-    """The trained pair of a run directory, and the run's configuration.
+def load(path: str | Path) -> tuple[Pair, dict[str, Any], Dataset]:
+    """The trained pair of a run directory, the run's configuration, and the data set without its splits.
 
     Raises FileNotFoundError or ValueError for a directory without a run, damaged files, or weights of another
     pair.
@@ -168,15 +242,19 @@ def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
         raise ValueError(
             f"{file}: expected the name of a model, got none: it was not started by `pyroelbo train`"
         )
-    kinds = {"model": str, "data": str, "settings": dict}
+    kinds = {"model": str, "data": dict, "settings": dict}
     if not all(isinstance(config.get(k), kind) for k, kind in kinds.items()):
         raise ValueError(f"{file} is damaged: expected {', '.join(kinds)}")
+    try:
+        data = Dataset.described(config["data"])
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
     tensors, _ = run.load_weights()
     try:
         # The shapes alone first: damaged settings may ask for more memory than there is.
         with torch.device("meta"), suppress(RuntimeError):  # networks of Pyro's read values as they are built
-            check_same(_state(build(config["model"], config["data"], config["settings"])), tensors, str(path))
-        pair = build(config["model"], config["data"], config["settings"])
+            check_same(_state(build(config["model"], data, config["settings"])), tensors, str(path))
+        pair = build(config["model"], data, config["settings"])
         copy_into(_state(pair), tensors, str(path))
     except ValueError as error:
         # The run names this very model and its settings, so the code or a file is another.
@@ -184,7 +262,7 @@ def load(path: str | Path) -> tuple[Pair, dict[str, Any]]:
             f"{error}: pyroelbo {config['pyroelbo']}, which trained it, built the model {config['model']!r} "
             f"otherwise; train it anew, load it with that version, or look for damage in {file}"
         ) from error
-    return pair.eval(), config
+    return pair.eval(), config, data
 
 
 def _state(pair: Pair) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroelbo import encoders, priors
-from pyroelbo.models.observation import LIKELIHOODS, Pixels, form_of
+from pyroelbo.models.observation import LIKELIHOODS, Pixels
 from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, Pair
@@ -76,7 +76,6 @@ class VAE(Pair):
             likelihood,
         )
         self.generator = Pixels(self.dims, likelihood, levels, weight)
-        self.form = self.generator.form
         self.generator.add_module("decoder", self._decoder(network, hidden, channels))
         head = encoders.build(encoder, latent)
         if network == "conv":
@@ -118,20 +117,23 @@ class VAE(Pair):
         """E[y | z], scaled to [0, 1], [*, D]."""
         return self.generator.mean_image(self.observation(z))
 
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> VAE:
+        """Initialize the prior from data [N, D] (a VampPrior's pseudo-inputs); returns self."""
+        self.prior.initialize(y)
+        return self
+
+    @torch.no_grad()
+    def reconstruct(self, y: Tensor) -> Tensor:
+        """E[y | z] at the mean of q(z | y), scaled to [0, 1], [B, D]."""
+        return self.mean_image(self.encode(y).mean)
+
+    @torch.no_grad()
+    def latent_plane(self, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        return (self.encode(y).mean, self.mean_image) if self.latent == 2 else None
+
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return torch.zeros(n, self.dims, dtype=self._dtype(), device=self.device)
 
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
-
-    @staticmethod
-    def form_of(settings: dict) -> str:
-        """The form of data that a VAE with these settings expects."""
-        return form_of(settings)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> VAE:
-        pair = cls(shape, levels=levels, **settings)
-        if train is not None:
-            pair.prior.initialize(train)
-        return pair

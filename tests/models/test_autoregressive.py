@@ -177,7 +177,7 @@ def test_a_draw_that_is_no_prefix_has_probability_zero():
 
 def test_an_autoregressive_pair_trains_and_audits():
     pair = Autoregressive((3, 3), levels=17, width=8, layers=2)
-    y = data.load("digits", form="binary")["train"][:60].reshape(-1, 8, 8)[:, 2:5, 3:6].flatten(1)
+    y = data.load("digits", "binary")["train"][:60].reshape(-1, 8, 8)[:, 2:5, 3:6].flatten(1)
     run = fit(pair, y, epochs=4, batch_size=20, progress=False)
     assert run.losses[-1] < run.losses[0]
     a = audit(pair, y[:5], particles=8)

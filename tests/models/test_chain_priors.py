@@ -59,24 +59,19 @@ def test_pictures_of_what_is_decoded(name):
 
 
 STANDING = {
-    "hierarchy": lambda prior, **s: models.Hierarchy.for_data(
-        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, prior=prior, components=4
+    "hierarchy": lambda prior: models.Hierarchy(16, (3, 2), 8, prior=prior, components=4),
+    "hierarchy-top-down": lambda prior: models.Hierarchy(
+        16, (3, 2), 8, order="top-down", prior=prior, components=4
     ),
-    "hierarchy-top-down": lambda prior, **s: models.Hierarchy.for_data(
-        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=8, order="top-down", prior=prior, components=4
-    ),
-    "ladder": lambda prior, **s: models.Ladder.for_data(
-        s.get("train"), (4, 4), 2, latent=(3, 2), hidden=(8, 6), norm="layer", prior=prior, components=4
-    ),
-    "conv_ladder": lambda prior, **s: models.ConvLadder.for_data(
-        s.get("train"), (4, 4), 2, groups=(1, 1), latent=1, channels=4, prior=prior, components=4
-    ),
+    "ladder": lambda prior: models.Ladder(16, (3, 2), (8, 6), norm="layer", prior=prior, components=4),
+    "conv_ladder": lambda prior: models.ConvLadder((4, 4), (1, 1), 1, 4, prior=prior, components=4),
 }
 
 
 def standing(family, prior, train=None):
     torch.manual_seed(0)
-    return STANDING[family](prior, train=train)
+    pair = STANDING[family](prior)
+    return pair if train is None else pair.initialize(train)
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -97,7 +97,7 @@ from tests.pairs import binary
             "hidden: expected a positive width for each layer, got 'a' for layer 2",
         ),
         (
-            lambda: models.Hierarchy.for_data(binary(9, 5), (6,), 2, prior="vamp", components=3),
+            lambda: models.Hierarchy(6, prior="vamp", components=3).initialize(binary(9, 5)),
             r"y: expected shape \[B, 6\] \(flattened images\) for this Hierarchy, got \(9, 5\)",
         ),
         (

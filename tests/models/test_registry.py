@@ -12,6 +12,8 @@ from pyroelbo.evaluation.strategies import Plate
 from pyroelbo.models import PPCA, VAE, GaussianMixture
 from tests.pairs import TABLE
 
+DIGITS = data.Dataset("digits", "bytes", (8, 8), {}, 17)
+
 
 @pytest.mark.parametrize("name", [n for n in TABLE if n.startswith("vae")])
 def test_a_vae_decodes_and_encodes(name):
@@ -71,8 +73,9 @@ def test_mixture_is_the_sum_it_says():
 
 
 def test_initial_values_come_from_the_data():
-    train = data.load("digits")["train"]
-    mixture = models.build("mixture", "digits", {"components": 3}, train)
+    digits = data.load("digits", "grey")
+    train = digits["train"]
+    mixture = models.build("mixture", digits, {"components": 3})
     mixture.initialize(train, start="random")
     assert all((row == train).all(1).any() for row in mixture.generator.loc.detach())
     assert math.isfinite(float(mixture.log_evidence(train).mean().detach()))
@@ -110,16 +113,30 @@ def test_initial_values_come_from_the_data():
         (lambda: GaussianMixture(4, 2, floor=0.0), r"floor: expected a positive scale, got 0\.0"),
         (lambda: GaussianMixture(4, 2, guide="x"), "guide: expected 'exact' or 'encoder', got 'x'"),
         (
-            lambda: GaussianMixture.for_data(torch.zeros(3, 4), (4,), 0, components=5),
+            lambda: GaussianMixture(4, 5).initialize(torch.zeros(3, 4)),
             "y: expected at least 5 data, one per component, got 3",
         ),
         (
-            lambda: models.build("gan", "digits", {}),
+            lambda: models.build("gan", DIGITS, {}),
             "model: expected one of vae, hierarchy, ladder, conv_ladder, autoregressive, flow,",
         ),
         (
-            lambda: models.build("vae", "digits", {"depth": 2}),
+            lambda: models.build("vae", DIGITS, {"depth": 2}),
             "settings: expected some of latent, hidden, likelihood, network, channels, weight,",
+        ),
+        (
+            lambda: models.build("vae", data.Dataset("ones", "binary", (4,), {}, 2), {"likelihood": "l2"}),
+            "data: expected grey or vectors for vae with likelihood=l2, got ones, binary; "
+            "use likelihood=bernoulli",
+        ),
+        (
+            lambda: models.build("ppca", data.Dataset("ones", "binary", (4,), {}, 2)),
+            "data: expected grey or vectors for ppca, got ones, binary; "
+            "models that take it: vae, hierarchy, ladder, conv_ladder, autoregressive, bernoulli_mixture",
+        ),
+        (
+            lambda: models.build("vae", DIGITS, {"likelihood": "poisson"}),
+            "likelihood: expected one of bernoulli, discretized_logistic, categorical, l2, l1, got 'poisson'",
         ),
         (
             lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)),
