@@ -111,19 +111,32 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """All but splits and labels, as JSON; ``Dataset.described`` reads it."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("splits", "labels")}
+        plain = {key: getattr(self, key) for key in _STORED}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def described(cls, content: Mapping[str, Any]) -> Dataset:
         """A data set without splits, from what :meth:`describe` gave; ValueError for anything else."""
-        try:
-            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-            found = cls(splits={}, **plain)
-            numbers = (*found.shape, found.levels, found.steps)
-            whole = all(type(n) is int and 0 <= n < 2**31 for n in numbers)
-            if not whole or not all(type(x) is float for x in (*found.loc, *found.scale)):
-                raise ValueError(f"expected sizes, got {numbers}")
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"expected the description of a data set, got {content!r:.80}") from error
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        for key, kind in _STORED.items():
+            value = plain.get(key)
+            each = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) != (key in _MANY) or not all(type(x) is kind for x in each):
+                raise ValueError(f"data: expected {key} of {kind.__name__}, got {value!r:.80}")
+        if plain.keys() != _STORED.keys():
+            raise ValueError(f"data: expected {', '.join(_STORED)}, got {', '.join(plain)}"[:200])
+        found = cls(splits={}, **plain)
+        sizes = (*found.shape, found.levels, found.steps, found.dims)
+        if not all(0 <= size <= _LARGEST for size in sizes):
+            raise ValueError(f"data: expected sizes of at most {_LARGEST}, got {sizes}"[:200])
         return found
+
+
+# The fields that a run stores, of these types; some are lists.
+_STORED = {"name": str, "kind": str, "shape": int, "levels": int, "steps": int} | {
+    "names": str,
+    "loc": float,
+    "scale": float,
+}
+_MANY = ("shape", "names", "loc", "scale")
+_LARGEST = 10**7

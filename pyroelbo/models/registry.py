@@ -146,8 +146,8 @@ def entry(name: str) -> Entry:
 
 
 def matched(name: str, data: Dataset, settings: Mapping[str, Any]) -> tuple[Dataset, dict[str, Any]]:
-    """The data as the first kind that this model takes under these settings, and the settings with those that
-    the kind needs.
+    """The data as they are, or else as the first kind that this model takes under these settings, and the
+    settings with those that the kind needs.
 
     Raises ValueError for data that cannot be seen as such a kind, naming what the model takes and which
     models take the data, and for settings that no kind has.
@@ -162,7 +162,7 @@ def matched(name: str, data: Dataset, settings: Mapping[str, Any]) -> tuple[Data
         for kind, needs in kinds.items()
         if all(settings.get(key, values[0]) in values for key, values in needs.items())
     }
-    seen = [kind for kind in fitting if kind in views(data.kind)]
+    seen = [kind for kind in (data.kind, *fitting) if kind in fitting and kind in views(data.kind)]
     if not seen:
         raise ValueError(_mismatch(name, data, settings, list(fitting)))
     return view(data, seen[:1]), settings | fitting[seen[0]]

@@ -32,6 +32,8 @@ TOKENS = [
     b"\xff",
 ]
 
+DIGITS = data.Dataset("digits", "binary", (8, 8), {}, 2).describe()
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -40,7 +42,7 @@ def finished(tmp_path_factory):
     torch.manual_seed(0)
     pair = models.VAE((8, 8), 2, (4,))
     y = (torch.rand(8, 64) < 0.5).double()
-    config = {"model": "vae", "data": "digits", "settings": {"latent": 2, "hidden": [4]}}
+    config = {"model": "vae", "data": DIGITS, "settings": {"latent": 2, "hidden": [4]}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(pair, y, valid=y, epochs=2, batch_size=8, out=folder / "run", config=config, progress=False)
