@@ -10,15 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation import memory
+from pyroelbo.evaluation.elimination import FactorGraph, depends_on_finite
 from pyroelbo.evaluation.layout import LatentSite, Layout
+from pyroelbo.evaluation.masks import log_prob_of, masked
 from pyroelbo.evaluation.memory import LargestTensor
-from pyroelbo.evaluation.probes import LatentReads, check_masks, coupled_site
+from pyroelbo.evaluation.probes import LatentReads, check_factors, check_masks, coupled_site
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
     Unavailable,
@@ -27,6 +30,7 @@ from pyroelbo.evaluation.sites import (
     is_one,
     is_point,
     sample_sites,
+    unenumerable,
 )
 from pyroelbo.evaluation.strategies import Joint, Loop, Plate, Repeat, Strategy
 from pyroelbo.pair import Pair
@@ -53,13 +57,25 @@ class Evaluator:
     explain. Each strategy is checked on a few rows against one particle at a time. Everything runs in
     evaluation mode.
 
+    Finite latents that the model marks ``infer={"enumerate": "parallel"}`` and the guide leaves out are
+    summed within each particle, as ``TraceEnum_ELBO`` does, unless ``summing`` is False: the weight is that
+    of the others, ln Σ_k p(y, z, k) - ln q(z | y).
+
     Raises ValueError, naming the site, for: sites outside the data plate, scales other than the data plate's
     own subsampling and those marked :class:`~pyroelbo.pair.within_datum` (any scale in joint scope), latent
     sites of one program that the other lacks, a data plate whose size is not the batch's, batch dimensions
     that no plate declares, relaxed guides of discrete latents.
     """
 
-    def __init__(self, pair: Pair, batch: Any, *, with_guide: bool = True, scope: str = "datum") -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        batch: Any,
+        *,
+        with_guide: bool = True,
+        scope: str = "datum",
+        summing: bool = True,
+    ) -> None:
         if scope not in ("datum", "joint"):
             raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
         self.pair = pair
@@ -67,7 +83,8 @@ class Evaluator:
         self.size = 1 if scope == "joint" else batches.size(self.batch)
         self.scope = scope
         self.notes: tuple[str, ...] = ()
-        self.programs = Programs(pair, with_guide)
+        self.programs = Programs(pair, with_guide, summing)
+        self.merged: frozenset[str] = frozenset()
         self._check_values = True
         with torch.no_grad(), self.programs.quiet():
             self.layout, self.strategy, self._elements = self._look()
@@ -130,7 +147,7 @@ class Evaluator:
             for part in self._passes(latents):
                 _, model = self._traces(batch, len_of(part), part, with_guide=False)
                 log_model = self._by_site(model, batch, len_of(part), "model", mask_latents=False)
-                found.append(Terms(log_model, {}, self.observed, {}).log_joint)
+                found.append(Terms(log_model, {}, self._observed_terms, {}).log_joint)
         return torch.cat(found)
 
     def log_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
@@ -225,6 +242,14 @@ class Evaluator:
                 "wrong. Evaluate the whole datum"
             )
 
+    def refuse_merged(self, method: str) -> None:
+        """:class:`Unavailable` where a latent's term cannot be told from a sum over finite ones."""
+        if self.merged:
+            raise Unavailable(
+                f"latent site {min(self.merged)!r} depends on latents that are summed out, so that it has no "
+                f"term of its own, which {method} needs"
+            )
+
     @contextmanager
     def unchecked(self) -> Iterator[None]:
         """Context manager that disables value-dependent checks, so that operations can be recorded: the data
@@ -271,6 +296,8 @@ class Evaluator:
     def _choose(self, layout: Layout, probe: Batch) -> tuple[Layout, Strategy, float]:
         """The first strategy that gives on ``probe`` what one particle at a time gives."""
         self.layout = layout
+        if layout.summed:
+            self._check_sums(probe)
         first: list[Strategy] = (
             [Joint(layout)] if layout.scope == "joint" else [Plate(layout), Repeat(layout)]
         )
@@ -316,14 +343,17 @@ class Evaluator:
         self, probe: Batch, traces: tuple[Any, Any], vectorized: Strategy, index: int
     ) -> list[dict[str, Tensor]]:
         """Guide and model terms of one particle of vectorized traces, run alone."""
-        drawn = traces[0] if self.programs.with_guide else traces[1]
+        if self.programs.with_guide:
+            drawn = {k: s for k, s in sample_sites(traces[0]) if not s["is_observed"]}
+        else:
+            drawn = {k: traces[1].nodes[k] for k in self.latents}
         values = {
             name: vectorized.one(site["value"], site, 2, index)
-            for name, site in sample_sites(drawn)
-            if name not in self.observed and not is_point(site["fn"]) and not site["is_observed"]
+            for name, site in drawn.items()
+            if not is_point(site["fn"])
         }
         with LatentReads(values) as watch:
-            again = self.programs.again(probe, values)
+            again = self.programs.again(probe, values, around=self._enumerating)
         if watch.read:
             raise RuntimeError("the program reads a latent's value (a Python branch?)")
         return [self._by_site(t, probe, 1, p) for t, p in zip(again, ("guide", "model"), strict=True)]
@@ -351,7 +381,7 @@ class Evaluator:
             k: self.strategy.fold(model.nodes[k]["value"], site, particles, size)
             for k, site in self.latents.items()
         }
-        return Terms(log_model, log_guide, self.observed, values)
+        return Terms(log_model, log_guide, self._observed_terms, values)
 
     def _size(self, batch: Batch) -> int:
         return 1 if self.scope == "joint" else batches.size(batch)
@@ -367,28 +397,95 @@ class Evaluator:
         given = None
         if latents is not None:
             given = {k: self.strategy.unfold(v, self.latents[k]) for k, v in latents.items()}
-        return self.programs.traces(
-            self.strategy.batch(batch, particles),
-            given,
-            wrap=self.strategy.wrap(particles),
-            with_guide=with_guide,
+        batch, wrap = self.strategy.batch(batch, particles), self.strategy.wrap(particles)
+        drawing = self.programs.with_guide if with_guide is None else with_guide
+        if self.layout.summed and not drawing and len(given or ()) < len(self.latents):
+            # The prior's draws follow draws of the finite latents, which are summed after that.
+            _, plain = self.programs.traces(batch, given, wrap=wrap, with_guide=False)
+            given = {k: plain.nodes[k]["value"] for k in self.latents}
+        return self.programs.traces(batch, given, wrap=wrap, around=self._enumerating, with_guide=with_guide)
+
+    def _enumerating(self, model: Callable) -> Callable:
+        """The model with its finite latents enumerated, left of the plates and of that of particles."""
+        summed = self.layout.summed
+        if not summed:
+            return model
+
+        def marks(site: Any) -> dict[str, Any]:
+            return {"enumerate": "parallel" if site["name"] in summed else None, "num_samples": None}
+
+        return poutine.enum(
+            poutine.infer_config(model, config_fn=marks), first_available_dim=-2 - self.layout.depth
         )
+
+    def _check_sums(self, probe: Batch) -> None:
+        """Refuse a model that gives other log probabilities when its finite latents are enumerated."""
+        _, plain = self.programs.traces(probe)
+        given = {k: plain.nodes[k]["value"] for k in self.latents}
+        try:
+            trace = self.programs.model(probe, given, around=self._enumerating)
+            log_probs = {k: log_prob_of(s, latent=k in self.layout.summed) for k, s in sample_sites(trace)}
+        except _UNSUITED as error:
+            raise unenumerable(error) from error
+        tables = {k for k, p in log_probs.items() if depends_on_finite(trace.nodes[k], p)}
+        scaled = [k for k in tables if not is_one(_own_scale(trace.nodes[k]))]
+        if scaled:
+            raise Unavailable(
+                f"site {min(scaled)!r} carries a scale within its datum and depends on latents that are "
+                "summed out: the logarithm of a sum has no such estimate. Evaluate the whole datum"
+            )
+        check_factors(self.programs, probe, trace, log_probs, given)
+        self.merged = frozenset(tables & self.latents.keys())
 
     def _by_site(
         self, trace: Any, batch: Batch, particles: int, program: str, mask_latents: bool = True
     ) -> dict[str, Tensor]:
-        """Log probability of each site, unscaled but masked, summed to [K, B]."""
-        terms = {}
+        """Log probability of each site, unscaled but masked, summed to [K, B]; those that depend on latents
+        that are summed out have one term together."""
+        terms, tables, size = {}, {}, self._size(batch)
         for name, site in sample_sites(trace):
             log_prob = self._log_prob(name, site, batch, program, mask_latents)
-            terms[name] = self.strategy.total(log_prob, site, program, particles, self._size(batch))
-        return terms
+            if self.layout.summed and depends_on_finite(site, log_prob):
+                tables[name] = log_prob
+            else:
+                terms[name] = self.strategy.total(log_prob, site, program, particles, size)
+        return {**terms, **self._summed(trace, tables, particles, size)} if tables else terms
+
+    def _summed(
+        self, trace: Any, tables: Mapping[str, Tensor], particles: int, size: int
+    ) -> dict[str, Tensor]:
+        """ln Σ_k of a product of tables over the values k of finite latents, [K, B].
+
+        It is ln p(y | z) of the sites that depend on k, where no latent z does; else ln p(z) of those is
+        split off.
+        """
+        kept = self.strategy.kept(particles, size)
+        total = FactorGraph.of(trace, tables, kept).log_partition().reshape(-1, size).expand(particles, size)
+        if not self.merged:
+            return {self._sum: total}
+        own = {k: table for k, table in tables.items() if k in self.merged or k in self.layout.summed}
+        prior = FactorGraph.of(trace, own, kept).log_partition().reshape(-1, size).expand(particles, size)
+        return {
+            f"{self._sum}, prior": prior,
+            self._sum: torch.where(prior == -math.inf, 0.0, total - prior),
+        }
+
+    @functools.cached_property
+    def _sum(self) -> str:
+        """The name of the term of the sites that depend on latents that are summed out."""
+        names = sorted(self.layout.summed)
+        return f"Σ {names[0]}" if len(names) == 1 else f"Σ {names[0]} … {names[-1]}"
+
+    @property
+    def _observed_terms(self) -> frozenset[str]:
+        return self.observed | {self._sum} if self.layout.summed else self.observed
 
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._check_values and site["is_observed"] and name in self.observed:
             check_observation(site, batch)
-        latent, beyond = name in self.latents, (program, name) in self.layout.beyond
+        summed = name in self.layout.summed
+        latent, beyond = name in self.latents or summed, (program, name) in self.layout.beyond
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except RuntimeError as error:
@@ -403,9 +500,11 @@ class Evaluator:
         if latent and (beyond or (checked and bool(log_prob.isnan().any()))):
             # Neither NaN nor a formula's value outside its range (an exponential's is finite below zero).
             log_prob = torch.where(site["fn"].support.check(site["value"]), log_prob, -math.inf)
-        scale = site.get("within_datum", 1.0) * inner_plates(site)
+        scale = _own_scale(site)
         log_prob = log_prob if is_one(scale) else log_prob * scale
-        return _masked(log_prob, site["mask"]) if mask_latents or not latent else log_prob
+        # A masked latent that is summed out keeps its prior.
+        counted = not latent or (mask_latents and not summed)
+        return masked(log_prob, site["mask"]) if counted else log_prob
 
     def _concatenated(self, parts: list[Terms], dim: int) -> Terms:
         """Terms side by side, along particles (0) or data (1)."""
@@ -441,14 +540,11 @@ def _unlike(batch: Batch, rows: int = 3, most: int = 1000) -> Tensor:
     return differs.long().argsort(descending=True, stable=True)[:rows]
 
 
+def _own_scale(site: Any) -> Any:
+    """The scale of a site within its datum."""
+    return site.get("within_datum", 1.0) * inner_plates(site)
+
+
 def len_of(latents: Mapping[str, Tensor]) -> int:
     """Number of particles."""
     return len(next(iter(latents.values())))
-
-
-def _masked(log_prob: Tensor, mask: Any) -> Tensor:
-    if mask is None or mask is True:
-        return log_prob
-    if mask is False:
-        return torch.zeros_like(log_prob)
-    return torch.where(mask, log_prob, log_prob.new_zeros(()))

@@ -90,7 +90,8 @@ class Layout:
     outside their support, ``scaled_site`` a site with a scale within its datum, ``shapes`` the shape of each
     site's value for one particle of the probed batch. A pair that is not ``sliceable`` is tied to its
     whole batch (by a mask or a plate of a fixed size). ``masked`` says whether a latent has a mask in the
-    model or inside the guide's event.
+    model or inside the guide's event. ``summed`` are latent sites of the model that are summed out within
+    each particle, and none of the ``latents``.
     """
 
     scope: str
@@ -104,12 +105,14 @@ class Layout:
     sliceable: bool = False
     masked: bool = False
     dtype: torch.dtype = torch.float32
+    summed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, programs: Programs, batch: Batch, scope: str, sliceable: bool = False) -> Layout:
         """Run both programs once and refuse, naming the site, what has no bound of this ``scope``."""
         guide, model = programs.traces(batch)
-        check_sites(guide, model, programs.with_guide)
+        summed = programs.summed(guide, model)
+        check_sites(guide, model, programs.with_guide, summed)
         _refuse_points(programs, guide, model, batch)
         both = [("guide", *s) for s in sample_sites(guide)] + [("model", *s) for s in sample_sites(model)]
         scaled = None
@@ -123,7 +126,11 @@ class Layout:
             depth = max([1, *_depths(both)])
             make = LatentSite.per_datum
         observed = frozenset(k for k, s in sample_sites(model) if s["is_observed"])
-        latents = {k: make(k, s["fn"], s["value"].dtype) for k, s in sample_sites(model) if k not in observed}
+        latents = {
+            k: make(k, s["fn"], s["value"].dtype)
+            for k, s in sample_sites(model)
+            if k not in observed and k not in summed
+        }
         return cls(
             scope,
             MappingProxyType(latents),
@@ -136,6 +143,7 @@ class Layout:
             sliceable,
             any(_masks(guide, model, latents)),
             _dtype(programs, both),
+            summed,
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -11,7 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = ["ModelMasks", "event_mask", "is_masked"]
+__all__ = ["ModelMasks", "event_mask", "is_masked", "log_prob_of", "masked"]
 
 
 class ModelMasks(Messenger):
@@ -52,6 +53,22 @@ def _both(a: Any, b: Any) -> Any:
 
 def is_masked(mask: Any) -> bool:
     return mask is not None and mask is not True
+
+
+def masked(log_prob: Tensor, mask: Any) -> Tensor:
+    """The log probability, zero where the mask is False."""
+    if mask is None or mask is True:
+        return log_prob
+    if mask is False:
+        return torch.zeros_like(log_prob)
+    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def log_prob_of(site: Any, *, latent: bool = False) -> Tensor:
+    """The unscaled log probability of a traced site, masked unless it is that of a ``latent``: a masked one
+    keeps its prior, which sums to one."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return log_prob if latent else masked(log_prob, site["mask"])
 
 
 def event_mask(fn: Any) -> Tensor | bool | None:

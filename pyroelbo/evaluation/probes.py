@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
-from pyroelbo.evaluation.masks import event_mask, is_masked
+from pyroelbo.evaluation.elimination import FactorGraph, depends_on_finite
+from pyroelbo.evaluation.masks import event_mask, is_masked, log_prob_of
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import is_point, sample_sites
 
-__all__ = ["LatentReads", "check_masks", "coupled_site"]
+__all__ = ["LatentReads", "check_factors", "check_masks", "coupled_site"]
 
 _TRIES = 4  # other values of an entry that are tried
+_ASSIGNMENTS = 4  # at which enumerated log probabilities are compared with the model, and two more
 
 
 class LatentReads(TorchDispatchMode):
@@ -59,7 +61,9 @@ def check_masks(programs: Programs, batch: Batch) -> None:
                 f"model site {name!r}: expected a mask over plates, got one inside the event. Write "
                 "d.to_event(...).mask(m), or poutine.mask over a plate"
             )
-    unused = {name: (site["mask"], site["fn"].event_dim) for name, site in latents.items()}
+    # A latent that is summed out keeps its prior where it is masked.
+    summed = programs.summed(guide, model)
+    unused = {name: (s["mask"], s["fn"].event_dim) for name, s in latents.items() if name not in summed}
     unused = {name: found for name, found in unused.items() if is_masked(found[0])}
     _check_auxiliary(guide, unused)
     for name, site in sample_sites(guide):
@@ -127,11 +131,8 @@ def _live_terms(programs: Programs, batch: Batch, latents: Mapping[str, Tensor])
     torch.manual_seed(0)
     terms = {}
     for name, site in sample_sites(programs.model(batch, latents)):
-        if site["mask"] is False:
-            continue
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        masked = is_masked(site["mask"])
-        terms[name] = torch.where(site["mask"], log_prob, log_prob.new_zeros(())) if masked else log_prob
+        if site["mask"] is not False:
+            terms[name] = log_prob_of(site)
     return terms
 
 
@@ -200,3 +201,58 @@ def _filled(site: Any, which: int) -> Tensor:
     if not site["fn"].has_enumerate_support:
         return site["value"]
     return site["fn"].enumerate_support(expand=False)[which].expand_as(site["value"])
+
+
+def check_factors(
+    programs: Programs,
+    batch: Batch,
+    trace: Any,
+    log_probs: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+) -> None:
+    """ValueError, naming the site, if the ``log_probs`` of an enumerated trace are not what the model gives
+    at some values of its finite latents; the other latents are ``given``."""
+    finite = [name for name, site in sample_sites(trace) if "_enumerate_dim" in site["infer"]]
+    alone = Programs(programs.pair, with_guide=False)
+    drawn = [alone.traces(batch, given)[1] for _ in range(_ASSIGNMENTS)]
+    values = [{name: t.nodes[name]["value"] for name in finite} for t in drawn]
+    values += [
+        {name: _support_of(trace, name)[end].expand_as(v) for name, v in values[0].items()} for end in (0, -1)
+    ]
+    tables = {name: p for name, p in log_probs.items() if depends_on_finite(trace.nodes[name], p)}
+    tables = dict(zip(tables, FactorGraph.of(trace, tables, {}).factors, strict=True))
+    for latents in values:
+        for name, site in sample_sites(programs.model(batch, {**given, **latents})):
+            expected = log_prob_of(site, latent=name in finite)
+            found = _at(tables[name], trace, latents) if name in tables else log_probs[name]
+            found, expected = torch.broadcast_tensors(found, expected)
+            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    f"model site {name!r}: enumeration gives other log probabilities than the model run at "
+                    "the same values (a Python branch on a latent, a sum over a plate?). Write branches with "
+                    "torch.where, and indices with pyro.ops.indexing.Vindex"
+                )
+
+
+def _support_of(trace: Any, name: str) -> Tensor:
+    """The values of a finite latent, [S, *event]."""
+    fn = trace.nodes[name]["fn"]
+    support = fn.enumerate_support(expand=False)
+    return support.reshape(len(support), *fn.event_shape)
+
+
+def _at(factor: Tensor, trace: Any, latents: Mapping[str, Tensor]) -> Tensor:
+    """Entries of a packed factor at given latents, over the plates' dimensions, right-aligned."""
+    dims = {trace.plate_to_symbol[f.name]: f for _, s in sample_sites(trace) for f in s["cond_indep_stack"]}
+    index: list[Tensor] = []
+    for symbol, size in zip(factor._pyro_dims, factor.shape, strict=True):  # type: ignore[attr-defined]
+        if symbol in dims:
+            index.append(torch.arange(size, device=factor.device).reshape(-1, *[1] * (-1 - dims[symbol].dim)))
+            continue
+        name = next(k for k, s in sample_sites(trace) if s["infer"].get("_enumerate_symbol") == symbol)
+        support, value = _support_of(trace, name), latents[name]
+        events = support.dim() - 1
+        support = support.reshape(len(support), *[1] * (value.dim() - events), *support.shape[1:])
+        same = value == support
+        index.append((same.flatten(-events).all(-1) if events else same).long().argmax(0))
+    return factor[tuple(index)] if index else factor

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.masks import ModelMasks
+from pyroelbo.evaluation.sites import summed_sites
 from pyroelbo.pair import Pair, evaluation_mode, unregistered
 
 __all__ = ["Programs"]
@@ -28,12 +29,18 @@ def _as_it_is(program: Callable) -> Callable:
 class Programs:
     """The model of a pair and, ``with_guide``, its guide. Every trace of an evaluation is taken here.
 
-    ``wrap`` encloses each program, for instance in a plate of particles.
+    ``wrap`` encloses each program, for instance in a plate of particles; ``around`` the model
+    alone. With ``summing``, finite latents that are marked so and that the guide leaves out are summed.
     """
 
-    def __init__(self, pair: Pair, with_guide: bool = True) -> None:
+    def __init__(self, pair: Pair, with_guide: bool = True, summing: bool = True) -> None:
         self.pair = pair
         self.with_guide = with_guide
+        self.summing = summing
+
+    def summed(self, guide: Any, model: Any) -> frozenset[str]:
+        """The latent sites of two traces that are summed out."""
+        return summed_sites(guide, model) if self.summing else frozenset()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -48,11 +55,13 @@ class Programs:
         latents: Mapping[str, Tensor] | None = None,
         *,
         wrap: Wrap = _as_it_is,
+        around: Wrap = _as_it_is,
         with_guide: bool | None = None,
     ) -> tuple[Any, Any]:
         """Traces of guide and model, the model replayed on the guide's draws. Given ``latents`` are evaluated
         in both programs instead of drawn. Without a guide its trace is empty."""
         guide, model = (wrap(ModelMasks()(p)) for p in (self.pair.guide, self.pair.model))
+        model = around(model)
         if latents is not None:
             guide, model = (poutine.condition(p, data=latents) for p in (guide, model))
         drawn = poutine.Trace()
@@ -62,22 +71,24 @@ class Programs:
         seen = batches.call(poutine.trace(model).get_trace, batch)
         return prune_subsample_sites(drawn), prune_subsample_sites(seen)
 
-    def again(self, batch: Batch, values: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    def again(
+        self, batch: Batch, values: Mapping[str, Tensor], *, around: Wrap = _as_it_is
+    ) -> tuple[Any, Any]:
         """Traces of guide and model with given ``values``, those of the guide's auxiliary sites included."""
         drawn = poutine.Trace()
         if not self.with_guide:
-            return drawn, self.model(batch, values)
+            return drawn, self.model(batch, values, around=around)
         guide = poutine.condition(ModelMasks()(self.pair.guide), data=values)
         drawn = batches.call(poutine.trace(guide).get_trace, batch)
         for name in values:
             drawn.nodes[name]["is_observed"] = False  # a model is replayed on draws only
-        program = poutine.replay(ModelMasks()(self.pair.model), trace=drawn)
+        program = poutine.replay(around(ModelMasks()(self.pair.model)), trace=drawn)
         seen = batches.call(poutine.trace(program).get_trace, batch)
         return prune_subsample_sites(drawn), prune_subsample_sites(seen)
 
-    def model(self, batch: Batch, latents: Mapping[str, Tensor]) -> Any:
+    def model(self, batch: Batch, latents: Mapping[str, Tensor], *, around: Wrap = _as_it_is) -> Any:
         """A trace of the model alone, at given latents."""
-        program = poutine.condition(ModelMasks()(self.pair.model), data=latents)
+        program = poutine.condition(around(ModelMasks()(self.pair.model)), data=latents)
         return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))
 
     def guide(

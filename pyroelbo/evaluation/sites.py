@@ -24,6 +24,8 @@ __all__ = [
     "observed_part",
     "sample_sites",
     "sites_beyond",
+    "summed_sites",
+    "unenumerable",
 ]
 
 POINT = (
@@ -156,7 +158,30 @@ def check_joint(site: Any, program: str) -> None:
         )
 
 
-def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
+def summed_sites(guide: Any, model: Any) -> frozenset[str]:
+    """Latent sites of the model that are summed out: those that the guide leaves out and that are marked
+    ``infer={"enumerate": "parallel"}``, as by ``config_enumerate``."""
+    return frozenset(
+        name
+        for name, site in sample_sites(model)
+        if name not in guide.nodes
+        and not site["is_observed"]
+        and site["infer"].get("enumerate") == "parallel"
+        and getattr(site["fn"], "has_enumerate_support", False)
+    )
+
+
+def unenumerable(error: Exception) -> ValueError:
+    """What a model that cannot be run with enumerated latents is refused with."""
+    reason = str(error).strip().splitlines() or [""]
+    return ValueError(
+        "model: expected a program that takes all values of its enumerated latents at once, got "
+        f"{type(error).__name__}: {reason[0]}. Write branches with torch.where, and indices with "
+        "pyro.ops.indexing.Vindex"
+    )
+
+
+def check_sites(guide: Any, model: Any, with_guide: bool, summed: frozenset[str] = frozenset()) -> None:
     latent = {k for k, s in sample_sites(model) if not s["is_observed"]}
     drawn = {k: s for k, s in sample_sites(guide) if not s["is_observed"]}
     if not any(s["is_observed"] for _, s in sample_sites(model)):
@@ -169,11 +194,16 @@ def check_sites(guide: Any, model: Any, with_guide: bool) -> None:
         raise ValueError(
             f"guide site {extra[0]!r} is {where} the model, whose latent sites are {sorted(latent)}"
         )
+    latent -= summed
     missing = sorted(latent - set(drawn))
     if missing:
         # A guide that draws nothing leaves its latents to be summed out; one that forgets some is a mistake.
         refusal: type[ValueError] = ValueError if drawn else Unavailable
-        raise refusal(f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}")
+        finite = getattr(model.nodes[missing[0]]["fn"], "has_enumerate_support", False)
+        advice = '. To sum it out, mark it infer={"enumerate": "parallel"} in the model' if finite else ""
+        raise refusal(
+            f"model site {missing[0]!r} is missing in the guide, which draws {sorted(drawn)}{advice}"
+        )
     for name in sorted(latent):
         _check_circular(name, drawn[name]["fn"], model.nodes[name]["fn"])
     auxiliary = sorted(set(drawn) - latent)

@@ -20,6 +20,9 @@ from pyroelbo.pair import PLATE
 __all__ = ["Joint", "Loop", "Plate", "Repeat", "Strategy"]
 
 
+_PARTICLES = "_particles"  # the name of their plate
+
+
 class Strategy(ABC):
     """Runs K particles of B data in one pass (abstract): how programs, data and values are shaped for it, and
     back.
@@ -53,6 +56,10 @@ class Strategy(ABC):
         """The log probability of a traced site, summed over its plates to [K, B]."""
 
     @abstractmethod
+    def kept(self, particles: int, size: int) -> dict[str, int]:
+        """Names and sizes of the plates that a sum over finite latents keeps, [K · B] in all."""
+
+    @abstractmethod
     def one(self, value: Tensor, site: Any, particles: int, index: int) -> Tensor:
         """Particle ``index`` of a traced value, in the shape that one particle alone has."""
 
@@ -81,7 +88,7 @@ class Plate(_PerDatum):
     """Particles as a vectorized plate left of all others."""
 
     def wrap(self, particles: int) -> Callable[[Callable], Callable]:
-        return pyro.plate("_particles", particles, dim=-1 - self.layout.depth)
+        return pyro.plate(_PARTICLES, particles, dim=-1 - self.layout.depth)
 
     def fold(self, value: Tensor, site: LatentSite, particles: int, size: int) -> Tensor:
         shape = (*site.plate_shape, size, *site.event_shape)
@@ -96,6 +103,9 @@ class Plate(_PerDatum):
         lead = log_prob.dim() - 1 - self.layout.depth
         log_prob = log_prob.reshape(particles if lead >= 0 else 1, -1, size).sum(1)
         return log_prob.expand(particles, size)
+
+    def kept(self, particles: int, size: int) -> dict[str, int]:
+        return {_PARTICLES: particles, PLATE: size}
 
     def one(self, value: Tensor, site: Any, particles: int, index: int) -> Tensor:
         return _one(value, self.layout.shapes[site["name"]], index)
@@ -120,6 +130,9 @@ class Repeat(_PerDatum):
         log_prob = self._expanded(log_prob, site, program, size * particles)
         return log_prob.reshape(-1, size * particles).sum(0).reshape(-1, size)
 
+    def kept(self, particles: int, size: int) -> dict[str, int]:
+        return {PLATE: particles * size}
+
     def one(self, value: Tensor, site: Any, particles: int, index: int) -> Tensor:
         axis = value.dim() - site["fn"].event_dim - 1
         return value.unflatten(axis, (particles, -1)).select(axis, index)
@@ -142,7 +155,7 @@ class Joint(Strategy):
     def wrap(self, particles: int) -> Callable[[Callable], Callable]:
         if not self.vectorized:
             return super().wrap(particles)
-        return pyro.plate("_particles", particles, dim=-1 - self.layout.depth)
+        return pyro.plate(_PARTICLES, particles, dim=-1 - self.layout.depth)
 
     def fold(self, value: Tensor, site: LatentSite, particles: int, size: int) -> Tensor:
         return value.reshape(-1, 1, *site.event_shape).expand(particles, 1, *site.event_shape)
@@ -159,6 +172,9 @@ class Joint(Strategy):
         log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, tuple(full)))
         lead = particles if self.vectorized and log_prob.dim() > self.layout.depth else 1
         return log_prob.reshape(lead, -1).sum(1, keepdim=True).expand(particles, 1)
+
+    def kept(self, particles: int, size: int) -> dict[str, int]:
+        return {_PARTICLES: particles} if self.vectorized else {}
 
     def one(self, value: Tensor, site: Any, particles: int, index: int) -> Tensor:
         return _one(value, self.layout.shapes[site["name"]], index)

@@ -96,6 +96,7 @@ def diagnostics(
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("diagnostics")
     evaluator.refuse_auxiliary()
+    evaluator.refuse_merged("diagnostics")
     sites = tuple(evaluator.latents) if site is None else (site,)
     if not set(sites) <= set(evaluator.latents):
         raise ValueError(f"site: expected one of {sorted(evaluator.latents)}, got {site!r}")

@@ -26,9 +26,10 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
     Enumeration works for any pair all of whose latents are finite and discrete: they are summed in log space
     by eliminating one latent after the other, so that chains and trees cost what their dynamic program costs.
     With ``scope="joint"`` the value is ln p(y) of the whole batch: what ``log_evidence`` returns as one
-    number, or the sum over data; for data that depend on one another, or latents outside the data plate, the
-    sum over all latents together. Everything is computed in float64, whatever the type of parameters and
-    data. Raises :class:`Unavailable` for continuous latents, and for more than a million joint values.
+    number, or the sum over data; latents outside the data plate are eliminated too. Where that is no dynamic
+    program (data that depend on one another), the values of all latents are summed one by one. Everything is
+    computed in float64, whatever the type of parameters and data. Raises :class:`Unavailable` for continuous
+    latents, and for more than a million values one by one.
     """
     if scope not in ("datum", "joint"):
         raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
@@ -50,14 +51,15 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
 
 
 def _enumerated(pair: Pair, batch: batches.Batch, scope: str) -> tuple[Tensor, int]:
-    """ln p(y) by eliminating the latents of each datum; for a joint value of data that depend on one another
-    by summing over the values of all latents together."""
+    """ln p(y) by eliminating one latent after the other; where that is no dynamic program, a joint value of
+    data that depend on one another by summing over the values of all latents together."""
     try:
-        graph = enumerate_latents(pair, batch)
-        return graph.log_partition(), graph.size * graph.states
-    except Unavailable:
-        raise
-    except ValueError:
+        graph, _ = enumerate_latents(pair, batch, scope=scope)
+        return graph.log_partition(), batches.size(batch) * graph.states
+    except ValueError as error:
         if scope == "datum":
             raise
-    return log_evidence_of_all(pair, batch)
+        try:
+            return log_evidence_of_all(pair, batch)
+        except Unavailable as reason:
+            raise reason from error

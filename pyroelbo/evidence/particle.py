@@ -76,6 +76,7 @@ def smc(
     evaluator = Evaluator(pair, y, with_guide=proposal == "guide", scope=scope)
     evaluator.refuse_scales("SMC")
     evaluator.refuse_auxiliary("use proposal='prior'")
+    evaluator.refuse_merged("a filter")
     totals: dict[int, list[Tensor]] = {}
     smallest: dict[int, list[Tensor]] = {}
     cost = 0

@@ -42,6 +42,7 @@ def site_gaps(
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("site_gaps")
     evaluator.refuse_empty()
+    evaluator.refuse_merged("site_gaps")
     evaluator.refuse_auxiliary("it has no place in the model")
     guide, model = evaluator.traces()
     sites = tuple(k for k in guide.nodes if k in evaluator.latents)

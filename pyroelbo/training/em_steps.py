@@ -150,13 +150,12 @@ class GradientSteps:
 
     def _graph(self, batch: Batch) -> Any:
         try:
-            graph = enumerate_latents(self.pair, batch, self.depth)
+            graph, self.depth = enumerate_latents(self.pair, batch, depth=self.depth)
         except Unavailable as error:
             raise TypeError(
                 f"pair: expected an exact posterior or finite latents, got {self.pair.name}: {error}. Train "
                 f"it with fit"
             ) from error
-        self.depth = graph.depth
         return graph
 
     def _potentials(self, batch: Batch) -> tuple[Tensor, ...]:

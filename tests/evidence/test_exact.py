@@ -106,6 +106,46 @@ def test_enumeration_agrees_with_the_closed_form_of_a_mixture():
     torch.testing.assert_close(value, mixture.log_evidence(y).detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_latents_outside_the_data_plate_are_eliminated():
+    """A shared mean and a coin for each of 60 data: 3 · 2^60 joint values."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+            pyro.sample("y", dist.Normal(m + 3 * k, 1.0), obs=y)
+
+    y = torch.randn(60)
+    parts = []
+    for m, p in enumerate((0.2, 0.3, 0.5)):
+        each = [math.log(w) + dist.Normal(m + 3.0 * k, 1.0).log_prob(y) for k, w in ((0, 0.6), (1, 0.4))]
+        parts.append(math.log(p) + torch.logsumexp(torch.stack(each), 0).sum())
+    bound = evidence.exact(Pair.of(model, lambda y: None), y, scope="joint")
+    torch.testing.assert_close(bound.value, torch.logsumexp(torch.stack(parts), 0), rtol=1e-12, atol=1e-12)
+    assert bound.scope == "joint" and bound.kind == "exact"
+
+
+def test_a_chain_over_the_data_is_its_dynamic_program():
+    """Regimes of 40 groups of data, drawn outside their plate: 3^40 joint values."""
+    first, following = torch.randn(3).log_softmax(0), torch.randn(3, 3).log_softmax(-1)
+
+    def model(y):
+        plate = pyro.plate("data", len(y))
+        z = None
+        for t in pyro.markov(range(y.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(logits=first if z is None else following[z]))
+            with plate:
+                pyro.sample(f"y_{t}", dist.Normal(z.to(y.dtype), 1.0), obs=y[:, t])
+
+    y = torch.randn(5, 40)
+    alpha = first
+    for t in range(40):
+        alpha = alpha if t == 0 else torch.logsumexp(alpha[:, None] + following, 0)
+        alpha = alpha + dist.Normal(torch.arange(3.0), 1.0).log_prob(y[:, t, None]).sum(0)
+    value = evidence.exact(Pair.of(model, lambda y: None), y, scope="joint").value
+    torch.testing.assert_close(value, alpha.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
 def test_what_cannot_be_summed_is_refused():
     def model(y):
         with pyro.plate("data", len(y)):
