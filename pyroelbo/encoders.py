@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
 from pyroelbo.nn import bounded
 from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.pair import Summed
 
 __all__ = [
     "ENCODERS",
@@ -182,10 +183,29 @@ class UniformMixture(VectorDistribution):
         """ln p(value), in nats, of the broadcast shape."""
         if self._validate_args:
             self._validate_sample(value)
-        x = (value.unsqueeze(-2) - self.loc) / self.scale
-        each = -0.5 * x.square() - self.scale.log() - 0.5 * math.log(2 * math.pi)
-        log_prob = logsumexp(each.sum(-1)) - math.log(self.loc.shape[-2])
+        log_prob = logsumexp(self._log_components(value)) - math.log(self.loc.shape[-2])
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def _log_components(self, value: Tensor) -> Tensor:
+        """ln N(value; loc_m, scale_m), [*, M]."""
+        x = (value.unsqueeze(-2) - self.loc) / self.scale
+        return (-0.5 * x.square() - self.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def summed(self) -> Summed:
+        """The mixture with its component as a latent."""
+        lead = (*self.batch_shape, -1, -1)
+        loc, scale = self.loc.expand(lead), self.scale.expand(lead)
+
+        def given(m: Tensor) -> Any:
+            index = m[..., None, None].expand(*m.shape, 1, loc.shape[-1])
+            parts = (x.gather(-2, index).squeeze(-2) for x in (loc, scale))
+            return dist.Normal(*parts).to_event(1)
+
+        return Summed(
+            dist.Categorical(logits=torch.zeros_like(loc[..., 0])),
+            given,
+            lambda z: dist.Categorical(logits=self._log_components(z)),
+        )
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparametrized draws ``[*sample, *B, D]``."""

@@ -8,17 +8,17 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_json", "read_jsonl", "read_npz", "read_tensors", "write", "write_tensors"]
+__all__ = ["read_json", "read_jsonl", "read_npz", "read_tensors", "replacing", "write", "write_tensors"]
 
 _KEY = "pyroelbo"  # of the metadata of a safetensors file
 _LARGEST = 2**31  # bytes of one array in an npz file
@@ -119,19 +119,29 @@ def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, .
         raise ValueError(f"array {name!r}: expected at most {_LARGEST} bytes, got shape {got} of {dtype}")
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one: beside it, synced, then renamed."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Context manager for a file written piece by piece: beside its place, synced and renamed at the end, so
+    that a kill or an error leaves the old one or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file as :func:`replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 
-__all__ = ["PLATE", "ExactPair", "LatentPath", "Pair", "within_datum"]
+__all__ = ["PLATE", "ExactPair", "LatentPath", "MarkovLinks", "Pair", "Stepwise", "Summed", "within_datum"]
 
 PLATE = "data"
 _counts: Counter[str] = Counter()
@@ -74,6 +74,41 @@ class LatentPath:
     guide: Callable[[int, Tensor | None], Any]
     emission: Callable[[int, Tensor], Tensor]
     lengths: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MarkovLinks:
+    """A chain y ⇄ z_1 ⇄ … ⇄ z_N whose every link sees its neighbour alone, as Bit-Swap needs it:
+    ``prior()`` is p(z_N), ``generator[l](z_{l+1})`` p(z_l | z_{l+1}) with z_0 = y, and ``encoder[l](z_l)``
+    q(z_{l+1} | z_l)."""
+
+    prior: Callable[[], Any]
+    generator: tuple[Callable[[Tensor], Any], ...]
+    encoder: tuple[Callable[[Tensor], Any], ...]
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """A vector coordinate by coordinate, p(y) = Π_t p(y_t | y_<t), for direct coding.
+
+    ``begin(n)`` is the state of n rows before the first coordinate, ``distribution(state)`` the distribution
+    of the next one, of batch shape [n] and without event dimensions, and ``append(state, y_t)`` the next
+    state.
+    """
+
+    begin: Callable[[int], Any]
+    distribution: Callable[[Any], Any]
+    append: Callable[[Any, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A mixture p(z) = Σ_m p(m) p(z | m) of batch shape [*B], for coding with m as one more latent:
+    ``prior`` = p(m), ``given(m)`` = p(z | m) for m [*B], ``posterior(z)`` = p(m | z)."""
+
+    prior: Any
+    given: Callable[[Tensor], Any]
+    posterior: Callable[[Tensor], Any]
 
 
 class Program(nn.Module):
@@ -248,6 +283,16 @@ class Pair(PyroModule):
     def latent_plane(self, *batch: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         """The codes [B, 2] of the data and the map that decodes a code as :meth:`reconstruct` does; None
         where the latent has other dimensions."""
+        return None
+
+    def markov_links(self) -> MarkovLinks | None:
+        """The links of a chain whose encoder runs bottom-up, each of its neighbour alone; None for other
+        pairs."""
+        return None
+
+    def stepwise(self) -> Stepwise | None:
+        """The exact evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); None for pairs
+        without."""
         return None
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:

@@ -15,6 +15,7 @@ from pyroelbo.distributions import DiagonalMixture, Mixture
 from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
 from pyroelbo.nn import bounded, masked_mlp
 from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.pair import Stepwise
 
 __all__ = [
     "PRIORS",
@@ -185,6 +186,22 @@ class _Autoregressive(VectorDistribution):
         joint = logits - log_scale - 0.5 * noise.square() - 0.5 * math.log(2 * math.pi)
         log_prob = logsumexp(joint, -2).sum(-1)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def stepwise(self) -> Stepwise:
+        """One coordinate after the other; a pass of the network each."""
+        dims = self.event_shape[0]
+
+        def distribution(state: tuple[int, Tensor]) -> Any:
+            logits, loc, log_scale = (p[..., state[0]] for p in self.prior.conditionals(state[1]))
+            return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, log_scale.exp()))
+
+        def append(state: tuple[int, Tensor], coordinate: Tensor) -> tuple[int, Tensor]:
+            place, z = state[0], state[1].clone()
+            z[..., place] = coordinate
+            return place + 1, z
+
+        like = self.prior.network.layers[0].weight
+        return Stepwise(lambda n: (0, like.new_zeros(n, dims)), distribution, append)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

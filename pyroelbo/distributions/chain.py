@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -40,6 +40,7 @@ from pyroelbo.distributions.structured import (
     within_support,
 )
 from pyroelbo.numerics import logsumexp
+from pyroelbo.pair import Stepwise
 
 __all__ = ["HMM", "ChainParts", "LinearChain"]
 
@@ -214,6 +215,24 @@ class LinearChain(StructuredDistribution):
             torch.stack(rows[::-1], -3) if rows else initial.new_zeros(*self.batch_shape, 0, states, states)
         )
         return _rows(initial + observation[..., 0, :] + after), moves
+
+    def stepwise(self) -> Stepwise | None:
+        """The path state by state, without ``lengths``; None with them."""
+        if self.lengths is not None:
+            return None
+        rows = self.batch_shape.numel()
+        first, moves = (x.reshape(rows, *x.shape[len(self.batch_shape) :]) for x in self.conditionals())
+        every = torch.arange(rows, device=first.device)
+
+        def logits(state: tuple[int, Tensor | None]) -> Tensor:
+            place, z = state
+            return first if z is None else moves[every, place - 1, z]
+
+        return Stepwise(
+            lambda n: (0, None),
+            lambda state: Categorical(logits=logits(state)),
+            lambda state, z: (state[0] + 1, z),
+        )
 
     def _inside(self, like: Tensor) -> Tensor:
         """[*B, T], 1 for steps within ``lengths`` and 0 in the padding."""

@@ -19,6 +19,7 @@ from pyroelbo.distributions.kernels.dispatch import kernels
 from pyroelbo.distributions.semiring import choose
 from pyroelbo.distributions.structured import any_support, independent_normal, log_prob_within, within_support
 from pyroelbo.numerics import logsumexp
+from pyroelbo.pair import Summed
 
 __all__ = ["DiagonalMixture", "GaussianStatistics", "Mixture"]
 
@@ -283,6 +284,14 @@ class DiagonalMixture(TorchDistribution):
             self._validate_sample(value)
         log_prob = logsumexp(self.log_components(value))
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def summed(self) -> Summed:
+        """The mixture with its component as a latent."""
+        return Summed(
+            dist.Categorical(logits=self.logits.expand(*self.batch_shape, -1)),
+            lambda m: dist.Normal(self.loc[m], self.scale[m]).to_event(1),
+            lambda z: dist.Categorical(logits=self.log_components(z)),
+        )
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

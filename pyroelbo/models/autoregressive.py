@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 from pyroelbo.models.chain import SharedPath
 from pyroelbo.models.precision import exact
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
-from pyroelbo.pair import PLATE, ExactPair
+from pyroelbo.pair import PLATE, ExactPair, Stepwise
 
-__all__ = ["Append", "Autoregressive", "Prefix", "Strings"]
+__all__ = ["Append", "Autoregressive", "Prefix", "Strings", "Tokens"]
 
 NETWORKS = ("pixelcnn", "transformer")
 _ROWS = 128  # of a pass without gradients
@@ -118,6 +118,27 @@ class Append(TorchDistribution):
         found = log_probs.gather(-1, (token % log_probs.shape[-1]).expand(*lead, 1))
         found = torch.where(token == last, found, found.new_tensor(-math.inf)).squeeze(-1)
         return _where_equal(value[..., :-1], self.above, found)
+
+
+class Tokens(TorchDistribution):
+    """The next token, ``lowest`` … ``lowest`` + V - 1, of logits [*, V]; token i has the logit i mod V."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+
+    def __init__(self, logits: Tensor, lowest: int = 0) -> None:
+        self.logits, self.lowest = logits, lowest
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.integer_interval(self.lowest, self.lowest + self.logits.shape[-1] - 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(value), in nats, of the broadcast shape."""
+        symbol = value.long() % self.logits.shape[-1]
+        lead = _broadcast(symbol.shape, self.batch_shape)
+        log_probs = self.logits.log_softmax(-1).expand(*lead, -1)
+        return log_probs.gather(-1, symbol.expand(lead).unsqueeze(-1)).squeeze(-1)
 
 
 def _where_equal(value: Tensor, prefix: Tensor, log_prob: Tensor) -> Tensor:
@@ -306,6 +327,22 @@ class Autoregressive(ExactPair):
         """p(z_1 | y), a point mass on y without its last token, which determines the other prefixes."""
         self.check(y)
         return Prefix(y[:, :-1])
+
+    def stepwise(self) -> Stepwise:
+        def distribution(state: tuple[Any, Tensor]) -> Tokens:
+            cache, above = state
+            return Tokens(self.link(above, self.generator.step(cache)).logits, self.lowest)
+
+        def append(state: tuple[Any, Tensor], token: Tensor) -> tuple[Any, Tensor]:
+            cache, above = state
+            cache = self.generator.append(cache, self.number(token))
+            return cache, torch.cat([above, token.unsqueeze(-1)], -1)
+
+        def begin(n: int) -> tuple[Any, Tensor]:
+            above = torch.zeros(n, 0, dtype=torch.long, device=self.device)
+            return self.generator.begin(above.shape[:1]), above
+
+        return Stepwise(begin, distribution, append)
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         first = next(self.parameters())

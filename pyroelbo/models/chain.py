@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyroelbo.pair import PLATE, Pair
+from pyroelbo.pair import PLATE, MarkovLinks, Pair
 
 __all__ = ["Chain", "SharedPath"]
 
@@ -152,6 +152,14 @@ class Chain(Pair):
         None, as p is that mixture."""
         link = self.encoder.links[-1]
         return link(seen) if self.order == "bottom-up" else link(None, self._seen(seen)[-1], None)
+
+    def markov_links(self) -> MarkovLinks | None:
+        """The links, if the encoder runs bottom-up and no generator link passes more than its latent on."""
+        generator: Any = self.generator
+        links = (generator.observation, *generator.links)
+        if self.order != "bottom-up" or any(hasattr(link, "move") for link in (self.prior, *links)):
+            return None
+        return MarkovLinks(self.prior, links, tuple(self.encoder.links))
 
     def _weights(self) -> list[int]:
         """Version counters of the generator's parameters."""

@@ -14,8 +14,8 @@ from pyroelbo import distributions as ped
 from pyroelbo.models.emissions import EMISSIONS, AnyGaussian, Categorical, log_shares
 from pyroelbo.models.precision import exact
 from pyroelbo.models.sequences import check_lengths, each_group, within
-from pyroelbo.numerics import positive_count
-from pyroelbo.pair import PLATE, ExactPair, LatentPath
+from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.pair import PLATE, ExactPair, LatentPath, Stepwise
 
 __all__ = ["HMM"]
 
@@ -163,6 +163,23 @@ class HMM(ExactPair):
             lambda t, past: dist.Categorical(logits=first if past is None else moves[rows, t - 1, past]),
             lambda t, z: self.generator.distribution(z).log_prob(y[:, t]),
             lengths,
+        )
+
+    def stepwise(self) -> Stepwise | None:
+        """The forward recursion, for categorical emissions: a step is one symbol."""
+        if self.generator.event:
+            return None
+        initial, move = (exact(x).log_softmax(-1) for x in (self.prior.initial, self.prior.transition))
+        emit = exact(self.generator.logits).log_softmax(-1)
+
+        def append(state: Tensor, symbol: Tensor) -> Tensor:
+            seen = state + emit[:, symbol].mT
+            return logsumexp((seen - logsumexp(seen, keepdim=True)).unsqueeze(-1) + move, -2)
+
+        return Stepwise(
+            lambda n: initial.expand(n, -1),
+            lambda state: dist.Categorical(logits=logsumexp(state.unsqueeze(-1) + emit, -2)),
+            append,
         )
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from pyroelbo.results.bounds import (
     Terms,
     short,
 )
+from pyroelbo.results.codes import CodeLength
 from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, SiteGaps
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Audit",
     "Bound",
     "Calibration",
+    "CodeLength",
     "Decomposition",
     "Diagnostics",
     "Estimate",

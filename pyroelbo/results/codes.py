@@ -1,0 +1,68 @@
+"""How long a code is, and of what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyroelbo.results.bounds import Json
+
+__all__ = ["CodeLength"]
+
+
+@dataclass(frozen=True)
+class CodeLength(Json):
+    """The code of ``data`` data: its size in ``bytes`` and what these are.
+
+    ``net_bits`` is the growth of the stack by the ``coded`` data that the pair coded. The others,
+    ``starter_data``, are coded in ``starter_bytes`` without the pair, as what bits-back pops first;
+    ``frame_bytes`` describe the file. ``initial_bits`` is what the first chunk popped before it pushed.
+    ``model_bytes`` is the size of the parameters, which are not in the file. ``coder_seconds`` of ``seconds``
+    were spent in the coder, the rest in networks and files.
+    """
+
+    data: int
+    coded: int
+    bytes: int
+    net_bits: float
+    starter_data: int
+    starter_bytes: int
+    frame_bytes: int
+    initial_bits: float
+    model_bytes: int
+    seconds: float
+    coder_seconds: float
+
+    @property
+    def net(self) -> float:
+        """Nats per datum that the pair coded, to compare with the ELBO; NaN if there are none."""
+        return self.net_bits * math.log(2) / self.coded if self.coded else math.nan
+
+    @property
+    def total(self) -> float:
+        """Nats per datum of the whole file; NaN of no data."""
+        return self.bytes * 8 * math.log(2) / self.data if self.data else math.nan
+
+    def break_even(self, bytes_per_datum: float) -> float:
+        """The number of data from which file and model together are smaller than another code of so many
+        bytes per datum; infinite where they never are."""
+        saved = bytes_per_datum - self.total / (8 * math.log(2))
+        return self.model_bytes / saved if saved > 0 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"unit": "nats", **asdict(self), "net": self.net, "total": self.total}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.bytes:,} bytes for {self.data:,} data, {self.total:.3f} nats per datum",
+                f"  by the model         {self.net_bits / 8:12,.0f} bytes for {self.coded:,} data, "
+                f"{self.net:.3f} nats per datum",
+                f"  without it           {self.starter_bytes:12,} bytes for {self.starter_data:,} data",
+                f"  frame                {self.frame_bytes:12,} bytes",
+                f"not in the file: the model, {self.model_bytes:,} bytes; initial bits, "
+                f"{self.initial_bits / 8:,.0f} bytes, were taken from the part without it",
+                f"time: {self.seconds:.1f} s, of which the coder {self.coder_seconds:.1f} s",
+            )
+        )
