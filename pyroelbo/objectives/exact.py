@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import torch_item
 from torch import Tensor
 
 from pyroelbo import evidence
@@ -68,7 +69,7 @@ class Evidence_ELBO(Objective, ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        return float(loss.detach())
+        return torch_item(loss)
 
 
 class Exact_ELBO(Objective, Trace_ELBO):
@@ -94,7 +95,7 @@ class Exact_ELBO(Objective, Trace_ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        return float(loss.detach())
+        return torch_item(loss)
 
 
 class Hard_ELBO(Objective, Trace_ELBO):

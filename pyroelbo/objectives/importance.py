@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pyro.distributions.util import scale_and_mask
-from torch import Tensor
-
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
-from pyroelbo.evaluation.sites import check_scale, data_frame, sample_sites
+from pyroelbo.evaluation.sites import data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.objectives.base import Pathwise, refuse_failing
+from pyroelbo.objectives.terms import per_datum
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound
 
@@ -51,11 +49,11 @@ class IWAE_ELBO(Pathwise):
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         log_w: Any = 0.0
-        outer = 1.0
+        outer, particles = 1.0, self.num_particles
         for name, site in sample_sites(model_trace):
             frame = data_frame(site, "model")
             outer = 1.0 if frame.full_size is None else frame.full_size / frame.size
-            log_p = self._per_datum(site, frame, outer, "model")
+            log_p = per_datum(site, frame, outer, "model", particles > 1)
             if site["is_observed"]:
                 log_w = log_w + log_p
                 continue
@@ -65,28 +63,12 @@ class IWAE_ELBO(Pathwise):
                 )
             drawn = guide_trace.nodes[name]
             self._check_pathwise(name, drawn)
-            log_w = log_w + self.scale * (log_p - self._per_datum(drawn, frame, outer, "guide"))
+            log_w = log_w + self.scale * (log_p - per_datum(drawn, frame, outer, "guide", particles > 1))
         for name, site in sample_sites(guide_trace):
             if name not in model_trace.nodes:
                 frame = data_frame(site, "guide")
-                log_w = log_w - self.scale * self._per_datum(site, frame, outer, "guide")
-        particles = self.num_particles
+                log_w = log_w - self.scale * per_datum(site, frame, outer, "guide", particles > 1)
         bound = log_w if particles == 1 else logsumexp(log_w, 0) - math.log(particles)
         # Trace_ELBO divides the sum over particles by their number.
         loss = -outer * particles * bound.sum()
         return loss.detach(), loss
-
-    def _per_datum(self, site: Any, frame: Any, outer: float, program: str) -> Tensor:
-        """ln p of one site, unscaled but masked, [K, B] (K = 1: [B])."""
-        scale = site["scale"]
-        if isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
-            check_scale(site, program)
-            raise ValueError(
-                f"{program} site {site['name']!r}: expected no scale within the datum (it would enter the "
-                f"weights), got one: "
-                "use Trace_ELBO for data that are estimated by subsampling"
-            )
-        terms = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-        keep = {terms.dim() + frame.dim} | ({0} if self.num_particles > 1 else set())
-        inner = [i for i in range(terms.dim()) if i not in keep]
-        return terms.sum(inner) if inner else terms

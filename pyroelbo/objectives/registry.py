@@ -8,9 +8,11 @@ from typing import Any
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from pyroelbo.objectives.base import Objective, adapt
+from pyroelbo.objectives.discrete import ESTIMATORS, Discrete_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
 from pyroelbo.objectives.layered import Layered_ELBO
+from pyroelbo.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep, generator_of
 from pyroelbo.pair import ExactPair, Pair
 
 __all__ = ["OBJECTIVES", "build"]
@@ -29,6 +31,10 @@ def _iwae(pair: Pair, particles: int) -> ELBO:
     return IWAE_ELBO(particles)
 
 
+def _discrete(name: str) -> Callable[[Pair, int], Any]:
+    return lambda pair, particles: Discrete_ELBO(name, particles)
+
+
 # name: (pair, particles) -> an Objective or one of Pyro's losses
 OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
     "elbo": _elbo,
@@ -38,6 +44,9 @@ OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
     "iwae": _iwae,
     "enum": lambda pair, particles: TraceEnum_ELBO(max_plate_nesting=1),
     "evidence": lambda pair, particles: Evidence_ELBO(),
+    "wake_sleep": lambda pair, particles: WakeSleep(generator_of(pair)),
+    "reweighted_wake_sleep": lambda pair, particles: ReweightedWakeSleep(particles, generator_of(pair)),
+    **{name: _discrete(name) for name in ESTIMATORS if name != "enumerate"},  # alone it is "enum"
 }
 
 
