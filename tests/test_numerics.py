@@ -25,6 +25,12 @@ def test_logsumexp_of_nothing_is_minus_infinity_with_zero_gradient():
     assert torch.isfinite(grad).all()
 
 
+def test_logsumexp_at_plus_infinity_and_nan():
+    x = torch.tensor([[math.inf, 0.0], [math.inf, -math.inf], [math.nan, 0.0]])
+    value = numerics.logsumexp(x)
+    assert torch.equal(value[:2], torch.full((2,), math.inf)) and value[2].isnan()
+
+
 def test_logsumexp_gradient_is_the_softmax():
     x = torch.randn(3, 4, requires_grad=True)
     assert torch.autograd.gradcheck(numerics.logsumexp, (x,))
@@ -57,6 +63,28 @@ def test_effective_sample_size():
     assert float(numerics.effective_sample_size(torch.tensor([0.0, -math.inf, -math.inf]))) == pytest.approx(
         1
     )
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("90s", 90), ("3 sec", 3), ("1.5min", 90), (" 2 h ", 7200), ("0.5s", 0.5)]
+)
+def test_times(text, seconds):
+    assert numerics.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "0s", "-1s", "10", "3 days", "1s2min", 90, None])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match=r"limit: expected a time such as '90s'.* got"):
+        numerics.duration(text, "limit")
+
+
+@pytest.mark.parametrize("value, good", [(1, True), (7, True), (0, False), (True, False), (2.0, False)])
+def test_counts(value, good):
+    if good:
+        assert numerics.positive_count("n", value) == value
+        return
+    with pytest.raises(ValueError, match=r"n: expected a positive draw, got"):
+        numerics.positive_count("n", value, "draw")
 
 
 def test_units():

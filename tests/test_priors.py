@@ -198,6 +198,16 @@ def test_a_prior_stands_at_the_top_of_a_ladder(kind):
     assert a["iwae-200"].mean > a["elbo"].mean
 
 
+def test_pseudo_inputs_are_data_with_noise_in_the_datas_units():
+    y = 100.0 * torch.randint(2, (400, 3))
+    prior = VampPrior(2, encoder(torch.randn(3, 2)), torch.zeros(400, 3), noise=0.02)
+    prior.initialize(y)
+    apart = prior.pseudo_inputs.detach() - 100.0 * (prior.pseudo_inputs.detach() > 50)
+    # the spread of 1200 draws, to 5 standard errors: false alarms below 1e-6
+    assert float(apart.std() / (0.02 * y.std(correction=0))) == pytest.approx(1, abs=5 / math.sqrt(2400))
+    assert abs(float(apart.mean())) < 5 * float(apart.std()) / math.sqrt(1200)
+
+
 def test_vamps_part_is_its_own():
     pair = vae("vamp")
     assert set(pair.part("prior")) == {"prior.pseudo_inputs"}

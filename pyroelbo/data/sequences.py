@@ -19,8 +19,9 @@ def sequences(items: Sequence[Any], name: str = "items") -> tuple[Tensor, Tensor
     ``items`` are tensors, arrays or lists of numbers, with the same shape after the first dimension; floats
     get torch's default dtype, integers and bools become int64. :class:`~pyroelbo.models.HMM` and
     :class:`~pyroelbo.models.StateSpace` accept the result as data, and evaluate sequences of similar length
-    together, so that padding is not paid for. Raises ValueError, naming the item, for empty sequences and
-    shapes that differ.
+    together, so that padding is not paid for in ``fit_em``, in evaluation, and in ``fit`` with
+    ``objective="evidence"`` (``"elbo"`` draws padded paths). Raises ValueError, naming the item, for empty
+    sequences and shapes that differ.
     """
     if isinstance(items, (str, bytes, Tensor, np.ndarray)) or not len(items):
         raise ValueError(f"{name}: expected a list of at least one sequence, got a {type(items).__name__}")

@@ -117,11 +117,6 @@ class LinearChain(StructuredDistribution):
     def _states(self) -> int:
         return self.potentials[0].shape[-1]
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LinearChain:
-        new: Any = super().expand(batch_shape)
-        new._solution = None
-        return new
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_solution": None}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyroelbo import distributions as ped
 from pyroelbo.models.emissions import EMISSIONS, AnyGaussian, Categorical, log_shares
 from pyroelbo.models.precision import exact
-from pyroelbo.models.sequences import check_lengths, each_group, within
+from pyroelbo.models.sequences import captured, check_lengths, each_group, within
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import PLATE, ExactPair, LatentPath, Stepwise
 
@@ -115,8 +115,6 @@ class HMM(ExactPair):
 
     def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
         """ln p(y), [B], in nats, by the forward recursion; float64 without gradients."""
-        if torch.is_grad_enabled():
-            return self.posterior(y, lengths).log_partition
 
         def run(y: Tensor, lengths: Tensor | None, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
             return self.posterior(y, lengths).log_partition, {}
@@ -136,16 +134,21 @@ class HMM(ExactPair):
         )
 
     def _log_emission(self, y: Tensor, lengths: Tensor | None) -> Tensor:
-        """ln p(y_t | z_t), [*R, B, T, S]; 0 where y_t is NaN, a missing step."""
+        """ln p(y_t | z_t), [*R, B, T, S]; 0 where y_t is NaN, a missing step, and in the padding."""
         event = len(self.generator.event)
-        missing = y.isnan().flatten(2).any(-1) if event else None
+        seen = within(y, lengths)
+        if event:
+            seen = seen & ~y.isnan().flatten(2).any(-1)
         if torch.distributions.Distribution._validate_args:
-            seen = within(y, lengths)
-            self.generator.check(y[seen if missing is None else seen & ~missing])
-        if missing is not None:
-            y = torch.where(missing[(...,) + (None,) * event], torch.zeros_like(y), y)
-        found = self.generator.log_prob(y.flatten(0, 1)).unflatten(-2, y.shape[:2])
-        return found if missing is None else torch.where(missing[..., None], 0.0, found)
+            self.generator.check(y[seen])
+        if not captured() and not bool(seen.all()):  # the steps that count, alone
+            rows = seen.flatten().nonzero().squeeze(-1)
+            found = self.generator.log_prob(y.flatten(0, 1)[rows])
+            whole = found.new_zeros(*found.shape[:-2], seen.numel(), self.states)
+            return whole.index_copy(-2, rows, found).unflatten(-2, seen.shape)
+        y = torch.where(seen[(...,) + (None,) * event], y, torch.zeros_like(y)) if event else y
+        found = self.generator.log_prob(y.flatten(0, 1)).unflatten(-2, seen.shape)
+        return torch.where(seen[..., None], found, 0.0)
 
     def latent_path(self, y: Tensor, lengths: Tensor | None = None) -> LatentPath:
         y = self._check(y, lengths)

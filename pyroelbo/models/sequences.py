@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_lengths", "each_group", "within"]
+__all__ = ["captured", "check_lengths", "each_group", "within"]
 
 _WASTE = 0.1  # padding allowed in a group, relative to its steps
 _STEPS = 2000  # padding that costs less than another group
+
+
+def captured() -> bool:
+    """Whether operations are watched, as they are while a graph is captured: then no shape may depend on
+    lengths."""
+    return torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack() > 0
 
 
 def within(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -30,7 +36,7 @@ def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
             f"lengths: expected {len(x)} integers, one per sequence, got {lengths.dtype} of shape "
             f"{tuple(lengths.shape)}"
         )
-    if torch.is_grad_enabled():  # a captured graph cannot look at values; the structures check them again
+    if captured():  # the structures check them again
         return
     bad = (lengths < 1) | (lengths > x.shape[1])
     if bool(bad.any()):
@@ -48,10 +54,10 @@ def each_group(
     """``run(y, lengths, rows)`` on groups of sequences of similar length without their common padding: the
     values [*R, B] in the order of ``y``, and the sum of the statistics.
 
-    The cost is that of the sequences, not that of the padded rectangle. Without gradients only.
+    The cost is that of the sequences, not that of the padded rectangle, which captured graphs keep.
     """
-    if lengths is None:
-        return run(y, None, torch.arange(len(y), device=y.device))
+    if lengths is None or captured():
+        return run(y, lengths, torch.arange(len(y), device=y.device))
     order = lengths.argsort(descending=True, stable=True)
     parts, total = [], None
     for rows in _groups(order, lengths[order].tolist()):

@@ -132,7 +132,7 @@ class StateSpace(ExactPair):
         def run(y: Tensor, lengths: Tensor | None, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
             return self._chain(lengths, dtype=dtype).log_prob(y.to(dtype)), {}
 
-        return run(y, lengths, y)[0] if torch.is_grad_enabled() else each_group(run, y, lengths)[0]
+        return each_group(run, y, lengths)[0]
 
     def posterior(self, y: Tensor, lengths: Tensor | None = None) -> ped.GaussianChain:
         """p(z | y), a Gaussian over paths, in the parameters' dtype."""

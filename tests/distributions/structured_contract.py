@@ -234,9 +234,12 @@ class StructuredContract:
         assert [len(x) for x in none.marginals] == [0] * len(q.potentials)
 
     def test_expand_and_mask(self, q):
+        q.sample()  # what it keeps belongs to the old shape
         big = q.expand((3, *q.batch_shape))
         assert big.sample((2,)).shape == (2, 3, *q.batch_shape, *q.event_shape)
         torch.testing.assert_close(big.log_partition, q.log_partition.expand(3, -1))
+        for found, part in zip(big.marginals, q.marginals, strict=True):
+            torch.testing.assert_close(found, part.expand_as(found))
         z = q.sample()
         torch.testing.assert_close(big.log_prob(z), q.log_prob(z).expand(3, -1))
         keep = torch.arange(q.batch_shape[0]) > 0

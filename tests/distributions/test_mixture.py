@@ -119,8 +119,10 @@ def test_expected_statistics(kind, dims):
     for found, expected in zip(vars(statistics).values(), plain_statistics(d, y), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     halves = d.expected_statistics(y[:300])[1] + d.expected_statistics(y[300:])[1]
-    for found, expected in zip(vars(halves).values(), vars(statistics).values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    thrice = statistics + statistics * 2.0
+    for found, expected in ((halves, statistics), (thrice, statistics * 3.0)):
+        for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dims", [1, 5, 8, 35])
