@@ -47,7 +47,7 @@ class within_datum(Messenger):
     A term drawn at random among T (one time step per datum, one token of a text) represents all T. This
     handler multiplies its log probability by ``scale`` (a number or a tensor [B]), as ``poutine.scale`` does,
     and marks it, so that ``evidence.elbo`` keeps it while importance weights, which would be wrong, refuse
-    it. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
+    it, whatever its value. Any unmarked ``poutine.scale`` (KL annealing) is refused by every evaluation.
     """
 
     def __init__(self, scale: float | Tensor) -> None:
@@ -294,6 +294,11 @@ class Pair(PyroModule):
         """The exact evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); None for pairs
         without."""
         return None
+
+    def written_out(self) -> Pair:
+        """The pair with the same parameters whose weights are those of a whole datum: itself, unless its own
+        sites carry a scale within the datum (one step of a diffusion drawn among T)."""
+        return self
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         """A batch of n data of the right shape with arbitrary observed values (abstract: pairs that simulate

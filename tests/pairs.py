@@ -247,6 +247,32 @@ TABLE = {
         lambda n: torch.randint(4, (n, 5)),
     ),
     "strings": (lambda: models.Strings(5, 3, width=8, layers=1), lambda n: texts(n, 5, 3)),
+    "diffusion": (
+        lambda: models.Diffusion(4, 3, 5, width=8, layers=1),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
+    "diffusion-linear": (lambda: models.Diffusion(4, 3, None, network="linear"), lambda n: torch.randn(n, 4)),
+    "diffusion-written_out": (
+        lambda: models.Diffusion(4, 3, 5, "linear", "eps", "beta", width=8, layers=1).written_out(),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
+    "discrete_diffusion": (
+        lambda: models.DiscreteDiffusion(3, 4, 3, width=8, layers=1),
+        lambda n: torch.randint(4, (n, 3)),
+    ),
+    "discrete_diffusion-written_out": (
+        lambda: models.DiscreteDiffusion(3, 4, 3, width=8, layers=1).written_out(),
+        lambda n: torch.randint(4, (n, 3)),
+    ),
+    "masked_diffusion": (lambda: models.MaskedDiffusion(6, width=8, layers=1), lambda n: binary(n, 6)),
+    "masked_diffusion-conv": (
+        lambda: models.MaskedDiffusion((2, 3), 5, "discretized_logistic", "conv", 8, 1, components=2),
+        lambda n: torch.randint(5, (n, 6)),
+    ),
+    "masked_diffusion-written_out": (
+        lambda: models.MaskedDiffusion(4, 3, "categorical", "transformer", 8, 1).written_out(),
+        lambda n: torch.randint(3, (n, 4)),
+    ),
     "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),

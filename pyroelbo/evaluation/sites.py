@@ -138,7 +138,7 @@ def check_scale(site: Any, program: str) -> bool:
             "kl_weight=...)), and mark a scale that belongs to one datum's estimate with "
             "pyroelbo.within_datum"
         )
-    return not is_one(within)
+    return "within_datum" in site or not is_one(within)
 
 
 def check_joint(site: Any, program: str) -> None:

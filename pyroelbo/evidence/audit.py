@@ -58,8 +58,9 @@ def audit(
 ) -> Audit:
     """How tight is the bound? ELBO and IWAE next to a reference, per datum, in nats.
 
-    By default the reference is the exact evidence if there is one, else quadrature for one or two continuous
-    latent dimensions; notes say what was not possible and why.
+    A pair trained on one term of its bound a step (a diffusion) is audited
+    :meth:`~pyroelbo.Pair.written_out`. By default the reference is the exact evidence if there is one, else
+    quadrature for one or two continuous latent dimensions; notes say what was not possible and why.
 
     Args:
         pair: the pair.
@@ -81,6 +82,7 @@ def audit(
     evaluations per datum and the reference's.
     """
     batch = batches.as_batch(y, "y")
+    pair = pair.written_out()
     if isinstance(references, (str, Bound)):
         raise ValueError(
             f"references: expected a sequence such as ('ais',), got a {type(references).__name__}"

@@ -4,11 +4,13 @@ from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.chain import Chain
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
+from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
 from pyroelbo.models.flow import DequantizedFlow, Flow
 from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hierarchy import Hierarchy
 from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
+from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
@@ -27,11 +29,14 @@ __all__ = [
     "Chain",
     "ConvLadder",
     "DequantizedFlow",
+    "Diffusion",
+    "DiscreteDiffusion",
     "Entry",
     "Flow",
     "GaussianMixture",
     "Hierarchy",
     "Ladder",
+    "MaskedDiffusion",
     "NeuralPCFG",
     "StateSpace",
     "Strings",

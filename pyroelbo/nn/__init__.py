@@ -1,6 +1,15 @@
 """Networks for pairs. All accept any number of leading dimensions, so that particles are vectorized."""
 
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
+from pyroelbo.nn.denoisers import (
+    MLPDenoiser,
+    PerStepLinear,
+    TokenConv,
+    TokenMLP,
+    TokenTransformer,
+    Waves,
+    one_hot,
+)
 from pyroelbo.nn.layers import (
     MLP,
     BatchNorm,
@@ -27,8 +36,15 @@ __all__ = [
     "Dense",
     "GatedMLP",
     "LinearNormal",
+    "MLPDenoiser",
+    "PerStepLinear",
     "PixelCNN",
+    "TokenConv",
+    "TokenMLP",
+    "TokenTransformer",
+    "Waves",
     "bounded",
     "join",
     "masked_mlp",
+    "one_hot",
 ]

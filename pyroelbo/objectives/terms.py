@@ -19,7 +19,8 @@ def per_datum(site: Any, frame: Any, outer: float, program: str, particles: bool
     Raises ValueError for scales other than ``outer``, that of a subsampled data plate.
     """
     scale = site["scale"]
-    if isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
+    marked = "within_datum" in site
+    if marked or isinstance(scale, Tensor) or not math.isclose(scale, outer, rel_tol=1e-5):
         check_scale(site, program)
         raise ValueError(
             f"{program} site {site['name']!r}: expected no scale within the datum (it would enter the "

@@ -1,0 +1,463 @@
+"""Diffusion in discrete time as a Markovian pair: a fixed encoder of T links and a learned generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints, kl_divergence
+
+from pyroelbo.models.corruption import Corruption, GaussianNoise, UniformNoise
+from pyroelbo.models.precision import exact_dtype
+from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP
+from pyroelbo.numerics import positive_count
+from pyroelbo.pair import PLATE, LatentPath, Pair, evaluation_mode, within_datum
+
+__all__ = ["Diffusion", "DiffusionPair", "DiscreteDiffusion", "SampledTerms", "Share", "Spread", "WrittenOut"]
+
+NETWORKS = ("mlp", "linear")
+
+
+class Spread(dist.Uniform):
+    """Uniform times in [0, 1], one a datum; ``coupled`` draws spread those of a batch evenly, (u + i/B) mod
+    1.
+
+    Each time is uniform either way, so that a coupled batch has the same expected loss with less variance;
+    but its rows depend on one another, and standard errors over data would be wrong.
+
+    Source: Kingma, Salimans, Poole and Ho (2021), appendix I.1.
+    """
+
+    coupled = False
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Spread:
+        new = super().expand(batch_shape, _instance)
+        new.coupled = self.coupled
+        return new
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        if not self.coupled or not shape:
+            return super().rsample(sample_shape)
+        comb = torch.arange(shape[-1], dtype=self.low.dtype, device=self.low.device) / shape[-1]
+        first = torch.rand(*shape[:-1], 1, dtype=self.low.dtype, device=self.low.device)
+        return (first + comb) % 1
+
+
+class Share(TorchDistribution):
+    """The training form's site: ``log_prob(y)`` is one term of a bound, drawn by ``time`` [*] and ``noise``
+    [*, D], whose multiple over all terms has the bound as its mean.
+
+    ``term(y, time, noise)`` [*] computes it.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+
+    def __init__(
+        self, term: Callable[[Tensor, Tensor, Tensor], Tensor], support: Any, time: Tensor, noise: Tensor
+    ) -> None:
+        self.term, self._support, self.time, self.noise = term, support, time, noise
+        super().__init__(time.shape, noise.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(self._support, 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> Share:
+        noise = self.noise.expand(*batch_shape, *self.event_shape)
+        return Share(self.term, self._support, self.time.expand(batch_shape), noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The term, in nats."""
+        return self.term(value, self.time, self.noise)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        raise NotImplementedError("one term of a bound has no draws: simulate the pair")
+
+
+class SampledTerms(Pair):
+    """A pair whose bound has many terms, one of which is drawn for each datum and step (abstract).
+
+    Sites ``time`` (uniform on [0, 1]) and ``noise`` have the same distribution in model and guide, and choose
+    the term; the site ``y`` is their :class:`Share`, scaled by ``terms`` with
+    :class:`~pyroelbo.within_datum`. So the ELBO is unbiased, and importance weights are refused:
+    :meth:`~pyroelbo.Pair.written_out` has them. In training mode the times of a batch are spread evenly; in
+    evaluation they are independent.
+    """
+
+    dims: int
+    terms: float
+    spread = True
+    """Whether the times of a training batch are spread evenly."""
+
+    def term(self, y: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+        """One term of the bound, [*] (abstract)."""
+        raise NotImplementedError
+
+    def noise_law(self) -> Any:
+        """The distribution of ``noise``, of event shape [D] (abstract)."""
+        raise NotImplementedError
+
+    @property
+    def support(self) -> Any:
+        """The values of one dimension of y (abstract)."""
+        raise NotImplementedError
+
+    def check(self, y: Tensor) -> None:
+        """Raise ValueError unless y is [B, D]."""
+        check_rows(y, self.dims, self.name)
+
+    def _choices(self) -> tuple[Tensor, Tensor]:
+        like = next(self.generator.parameters())
+        time = Spread(like.new_zeros(()), like.new_ones(()))
+        time.coupled = self.spread and self.training
+        return pyro.sample("time", time), pyro.sample("noise", self.noise_law())
+
+    def model(self, y: Tensor) -> None:
+        self.check(y)
+        with pyro.plate(PLATE, len(y)):
+            time, noise = self._choices()
+            with within_datum(self.terms):
+                pyro.sample("y", Share(self.term, self.support, time, noise), obs=y)
+
+    def guide(self, y: Tensor) -> None:
+        with pyro.plate(PLATE, len(y)):
+            self._choices()
+
+    def placeholder(self, n: int, *given: Tensor) -> Tensor:
+        return rows_for(self.generator, n, self.dims)
+
+
+def check_rows(y: Tensor, dims: int, name: str) -> None:
+    """Raise ValueError unless y is [B, ``dims``]."""
+    if y.dim() != 2 or y.shape[-1] != dims:
+        raise ValueError(f"y: expected shape [B, {dims}] for this {name}, got {tuple(y.shape)}")
+
+
+def rows_for(network: nn.Module, n: int, dims: int) -> Tensor:
+    """Zeros [n, dims] of the network's dtype, on its device."""
+    like = next(network.parameters())
+    return torch.zeros(n, dims, dtype=like.dtype, device=like.device)
+
+
+class _Chain(nn.Module):
+    """What both forms of a diffusion share: ``corruption``, ``generator``, ``dims`` and ``steps``."""
+
+    corruption: Corruption
+    generator: nn.Module
+    dims: int
+    steps: int
+
+    def output(self, z: Tensor, t: Tensor) -> Tensor:
+        """What the network says of z_t [*, D] at steps t [*]: [*, D, outputs]."""
+        return self.generator(z, (t / self.steps).to(self.corruption.tables.dtype))
+
+
+class DiffusionPair(_Chain, SampledTerms):
+    """p(z_T) Π_t p(z_{t-1} | z_t) p(y | z_1) with the fixed encoder q(z_1 … z_T | y) of a
+    :class:`~pyroelbo.models.corruption.Corruption`. Data [B, D].
+
+    The bound is E ln p(y | z_1) - Σ_{t≥2} E KL(q(z_{t-1} | z_t, y), p(z_{t-1} | z_t)) - KL(q(z_T | y),
+    p(z_T)). The pair itself is its training form: a step t is drawn for each datum, and T times its term, in
+    closed form given z_t, has the bound as its mean. :meth:`written_out` is the evidence form of the same
+    pair, with which importance weights, SMC and AIS are possible. One pass of the network for a term, T
+    passes for a chain or a draw.
+
+    Parts: ``generator``, the network from z [*, D] and time t/T [*] to [*, D, outputs].
+    """
+
+    def __init__(self, corruption: Corruption, network: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.dims, self.steps, self.terms = dims, corruption.steps, float(corruption.steps)
+        self.corruption, self.generator = corruption, network
+        self.form = "grey" if corruption.support is constraints.real else "bytes"
+
+    @property
+    def support(self) -> Any:
+        return self.corruption.support
+
+    def noise_law(self) -> Any:
+        return self.corruption.noise(self.dims)
+
+    def term(self, y: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+        """The t-th term of the bound for t = ⌈time · T⌉, with the prior's share 1/T of its KL."""
+        t = (time * self.steps).ceil().long().clamp(1, self.steps)
+        c, x = self.corruption, self.corruption.encode(y)
+        z = c.corrupt(x, noise, t)
+        out = self.output(z, t)
+        late = t.clamp_min(2)
+        first = c.observation(out, z).log_prob(y).sum(-1)
+        rest = -kl_divergence(c.backwards(x, z, late), c.reverse(out, z, late)).sum(-1)
+        return torch.where(t == 1, first, rest) - self._top(x) / self.steps
+
+    def _top(self, x: Tensor) -> Tensor:
+        """KL(q(z_T | y), p(z_T)), [*]."""
+        last = torch.full((), self.steps, dtype=torch.long, device=x.device)
+        c = self.corruption
+        return kl_divergence(c.marginal(x, last), c.prior(self.dims)).sum(-1)
+
+    @torch.no_grad()
+    def layers(self, y: Tensor, draws: int = 16) -> Tensor:
+        """The bound's terms by layer, mean over data and ``draws`` of z_t: [T + 1], nats; entry 0 is E ln p(y
+        | z_1), entry t - 1 is -KL of the step to z_{t-1}, entry T the prior's. They sum to the ELBO."""
+        self.check(y)
+        top = float(self._top(self.corruption.encode(y)).mean())
+        found = []
+        for t in range(1, self.steps + 1):
+            time = torch.full((draws, len(y)), (t - 0.5) / self.steps, device=y.device)
+            noise = self.noise_law().sample(time.shape)
+            found.append(float(self.term(y, time, noise).mean()) + top / self.steps)
+        return torch.tensor([*found, -top], dtype=torch.float64)
+
+    def written_out(self) -> WrittenOut:
+        """The chain z_T … z_1 as one site, with the same parameters."""
+        return WrittenOut(self)
+
+    @torch.no_grad()
+    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw n data by ancestral sampling; the pair's own sites choose terms of a bound, and are not
+        drawn."""
+        return {}, self.written_out().simulate(n, like=like)[1]
+
+
+class Diffusion(DiffusionPair):
+    """Gaussian diffusion in T steps (DDPM), with the bound in all its terms. Data [B, D], flat.
+
+    z_t = √(1 - β_t) z_{t-1} + √β_t ε; see :class:`~pyroelbo.models.corruption.GaussianNoise` for all closed
+    forms. Grey levels (``levels``) are mapped to [-1, 1], and p(y | z_1) is a discretized logistic; real data
+    (``levels=None``) have densities.
+
+    Part: ``generator``. Raises ValueError for unknown names, schedules that leave signal at T, and data that
+    are not [B, D].
+
+    Args:
+        shape: number of dimensions D, or the shape of an image.
+        steps: T.
+        levels: number of grey levels, or None for real data.
+        schedule: ``cosine``, ``linear``, or β_1 … β_T.
+        parametrization: of the network, ``eps``, ``x0`` or ``v``.
+        variance: of the reverse steps, ``learned``, ``beta`` or ``beta_tilde``.
+        network: ``mlp``, ``linear`` (one linear map a step), or a module from (z [*, D], time [*]) to [*, D,
+            outputs].
+        width: number of features of a named network.
+        layers: number of its layers.
+        dropout: probability of dropout in it.
+
+    Source: Ho, Jain and Abbeel (2020); Nichol and Dhariwal (2021) for learned variances.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        steps: int = 100,
+        levels: int | None = 256,
+        schedule: str | Sequence[float] | Tensor = "cosine",
+        parametrization: str = "v",
+        variance: str = "learned",
+        network: str | nn.Module = "mlp",
+        width: int = 128,
+        layers: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        dims = math.prod(shape)
+        noise = GaussianNoise(steps, schedule, parametrization, variance, levels, dims)
+        if network == "mlp":
+            network = MLPDenoiser(dims, noise.outputs, width, layers, dropout)
+        elif network == "linear":
+            network = PerStepLinear(dims, steps, noise.outputs)
+        elif not isinstance(network, nn.Module):
+            raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
+        super().__init__(noise, network, dims)
+        self.shape = shape
+
+
+class DiscreteDiffusion(DiffusionPair):
+    """Diffusion of symbols 0 … levels-1 in T steps by uniform noise (D3PM). Data [B, D], integers of any
+    dtype.
+
+    See :class:`~pyroelbo.models.corruption.UniformNoise` for all closed forms. Part: ``generator``.
+
+    Args:
+        shape: number of dimensions D, or their shape.
+        levels: number of symbols.
+        steps: T.
+        schedule: ``cosine``, ``linear``, or β_1 … β_T.
+        network: ``mlp``, or a module from (z [*, D] integers, time [*]) to logits [*, D, levels].
+        width: number of features of the MLP.
+        layers: number of its layers.
+        dropout: probability of dropout in it.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        levels: int = 2,
+        steps: int = 100,
+        schedule: str | Sequence[float] | Tensor = "cosine",
+        network: str | nn.Module = "mlp",
+        width: int = 128,
+        layers: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        dims = math.prod(shape)
+        if network == "mlp":
+            network = TokenMLP(dims, levels, levels, width, layers, dropout)
+        elif not isinstance(network, nn.Module):
+            raise ValueError(f"network: expected 'mlp' or a module, got {network!r}")
+        super().__init__(UniformNoise(steps, schedule, levels), network, dims)
+        self.shape = shape
+
+
+class WrittenOut(_Chain, Pair):
+    """The evidence form of a :class:`DiffusionPair`: the latent ``z`` is the chain, [B, T, D], z_T first.
+
+    ln p(y, z) - ln q(z | y) has no closed-form pieces, and its mean is the same ELBO. Cost: T passes of the
+    network, at once for given chains.
+    """
+
+    def __init__(self, pair: DiffusionPair) -> None:
+        super().__init__()
+        self.corruption, self.generator = pair.corruption, pair.generator
+        self.dims, self.steps, self.label = pair.dims, pair.steps, f"{pair.name}, written out"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def check(self, y: Tensor) -> None:
+        """Raise ValueError unless y is [B, D]."""
+        check_rows(y, self.dims, self.name)
+
+    def model(self, y: Tensor) -> None:
+        self.check(y)
+        with pyro.plate(PLATE, len(y)):
+            z = pyro.sample("z", _Generated(self))
+            pyro.sample("y", self.observation(z[..., -1, :]).to_event(1), obs=y)
+
+    def guide(self, y: Tensor) -> None:
+        self.check(y)
+        with pyro.plate(PLATE, len(y)):
+            pyro.sample("z", _Corrupted(self.corruption, self.corruption.encode(y)))
+
+    def observation(self, z: Tensor) -> Any:
+        """p(y | z_1), batch shape [*, D]."""
+        first = torch.ones((), dtype=torch.long, device=z.device)
+        return self.corruption.observation(self.output(z, first), z)
+
+    def latent_path(self, y: Tensor) -> LatentPath:
+        """z_T, then each q(z_{t-1} | z_t, y) and p(z_{t-1} | z_t); only the last step sees y."""
+        c, x, steps = self.corruption, self.corruption.encode(y), self.steps
+
+        def at(step: int) -> Tensor:
+            return torch.full((), steps - step + 1, dtype=torch.long, device=y.device)
+
+        def prior(step: int, past: Tensor | None) -> Any:
+            if past is None:
+                return c.prior(self.dims).to_event(1)
+            return c.reverse(self.output(past, at(step)), past, at(step)).to_event(1)
+
+        def guide(step: int, past: Tensor | None) -> Any:
+            found = c.marginal(x, at(1)) if past is None else c.backwards(x, past, at(step))
+            return found.to_event(1)
+
+        def emission(step: int, z: Tensor) -> Tensor:
+            if step < steps - 1:
+                return torch.zeros(z.shape[:-1], device=z.device)
+            return self.observation(z).to_event(1).log_prob(y)
+
+        return LatentPath(steps, prior, guide, emission)
+
+    def placeholder(self, n: int, *given: Tensor) -> Tensor:
+        return rows_for(self.generator, n, self.dims)
+
+    @torch.no_grad()
+    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw n chains and data by ancestral sampling, T passes of the network."""
+        positive_count("n", n, "number of draws")
+        with evaluation_mode(self):
+            z = _Generated(self, torch.Size((n,))).sample()
+            y = self.observation(z[:, -1]).sample()
+        return {"z": z}, y.to(self.placeholder(1).dtype)
+
+
+def _steps(steps: int, device: torch.device, last: int = 1) -> Tensor:
+    """T, T - 1, …, ``last``."""
+    return torch.arange(steps, last - 1, -1, device=device)
+
+
+class _Path(TorchDistribution):
+    """A distribution of chains z_T … z_1, event shape [T, D] (abstract)."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(self.corruption.latent_support, 2)
+
+
+class _Generated(_Path):
+    """p(z_T) Π_{t≥2} p(z_{t-1} | z_t)."""
+
+    def __init__(self, pair: _Chain, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.pair, self.corruption = pair, pair.corruption
+        super().__init__(batch_shape, torch.Size((pair.steps, pair.dims)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Generated:
+        return _Generated(self.pair, torch.Size(batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        c, z = self.corruption, []
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        z.append(c.prior(self.pair.dims).expand((*shape, self.pair.dims)).sample())
+        for t in _steps(self.pair.steps, z[0].device, 2):
+            z.append(c.reverse(self.pair.output(z[-1], t), z[-1], t).sample())
+        return torch.stack(z, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(z_T … z_1), in nats."""
+        c, t = self.corruption, _steps(self.pair.steps, value.device, 2)
+        above = value[..., :-1, :]
+        links = c.reverse(self.pair.output(above, t), above, t).log_prob(value[..., 1:, :])
+        top = c.prior(self.pair.dims).log_prob(value[..., 0, :])
+        found = _total(links, 2) + _total(top, 1)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+
+class _Corrupted(_Path):
+    """q(z_T … z_1 | z_0 = ``x``), x [*, D], drawn from the data upwards."""
+
+    def __init__(self, corruption: Corruption, x: Tensor) -> None:
+        self.corruption, self.x = corruption, x
+        event = torch.Size((corruption.steps, x.shape[-1]))
+        super().__init__(x.shape[:-1], event, validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Corrupted:
+        return _Corrupted(self.corruption, self.x.expand(*batch_shape, -1))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        z = [self.x.expand(*sample_shape, *self.x.shape)]
+        for t in reversed(_steps(self.corruption.steps, self.x.device)):
+            z.append(self.corruption.forwards(z[-1], t).sample())
+        return torch.stack(z[:0:-1], -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln q(z_1 … z_T | y), in nats."""
+        start = self.x.expand(*torch.broadcast_shapes(value.shape[:-2], self.batch_shape), -1)
+        below = torch.cat([value[..., 1:, :].expand(*start.shape[:-1], -1, -1), start.unsqueeze(-2)], -2)
+        t = _steps(self.corruption.steps, value.device)
+        return _total(self.corruption.forwards(below, t).log_prob(value), 2)
+
+
+def _total(log_prob: Tensor, dims: int) -> Tensor:
+    """The sum over the last ``dims`` dimensions, of thousands of terms, in float64 without gradients."""
+    return log_prob.sum(tuple(range(-dims, 0)), dtype=exact_dtype(log_prob))

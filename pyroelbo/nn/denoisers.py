@@ -1,0 +1,265 @@
+"""Networks of diffusion models: from noisy data and a time, or from partly masked tokens, to numbers per
+dimension."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pyroelbo.numerics import positive_count
+
+__all__ = [
+    "Attend",
+    "MLPDenoiser",
+    "PerStepLinear",
+    "TokenConv",
+    "TokenMLP",
+    "TokenTransformer",
+    "Waves",
+    "one_hot",
+]
+
+
+class Waves(nn.Module):
+    """Times t [*] in [0, 1] to features [*, 2·``count``]: sine and cosine of π t 2^j, j = 0 … count-1."""
+
+    rates: Tensor
+
+    def __init__(self, count: int = 10) -> None:
+        super().__init__()
+        self.register_buffer("rates", math.pi * 2.0 ** torch.arange(count), persistent=False)
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return 2 * len(self.rates)
+
+    def forward(self, time: Tensor) -> Tensor:
+        angle = time.to(self.rates.dtype)[..., None] * self.rates
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def one_hot(z: Tensor, symbols: int) -> Tensor:
+    """Integers z [*] as BoolTensors [*, symbols]; torch's function looks at the values, which no graph can
+    capture."""
+    return z.unsqueeze(-1) == torch.arange(symbols, device=z.device)
+
+
+@torch.no_grad()
+def _quiet(layer: nn.Module) -> None:
+    """Start a layer near zero: its inputs have gradients from the first step on."""
+    for parameter, share in ((layer.weight, 0.01), (layer.bias, 0.0)):
+        parameter.mul_(share)  # type: ignore[operator]
+
+
+class PerStepLinear(nn.Module):
+    """z [*, D] at time t/T to [*, D, outputs]: first W_t z + b_t, then ``outputs`` - 1 numbers per dimension
+    that depend on t alone.
+
+    With it every reverse conditional of a Gaussian diffusion is linear in z with a diagonal variance: the
+    optimum for Gaussian data. W and b start at zero. Memory O(T · D²).
+    """
+
+    def __init__(self, dims: int, steps: int, outputs: int = 2) -> None:
+        super().__init__()
+        self.steps = positive_count("steps", steps)
+        self.weight = nn.Parameter(torch.zeros(steps, dims, dims))
+        self.bias = nn.Parameter(torch.zeros(steps, dims, outputs))
+
+    def forward(self, z: Tensor, time: Tensor) -> Tensor:
+        step = (time * self.steps).round().long().clamp(1, self.steps) - 1
+        first = (self.weight[step] @ z.unsqueeze(-1)) + self.bias[step][..., :1]
+        rest = self.bias[step][..., 1:]
+        return torch.cat([first, rest.expand(*first.shape[:-1], -1)], -1)
+
+
+class MLPDenoiser(nn.Module):
+    """z [*, D] at time t in [0, 1] to [*, D, outputs]: residual layers, each shifted by features of the time.
+
+    x ← x + W SiLU(V norm(x) + U φ(t)), with φ the :class:`Waves`; without ``timed`` there is no φ. Outputs
+    start near 0."""
+
+    def __init__(
+        self,
+        dims: int,
+        outputs: int = 1,
+        width: int = 128,
+        layers: int = 3,
+        dropout: float = 0.0,
+        timed: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dims, self.outputs = dims, outputs
+        self.waves = Waves() if timed else None
+        self.inwards = nn.Linear(dims, width)
+        size = self.waves.size if self.waves is not None else 0
+        self.blocks = nn.ModuleList(_Residual(width, size, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.outwards = nn.Linear(width, dims * outputs)
+        _quiet(self.outwards)
+
+    def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
+        when = None if self.waves is None or time is None else self.waves(time)
+        x = self.inwards(z)
+        for block in self.blocks:
+            x = block(x, when)
+        return self.outwards(self.norm(x)).unflatten(-1, (self.dims, self.outputs))
+
+
+class TokenMLP(MLPDenoiser):
+    """An :class:`MLPDenoiser` of symbols z [*, D], integers 0 … symbols-1, one-hot at the input."""
+
+    def __init__(
+        self,
+        dims: int,
+        symbols: int,
+        outputs: int,
+        width: int = 128,
+        layers: int = 3,
+        dropout: float = 0.0,
+        timed: bool = True,
+    ) -> None:
+        super().__init__(dims, outputs, width, layers, dropout, timed)
+        self.symbols = symbols
+        self.inwards = nn.Linear(dims * symbols, width)
+
+    def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
+        one = one_hot(z, self.symbols).flatten(-2)
+        return super().forward(one.to(self.inwards.weight.dtype), time)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int, waves: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
+        self.when = nn.Linear(waves, width, bias=False) if waves else None
+        self.outer = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, when: Tensor | None) -> Tensor:
+        hidden = self.inner(self.norm(x))
+        if self.when is not None:
+            hidden = hidden + self.when(when)
+        return x + self.outer(self.dropout(nn.functional.silu(hidden)))
+
+
+class _Tokens(nn.Module):
+    """Features [n, D, width] of symbols [n, D]: an embedding of each plus one of its place; and the head from
+    features to [n, D, outputs]."""
+
+    def __init__(self, dims: int, symbols: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(symbols, width)
+        self.places = nn.Parameter(0.02 * torch.randn(dims, width))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.bias = nn.Parameter(torch.zeros(dims, outputs))
+        _quiet(self.head)
+
+
+class TokenTransformer(_Tokens):
+    """Symbols z [*, D], integers 0 … symbols-1, to [*, D, outputs]: a pre-norm transformer in which every
+    place attends to all.
+
+    Args:
+        dims: D.
+        symbols: number of symbols at the input.
+        outputs: numbers per place.
+        width: number of features, a multiple of ``heads``.
+        layers: number of blocks.
+        heads: attention heads of each block.
+        dropout: probability of dropout in the blocks.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        symbols: int,
+        outputs: int,
+        width: int = 64,
+        layers: int = 3,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dims, symbols, outputs, width)
+        self.blocks = nn.ModuleList(Attend(width, heads, dropout) for _ in range(layers))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.embed(z.reshape(-1, z.shape[-1])) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return (self.head(self.norm(x)) + self.bias).reshape(*z.shape, -1)
+
+
+class Attend(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), of x [n, t, width]; every row attends to all of its
+    t."""
+
+    def __init__(self, width: int, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        positive_count("width", width, "number of features")
+        if width % heads:
+            raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inwards, self.outwards = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.inwards(self.before(x)).chunk(3, -1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.dropout(self.outwards(mixed.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.mlp(self.between(x)))
+
+
+class TokenConv(_Tokens):
+    """Symbols z [*, H·W], integers 0 … symbols-1, to [*, H·W, outputs]: residual 3x3 convolutions at full
+    resolution.
+
+    x ← x + 1x1(dropout(SiLU(3x3(SiLU(norm(x)))))), with a group norm of one group; ``layers`` blocks see
+    2·``layers`` + 1 pixels in each direction.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        symbols: int,
+        outputs: int,
+        width: int = 48,
+        layers: int = 6,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(math.prod(shape), symbols, outputs, width)
+        self.shape = shape
+        self.blocks = nn.ModuleList(_ConvResidual(width, dropout) for _ in range(layers))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.embed(z.reshape(-1, z.shape[-1])) + self.places
+        x = x.transpose(1, 2).unflatten(-1, self.shape)
+        for block in self.blocks:
+            x = block(x)
+        x = x.flatten(2).transpose(1, 2)
+        return (self.head(self.norm(x)) + self.bias).reshape(*z.shape, -1)
+
+
+class _ConvResidual(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        last = nn.Conv2d(width, width, 1)
+        _quiet(last)
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
