@@ -176,7 +176,6 @@ class DiffusionPair(_Chain, SampledTerms):
         super().__init__()
         self.dims, self.steps, self.terms = dims, corruption.steps, float(corruption.steps)
         self.corruption, self.generator = corruption, network
-        self.form = "grey" if corruption.support is constraints.real else "bytes"
 
     @property
     def support(self) -> Any:
@@ -276,6 +275,18 @@ class Diffusion(DiffusionPair):
             raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
         super().__init__(noise, network, dims)
         self.shape = shape
+
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> Diffusion:
+        """Set the mean and scale that z_0 has its units from to those of real data [N, D]; grey levels have
+        their own. Returns self."""
+        self.check(y)
+        c = self.corruption
+        if c.levels is None:
+            spread = y.std(0, correction=0)
+            c.loc.copy_(y.mean(0))
+            c.scale.copy_(torch.where(spread > 0, spread, 1.0))
+        return self
 
 
 class DiscreteDiffusion(DiffusionPair):

@@ -16,7 +16,6 @@ from torch.distributions import constraints
 
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.models.diffusion import SampledTerms, check_rows, rows_for
-from pyroelbo.models.observation import form_of
 from pyroelbo.models.precision import exact_dtype
 from pyroelbo.nn import TokenConv, TokenMLP, TokenTransformer, bounded
 from pyroelbo.numerics import logsumexp, positive_count
@@ -25,6 +24,7 @@ from pyroelbo.pair import PLATE, ExactPair, LatentPath, evaluation_mode
 __all__ = ["MaskedDiffusion", "Orders"]
 
 NETWORKS = ("mlp", "conv", "transformer")
+LIKELIHOODS = ("bernoulli", "discretized_logistic", "categorical")
 _MOST = 16  # dimensions whose subsets are summed exactly
 _CELLS = 2**17  # (row, subset) pairs in one pass of the network
 
@@ -91,7 +91,8 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         components: int = 5,
     ) -> None:
         super().__init__()
-        self.form = self.form_of({"likelihood": likelihood})
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood: expected one of {LIKELIHOODS}, got {likelihood!r}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.dims, self.likelihood = math.prod(self.shape), likelihood
         self.levels = 2 if likelihood == "bernoulli" else levels
@@ -160,20 +161,6 @@ class MaskedDiffusion(_Tokens, SampledTerms):
                 drawn = dist.Categorical(logits=self.log_probs(x, masked)).sample()
                 x, masked = torch.where(chosen, drawn, x), masked & ~chosen
         return x.to(y.dtype)
-
-    @staticmethod
-    def form_of(settings: dict[str, Any]) -> str:
-        """The form of data that a model with these settings expects."""
-        name = settings.get("likelihood", "bernoulli")
-        if name not in ("bernoulli", "categorical", "discretized_logistic"):
-            raise ValueError(
-                f"likelihood: expected 'bernoulli', 'categorical' or 'discretized_logistic', got {name!r}"
-            )
-        return form_of(settings)
-
-    @classmethod
-    def for_data(cls, train: Tensor | None, shape: Sequence[int], levels: int, **settings) -> MaskedDiffusion:
-        return cls(shape, levels=levels, **settings)
 
 
 def ordinal(out: Tensor, levels: int) -> Tensor:

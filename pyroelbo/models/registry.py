@@ -17,9 +17,11 @@ from pyroelbo.data import Dataset, view, views
 from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
+from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
 from pyroelbo.models.flow import DequantizedFlow
 from pyroelbo.models.hierarchy import Hierarchy
 from pyroelbo.models.ladder import Ladder
+from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
@@ -69,6 +71,10 @@ def _picture(data: Dataset) -> dict[str, Any]:
     return {"shape": data.shape, "levels": data.levels}
 
 
+def _levels(data: Dataset) -> dict[str, Any]:
+    return {"shape": data.shape, "levels": data.levels or None}
+
+
 def _row(data: Dataset) -> dict[str, Any]:
     return {"dims": data.dims}
 
@@ -108,6 +114,29 @@ REGISTRY: dict[str, Entry] = {
         kinds=_pixels("bernoulli", "categorical"),
         sizes=_picture,
         epochs=20,
+    ),
+    "diffusion": Entry(
+        "Gaussian diffusion in steps=T, a bound; schedule=cosine|linear, parametrization=v|eps|x0, "
+        "variance=learned|beta|beta_tilde, network=mlp|linear",
+        Diffusion,
+        kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
+        sizes=_levels,
+        epochs=100,
+    ),
+    "discrete_diffusion": Entry(
+        "diffusion of symbols by uniform noise in steps=T, a bound; schedule=cosine|linear",
+        DiscreteDiffusion,
+        kinds={"bytes": {}, "binary": {}},
+        sizes=_picture,
+        epochs=100,
+    ),
+    "masked_diffusion": Entry(
+        "tokens revealed in random order, a bound; network=mlp|conv|transformer, "
+        "likelihood=discretized_logistic|categorical|bernoulli",
+        MaskedDiffusion,
+        kinds=_pixels("discretized_logistic", "categorical", "bernoulli"),
+        sizes=_picture,
+        epochs=100,
     ),
     "flow": Entry(
         "normalizing flow on grey levels, uniformly dequantized; kind=coupling|autoregressive",
