@@ -58,7 +58,7 @@ def plot(
     """
     audit = result if isinstance(result, Audit) else result.as_audit()
     parts = result if isinstance(result, Decomposition) else decomposition
-    rows = [b for b in audit.bounds if b.scope == "datum"]
+    rows = [b for b in audit.bounds if b.scope != "joint"]
     columns = bool(rows) + 1 + (parts is not None)
     figure, axes = _figure(5.2 * columns, 4.2, columns)
     panels = list(np.atleast_1d(axes))
@@ -125,7 +125,8 @@ def _means(axis: Any, audit: Audit) -> None:
     axis.set_ylim(-0.6, len(rows) - 0.3)
     axis.margins(x=0.15)
     joint = all(b.scope == "joint" for b in rows)
-    axis.set_xlabel(f"{'joint' if joint else 'mean'} ln p(y), nats (bars: two standard errors)")
+    quantity = "E ln p(y | θ)" if all(b.scope == "globals" for b in rows) else "ln p(y)"
+    axis.set_xlabel(f"{'joint' if joint else 'mean'} {quantity}, nats (bars: two standard errors)")
     axis.set_title(audit.name if joint else f"{audit.name}, {audit.num_data} data")
 
 
@@ -366,7 +367,7 @@ def to_arviz(result: Audit | Decomposition | Sandwich, terms: Terms | None = Non
 
     audit = result if isinstance(result, Audit) else result.as_audit()
     joint = all(b.scope == "joint" for b in audit.bounds)
-    rows = [b for b in audit.bounds if joint or b.scope == "datum"]
+    rows = [b for b in audit.bounds if joint or b.scope != "joint"]
     dims = ("estimator",) if joint else ("estimator", "datum")
     coordinates = {
         "estimator": [b.method for b in rows],

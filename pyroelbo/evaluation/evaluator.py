@@ -86,10 +86,16 @@ class Evaluator:
         self.programs = Programs(pair, with_guide, summing)
         self.merged: frozenset[str] = frozenset()
         self._check_values = True
-        with torch.no_grad(), self.programs.quiet():
-            self.layout, self.strategy, self._elements = self._look()
-            with _same_random_numbers(self.batch):
-                self._probe()
+        # Pairs that differ in given values only share what was found once.
+        known = getattr(pair, "_layouts", {})
+        key = (with_guide, summing, scope, self.size)
+        if key not in known:
+            with torch.no_grad(), self.programs.quiet():
+                self.layout, self.strategy, self._elements = self._look()
+                with _same_random_numbers(self.batch):
+                    self._probe()
+            known[key] = self.layout, self.strategy, self._elements, self.merged, self.notes
+        self.layout, self.strategy, self._elements, self.merged, self.notes = known[key]
 
     # ------------------------------------------------------------------------------------------ public
 
@@ -330,6 +336,8 @@ class Evaluator:
         except _UNSUITED as error:
             return f"{type(error).__name__}, {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
         for found, which in zip(together, (0, 1), strict=True):
+            if any(found.keys() != a[which].keys() for a in alone):
+                return "other dependence on enumerated latents"
             for name, value in found.items():
                 again = torch.cat([a[which][name] for a in alone])
                 if not torch.allclose(value, again, rtol=_AGREE, atol=_AGREE, equal_nan=True):

@@ -5,6 +5,7 @@ from pyroelbo.evidence.annealed import ais, bdmc
 from pyroelbo.evidence.audit import Contradiction, audit
 from pyroelbo.evidence.bounds import cubo, elbo, eubo, iwae, prior_monte_carlo, terms
 from pyroelbo.evidence.calibration import calibration
+from pyroelbo.evidence.conditional import given_globals
 from pyroelbo.evidence.diagnostics import diagnostics, pareto_k_hat
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.gap import gap
@@ -25,6 +26,7 @@ __all__ = [
     "eubo",
     "exact",
     "gap",
+    "given_globals",
     "iwae",
     "pareto_k_hat",
     "prior_monte_carlo",

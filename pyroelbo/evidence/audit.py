@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pyroelbo.evaluation.supports import support_of
 from pyroelbo.evidence.annealed import ais
 from pyroelbo.evidence.bounds import elbo, iwae
 from pyroelbo.evidence.budget import Budget
+from pyroelbo.evidence.conditional import given_globals
 from pyroelbo.evidence.exact import exact
 from pyroelbo.evidence.quadrature import quadrature
 from pyroelbo.pair import Pair
@@ -53,6 +55,9 @@ def audit(
     references: Sequence[str | Bound] | None = None,
     temperatures: int = 1000,
     scope: str = "datum",
+    given: str | None = None,
+    draws: int = 16,
+    num_data: int | None = None,
     budget: str | int | None = None,
     progress: bool = True,
 ) -> Audit:
@@ -72,6 +77,11 @@ def audit(
         temperatures: those of AIS.
         scope: ``"datum"``, or ``"joint"`` for the whole batch as one datum, for models with latents outside
             the data plate.
+        given: ``"globals"`` for pairs with latents θ outside the data plate next to local ones: each row is
+            one of E_q(θ)[ln p(y_i | θ)], not of ln p(y_i), and KL(q(θ) || p(θ)) is printed once
+            (:func:`~pyroelbo.evidence.given_globals`).
+        draws: draws of θ, shared by all data.
+        num_data: number of all data where ``y`` is a subset, for that KL.
         budget: a time such as ``"90s"``, ``"1min"`` or ``"2h"``, or a number of model evaluations (a gradient
             counts as three). It chooses ``particles`` and ``temperatures``, and AIS if there is nothing
             better; a pilot measures the pair's speed, and a note says what was chosen.
@@ -79,8 +89,15 @@ def audit(
 
     ``print(audit(pair, y))`` is a table. Raises :class:`~pyroelbo.evidence.Unavailable` for a reference that
     the pair does not have, ValueError for a budget too small for any estimate. Cost: 2 ``particles``
-    evaluations per datum and the reference's.
+    evaluations per datum and the reference's, for each draw of θ.
     """
+    if given not in (None, "globals"):
+        raise ValueError(f"given: expected 'globals' or None, got {given!r}")
+    if given is not None and (scope == "joint" or budget is not None):
+        raise ValueError(
+            "given: expected no joint scope and no budget beside it, got scope "
+            f"{scope!r} and budget {budget!r}. Choose particles and draws"
+        )
     batch = batches.as_batch(y, "y")
     pair = pair.written_out()
     if isinstance(references, (str, Bound)):
@@ -89,6 +106,11 @@ def audit(
         )
     notes: list[str] = []
     found: list[Bound] = []
+    theta = None if given is None else given_globals(pair, batch, draws, num_data=num_data)
+
+    def measure(estimate: Callable[[Pair], Bound]) -> Bound:
+        return estimate(pair) if theta is None else theta.average(estimate)
+
     with tqdm(total=None, bar_format="{desc}", leave=False, disable=None if progress else True) as bar:
 
         def tell(what: str) -> None:
@@ -105,7 +127,7 @@ def audit(
             temperatures = plan.temperatures(names)
         for name in names:
             if isinstance(name, Bound):
-                _check(name, batches.size(batch), scope)
+                _check(name, batches.size(batch), "globals" if theta is not None else scope)
                 found.append(name)
                 continue
             if name not in _REFERENCES:
@@ -114,10 +136,14 @@ def audit(
                 )
             tell(name)
             try:
-                reference = _REFERENCES[name]
-                found.append(
-                    reference(pair, batch, temperatures=temperatures, scope=scope, progress=progress)
+                reference = functools.partial(
+                    _REFERENCES[name],
+                    batch=batch,
+                    temperatures=temperatures,
+                    scope=scope,
+                    progress=progress,
                 )
+                found.append(measure(reference))
             except Unavailable as reason:
                 if references is not None:
                     raise
@@ -137,16 +163,21 @@ def audit(
         for estimator in (elbo, iwae):
             tell(f"{estimator.__name__} of {particles} draws")
             try:
-                bounds.append(estimator(pair, batch, particles, scope=scope))
+                drawing = functools.partial(estimator, y=batch, particles=particles, scope=scope)
+                bounds.append(measure(drawing))
             except Unavailable as reason:
                 if not bounds:
                     raise
                 notes.append(f"no {estimator.__name__} value: {reason}")
-    _check_exact(pair, batch, scope, Audit(pair.name, tuple(bounds), found[0].method if found else None))
+    anchor = found[0].method if found else None
+    if theta is not None:
+        notes = [theta.note, *notes, *_uncovered(theta.pairs[0], batch, scope)]
+        return Audit(pair.name, tuple(bounds), anchor, tuple(notes), theta.divergence)
+    _check_exact(pair, batch, scope, Audit(pair.name, tuple(bounds), anchor))
     notes += _uncovered(pair, batch, scope)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data as one datum")
-    return Audit(pair.name, tuple(bounds), found[0].method if found else None, tuple(notes))
+    return Audit(pair.name, tuple(bounds), anchor, tuple(notes))
 
 
 def _check(bound: Bound, size: int, scope: str) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "Audit",
     "Bound",
     "Decomposition",
+    "Divergence",
     "Gap",
     "Run",
     "Sandwich",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 KINDS = ("lower", "upper", "exact", "estimate")
-SCOPES = ("datum", "joint")
+SCOPES = ("datum", "joint", "globals")
 
 
 class Json:
@@ -81,6 +82,10 @@ class Bound:
     (zero for exact ones, NaN if there is only one draw). ``resolution`` replaces it for quadrature: the
     absolute disagreement of two rules. ``cost`` counts model evaluations (one particle of one datum). ``ess``
     is the effective number of draws and ``k_hat`` the Pareto tail index of the weights, if there are weights.
+
+    ``scope`` is ``datum`` for ln p(y_i), ``joint`` for ln p(y) of the whole batch, and ``globals`` for
+    E_q(θ)[ln p(y_i | θ)] over draws of the latents θ outside the data plate, which is no ln p(y_i); the
+    values given each draw are ``by_draw``, [S, B]: all data share the draws, and so their errors.
     """
 
     method: str
@@ -94,6 +99,7 @@ class Bound:
     k_hat: Tensor | None = None
     resolution: Tensor | None = None
     notes: tuple[str, ...] = ()
+    by_draw: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -118,7 +124,10 @@ class Bound:
 
     @property
     def mean_error(self) -> float:
-        """Stated error of the mean: Monte Carlo errors add in quadrature, resolution errors linearly."""
+        """Stated error of the mean: Monte Carlo errors add in quadrature, resolution errors linearly, those
+        of shared draws by draw."""
+        if self.by_draw is not None:
+            return float(_error_of_mean(self.by_draw.mean(1)))
         if self.resolution is not None:
             return float(self.resolution.double().mean())
         return float(self.stderr.double().square().sum().sqrt() / max(self.stderr.numel(), 1))
@@ -137,6 +146,7 @@ class Bound:
         for name in ("value", "stderr", "ess", "k_hat", "resolution"):
             part = getattr(self, name)
             row[name] = None if part is None else part.double().reshape(-1).tolist()
+        row["by_draw"] = None if self.by_draw is None else self.by_draw.double().tolist()
         return row
 
     @classmethod
@@ -150,13 +160,23 @@ class Bound:
         if row["scope"] == "joint":
             parts = {name: None if part is None else part.reshape(()) for name, part in parts.items()}
         plain = {name: row[name] for name in ("method", "kind", "scope", "draws", "cost")}
+        if row.get("by_draw") is not None:
+            numbers = [[float(x) for x in values] for values in row["by_draw"]]
+            parts["by_draw"] = torch.tensor(numbers, dtype=torch.float64)
         return cls(**plain, **parts, notes=tuple(row["notes"]))  # type: ignore[arg-type]
+
+
+def _error_of_mean(draws: Tensor) -> Tensor:
+    """Standard error of the mean over dimension 0; NaN for one draw."""
+    if len(draws) == 1:
+        return torch.full_like(draws[0], math.nan)
+    return draws.double().std(0) / math.sqrt(len(draws))
 
 
 @dataclass(frozen=True)
 class Gap:
     """Reference minus bound, per datum, in nats. The errors of both are independent and combined in
-    quadrature."""
+    quadrature, unless both have values of the same draws of global latents: then differences are by draw."""
 
     method: str
     reference: str
@@ -167,13 +187,18 @@ class Gap:
 
     @classmethod
     def between(cls, reference: Bound, bound: Bound) -> Gap:
+        error = torch.hypot(reference.error.double(), bound.error.double())
+        mean_error = math.hypot(reference.mean_error, bound.mean_error)
+        if reference.by_draw is not None and bound.by_draw is not None:
+            apart = reference.by_draw - bound.by_draw
+            error, mean_error = _error_of_mean(apart), float(_error_of_mean(apart.mean(1)))
         return cls(
             method=bound.method,
             reference=reference.method,
             value=reference.value.double() - bound.value.double(),
-            error=torch.hypot(reference.error.double(), bound.error.double()),
+            error=error,
             mean=reference.mean - bound.mean,
-            mean_error=math.hypot(reference.mean_error, bound.mean_error),
+            mean_error=mean_error,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -312,17 +337,67 @@ class Sandwich(Json):
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """KL(q(θ) || p(θ)) of the latents θ outside the data plate, in nats; it counts once for all ``num_data``
+    data, of which ``size`` were audited. ``by_draw`` is ln q(θ) - ln p(θ) of each draw, [S]."""
+
+    by_draw: Tensor
+    num_data: int
+    size: int
+
+    @property
+    def value(self) -> float:
+        return float(self.by_draw.mean())
+
+    @property
+    def error(self) -> float:
+        return float(_error_of_mean(self.by_draw))
+
+    def joint(self, bound: Bound) -> Bound:
+        """Σ_i row_i - KL, a lower bound on ln p of all data where ``bound``, given the same draws, is one on
+        E ln p(y_i | θ); extrapolated from a subset."""
+        if bound.scope != "globals" or bound.kind == "upper":
+            raise ValueError(
+                f"bound: expected a lower row given the globals, got {bound.method!r}, {bound.kind}, of "
+                f"scope {bound.scope!r}"
+            )
+        rows = bound.value[None] if bound.by_draw is None else bound.by_draw
+        draws = self.num_data / self.size * rows.double().sum(1) - self.by_draw
+        notes = () if self.num_data == self.size else (f"extrapolated from {self.size} data",)
+        return Bound(
+            f"{bound.method}, Σ - KL",
+            draws.mean(),
+            _error_of_mean(draws),
+            "lower",
+            "joint",
+            draws=len(draws),
+            cost=bound.cost,
+            notes=notes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"by_draw": self.by_draw.tolist(), "num_data": self.num_data, "size": self.size}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Divergence:
+        by_draw = torch.tensor([float(x) for x in row["by_draw"]], dtype=torch.float64)
+        return cls(by_draw, row["num_data"], row["size"])
+
+
+@dataclass(frozen=True)
 class Audit(Json):
     """Bounds on the evidence of the same data side by side, and their gaps to ``reference``.
 
     ``print(audit)`` is a table; ``reference`` is the method that gaps are relative to, ``None`` if there are
-    only lower bounds. ``notes`` say what was not possible and why.
+    only lower bounds. ``notes`` say what was not possible and why. ``divergence`` belongs to rows given the
+    latents outside the data plate.
     """
 
     name: str
     bounds: tuple[Bound, ...]
     reference: str | None = None
     notes: tuple[str, ...] = ()
+    divergence: Divergence | None = None
     gaps: tuple[Gap, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -344,14 +419,16 @@ class Audit(Json):
 
     def __str__(self) -> str:
         gaps = {g.method: g for g in self.gaps}
-        head = ["method", "kind", "ln p(y)", "error", "gap", "error", "ESS", "k-hat", "evaluations"]
+        given = all(b.scope == "globals" for b in self.bounds)
+        quantity = "E ln p(y|θ)" if given else "ln p(y)"
+        head = ["method", "kind", quantity, "error", "gap", "error", "ESS", "k-hat", "evaluations"]
         rows = [head]
         for b in sorted(self.bounds, key=lambda b: -b.mean):
             gap = gaps.get(b.method)
             rows.append(
                 [
                     b.method,
-                    b.kind if b.scope == "datum" else f"{b.kind}, joint",
+                    b.kind + {"datum": "", "joint": ", joint", "globals": ", given θ"}[b.scope],
                     f"{b.mean:.4f}",
                     short(b.mean_error),
                     "" if gap is None else f"{gap.mean:.4f}",
@@ -380,9 +457,24 @@ class Audit(Json):
         title = f"{self.name}: {what}"
         tail = [f"note: {n}" for n in self.notes]
         tail += [f"note: {b.method}: {n}" for b in self.bounds for n in b.notes]
+        if self.divergence is not None:
+            tail = [*self._once(self.divergence), *tail]
         if self.reference is not None:
             tail.insert(0, f"gap = {self.reference} - row; ESS is the mean, k-hat the median over the data")
         return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, *tail])
+
+    def _once(self, divergence: Divergence) -> list[str]:
+        """What counts once for all data: the divergence of global latents, and the joint bounds."""
+        total, count = divergence.value, divergence.num_data
+        lines = [
+            f"KL(q(θ) || p(θ)) = {total:.4f} ± {short(divergence.error)} nats, once for {count} data "
+            f"({total / count:.4f} per datum)"
+        ]
+        lower = [divergence.joint(b) for b in self.bounds if b.kind == "lower" and b.by_draw is not None]
+        if lower:
+            rows = ", ".join(f"{b.method.split(',')[0]} {b.mean:.4f} ± {short(b.mean_error)}" for b in lower)
+            lines.append(f"lower bounds on ln p of all data, sum of rows - KL: {rows}")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -392,12 +484,15 @@ class Audit(Json):
             "notes": list(self.notes),
             "bounds": [b.to_dict() for b in self.bounds],
             "gaps": [g.to_dict() for g in self.gaps],
+            "divergence": None if self.divergence is None else self.divergence.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Audit:
         bounds = tuple(Bound.from_dict(b) for b in row["bounds"])
-        return cls(row["name"], bounds, row["reference"], tuple(row["notes"]))
+        once = row.get("divergence")
+        divergence = None if once is None else Divergence.from_dict(once)
+        return cls(row["name"], bounds, row["reference"], tuple(row["notes"]), divergence)
 
 
 def short(error: float) -> str:

@@ -248,23 +248,19 @@ def bayesian_gmm_evidence():
     return collapsed(POINTS, 2, 0.7, prior)
 
 
-@program(
-    "enumeration", loss=enumerated(), scope="joint", steps=300, slack=1.5, refused="is missing in the guide"
-)
+@program("enumeration", loss=enumerated(), scope="joint", steps=300, slack=1.5)
 def bayesian_gmm_AutoNormal():
     guide = autoguide.AutoNormal(poutine.block(bayesian_gmm, hide=["k"]))
     return Case(bayesian_gmm, guide, (POINTS,), bayesian_gmm_evidence)
 
 
-@program("enumeration", loss=enumerated(), scope="joint", refused="is missing in the guide")
+@program("enumeration", loss=enumerated(), scope="joint", refused="point mass")
 def bayesian_gmm_AutoDelta():
     guide = autoguide.AutoDelta(poutine.block(bayesian_gmm, expose=["weights", "locs"]))
     return Case(bayesian_gmm, guide, (POINTS,), bayesian_gmm_evidence)
 
 
-@program(
-    "enumeration", loss=enumerated(), scope="joint", steps=300, slack=1.5, refused="is missing in the guide"
-)
+@program("enumeration", loss=enumerated(), scope="joint", steps=300, slack=1.5)
 def dirichlet_process_by_sticks():
     y = POINTS[1::2]
 
@@ -306,7 +302,7 @@ def dirichlet_process_by_sticks():
     return Case(model, guide, (y,), lambda: collapsed(y, 3, 0.7, prior))
 
 
-@program("integral", loss=enumerated(2), steps=300, refused="outside the plate")
+@program("integral", loss=enumerated(2), steps=300, refused="outside the plate|depends on other data")
 def lda_of_given_topics():
     """Documents over known topics: their proportions are drawn, the words' topics enumerated."""
     words = torch.tensor([[0, 1, 1, 2], [2, 2, 2, 1], [0, 0, 1, 0]]).T  # [words, documents]
@@ -342,9 +338,7 @@ def lda_of_given_topics():
     return Case(model, guide, (words,), reference, plate="documents")
 
 
-@program(
-    "enumeration", loss=enumerated(2), scope="joint", steps=400, slack=2.0, refused="is missing in the guide"
-)
+@program("enumeration", loss=enumerated(2), scope="joint", steps=400, slack=2.0)
 def lda_of_latent_topics():
     words = torch.tensor([[0, 1, 1], [2, 2, 1]]).T  # [words, documents]
 
@@ -409,7 +403,7 @@ def mixed_membership_of_answers():
     return Case(model, guide, (answers,), reference)
 
 
-@program("integral", loss=enumerated(), steps=300, refused="is missing in the guide")
+@program("integral", loss=enumerated(), steps=300)
 def zero_inflated_rates_beside_enumeration():
     """A rate for each site (drawn) and whether it is empty (enumerated)."""
     counts = torch.tensor([[0.0, 0, 0], [3, 2, 4], [0, 1, 0], [0, 0, 0]]).double()
@@ -441,9 +435,7 @@ def zero_inflated_rates_beside_enumeration():
     return Case(model, guide, (counts,), reference)
 
 
-@program(
-    "closed form", loss=enumerated(), scope="joint", steps=300, slack=1.0, refused="is missing in the guide"
-)
+@program("closed form", loss=enumerated(), scope="joint", steps=300, slack=1.0)
 def change_point_of_coal_accidents():
     """The year of the change is enumerated, the rates before and after are drawn."""
     counts = torch.tensor([4.0, 5, 3, 6, 4, 1, 0, 2, 1, 1]).double()
