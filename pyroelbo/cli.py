@@ -1,4 +1,4 @@
-"""The command line: ``pyroelbo models | train | audit | sample``."""
+"""The command line: ``pyroelbo models | train | audit | sample | compress | decompress``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyro
 import torch
 
 from pyroelbo import batch as batches
-from pyroelbo import data, evidence, files, models, report
+from pyroelbo import coding, data, evidence, files, models, report
 from pyroelbo._version import __version__
 from pyroelbo.evidence import audit
 from pyroelbo.runs import RunDirectory
@@ -137,7 +137,39 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("-n", "--num-samples", type=int, default=64, help="number of data to draw")
     sample.add_argument("--seed", type=int, default=0, help="seed of the draws")
     sample.set_defaults(run=_sample)
+    _coding_commands(commands)
     return parser
+
+
+def _coding_commands(commands: Any) -> None:
+    run = {"metavar": "RUN", "help": "a run directory, or `contexts`: binary images without a model"}
+    code = commands.add_parser(
+        "compress",
+        help="write an array to a file of as many bits as the bound says",
+        formatter_class=_Help,
+    )
+    code.add_argument("path", **run)
+    code.add_argument("file", type=Path, metavar="FILE", help="an .npy file of discrete data [N, ...]")
+    code.add_argument("--out", type=Path, default=None, help="by default FILE with the suffix .code")
+    code.add_argument("--as-set", action="store_true", help="lose the order, which saves log N!")
+    code.add_argument(
+        "--precision", choices=coding.PRECISIONS, default=None, help="of the weights that are used to code"
+    )
+    code.add_argument("--chunk", type=int, default=None, help="number of data that the networks see at once")
+    code.add_argument("--shape", type=_shape, default=None, help="H,W of flat images, for `contexts`")
+    code.set_defaults(run=_compress)
+
+    decode = commands.add_parser(
+        "decompress",
+        help="restore the array of a code, bit for bit",
+        formatter_class=_Help,
+    )
+    decode.add_argument("path", **run)
+    decode.add_argument("file", type=Path, metavar="FILE", help="a code of `pyroelbo compress`")
+    decode.add_argument(
+        "--out", type=Path, default=None, help="the array; by default FILE with the suffix .npy"
+    )
+    decode.set_defaults(run=_decompress)
 
 
 def _settings_options(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +204,10 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=Path, default=None, help="folder of benchmark files; by default $PYROELBO_DATA"
     )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _budget(text: str) -> str | int:
@@ -340,4 +376,28 @@ def _sample(options: argparse.Namespace) -> int:
         list(_brightness(known, y).split(columns)), known.shape, options.path / "samples.png"
     )
     print(f"written: {options.path / 'samples.safetensors'} (y, {tuple(y.shape)}), {figure}")
+    return 0
+
+
+def _compress(options: argparse.Namespace) -> int:
+    y, out = files.read_npy(options.file), options.out or options.file.with_suffix(".code")
+    if options.path == "contexts":
+        found = coding.compress_contexts(y, out, shape=options.shape)
+    else:
+        pair, _, _ = models.load(options.path)
+        found = coding.compress(
+            pair, y, out, chunk=options.chunk, as_set=options.as_set, precision=options.precision
+        )
+    print(f"{found}\nwritten: {out}")
+    return 0
+
+
+def _decompress(options: argparse.Namespace) -> int:
+    out = options.out or options.file.with_suffix(".npy")
+    if options.path == "contexts":
+        coding.decompress_contexts(options.file, out)
+    else:
+        pair, _, _ = models.load(options.path)
+        coding.decompress(pair, options.file, out)
+    print(f"written: {out}")
     return 0

@@ -18,7 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_json", "read_jsonl", "read_npz", "read_tensors", "replacing", "write", "write_tensors"]
+__all__ = [
+    "read_json",
+    "read_jsonl",
+    "read_npy",
+    "read_npz",
+    "read_tensors",
+    "replacing",
+    "write",
+    "write_tensors",
+]
 
 _KEY = "pyroelbo"  # of the metadata of a safetensors file
 _LARGEST = 2**31  # bytes of one array in an npz file
@@ -82,6 +91,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, content
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an npy file, memory-mapped; ValueError, naming the file, for any other content."""
+    try:
+        with open(path, "rb") as file:
+            shape, _, dtype = _header(file)
+        # an empty file cannot be mapped
+        return (
+            np.load(path, mmap_mode="r", allow_pickle=False) if math.prod(shape) else np.empty(shape, dtype)
+        )
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # EOFError, SyntaxError, struct.error, ...
+        raise _damaged(path, error) from error
+
+
 def read_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> dict[str, np.ndarray]:
     """Arrays of an npz file by name; ``arrays`` gives the dtype kinds (such as ``"u"``) and the shape that
     each must have, None for any length.
@@ -106,12 +130,17 @@ def read_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]
     return found
 
 
-def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, ...]) -> None:
-    version = np.lib.format.read_magic(member)
+def _header(file: Any, name: str = "it") -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, memory order and dtype of an npy file."""
+    version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"array {name!r} has npy version {version}")
+        raise ValueError(f"{name} has npy version {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    got, _, dtype = read(member)
+    return read(file)
+
+
+def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, ...]) -> None:
+    got, _, dtype = _header(member, f"array {name!r}")
     fits = len(got) == len(shape) and all(b is None or a == b for a, b in zip(got, shape, strict=True))
     if dtype.kind not in kinds or not fits:
         raise ValueError(f"array {name!r}: expected kind {kinds!r} and shape {shape}, got {dtype} {got}")

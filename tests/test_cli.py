@@ -1,10 +1,11 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from pyroelbo import models
+from pyroelbo import data, models
 from pyroelbo.cli import main
 
 
@@ -177,3 +178,52 @@ def test_an_interrupted_command_tells_it_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("pyroelbo.cli._models", interrupted)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "pyroelbo: interrupted\n"
+
+
+def test_compress_and_decompress(run, tmp_path, capsys):
+    pytest.importorskip("constriction")
+    y = data.load("digits")["test"].to(torch.uint8).numpy()
+    np.save(tmp_path / "y.npy", y)
+    run, file, code, again = (str(x) for x in (run, *(tmp_path / n for n in ("y.npy", "y.code", "a.npy"))))
+    assert main(["compress", run, file]) == 0
+    assert "300 data" in (printed := capsys.readouterr().out) and "not in the file: the model" in printed
+    assert main(["decompress", run, code, "--out", again]) == 0
+    np.testing.assert_array_equal(np.load(again), y)
+    assert np.load(again).dtype == np.uint8
+
+    as_set = str(tmp_path / "set")
+    words = ["--as-set", "--precision", "int8", "--chunk", "8", "--out", as_set]
+    assert main(["compress", run, file, *words]) == 0
+    assert main(["decompress", run, as_set]) == 0
+    assert sorted(map(bytes, np.load(as_set + ".npy"))) == sorted(map(bytes, y))
+
+    np.save(tmp_path / "binary.npy", y > 8)
+    words = [str(tmp_path / "binary.npy"), "--shape", "8,8"]
+    assert main(["compress", "contexts", *words]) == 0
+    assert (
+        main(["decompress", "contexts", str(tmp_path / "binary.code"), "--out", str(tmp_path / "b.npy")]) == 0
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), y > 8)
+    capsys.readouterr()
+
+    y[200, 3] = 17
+    np.save(tmp_path / "wrong.npy", y)
+    (tmp_path / "text.npy").write_text("text")
+    x = ["--out", str(tmp_path / "x")]
+    for words, message in (
+        (["compress", run, file], "y.code exists"),
+        (["compress", run, str(tmp_path / "wrong.npy")], "expected values of positive probability, got 17"),
+        (["compress", run, str(tmp_path / "text.npy")], "text.npy is damaged"),
+        (["compress", run, str(tmp_path / "none.npy")], "none.npy"),
+        (["compress", "contexts", str(tmp_path / "wrong.npy")], "expected shape [N, H, W]"),
+        (
+            ["compress", "contexts", str(tmp_path / "wrong.npy"), "--shape", "8,8"],
+            "expected pixels of 0 and 1",
+        ),
+        (["decompress", run, code], "y.npy exists"),
+        (["decompress", "contexts", code, *x], "expected a code of kind"),
+        (["decompress", run, again, *x], "expected a code of"),
+    ):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("pyroelbo: ") and message in error and error.count("\n") == 1

@@ -5,9 +5,10 @@ from pyroelbo.coding.contexts import ContextCoder
 from pyroelbo.coding.pairs import BitsBack, Direct, PairCodec, Swapped, pair_codec
 from pyroelbo.coding.sites import Grid, codec_of
 from pyroelbo.coding.stack import Codec, Impossible, Stack, Underflow
-from pyroelbo.coding.weights import quantized
+from pyroelbo.coding.weights import PRECISIONS, quantized
 
 __all__ = [
+    "PRECISIONS",
     "BitsBack",
     "Codec",
     "ContextCoder",

@@ -49,6 +49,7 @@ def compress(
     chunk: int | None = None,
     method: str | None = None,
     as_set: bool = False,
+    precision: str | None = None,
     threads: int | None = None,
 ) -> CodeLength:
     """Write a file from which :func:`decompress` restores ``y`` bit for bit, given the same pair.
@@ -72,6 +73,8 @@ def compress(
         method: ``direct`` (exact models), ``swap`` (bottom-up chains) or ``bits-back``; by default the first
             that the pair offers.
         as_set: whether the order of the data may be lost; saves log₂ N! bits, needs all data in memory.
+        precision: ``float16`` or ``int8``, to which the weights that code are rounded, as they would be
+            transmitted; decoding rounds the pair's in the same way.
         threads: number of torch's threads, by default the present one; decoding sets the same.
 
     Sources: Townsend, Bird and Barber (2019); Kingma, Abbeel and Ho (2019); Severo et al. (2022).
@@ -79,6 +82,7 @@ def compress(
     start = time.perf_counter()
     path, array = Path(path), _array(y)
     identity = _identity(array, as_set)
+    pair = pair if precision is None else weights.quantized(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
         direct = pair.stepwise() is not None and method in (None, "direct")
@@ -90,6 +94,7 @@ def compress(
             **identity,
             "template": [list(template.shape), str(template.dtype).removeprefix("torch.")],
             "threads": threads,
+            "precision": precision,
             "model": weights.fingerprint(pair),
         }
         job, size = _written(path, array, codec, template, _image(pair, array), description)
@@ -102,7 +107,7 @@ def compress(
         starter_bytes=job.starter.size,
         frame_bytes=size - job.starter.size - math.ceil(job.net_bits / 8),
         initial_bits=job.initial_bits,
-        model_bytes=weights.size(pair),
+        model_bytes=weights.size(pair, precision),
         seconds=time.perf_counter() - start,
         coder_seconds=job.seconds,
     )
@@ -145,6 +150,8 @@ def decompress(pair: Pair, path: str | Path, out: str | Path | None = None) -> n
     """
     reader = Reader(Path(path))
     with _understood(reader, "pair") as found:
+        if found["precision"] is not None:
+            pair = weights.quantized(pair, found["precision"])
         if found["model"] != weights.fingerprint(pair):
             raise ValueError(f"{reader.path}: expected the pair that wrote it, got one of other parameters")
         with _threads(found["threads"]):

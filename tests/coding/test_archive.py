@@ -195,7 +195,7 @@ def test_values_outside_the_support_are_refused(change, message, tmp_path):
         ),
         (lambda vae, path: compress(vae, images(20), path, chunk=0), "chunk: expected a positive"),
         (lambda vae, path: compress(vae, images(20)[:, :2], path), "y: expected shape"),
-        (lambda vae, path: quantized(vae, "int4"), "precision: expected one of"),
+        (lambda vae, path: compress(vae, images(20), path, precision="int4"), "precision: expected one of"),
     ],
 )
 def test_arguments(vae, tmp_path, call, message):
@@ -289,10 +289,12 @@ def test_quantized_weights(vae, precision, error, tmp_path):
         assert bool(((a - b).abs() <= error * top + 1e-7).all()), name
         assert a.dtype == b.dtype
     assert size(vae, precision) < size(vae) / {"float16": 3.9, "int8": 4}[precision]
-    compress(rounded, images(20), tmp_path / "code", chunk=8)
-    assert same(decompress(quantized(vae, precision), tmp_path / "code"), images(20))
+    found = compress(vae, images(20), tmp_path / "code", chunk=8, precision=precision)
+    assert found.model_bytes == size(vae, precision)
+    assert same(decompress(vae, tmp_path / "code"), images(20))
+    assert same(decompress(rounded, tmp_path / "code"), images(20))  # rounding again changes nothing
     with pytest.raises(ValueError, match="expected the pair that wrote it"):
-        decompress(vae, tmp_path / "code")
+        decompress(models.VAE((3, 4), 2, (8,)), tmp_path / "code")
 
 
 def test_the_break_even_point(vae, tmp_path):
