@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,14 @@ from pyroelbo.evaluation.elimination import FactorGraph, depends_on_finite
 from pyroelbo.evaluation.layout import LatentSite, Layout
 from pyroelbo.evaluation.masks import log_prob_of, masked
 from pyroelbo.evaluation.memory import LargestTensor
-from pyroelbo.evaluation.probes import LatentReads, check_factors, check_masks, coupled_site
+from pyroelbo.evaluation.probes import (
+    LatentReads,
+    check_factors,
+    check_masks,
+    coupled_latents,
+    coupled_site,
+    moving_supports,
+)
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
     Unavailable,
@@ -33,6 +41,7 @@ from pyroelbo.evaluation.sites import (
     unenumerable,
 )
 from pyroelbo.evaluation.strategies import Joint, Loop, Plate, Repeat, Strategy
+from pyroelbo.evaluation.supports import movable
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound, Terms
 
@@ -285,14 +294,19 @@ class Evaluator:
 
     def _probe(self) -> None:
         """Refuse masked latents that are in use, and data that depend on one another."""
+        blocks = [slice(*rows) for rows in sorted({(r.start, r.stop) for r, _ in self.chunks(1)})]
         if self.layout.masked:
-            for rows in sorted({(r.start, r.stop) for r, _ in self.chunks(1)}):
-                check_masks(self.programs, self._rows(slice(*rows)))
+            for rows in blocks:
+                check_masks(self.programs, self._rows(rows))
         if self.scope == "joint":
             return
         few = self._rows(_unlike(self.batch) if self.sliceable else None)
         tries = 1 if self.strategy.most is None else 4  # a branch on latents may go the same way by chance
-        site = next((s for s in (coupled_site(self.programs, few) for _ in range(tries)) if s), None)
+        found = itertools.chain(
+            (coupled_site(self.programs, few) for _ in range(tries)),
+            (coupled_latents(self.programs, self._rows(rows)) for rows in blocks),
+        )
+        site = next((s for s in found if s is not None), None)
         if site is not None:
             raise ValueError(
                 f"model site {site!r}: the term of a datum depends on other data of the batch (a centring, a "
@@ -491,11 +505,11 @@ class Evaluator:
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._check_values and site["is_observed"] and name in self.observed:
-            check_observation(site, batch)
+            check_observation(site, batch, support=not (movable(site["fn"]) and name in self._moving))
         summed = name in self.layout.summed
         latent, beyond = name in self.latents or summed, (program, name) in self.layout.beyond
         try:
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = log_prob_of(site, latent=True)
         except RuntimeError as error:
             if latent and beyond and not bool(site["fn"].support.check(site["value"]).all()):
                 other = "guide" if program == "model" else "model"
@@ -513,6 +527,12 @@ class Evaluator:
         # A masked latent that is summed out keeps its prior.
         counted = not latent or (mask_latents and not summed)
         return masked(log_prob, site["mask"]) if counted else log_prob
+
+    @functools.cached_property
+    def _moving(self) -> frozenset[str]:
+        """Observed sites whose support depends on latents: an observation outside it has probability 0."""
+        with _same_random_numbers(self.batch):
+            return moving_supports(self.programs, self.batch)
 
     def _concatenated(self, parts: list[Terms], dim: int) -> Terms:
         """Terms side by side, along particles (0) or data (1)."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Independent
+
+from pyroelbo.evaluation.supports import movable, support_of
 
 __all__ = ["ModelMasks", "event_mask", "is_masked", "log_prob_of", "masked"]
 
@@ -66,9 +70,25 @@ def masked(log_prob: Tensor, mask: Any) -> Tensor:
 
 def log_prob_of(site: Any, *, latent: bool = False) -> Tensor:
     """The unscaled log probability of a traced site, masked unless it is that of a ``latent``: a masked one
-    keeps its prior, which sums to one."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    keeps its prior, which sums to one.
+
+    An observation has -inf outside a support whose bounds may depend on latents, where the distribution's
+    formula can be finite (a Pareto's is).
+    """
+    fn, value = site["fn"], site["value"]
+    if site["is_observed"] and movable(fn):
+        log_prob = _within_support(fn, value)
+    else:
+        log_prob = fn.log_prob(value, *site["args"], **site["kwargs"])
     return log_prob if latent else masked(log_prob, site["mask"])
+
+
+def _within_support(fn: Any, value: Tensor) -> Tensor:
+    if isinstance(fn, MaskedDistribution):
+        return masked(_within_support(fn.base_dist, value), fn._mask)
+    if isinstance(fn, Independent):
+        return sum_rightmost(_within_support(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    return torch.where(support_of(fn).check(value), fn.log_prob(value), -math.inf)
 
 
 def event_mask(fn: Any) -> Tensor | bool | None:

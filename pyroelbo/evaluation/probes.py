@@ -15,8 +15,16 @@ from pyroelbo.evaluation.elimination import FactorGraph, depends_on_finite
 from pyroelbo.evaluation.masks import event_mask, is_masked, log_prob_of
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import is_point, sample_sites
+from pyroelbo.evaluation.supports import movable, same_bounds, support_of
 
-__all__ = ["LatentReads", "check_factors", "check_masks", "coupled_site"]
+__all__ = [
+    "LatentReads",
+    "check_factors",
+    "check_masks",
+    "coupled_latents",
+    "coupled_site",
+    "moving_supports",
+]
 
 _TRIES = 4  # other values of an entry that are tried
 _ASSIGNMENTS = 4  # at which enumerated log probabilities are compared with the model, and two more
@@ -193,6 +201,57 @@ def coupled_site(programs: Programs, batch: Batch) -> str | None:
             ):
                 return name
     return None
+
+
+def coupled_latents(programs: Programs, batch: Batch) -> str | None:
+    """A site of the model whose term for one datum changes with the latents of another row, however few such
+    rows there are (an index of groups that are as many as the data); None if there is none.
+
+    Two draws of all latents are mixed by each binary digit of the row's number: any two rows differ in some
+    digit, and a datum's terms must be those of the draw that it has. Cost: 2 + log2 B evaluations of a datum.
+    """
+    rows = torch.arange(batches.size(batch))
+    prior = Programs(programs.pair, with_guide=False)
+    drawn = [sites for sites in (_prior_draws(prior, batch) for _ in range(2)) if sites is not None]
+    if len(drawn) < 2:
+        return None
+    dims = {name: -1 - site["fn"].event_dim for name, site in drawn[0].items()}
+    both = [{name: _filled(site, -i) for name, site in sites.items()} for i, sites in enumerate(drawn)]
+    if any(value.shape != both[1][name].shape for name, value in both[0].items()):
+        return None
+    alone = [_live_terms(programs, batch, latents) for latents in both]
+    for digit in range((len(rows) - 1).bit_length()):
+        second = (rows >> digit) & 1 == 1
+
+        def chosen(name: str, values: list[dict[str, Tensor]], dim: int, second: Tensor = second) -> Tensor:
+            shape = (-1, *[1] * (-1 - dim))
+            return torch.where(
+                second.to(values[0][name].device).reshape(shape), values[1][name], values[0][name]
+            )
+
+        mixed = {name: chosen(name, both, dim) for name, dim in dims.items()}
+        for name, term in _live_terms(programs, batch, mixed).items():
+            if not torch.allclose(term, chosen(name, alone, -1), rtol=1e-4, atol=1e-5, equal_nan=True):
+                return name
+    return None
+
+
+def moving_supports(programs: Programs, batch: Batch) -> frozenset[str]:
+    """The observed sites whose support differs between two values of the latents (a Uniform's whose end is
+    one)."""
+    prior = Programs(programs.pair, with_guide=False)
+    drawn = [sites for sites in (_prior_draws(prior, batch) for _ in range(2)) if sites is not None]
+    if len(drawn) < 2:
+        return frozenset()
+    values = [{name: _filled(site, -i) for name, site in sites.items()} for i, sites in enumerate(drawn)]
+    first, second = (programs.model(batch, latents) for latents in values)
+    return frozenset(
+        name
+        for name, site in sample_sites(first)
+        if site["is_observed"]
+        and movable(site["fn"])
+        and not same_bounds(support_of(site["fn"]), support_of(second.nodes[name]["fn"]))
+    )
 
 
 def _filled(site: Any, which: int) -> Tensor:

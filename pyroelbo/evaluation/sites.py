@@ -80,8 +80,9 @@ def observed_part(site: Any, batch: Batch) -> str | None:
     return next(found, None)
 
 
-def check_observation(site: Any, batch: Batch) -> None:
-    """Refuse an observation of the wrong shape or outside its distribution's support, naming the site."""
+def check_observation(site: Any, batch: Batch, support: bool = True) -> None:
+    """Refuse an observation of the wrong shape or, with ``support``, outside its distribution's, naming the
+    site."""
     fn, value, name = site["fn"], site["value"], site["name"]
     event = tuple(fn.event_shape)
     if event and value.dim() <= len(event) and observed_part(site, batch) is not None:
@@ -94,9 +95,9 @@ def check_observation(site: Any, batch: Batch) -> None:
             f"observed site {name!r}: expected events of shape {event}, got data of shape "
             f"{tuple(value.shape)}"
         )
-    support = getattr(fn, "support", None)
-    if support is not None and isinstance(value, Tensor):
-        check_support(name, type(base_of(fn)).__name__, support, value)
+    declared = getattr(fn, "support", None)
+    if support and declared is not None and isinstance(value, Tensor):
+        check_support(name, type(base_of(fn)).__name__, declared, value)
 
 
 def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
@@ -104,7 +105,7 @@ def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
     if bool(support.check(value).all()):
         return
     base = support.base_constraint if isinstance(support, constraints.independent) else support
-    wrong = value[~base.check(value)].reshape(-1)
+    wrong = value.masked_select(~base.check(value))
     bad = float(wrong[0]) if len(wrong) else float("nan")
     advice = ""
     if base is constraints.boolean and bool(((value >= 0) & (value <= 1)).all()):

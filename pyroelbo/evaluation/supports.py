@@ -11,7 +11,14 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, constraints
 
-__all__ = ["circular", "is_circular", "support_of"]
+__all__ = [
+    "circular",
+    "is_circular",
+    "movable",
+    "same_bounds",
+    "support_of",
+    "within_circle",
+]
 
 
 class _Circular(constraints.Constraint):
@@ -52,6 +59,30 @@ def support_of(fn: Any) -> Any:
             else constraints.greater_than(support.lower_bound)
         )
     return support
+
+
+def movable(fn: Any) -> bool:
+    """Whether the support of a distribution has bounds that are tensors."""
+    try:
+        return _has_tensors(support_of(fn))
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _has_tensors(constraint: Any) -> bool:
+    parts = vars(constraint).values()
+    return any(
+        isinstance(part, Tensor) or (isinstance(part, constraints.Constraint) and _has_tensors(part))
+        for part in parts
+    )
+
+
+def same_bounds(mine: Any, theirs: Any) -> bool:
+    """Whether two supports of one site, of two draws, are the same."""
+    if isinstance(mine, constraints.Constraint):
+        pairs = zip(vars(mine).values(), vars(theirs).values(), strict=True)
+        return type(mine) is type(theirs) and all(same_bounds(*pair) for pair in pairs)
+    return torch.equal(mine, theirs) if isinstance(mine, Tensor) else bool(mine == theirs)
 
 
 def _infinite(bound: Any) -> bool:

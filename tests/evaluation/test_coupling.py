@@ -55,6 +55,26 @@ def test_data_coupled_through_latents_are_refused_per_datum(estimator, location)
         estimator(coupled(location), Y)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_two_rows_coupled_by_an_index_of_groups_are_found(whole):
+    """As many groups as data: one datum of eleven reads another's latent, which no few rows show."""
+    group = torch.arange(11)
+    group[7] = 4
+
+    def model(group, y):
+        with pyro.plate("groups", 11 if whole else len(y)):
+            level = pyro.sample("level", dist.Normal(torch.zeros(len(y)), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(level[..., group], 1.0), obs=y)
+
+    def guide(group, y):
+        with pyro.plate("groups", 11 if whole else len(y)):
+            pyro.sample("level", dist.Normal(torch.zeros(len(y)), 1.0))
+
+    with pytest.raises(ValueError, match="'y': the term of a datum depends on other data.*joint"):
+        evidence.iwae(Pair.of(model, guide), (group, torch.randn(11)), 4)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_data_coupled_through_observations_are_refused_per_datum(estimator):
     with pytest.raises(ValueError, match="'y': the term of a datum depends on other data.*joint"):

@@ -255,3 +255,59 @@ def test_a_guide_within_the_circle_is_fine():
 
     bound = evidence.iwae(Pair.of(pair.model, guide), y, 20_000)
     assert ((bound.value - exact).abs() < 5 * bound.stderr + 1e-3).all()
+
+
+def test_an_observation_outside_a_support_that_a_latent_moves_has_probability_zero():
+    """A Pareto's formula is finite below its scale: with a scale of 1 or 2, only 1 can have made 1.5."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.02)))
+            pyro.sample("y", dist.Pareto(1 + k, 2.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("k", dist.Bernoulli(torch.full((len(y),), 0.3)))
+
+    y, pair = torch.tensor([1.5, 1.7, 2.4]), Pair.of(model, guide)
+    density = torch.stack([2 * scale**2 * y**-3 * (y >= scale) for scale in (1.0, 2.0)])
+    expected = (0.98 * density[0] + 0.02 * density[1]).log()
+    torch.testing.assert_close(evidence.exact(pair, y).value, expected)
+    found = evidence.iwae(pair, y, 400)
+    assert bool(((found.value - expected).abs() <= 4 * found.stderr).all())
+    assert bool((evidence.elbo(pair, y, 400).value[:2] == -torch.inf).all())
+
+
+def test_an_end_of_the_data_may_be_latent():
+    """Uniform data under a Pareto prior of their upper end, whose guide begins below the largest."""
+    y = torch.tensor([[0.5, 1.4], [0.2, 0.3], [2.5, 1.0]])
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            top = pyro.sample("top", dist.Pareto(torch.ones(len(y)), 2.0))
+            high = top.unsqueeze(-1).expand(*top.shape, 2)
+            pyro.sample("y", dist.Uniform(0.0, high).to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("top", dist.Pareto(torch.ones(len(y)), 2.0))
+
+    pair = Pair.of(model, guide)
+    expected = math.log(0.5) - 4 * y.max(-1).values.clamp_min(1.0).log()
+    for found in (evidence.iwae(pair, y, 2000), evidence.quadrature(pair, y)):
+        error = found.stderr if found.resolution is None else found.resolution
+        assert bool(((found.value - expected).abs() <= 4 * error + 1e-3).all()), found
+
+
+def test_data_beyond_fixed_ends_are_refused():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Uniform(torch.zeros(len(y)), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+
+    with pytest.raises(ValueError, match="(?s)'y'.*expected values in Interval.*got 2"):
+        evidence.elbo(Pair.of(model, guide), tensor([0.5, 2.0]))
