@@ -1,6 +1,6 @@
 """A gallery of programs as Pyro's users write them, with ln p(y) of each by means outside the library."""
 
-from tests.programs import hierarchies, mixtures, others, regressions
+from tests.programs import hierarchies, idioms, latents, mixtures, others, regressions, sequences
 from tests.programs.base import PROGRAMS
 
-__all__ = ["PROGRAMS", "hierarchies", "mixtures", "others", "regressions"]
+__all__ = ["PROGRAMS", "hierarchies", "idioms", "latents", "mixtures", "others", "regressions", "sequences"]

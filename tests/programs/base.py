@@ -144,6 +144,8 @@ def _faults(entry, found, reference, error, gap):
         if bool(wrong.any()):
             far, allowed = excess[wrong].tolist(), limit[wrong].tolist()
             yield f"{bound.method} ({bound.kind}): {far} above ln p(y), where {allowed} is allowed"
+    if entry.how == "integral" and float(error.max()) > 1e-3:
+        yield f"the reference is known to {float(error.max()):.2g} nats only: take more nodes"
     if gap > entry.slack:
         yield f"the best lower row is {gap:.3g} nats below the reference, expected {entry.slack} at most"
 

@@ -15,6 +15,7 @@ CHEAP = (
     "linear regression AutoNormal",
     "gmm with an empty guide",
     "kidney cancer counties",
+    "hmm of second order",
     "eight schools reparametrized",
     "linear regression AutoDelta",
 )
@@ -35,7 +36,7 @@ def test_rows_are_ordered_against_the_reference(entry):
 
 @pytest.mark.parametrize("entry", rows(lambda entry: entry.refused is not None))
 def test_refusals_say_why(entry):
-    with pytest.raises(ValueError, match=entry.refused):
+    with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError), match=entry.refused):
         audited(entry)
 
 
@@ -48,6 +49,11 @@ def test_compiled_losses_are_eager_ones(entry):
     else:
         assert found.calls == 0
         assert any(entry.eager in reason for reason in found.reasons), found.reasons
+
+
+def test_the_gallery_is_large():
+    assert len(PROGRAMS) >= 60
+    assert sum(entry.eager is None for entry in PROGRAMS.values()) >= 50
 
 
 @pytest.mark.parametrize("shift", [-0.5, 1.0])
