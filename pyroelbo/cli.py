@@ -191,7 +191,7 @@ def _settings_options(parser: argparse.ArgumentParser) -> None:
 
 
 # Defaults come from the registry of models.
-_MODELS_OWN = ("epochs", "learning_rate")
+_MODELS_OWN = ("epochs", "learning_rate", "objective", "particles")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:

@@ -151,6 +151,12 @@ TABLE = {
         for encoder in ENCODERS
         if encoder != "diagonal"  # those of the rows above
     },
+    "discrete_vae": (lambda: models.DiscreteVAE(6, (3, 2), (8,)), lambda n: binary(n, 6)),
+    "discrete_vae-categorical": (
+        lambda: models.DiscreteVAE(6, (2,), (8,), 3, "categorical", 5),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "sbn": (lambda: models.SigmoidBeliefNet(6, (3, 2)), lambda n: binary(n, 6)),
     "flow": (
         lambda: models.DequantizedFlow(4, 5, layers=2, hidden=(8,)),
         lambda n: torch.randint(5, (n, 4)).double(),

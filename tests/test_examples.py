@@ -23,6 +23,7 @@ ARGUMENTS = {
     "regimes": lambda tmp: (["--smoke", "--out", str(tmp / "regimes")],),
     "chorales": lambda tmp: (["--smoke"],),
     "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
+    "discrete_vae": lambda tmp: (["--smoke", "--out", str(tmp / "discrete")],),
     "words": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
     "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),

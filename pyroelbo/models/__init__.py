@@ -5,6 +5,7 @@ from pyroelbo.models.chain import Chain
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
+from pyroelbo.models.discrete_vae import DiscreteVAE, SigmoidBeliefNet
 from pyroelbo.models.flow import DequantizedFlow, Flow
 from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hierarchy import Hierarchy
@@ -31,6 +32,7 @@ __all__ = [
     "DequantizedFlow",
     "Diffusion",
     "DiscreteDiffusion",
+    "DiscreteVAE",
     "Entry",
     "Flow",
     "GaussianMixture",
@@ -38,6 +40,7 @@ __all__ = [
     "Ladder",
     "MaskedDiffusion",
     "NeuralPCFG",
+    "SigmoidBeliefNet",
     "StateSpace",
     "Strings",
     "build",

@@ -18,6 +18,7 @@ from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
+from pyroelbo.models.discrete_vae import DiscreteVAE, SigmoidBeliefNet
 from pyroelbo.models.flow import DequantizedFlow
 from pyroelbo.models.hierarchy import Hierarchy
 from pyroelbo.models.ladder import Ladder
@@ -46,7 +47,7 @@ class Entry:
             with the settings that this kind needs: the values that fit, the default first.
         sizes: the arguments of the constructor that the data determine.
         data: the data set that stands for none.
-        epochs, learning_rate: defaults of the command line.
+        epochs, learning_rate, objective, particles: defaults of the command line.
     """
 
     about: str
@@ -56,6 +57,8 @@ class Entry:
     data: str = "digits"
     epochs: int = 50
     learning_rate: float = 1e-3
+    objective: str = "elbo"
+    particles: int = 1
 
 
 def _pixels(*names: str) -> Kinds:
@@ -143,6 +146,22 @@ REGISTRY: dict[str, Entry] = {
         DequantizedFlow,
         kinds={"bytes": {}},
         sizes=lambda data: {"dims": data.dims, "levels": data.levels},
+    ),
+    "discrete_vae": Entry(
+        "VAE of binary or categorical latents, one layer or several; likelihood as vae",
+        DiscreteVAE,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
+        objective="rloo",
+        particles=4,
+    ),
+    "sbn": Entry(
+        "sigmoid belief net: layers of binary units, linear maps; likelihood as vae",
+        SigmoidBeliefNet,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
+        objective="rloo",
+        particles=4,
     ),
     "ppca": Entry(
         "probabilistic PCA, exact; guide=exact|mean_field, noise=shared|diagonal",
