@@ -279,6 +279,11 @@ TABLE = {
         lambda: models.MaskedDiffusion(4, 3, "categorical", "transformer", 8, 1).written_out(),
         lambda n: torch.randint(3, (n, 4)),
     ),
+    "vdm": (lambda: models.VDM(4, 5, width=8, layers=1), lambda n: torch.randint(5, (n, 4)).double()),
+    "vdm-per_dimension": (
+        lambda: models.VDM(4, None, "per_dimension", width=8, layers=1, fourier=(1, 2)),
+        lambda n: torch.randn(n, 4),
+    ),
     "conjugate": (Conjugate, lambda n: torch.poisson(torch.full((n, 1), 4.0).expand(n, 3))),
     "own": (Nonlinear, lambda n: torch.randn(n, 4)),
     "own-conv": (Convolutional, lambda n: torch.randn(n, 16)),

@@ -17,6 +17,7 @@ from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
+from pyroelbo.models.vdm import VDM
 
 __all__ = [
     "CTC",
@@ -25,6 +26,7 @@ __all__ = [
     "PPCA",
     "REGISTRY",
     "VAE",
+    "VDM",
     "Autoregressive",
     "BernoulliMixture",
     "Chain",

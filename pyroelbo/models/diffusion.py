@@ -121,6 +121,8 @@ class SampledTerms(Pair):
 
     def model(self, y: Tensor) -> None:
         self.check(y)
+        for name, _ in self.named_children():
+            getattr(self, name)  # registers it: the term is computed after the program has ended
         with pyro.plate(PLATE, len(y)):
             time, noise = self._choices()
             with within_datum(self.terms):

@@ -27,6 +27,7 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.vae import VAE
+from pyroelbo.models.vdm import VDM
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, check_same, copy_into
@@ -122,6 +123,13 @@ REGISTRY: dict[str, Entry] = {
         "Gaussian diffusion in steps=T, a bound; schedule=cosine|linear, parametrization=v|eps|x0, "
         "variance=learned|beta|beta_tilde, network=mlp|linear",
         Diffusion,
+        kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
+        sizes=_levels,
+        epochs=100,
+    ),
+    "vdm": Entry(
+        "Gaussian diffusion in continuous time, a bound; schedule=learned|per_dimension|linear|cosine",
+        VDM,
         kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
         sizes=_levels,
         epochs=100,

@@ -4,6 +4,7 @@ dimension."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,8 @@ class PerStepLinear(nn.Module):
 class MLPDenoiser(nn.Module):
     """z [*, D] at time t in [0, 1] to [*, D, outputs]: residual layers, each shifted by features of the time.
 
-    x ← x + W SiLU(V norm(x) + U φ(t)), with φ the :class:`Waves`; without ``timed`` there is no φ. Outputs
-    start near 0."""
+    x ← x + W SiLU(V norm(x) + U φ(t)), with φ the :class:`Waves`; without ``timed`` there is no φ. The
+    input is z, with sine and cosine of 2^j π z for each j of ``fourier``. Outputs start near 0."""
 
     def __init__(
         self,
@@ -89,11 +90,12 @@ class MLPDenoiser(nn.Module):
         layers: int = 3,
         dropout: float = 0.0,
         timed: bool = True,
+        fourier: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.dims, self.outputs = dims, outputs
+        self.dims, self.outputs, self.fourier = dims, outputs, tuple(fourier)
         self.waves = Waves() if timed else None
-        self.inwards = nn.Linear(dims, width)
+        self.inwards = nn.Linear(dims * (1 + 2 * len(self.fourier)), width)
         size = self.waves.size if self.waves is not None else 0
         self.blocks = nn.ModuleList(_Residual(width, size, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
@@ -102,7 +104,8 @@ class MLPDenoiser(nn.Module):
 
     def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
         when = None if self.waves is None or time is None else self.waves(time)
-        x = self.inwards(z)
+        angles = [math.pi * 2.0**j * z for j in self.fourier]
+        x = self.inwards(torch.cat([z, *(f(a) for a in angles for f in (torch.sin, torch.cos))], -1))
         for block in self.blocks:
             x = block(x, when)
         return self.outwards(self.norm(x)).unflatten(-1, (self.dims, self.outputs))
