@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroelbo.results import records
+
 __all__ = [
     "Audit",
     "Bound",
@@ -151,14 +153,17 @@ class Bound:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Bound:
-        parts = {
-            name: None
-            if row[name] is None
-            else torch.tensor([float(x) for x in row[name]], dtype=torch.float64)
-            for name in ("value", "stderr", "ess", "k_hat", "resolution")
-        }
+        """The bound of :meth:`to_dict`; ValueError names a field that is missing or of another type."""
+        row = records.checked("Bound", row, records.BOUND)
+        named, draws = ("value", "stderr", "ess", "k_hat", "resolution"), row["by_draw"] or []
+        sizes = {name: len(row[name]) for name in named if row[name] is not None}
+        sizes.update((f"by_draw[{i}]", len(values)) for i, values in enumerate(draws))
+        if len(set(sizes.values())) > 1 or (row["scope"] == "joint" and sizes["value"] != 1):
+            raise ValueError(f"Bound: expected as many numbers as data, got {sizes} in scope {row['scope']}")
+        parts = {name: records.numbers(row[name]) for name in named}
         if row["scope"] == "joint":
             parts = {name: None if part is None else part.reshape(()) for name, part in parts.items()}
+        parts["by_draw"] = records.numbers(row["by_draw"])
         plain = {name: row[name] for name in ("method", "kind", "scope", "draws", "cost")}
         if row.get("by_draw") is not None:
             numbers = [[float(x) for x in values] for values in row["by_draw"]]
@@ -380,8 +385,8 @@ class Divergence:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Divergence:
-        by_draw = torch.tensor([float(x) for x in row["by_draw"]], dtype=torch.float64)
-        return cls(by_draw, row["num_data"], row["size"])
+        row = records.checked("Divergence", row, records.DIVERGENCE)
+        return cls(records.numbers(row["by_draw"]), row["num_data"], row["size"])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -489,10 +494,16 @@ class Audit(Json):
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Audit:
-        bounds = tuple(Bound.from_dict(b) for b in row["bounds"])
-        once = row.get("divergence")
-        divergence = None if once is None else Divergence.from_dict(once)
-        return cls(row["name"], bounds, row["reference"], tuple(row["notes"]), divergence)
+        """The audit of :meth:`to_dict`; ValueError names a field that is missing or of another type."""
+        row = records.checked("Audit", row, records.AUDIT)
+        bounds = tuple(map(Bound.from_dict, row["bounds"]))
+        methods, sizes = [b.method for b in bounds], {b.value.numel() for b in bounds if b.scope != "joint"}
+        if row["reference"] not in (None, *methods):
+            raise ValueError(f"Audit.reference: expected one of {methods} or null, got {row['reference']!r}")
+        if len(sizes) > 1:
+            raise ValueError(f"Audit.bounds: expected one number of data, got {sorted(sizes)}")
+        once = None if row["divergence"] is None else Divergence.from_dict(row["divergence"])
+        return cls(row["name"], bounds, row["reference"], tuple(row["notes"]), once)
 
 
 def short(error: float) -> str:

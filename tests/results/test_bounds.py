@@ -41,6 +41,54 @@ def test_audit_prints_and_survives_json():
     assert Audit.from_dict(json.loads(joint.to_json()))["ais"].value.shape == ()
 
 
+JUNK = [None, True, -1, 0.5, "x", [], [None], [[1]], ["x"], {}, 2**70, [10**400], [1.0, 2.0, 3.0]]
+
+
+def stored():
+    low = bound(ess=torch.tensor([3.0, 2.0]), k_hat=torch.tensor([0.2, math.nan]), notes=("a note",))
+    exact = Bound("exact", torch.tensor([-2.0, -math.inf]), torch.zeros(2), "exact", cost=2)
+    return json.loads(Audit("Toy", (exact, low), "exact", ("another",)).to_json())
+
+
+@pytest.mark.parametrize("name", ["name", "reference", "notes", "bounds"])
+def test_a_stored_audit_with_other_fields_is_refused_or_read(name):
+    row, read = stored(), 0
+    del row[name]
+    if name != "reference":
+        with pytest.raises(ValueError, match=rf"Audit\.{name}: expected .*, got a record without it"):
+            Audit.from_dict(row)
+    for junk in JUNK:
+        try:
+            read += str(Audit.from_dict({**stored(), name: junk})) is not None
+        except ValueError as error:
+            assert str(error).startswith((f"Audit.{name}: expected", "Bound"))
+    assert read <= 2  # texts and empty lists
+
+
+@pytest.mark.parametrize(
+    "name", ["method", "kind", "scope", "draws", "cost", "value", "stderr", "ess", "notes", "by_draw"]
+)
+def test_a_stored_bound_with_other_fields_is_refused_or_read(name):
+    row, read = stored(), 0
+    del row["bounds"][1][name]
+    if name not in ("ess", "by_draw"):
+        with pytest.raises(ValueError, match=rf"Bound\.{name}: expected .*, got a record without it"):
+            Audit.from_dict(row)
+    for junk in JUNK:
+        row = stored()
+        row["bounds"][1][name] = junk
+        try:
+            read += str(Audit.from_dict(row)) is not None
+        except ValueError as error:
+            assert name in str(error) or "number" in str(error)
+    assert read <= 2
+    for junk in JUNK:
+        with pytest.raises(ValueError, match=r"(Audit|Bound)[:.].* expected"):
+            Audit.from_dict(junk)
+        with pytest.raises(ValueError, match=r"(Audit|Bound)[:.].* expected"):
+            Audit.from_dict({**stored(), "bounds": [junk]})
+
+
 def test_bad_records_are_refused():
     with pytest.raises(ValueError, match="kind"):
         bound(kind="likelihood")
