@@ -15,6 +15,7 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo.evaluation.elimination import FactorGraph
 from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.evaluation.finite import EnumerableVectors
 from pyroelbo.evaluation.masks import ModelMasks, log_prob_of
 from pyroelbo.evaluation.probes import check_factors
 from pyroelbo.evaluation.programs import Programs
@@ -22,9 +23,10 @@ from pyroelbo.evaluation.sites import Unavailable, sample_sites, unenumerable
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
 
-__all__ = ["enumerate_latents", "log_evidence_of_all"]
+__all__ = ["enumerate_latents", "log_evidence_of_all", "log_evidence_of_each"]
 
 _MAX_ASSIGNMENTS = 2**20
+_AT_ONCE = 2**18  # values of one site times data
 
 
 def enumerate_latents(
@@ -52,6 +54,25 @@ def enumerate_latents(
     return FactorGraph.of(trace, factors, kept), depth
 
 
+def log_evidence_of_each(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
+    """ln p(y) of each datum, [B], by eliminating one latent after the other, and the number of states summed
+    over; in blocks of data where single latents have very many values.
+
+    Raises as :func:`enumerate_latents`.
+    """
+    evaluator, size = _finite_latents(pair, batch, "datum"), batches.size(batch)
+    widest = max((site.num_values or 1 for site in evaluator.latents.values()), default=1)
+    step = max(1, _AT_ONCE // widest) if evaluator.sliceable else size
+    values, states, depth = [], 0, None
+    for start in range(0, size, step):
+        rows = slice(start, min(start + step, size))
+        block = batch if step >= size else batches.rows(batch, rows)
+        graph, depth = enumerate_latents(pair, block, depth=depth)
+        values.append(graph.log_partition())
+        states += graph.states * (rows.stop - rows.start)
+    return torch.cat(values), states
+
+
 def log_evidence_of_all(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
     """ln p(y) of the whole batch by summing over every assignment of all its finite latents, and the number
     of assignments; for data that depend on one another.
@@ -59,7 +80,8 @@ def log_evidence_of_all(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
     Raises :class:`Unavailable` for continuous latents and for more than a million assignments.
     """
     evaluator = _finite_latents(pair, batch, "joint")
-    trace = evaluator.traces()[1]
+    with EnumerableVectors():
+        trace = evaluator.traces()[1]
     supports = {k: trace.nodes[k]["fn"].enumerate_support(expand=False) for k in evaluator.latents}
     shapes = {k: trace.nodes[k]["fn"].batch_shape for k in evaluator.latents}
     radix = [len(supports[k]) for k in evaluator.latents for _ in range(shapes[k].numel())]
@@ -88,16 +110,21 @@ def log_evidence_of_all(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
 
 def _finite_latents(pair: Pair, batch: batches.Batch, scope: str) -> Evaluator:
     evaluator = Evaluator(pair, batch, with_guide=False, summing=False, scope=scope)
-    continuous = [k for k, site in evaluator.latents.items() if not site.has_enumerate_support]
-    if continuous:
-        raise Unavailable(f"latent site {continuous[0]!r} has no finite set of values to sum over")
+    for name, site in evaluator.latents.items():
+        if site.num_values is None:
+            raise Unavailable(f"latent site {name!r} has no finite set of values to sum over")
+        if site.num_values > _MAX_ASSIGNMENTS:
+            raise Unavailable(
+                f"latent site {name!r} has {float(site.num_values):.1e} values: a sum over them is limited "
+                f"to {_MAX_ASSIGNMENTS:,}"
+            )
     evaluator.refuse_scales("enumeration")
     return evaluator
 
 
 def _enumerated(pair: Pair, batch: batches.Batch, depth: int) -> tuple[Any, dict[str, Tensor]]:
     """A trace of the model with all its latents enumerated, and the log probability of each site."""
-    program = ModelMasks()(pair.model)
+    program = EnumerableVectors()(ModelMasks()(pair.model))
     model = poutine.enum(config_enumerate(program, default="parallel"), first_available_dim=-1 - depth)
     with evaluation_mode(pair), unregistered(), pyro.validation_enabled(False):
         try:

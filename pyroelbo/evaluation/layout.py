@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.evaluation.finite import num_values
 from pyroelbo.evaluation.masks import event_mask, is_masked
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
@@ -40,15 +41,16 @@ class LatentSite:
 
     ``event_shape`` is the shape of one datum's event and ``plate_shape`` that of the plates left of the data
     plate; a joint evaluation counts every batch dimension as part of the event, ``batch_dims`` of them.
-    ``free`` says whether every combination of the coordinates' values is possible; those of a structure (a
-    parse) constrain one another.
+    ``num_values`` counts the values of one event, None if they cannot be enumerated. ``free`` says
+    whether every combination of the coordinates' values is possible; those of a structure (a parse)
+    constrain one another.
     """
 
     name: str
     event_shape: torch.Size
     plate_shape: tuple[int, ...]
     support: Any
-    has_enumerate_support: bool
+    num_values: int | None
     free: bool
     batch_dims: int = 0
     dtype: torch.dtype = torch.float32
@@ -77,9 +79,9 @@ class LatentSite:
         return math.prod(self.event_shape) * math.prod(self.plate_shape)
 
 
-def _values(fn: Any) -> tuple[bool, bool]:
-    """Whether the values can be enumerated, and whether all combinations of them are possible."""
-    return bool(getattr(fn, "has_enumerate_support", False)), bool(getattr(base_of(fn), "free_labels", True))
+def _values(fn: Any) -> tuple[int | None, bool]:
+    """How many values can be enumerated, and whether all combinations of coordinates are possible."""
+    return num_values(fn), bool(getattr(base_of(fn), "free_labels", True))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from pyroelbo import batch as batches
-from pyroelbo.evaluation.enumeration import enumerate_latents, log_evidence_of_all
+from pyroelbo.evaluation.enumeration import (
+    enumerate_latents,
+    log_evidence_of_all,
+    log_evidence_of_each,
+)
 from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.pair import ExactPair, Pair, evaluation_mode, unregistered
@@ -53,12 +57,12 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
 def _enumerated(pair: Pair, batch: batches.Batch, scope: str) -> tuple[Tensor, int]:
     """ln p(y) by eliminating one latent after the other; where that is no dynamic program, a joint value of
     data that depend on one another by summing over the values of all latents together."""
+    if scope == "datum":
+        return log_evidence_of_each(pair, batch)
     try:
         graph, _ = enumerate_latents(pair, batch, scope=scope)
         return graph.log_partition(), batches.size(batch) * graph.states
     except ValueError as error:
-        if scope == "datum":
-            raise
         try:
             return log_evidence_of_all(pair, batch)
         except Unavailable as reason:

@@ -16,7 +16,7 @@ __all__ = ["Lattice", "is_discrete"]
 
 
 def is_discrete(site: LatentSite) -> bool:
-    return site.has_enumerate_support or site.support is None or site.support.is_discrete
+    return site.num_values is not None or site.support is None or site.support.is_discrete
 
 
 class Lattice:

@@ -1,0 +1,71 @@
+"""Latents of finitely many values: a value of a set, or a vector of such values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Independent
+
+__all__ = ["EnumerableVectors", "num_values"]
+
+
+def num_values(fn: Any) -> int | None:
+    """How many values one event of a distribution can take; None for infinitely many, or where that is
+    unknown."""
+    if getattr(fn, "has_enumerate_support", False):
+        return len(fn.enumerate_support(expand=False))
+    if isinstance(fn, Independent):
+        each = num_values(fn.base_dist)
+        dims = fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - fn.reinterpreted_batch_ndims :]
+        return None if each is None else each ** math.prod(dims)
+    return None
+
+
+class EnumerableVectors(Messenger):
+    """Lets latents that are vectors of finite values (``Bernoulli(...).to_event(1)``) be enumerated."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if not msg["is_observed"] and isinstance(fn, Independent) and num_values(fn) is not None:
+            msg["fn"] = _Enumerable(fn)
+
+
+class _Enumerable(TorchDistribution):
+    """An Independent over finite sets, whose support is the product of its coordinates'."""
+
+    has_enumerate_support = True
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base_dist: Any) -> None:
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.base_dist.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Enumerable:
+        return _Enumerable(self.base_dist.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.base_dist.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every value, [S, 1, …, 1, *event], the last coordinate changing first."""
+        inner = self.base_dist.base_dist
+        if isinstance(inner, Independent):
+            inner = _Enumerable(inner)
+        own = inner.enumerate_support(expand=False)
+        own = own.reshape(len(own), *inner.event_shape)
+        count = math.prod(self.event_shape[: len(self.event_shape) - len(inner.event_shape)])
+        codes = torch.cartesian_prod(*[torch.arange(len(own), device=own.device)] * count).reshape(-1, count)
+        values = own[codes].reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
+        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
