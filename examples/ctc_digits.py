@@ -16,37 +16,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from pyroelbo import audit, data, fit, models
 from pyroelbo.runs import fresh
-
-
-def strings(images, labels, count, seed, longest=6):
-    """``count`` strings of 2 … ``longest`` digits drawn from the images: (columns [B, T, 8], labels [B, L]
-    from 1 on and padded with -1, lengths [B])."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return torch.randint(low, high, shape, generator=generator)
-
-    columns, targets = [], []
-    for _ in range(count):
-        chosen = draw(0, len(images), int(draw(2, longest + 1)))
-        pieces = []
-        for image in images[chosen]:
-            used = image.view(8, 8).t()  # a row per column of pixels
-            ink = used.sum(1).nonzero()
-            gap = torch.zeros(int(draw(0, 3)), 8)
-            pieces += [used[int(ink[0]) : int(ink[-1]) + 1], gap]  # digits may touch
-        columns.append(torch.cat(pieces))
-        targets.append(labels[chosen] + 1)  # 0 is the blank
-    lengths = torch.tensor([len(c) for c in columns])
-    return (
-        pad_sequence(columns, batch_first=True),
-        pad_sequence(targets, batch_first=True, padding_value=-1),
-        lengths,
-    )
 
 
 def edits(a, b):
@@ -116,12 +88,10 @@ def main(arguments=None):
         options.num_epochs, options.data, options.width = 1, 64, 8
     out = options.out or fresh("runs/ctc_digits")
 
-    images = data.load("digits", "grey")
-    labels = images.labels
-    # each split has its own images
-    train = strings(images["train"], labels["train"], options.data, options.seed)
-    valid = strings(images["valid"], labels["valid"], 200, options.seed + 1)
-    test = strings(images["test"], labels["test"], 40 if options.smoke else 500, options.seed + 2)
+    # (columns [B, T, 8], labels [B, L] from 1 on, padded with -1, lengths [B]); each split has its own images
+    strings = data.load("digit_strings")
+    train = tuple(part[: options.data] for part in strings["train"])
+    valid, test = strings["valid"], tuple(part[: 40 if options.smoke else 500] for part in strings["test"])
 
     torch.manual_seed(options.seed)
     pair = models.CTC(8, 10, options.width)

@@ -15,14 +15,10 @@ The words are those of the language reference that ships inside Python (``pydoc_
 """
 
 import argparse
-import re
-from pydoc_data.topics import topics
 
 import torch
 
 from pyroelbo import audit, data, evidence, fit, models
-
-LONGEST = 14
 
 
 def spell(rows, alphabet):
@@ -42,18 +38,16 @@ def main(arguments=None):
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     options = parser.parse_args(arguments)
 
-    known = set(re.findall("[a-z]+", " ".join(topics.values()).lower()))
-    words = sorted(word for word in known if len(word) <= LONGEST)
-    # Rows of symbols, padded with -1: the first -1 of a row is the stop symbol.
-    y, alphabet = data.strings(words, LONGEST)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(options.seed))
-    test, train = y[order[:300]], y[order[300:]]
+    # Rows of symbols, padded with -1: the first -1 of a row is the stop symbol (data.strings makes them).
+    words = data.load("words")
+    train, test, alphabet = torch.cat([words["train"], words["valid"]]), words["test"], "".join(words.names)
+    known = {*spell(train, alphabet), *spell(test, alphabet)}
     if options.smoke:
         options.num_epochs, train, test = 1, train[:200], test[:10]
     print(f"{len(train)} words to train on, {len(test)} held out, an alphabet of {len(alphabet)}: {alphabet}")
 
     torch.manual_seed(options.seed)
-    pair = models.Strings(LONGEST, len(alphabet), width=48, layers=2, dropout=0.2)
+    pair = models.Strings(words.steps, len(alphabet), width=48, layers=2, dropout=0.2)
     # The guide is the exact posterior, so `fit` differentiates ln w without score-function terms.
     fit(
         pair,
@@ -82,7 +76,7 @@ def main(arguments=None):
     # Each prefix is a site: which letters are surprising? The last number is that of the stop symbol; padding
     # costs nothing.
     shown = ["function", "functional", "iterator", "qwerty"]
-    rows, _ = data.strings(shown, LONGEST, alphabet)
+    rows, _ = data.strings(shown, words.steps, alphabet)
     terms = evidence.terms(pair, rows, particles=1)
     print("\n-ln p(letter | those before), nats:")
     for i, word in enumerate(shown):

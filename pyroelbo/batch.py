@@ -31,8 +31,8 @@ Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
 
 def as_batch(data: Any, name: str = "data") -> Batch:
-    """A batch from tensors or arrays: floating arrays get torch's default dtype, integer and bool ones keep
-    theirs.
+    """A batch from tensors, arrays or numeric pandas frames: floating ones get torch's default dtype, integer
+    and bool ones keep theirs.
 
     Raises TypeError for other types, ValueError for an empty set, parts of different lengths, or floating
     parts with NaN or infinite entries; each names the part.
@@ -76,14 +76,40 @@ def as_batch(data: Any, name: str = "data") -> Batch:
 def _tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    if hasattr(value, "to_numpy") and hasattr(value, "index"):  # a frame or a series of pandas
+        value = _frame(value, name)
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected numbers, got an array of {value.dtype}")
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
-        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+        real, wide = value.dtype.kind == "f", value.dtype.kind == "u" and value.dtype.itemsize > 1
+        # of any size and byte order
+        kind = np.dtype(np.float64 if real else np.int64 if wide else value.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(np.require(value, kind, ["C", "W"]))
+        return tensor.to(torch.get_default_dtype()) if real else tensor
     raise TypeError(
-        f"{name}: expected a tensor, a numpy array, or a tuple or dict of them, got {type(value).__name__}"
+        f"{name}: expected a tensor, a numpy array, a pandas frame, or a tuple or dict of them, got "
+        f"{type(value).__name__}"
     )
+
+
+def _frame(frame: Any, name: str) -> np.ndarray:
+    """The numbers of a pandas frame [N, D] or series [N]; errors name column and row."""
+    found = []
+    for label, column in frame.items() if frame.ndim == 2 else [(frame.name, frame)]:
+        kind = getattr(column.dtype, "kind", "O")
+        if kind not in _COLUMNS:
+            raise TypeError(f"{name}: expected columns of numbers, got {column.dtype} in column {label!r}")
+        missing = column.isna().to_numpy()
+        if missing.any():
+            row = frame.index[int(missing.argmax())]
+            raise ValueError(f"{name}: expected numbers, got a missing one in row {row!r}, column {label!r}")
+        found.append(column.to_numpy(_COLUMNS[kind]))
+    if not found:
+        raise ValueError(f"{name}: expected at least one column, got none")
+    return np.stack(found, -1) if frame.ndim == 2 else found[0]
+
+
+_COLUMNS = {"f": np.float64, "i": np.int64, "u": np.int64, "b": np.bool_}
 
 
 def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:

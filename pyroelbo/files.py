@@ -4,11 +4,12 @@ Nothing unpickles.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 __all__ = [
+    "read_arrays",
     "read_json",
     "read_jsonl",
+    "read_lines",
     "read_npy",
     "read_npz",
+    "read_table",
     "read_tensors",
     "replacing",
     "write",
@@ -130,6 +134,35 @@ def read_npz(path: Path, arrays: Mapping[str, tuple[str, tuple[int | None, ...]]
     return found
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file by name, or that of an npy file as "train".
+
+    ValueError, naming file and array, for what is no array of numbers (nothing is unpickled), in an npz file
+    larger than 2 GiB, or damaged.
+    """
+    single, shapes = path.suffix == ".npy", {}
+    try:
+        if single:
+            with open(path, "rb") as file:
+                shapes["train"] = _header(file)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    with archive.open(member) as file:
+                        shapes[member.removesuffix(".npy")] = _header(file, f"array {member!r}")
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise _damaged(path, error) from error
+    for name, (_, _, dtype) in shapes.items():
+        if dtype.kind not in "fiub":
+            what = "objects, which are never unpickled" if dtype.hasobject else str(dtype)
+            raise ValueError(f"{path}: array {name!r}: expected numbers, got an array of {what}")
+    if single:
+        return {"train": np.array(read_npy(path))}
+    return read_npz(path, {name: ("fiub", shape) for name, (shape, _, _) in shapes.items()})
+
+
 def _header(file: Any, name: str = "it") -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, memory order and dtype of an npy file."""
     version = np.lib.format.read_magic(file)
@@ -146,6 +179,61 @@ def _check_header(member: Any, name: str, kinds: str, shape: tuple[int | None, .
         raise ValueError(f"array {name!r}: expected kind {kinds!r} and shape {shape}, got {dtype} {got}")
     if math.prod(got) * dtype.itemsize > _LARGEST:
         raise ValueError(f"array {name!r}: expected at most {_LARGEST} bytes, got shape {got} of {dtype}")
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the ``columns`` (none: all) of a CSV file with a header, and their numbers [N, D].
+
+    ValueError, naming file, row (1 is the first below the header) and column, for cells that are missing or
+    no finite numbers, rows of other lengths, and a header that is missing or lacks a column.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _damaged(path, error) from error
+    header = [name.strip() for name in header]
+    if not rows or len(set(header)) < len(header) or any(_number(name) is not None for name in header):
+        raise ValueError(
+            f"{path}: expected a header of different names and rows of numbers, got {len(rows)} rows under "
+            f"{', '.join(header)[:80]!r}"
+        )
+    unknown = [name for name in columns if name not in header]
+    if unknown:
+        raise ValueError(f"{path}: columns: expected some of {', '.join(header)}, got {unknown[0]!r}")
+    chosen = tuple(columns) or tuple(header)
+    places, values = [header.index(name) for name in chosen], []
+    for i, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: row {i}: expected {len(header)} cells, as the header, got {len(row)}")
+        cells = [_number(row[place]) for place in places]
+        if None in cells:
+            name, cell = chosen[cells.index(None)], row[places[cells.index(None)]].strip()
+            found = f"got {cell!r}" if cell else "got none"
+            others = [n for n, text in zip(header, row, strict=True) if _number(text) is not None]
+            raise ValueError(
+                f"{path}: row {i}, column {name!r}: expected a finite number, {found}; fill it, drop the row,"
+                f" or choose columns (--columns {','.join(others)})"
+            )
+        values.append(cells)
+    return chosen, np.array(values, float)
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without the space around them; ValueError for none."""
+    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: expected lines of text, got none")
+    return lines
 
 
 @contextmanager

@@ -80,6 +80,6 @@ def nats_to_bits(nats):
     return nats / math.log(2.0)
 
 
-def bits_per_dim(log_prob, dims: int):
+def bits_per_dim(log_prob, dims: float):
     """-log₂ p per dimension, from ``log_prob`` in nats and the number of dimensions of one datum."""
     return -nats_to_bits(log_prob) / dims

@@ -6,7 +6,7 @@ import functools
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -299,6 +299,11 @@ class Pair(PyroModule):
         """The pair with the same parameters whose weights are those of a whole datum: itself, unless its own
         sites carry a scale within the datum (one step of a diffusion drawn among T)."""
         return self
+
+    def lines(self, latents: dict[str, Tensor], batch: Batch, names: Sequence[str]) -> list[str] | None:
+        """Simulated data with their latents, a line of text each, with the ``names`` of the symbols; None for
+        pairs whose latents have no such form."""
+        return None
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         """A batch of n data of the right shape with arbitrary observed values (abstract: pairs that simulate

@@ -24,6 +24,7 @@ __all__ = [
     "plot_holes",
     "plot_latents",
     "plot_planes",
+    "plot_sequences",
     "to_arviz",
 ]
 
@@ -228,6 +229,30 @@ def images(
     return _save(figure, path)
 
 
+def plot_sequences(
+    rows: Sequence[Tensor],
+    path: str | Path,
+    titles: Sequence[str] | None = None,
+    names: Sequence[str] = (),
+) -> Path:
+    """Plot sequences [T, D] below each other: a line per coordinate, of which ``names`` are the labels, or an
+    image of more than six. Returns the path."""
+    figure, axes = _figure(8, 1.5 * len(rows), 1, len(rows))
+    for i, (axis, row) in enumerate(zip(np.atleast_1d(axes), rows, strict=True)):
+        values = row.detach().cpu().double().numpy()
+        if values.shape[-1] > 6:
+            axis.imshow(values.T, cmap="gray_r", aspect="auto", interpolation="nearest")
+        else:
+            axis.plot(values, marker=".", label=list(names) or None)
+        if titles is not None:
+            axis.set_ylabel(titles[i])
+        if names and values.shape[-1] <= 6 and i == 0:
+            axis.legend(fontsize=8)
+        axis.set_xticks([])
+    axis.set_xlabel("step")
+    return _save(figure, path)
+
+
 def plot_latents(
     mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path
 ) -> Path:
@@ -342,11 +367,11 @@ def plot_calibration(calibration: Calibration, path: str | Path, most: int = 6) 
     return _save(figure, path)
 
 
-def bits_table(audit: Audit, dims: int) -> str:
-    """Table of the audit's means in bits per dimension of data with ``dims`` dimensions (for probabilities,
-    not densities).
+def bits_table(audit: Audit, dims: float, unit: str = "dim") -> str:
+    """Table of the audit's means in bits per dimension (or other ``unit``) of data with ``dims`` of them on
+    average (for probabilities, not densities).
     """
-    lines = [f"{'method':<12}  {'kind':<8}  bits/dim"]
+    lines = [f"{'method':<12}  {'kind':<8}  bits/{unit}"]
     for bound in sorted(audit.bounds, key=lambda b: -b.mean):
         lines.append(f"{bound.method:<12}  {bound.kind:<8}  {bits_per_dim(bound.mean, dims):8.4f}")
     return "\n".join(lines)

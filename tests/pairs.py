@@ -165,7 +165,7 @@ TABLE = {
         lambda: models.DequantizedFlow(4, 5, "autoregressive", 2, (8,)),
         lambda n: torch.randint(5, (n, 4)).double(),
     ),
-    "flow-continuous": (lambda: models.Flow(4, layers=2, hidden=(8,)), lambda n: torch.randn(n, 4)),
+    "density_flow": (lambda: models.Flow(4, layers=2, hidden=(8,)), lambda n: torch.randn(n, 4)),
     "ppca": (lambda: models.PPCA(5, 2), lambda n: torch.randn(n, 5)),
     "ppca-mean-field": (lambda: models.PPCA(5, 2, guide="mean_field"), lambda n: torch.randn(n, 5)),
     "mixture": (lambda: models.GaussianMixture(3, 4), lambda n: torch.randn(n, 3)),

@@ -1,8 +1,11 @@
 import numpy as np
+import pandas
 import pytest
 import torch
 
 from pyroelbo import batch as batches
+from pyroelbo import fit
+from pyroelbo.models import PPCA
 
 
 def test_batches_from_tensors_arrays_tuples_and_dicts():
@@ -13,7 +16,21 @@ def test_batches_from_tensors_arrays_tuples_and_dicts():
         assert batches.size(batches.repeat(batch, 4)) == 12
     assert batches.as_batch(np.zeros((2, 2), np.float32)).dtype == torch.float64
     assert batches.as_batch(np.zeros(2, np.uint8)).dtype == torch.uint8
+    for kind in ("f2", ">f4", "f8", "g"):  # half, another byte order, long double
+        assert batches.as_batch(np.ones(2, kind)).tolist() == [1.0, 1.0]
+    for kind in ("u2", ">u4", "u8", ">i4", "i8"):
+        assert batches.as_batch(np.full(2, 7, kind)).tolist() == [7, 7]
     assert batches.call(lambda x, y: (x, y), {"y": 1, "x": 2}) == (2, 1)
+
+
+def test_batches_from_pandas_frames():
+    frame = pandas.DataFrame({"a": [1, 2], "b": [0.5, 4.0], "c": [True, False]})
+    assert batches.as_batch(frame).tolist() == [[1, 0.5, 1], [2, 4, 0]]
+    assert batches.as_batch(frame).dtype == torch.float64 and batches.as_batch(frame["a"]).tolist() == [1, 2]
+    assert batches.as_batch(frame[["a"]].astype("Int64")).dtype == torch.int64
+    assert batches.size(batches.as_batch((frame, frame["b"]))) == 2
+    run = fit(PPCA(3, 1), frame, epochs=1, progress=False)
+    assert run.stopped == "epochs"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +45,18 @@ def test_batches_from_tensors_arrays_tuples_and_dicts():
         ("digits", TypeError, "expected a tensor"),
         (np.array(["a"]), TypeError, "expected numbers"),
         ({"x": None}, TypeError, r"data\['x'\]"),
+        (pandas.DataFrame({"a": ["x"]}), TypeError, "expected columns of numbers, got .* in column 'a'"),
+        (
+            pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, None]}, index=["r", "s"]),
+            ValueError,
+            "data: expected numbers, got a missing one in row 's', column 'b'",
+        ),
+        (
+            pandas.DataFrame({"a": pandas.array([None, 2], "Int64")}),
+            ValueError,
+            "got a missing one in row 0, column 'a'",
+        ),
+        (pandas.DataFrame(index=[0, 1]), ValueError, "data: expected at least one column, got none"),
     ],
 )
 def test_bad_batches_are_refused(bad, error, message):

@@ -41,68 +41,152 @@ def test_models_are_listed(capsys):
     assert all(name in printed for name in models.REGISTRY) and "latent=2" in printed
 
 
-CHAINS = ("hierarchy", "ladder", "conv_ladder", "discrete_vae", "sbn")
+def small(kind, folder):
+    """A file of twelve small data of this kind."""
+    draw = np.random.default_rng(0)
+    arrays = {
+        "bytes": {"train": draw.integers(0, 4, (12, 4, 4))},
+        "binary": {"train": draw.integers(0, 2, (12, 4, 4)).astype(np.uint8)},
+        "grey": {"train": draw.random((12, 4, 4), np.float32), "test": draw.random((12, 4, 4), np.float32)},
+        "vectors": {"train": 100 + 10 * draw.normal(size=(12, 3)), "labels": np.arange(12) % 3},
+        "symbols": {"train": draw.integers(0, 3, (12, 5)), "lengths": draw.integers(1, 6, 12)},
+        "series": {"train": 9 * draw.normal(size=(12, 5, 2)), "lengths": draw.integers(1, 6, 12)},
+        "counts": {"train": draw.poisson(3, (12, 5, 2)), "lengths": draw.integers(1, 6, 12)},
+        "labelled": {"train": draw.normal(size=(12, 5, 2)), "labels": draw.integers(1, 3, (12, 1))},
+    }
+    texts = {"strings": "to be\nor not\n" * 6, "sentences": "to be or not to be\nthat is\n" * 6}
+    if kind in texts:
+        (folder / "mine.txt").write_text(texts[kind])
+        return str(folder / "mine.txt")
+    np.savez(folder / "mine.npz", **arrays[kind])
+    return str(folder / "mine.npz")
 
 
+# each model on one kind, and each kind once
+SMALL = {
+    "vae": "bytes --set latent=3 --set hidden=8",
+    "hierarchy": "grey --set latent=3,2 --set hidden=8",
+    "ladder": "vectors --set latent=3,2 --set hidden=8,8",
+    "conv_ladder": "binary --set groups=1,1 --set channels=4",
+    "autoregressive": "binary --set width=4 --set layers=1",
+    "discrete_vae": "bytes --set latent=3 --set hidden=8",
+    "sbn": "binary --set latent=3,2",
+    "vdm": "vectors --set steps=3 --set width=8 --set layers=1",
+    "diffusion": "grey --set steps=3 --set width=8 --set layers=1",
+    "discrete_diffusion": "bytes --set steps=3 --set width=8 --set layers=1",
+    "masked_diffusion": "binary --set width=8 --set layers=1 --set likelihood=bernoulli",
+    "flow": "bytes --set layers=2 --set hidden=8",
+    "ppca": "vectors",
+    "mixture": "vectors --set components=2",
+    "bernoulli_mixture": "binary --set components=2 --set guide=encoder",
+    "density_flow": "vectors --set layers=2 --set hidden=8",
+    "hmm": "symbols --set states=2",
+    "state_space": "series",
+    "strings": "strings --set width=8 --set layers=1",
+    "pcfg": "sentences --set preterminals=3",
+    "neural_pcfg": "sentences --set preterminals=3 --set width=8",
+    "ctc": "labelled --set width=8",
+    "hmm --set emission=poisson": "counts --set states=2",
+}
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_every_model_trains_on_a_file_of_ones_own(model, tmp_path, capsys):
+    kind, *settings = SMALL[model].split()
+    check(model.split() + settings + ["--data", small(kind, tmp_path)], tmp_path, capsys)
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "config.json").read_text())
+    closed = model.split()[0] in ("ppca", "mixture", "hmm", "state_space", "pcfg")
+    assert found["data"]["kind"] == kind and found["method"] == ("em" if closed else "gradient")
+    assert bool(found["data"]["scale"]) == data.KINDS[kind].units
+    assert printed == ""
+
+
+def test_every_model_has_a_row():
+    assert {model.split()[0] for model in SMALL} == set(models.REGISTRY)
+    assert {row.split()[0] for row in SMALL.values()} == set(data.KINDS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         *models.REGISTRY,
         *(f"{name} --set prior=vamp" for name in ("vae", "hierarchy", "ladder", "conv_ladder")),
+        "ppca --data wine",
+        "hmm --data digit_strings",
     ],
 )
-def test_train_audit_and_sample(words, tmp_path, capsys):
+def test_every_model_trains_on_data_that_ship_with_the_package(words, tmp_path, capsys):
+    check(words.split(), tmp_path, capsys)
+
+
+def check(words, folder, capsys):
+    """Train, audit, sample and show a run, and look at what is printed and written."""
     torch.set_default_dtype(torch.float32)
-    out = str(tmp_path / "run")
-    assert main(["train", *words.split(), "--out", out, "-n", "1", "--quiet"]) == 0
+    out = str(folder / "run")
+    assert main(["train", *words, "--out", out, "-n", "1", "--quiet"]) == 0
     assert main(["audit", out, "--num-data", "3", "--particles", "4"]) == 0
     assert main(["sample", out, "-n", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "nats per datum" in printed and "(5, 64)" in printed
-    assert ("The ELBO by layer" in printed) == words.startswith(CHAINS)
-    for file in (
-        "config.json",
-        "metrics.jsonl",
-        "weights.safetensors",
-        "audit.json",
-        "audit.png",
-        "samples.png",
-        "curve.png",
-    ):
-        assert (tmp_path / "run" / file).stat().st_size > 0
-    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert "nats per datum" in printed and "(5, " in printed
+    several = {
+        "hierarchy": True,
+        "ladder": True,
+        "conv_ladder": True,
+        "strings": True,
+        "sbn": True,
+        "vae": False,
+        "hmm": False,
+    }
+    assert several.get(words[0]) in (None, "The ELBO by layer" in printed)
+    written = ("config.json", "metrics.jsonl", "weights.safetensors", "audit.json", "audit.png", "curve.png")
+    for file in written:
+        assert (folder / "run" / file).stat().st_size > 0
+    assert list((folder / "run").glob("samples.[ptc]*"))
+    found = json.loads((folder / "run" / "audit.json").read_text())
     assert found["unit"] == "nats"
     rows = {row["method"]: row for row in found["bounds"]}
     ordered = [rows[method] for method in ("exact", "quadrature", "iwae-4", "elbo") if method in rows]
     for above, below in itertools.pairwise(ordered):
         error = above["mean_error"] + below["mean_error"]  # of four draws a datum
         assert above["mean"] > below["mean"] - 8 * error - 1e-3
+    assert main(["show", out]) == 0
+    shown = capsys.readouterr().out
+    assert words[0] in shown and "last audit:" in shown and "audit.json" in shown and "epoch" in shown
 
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
     cases = [
-        (["train", "gan", "--out", str(tmp_path / "x")], "model: expected one of vae"),
+        (["train", "gan", "--out", str(tmp_path / "x")], "MODEL: expected one of vae"),
         (["train", "vae", "--out", str(run)], "not empty"),
-        (["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"], "got 'depth'"),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--set", "depth=3"],
+            "--set: expected some of latent, hidden",
+        ),
         (["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent"], "--set: expected NAME=VALUE"),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--data", "mnist", "--data-dir", str(tmp_path)],
             "mnist.npz: no such file",
         ),
-        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "epochs: expected a positive"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "--num-epochs: expected a positive"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup: expected"),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],
-            "likelihood: expected one of",
+            "--set likelihood: expected one of",
         ),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "latent=abc"],
-            "latent: expected a value like",
+            "--set latent: expected a value like",
         ),
         (["audit", str(run), "--num-data", "-1"], "--num-data: expected"),
         (["audit", str(tmp_path / "none")], "holds no run"),
         (["sample", str(tmp_path / "none")], "holds no run"),
         (["audit", str(run), "--reference", "exact"], "no finite set"),
+        (["audit", str(run), "--reference", "smc"], "--reference: expected some of"),
+        (["sample", str(run), "-n", "0"], "--num-samples: expected a positive"),
+        (["show", str(tmp_path / "none")], "holds no run"),
+        (["train", "vae", "--out", str(tmp_path / "x"), "--data", "cifar"], "--data: expected one of digits"),
     ]
     if not torch.cuda.is_available():
         cases.append((["train", "vae", "--out", str(tmp_path / "x"), "--cuda"], "no CUDA device"))
@@ -150,7 +234,7 @@ def test_audit_with_a_budget(run, capsys):
     assert main(["audit", str(run), "--num-data", "2", "--budget", "2000"]) == 0
     assert "a budget of 2000 chose" in capsys.readouterr().out
     assert main(["audit", str(run), "--num-data", "2", "--budget", "soon"]) == 1
-    assert "budget: expected a time" in capsys.readouterr().err
+    assert "--budget: expected a time" in capsys.readouterr().err
 
 
 def test_audit_against_ais(run, capsys):
@@ -178,7 +262,7 @@ def test_an_interrupted_command_tells_it_in_one_line(monkeypatch, capsys):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyroelbo.cli._models", interrupted)
+    monkeypatch.setattr("pyroelbo.cli.commands.models_", interrupted)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "pyroelbo: interrupted\n"
 
@@ -230,3 +314,101 @@ def test_compress_and_decompress(run, tmp_path, capsys):
         assert main(words) == 1
         error = capsys.readouterr().err
         assert error.startswith("pyroelbo: ") and message in error and error.count("\n") == 1
+
+
+PAIR = '''
+import pyro, pyro.distributions as dist, torch
+from pyroelbo import Pair
+
+
+class Mine(Pair):
+    """The mean of each row, seen with unit noise."""
+
+    def __init__(self, dims, scale=2.0):
+        super().__init__()
+        self.dims, self.scale = dims, scale
+        self.generator, self.encoder = torch.nn.Linear(1, dims), torch.nn.Linear(dims, 1)
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), self.scale).to_event(1))
+            pyro.sample("y", dist.Normal(self.generator(z), 1.0).to_event(1), obs=y)
+
+    def guide(self, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(self.encoder(y), 1.0).to_event(1))
+
+    def placeholder(self, n):
+        return torch.zeros(n, self.dims)
+
+
+class Words(Mine):
+    kinds = ("symbols",)
+'''
+
+
+def test_a_pair_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PAIR)
+    torch.set_default_dtype(torch.float32)
+    (tmp_path / "my.csv").write_text("a,b\n" + "".join(f"{i},{100 - i * i}\n" for i in range(12)))
+    train = ["train", "mine:Mine", "--data", "my.csv", "-n", "1", "--quiet"]
+    assert main([*train, "--out", "r", "--set", "scale=1.5"]) == 0
+    assert main(["audit", "r", "--particles", "4"]) == 0
+    assert main(["sample", "r", "-n", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "Mine: 2 data, nats per datum" in printed and "own units" in printed and "(y (3, 2))" in printed
+    assert (tmp_path / "r" / "samples.csv").read_text().startswith("a,b\n")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["about"] == f"from {tmp_path / 'mine.py'}"
+    for words, message in (
+        ([*train, "--out", "x", "--set", "width=3"], "--set: expected some of scale for model 'mine:Mine'"),
+        (["train", "mine:Other", "--out", "x"], "MODEL: expected a subclass of Pair in"),
+        (
+            ["train", "os:system", "--out", "x"],
+            "MODEL: expected module:Class in the working folder, got ",
+        ),
+        (
+            ["train", "mine:Words", "--out", "x", "--data", "my.csv"],
+            "--data: expected symbols for mine:Words, got my.csv, vectors; vectors are for vae, hierarchy",
+        ),
+    ):
+        assert main(words) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_run_sticks_to_its_data(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    path, out = tmp_path / "my.csv", str(tmp_path / "r")
+    path.write_text("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(12)))
+    train = ["train", "mixture", "--data", str(path), "--out", out, "--quiet", "--set", "components=2"]
+    assert main([*train, "-n", "1"]) == 0
+    assert main([*train, "-n", "2", "--resume"]) == 0
+    path.write_text("a,b,c\n" + "".join(f"{i},{i * i},1\n" for i in range(12)))
+    capsys.readouterr()
+    assert main([*train, "-n", "3", "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert "--data: expected those of the run" in error and "with shape [2], got [3]" in error
+    path.write_text("a,c\n" + "".join(f"{i},1\n" for i in range(12)))
+    assert main(["audit", out]) == 1
+    assert "columns: expected some of a, c, got 'b'" in capsys.readouterr().err
+    path.unlink()
+    assert main(["audit", out]) == 1
+    assert "my.csv" in capsys.readouterr().err
+
+
+def test_em_takes_what_concerns_it(tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    train = ["train", "mixture", "--data", "iris", "--out", str(tmp_path / "x"), "--quiet"]
+    for words, message in (
+        (["-lr", "0.1"], "--learning-rate: expected none with --method em, got 0.1"),
+        (["--kl-warmup", "2"], "--kl-warmup: expected none with --method em, got 2.0"),
+        (["--objective", "iwae"], "--objective: expected none with --method em, got 'iwae'"),
+        (["--method", "em", "--set", "guide=encoder"], "--method: expected gradient for a guide with an enc"),
+    ):
+        assert main([*train, *words]) == 1
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+    assert main([*train, "--method", "gradient", "-lr", "0.1", "-n", "1"]) == 0
+    assert "validation elbo" in capsys.readouterr().out

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroelbo.batch import Batch
+from pyroelbo.batch import Batch, call
 
 __all__ = ["KINDS", "Dataset", "Kind"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a batch of some kind of data is: ``about`` says it, ``parts`` names its tensors (the last may be
-    missing where it is ``lengths``), ``steps(*batch)`` [B] counts the steps of each datum, with ``dims``
-    numbers each. Data of a ``discrete`` kind have probabilities, others densities."""
+    """What a batch of some kind of data is.
+
+    Args:
+        about: says it in a line.
+        discrete: whether data have probabilities; others have densities.
+        parts: the names of its tensors; ``lengths`` at the end may be missing.
+        steps: ``steps(*batch)`` [B] counts the steps of each datum.
+        units: whether numbers have units of their own; they are standardized for training.
+        symbols: whether a step is one symbol, and not ``dims`` numbers.
+    """
 
     about: str
     discrete: bool
     parts: tuple[str, ...] = ("y",)
     steps: Callable[..., Tensor] = lambda y: torch.ones(len(y), dtype=torch.long)
+    units: bool = False
+    symbols: bool = False
 
 
 def _within(y: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -40,22 +50,28 @@ KINDS: dict[str, Kind] = {
     "binary": Kind("pictures (or rows) of 0 and 1: y [B, D]", True),
     "bytes": Kind("pictures (or rows) of integers 0 … levels-1: y [B, D]", True),
     "grey": Kind("pictures of grey levels in [0, 1], as densities: y [B, D]", False),
-    "vectors": Kind("rows of real numbers: y [B, D]", False),
-    "symbols": Kind("sequences of symbols 0 … levels-1: y [B, T], lengths", True, ("y", "lengths"), _within),
-    "series": Kind("sequences of real vectors: y [B, T, D], lengths", False, ("y", "lengths"), _within),
+    "vectors": Kind("rows of real numbers: y [B, D]", False, units=True),
+    "symbols": Kind(
+        "sequences of symbols 0 … levels-1: y [B, T], lengths", True, ("y", "lengths"), _within, symbols=True
+    ),
+    "series": Kind(
+        "sequences of real vectors: y [B, T, D], lengths", False, ("y", "lengths"), _within, units=True
+    ),
     "counts": Kind("sequences of vectors of counts: y [B, T, D], lengths", True, ("y", "lengths"), _within),
-    "strings": Kind("strings of symbols: y [B, L], padded with -1", True, ("y",), _padded),
+    "strings": Kind("strings of symbols: y [B, L], padded with -1", True, ("y",), _padded, symbols=True),
     "sentences": Kind(
         "sentences of two words or more: y [B, L], padded with -1",
         True,
         ("y",),
         _padded,
+        symbols=True,
     ),
     "labelled": Kind(
         "sequences of vectors with labels 1 … levels: x [B, T, D], y [B, L] padded with -1, lengths of x",
         True,
         ("x", "y", "lengths"),
         lambda x, y, lengths=None: _padded(y),
+        symbols=True,
     ),
 }
 
@@ -76,13 +92,13 @@ class Dataset:
         steps: length of the longest sequence; 1 for what is none.
         names: of the symbols (words, characters) or of the columns.
         labels: classes [N] by split, for colours in figures.
-        loc, scale: mean and scale of each coordinate that were taken from real data, y = (raw - loc) / scale.
+        loc, scale: of each coordinate of standardized data, y = (raw - loc) / scale; () for raw ones.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    splits: Mapping[str, Batch]
+    splits: Mapping[str, Any]
     levels: int = 0
     steps: int = 1
     names: tuple[str, ...] = ()
@@ -94,7 +110,7 @@ class Dataset:
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
 
-    def __getitem__(self, split: str) -> Batch:
+    def __getitem__(self, split: str) -> Any:
         if split not in self.splits:
             raise ValueError(f"split: expected one of {', '.join(self.splits)} of {self.name}, got {split!r}")
         return self.splits[split]
@@ -105,9 +121,50 @@ class Dataset:
         return KINDS[self.kind]
 
     @property
+    def title(self) -> str:
+        """Its name, without the folder of a file."""
+        return Path(self.name).name
+
+    @property
     def dims(self) -> int:
         """Numbers of one datum, or of one step of a sequence."""
         return math.prod(self.shape)
+
+    def standardized(self, like: Dataset | None = None) -> Dataset:
+        """Real data in units of the training split's standard deviations (of constant coordinates: 1), or as
+        the data set ``like``; data without units as they are."""
+        if not self.about.units or (like is not None and not like.scale):
+            return self
+        if like is None:
+            seen = _steps_of(self["train"]).double()
+            spread = seen.std(0, correction=0)
+            found = replace(
+                self,
+                loc=tuple(seen.mean(0).tolist()),
+                scale=tuple(torch.where(spread > 0, spread, 1.0).tolist()),
+            )
+        else:
+            found = replace(self, loc=like.loc, scale=like.scale)
+        return replace(found, splits={k: found._scaled(batch) for k, batch in self.splits.items()})
+
+    def _scaled(self, batch: Any) -> Any:
+        y, *rest = batch if isinstance(batch, tuple) else (batch,)
+        scaled = ((y.double() - y.new_tensor(self.loc).double()) / y.new_tensor(self.scale).double()).to(y)
+        return (scaled, *rest) if rest else scaled
+
+    def raw(self, y: Tensor) -> Tensor:
+        """Standardized numbers [..., D] in the data's own units."""
+        return y * y.new_tensor(self.scale) + y.new_tensor(self.loc) if self.scale else y
+
+    def numbers(self, batch: Batch) -> float:
+        """The mean number of symbols, or of other numbers, that a datum consists of."""
+        return float(call(self.about.steps, batch).double().mean()) * (1 if self.about.symbols else self.dims)
+
+    def log_scale(self, batch: Batch) -> Tensor:
+        """ln |d raw / d y| of each datum of a standardized batch, [B], in nats: Σ ln scale over its
+        coordinates and steps. A density in the data's own units is lower by it."""
+        steps = call(self.about.steps, batch).double()
+        return steps * sum(map(math.log, self.scale))
 
     def describe(self) -> dict[str, Any]:
         """All but splits and labels, as JSON; ``Dataset.described`` reads it."""
@@ -129,7 +186,17 @@ class Dataset:
         sizes = (*found.shape, found.levels, found.steps, found.dims)
         if not all(0 <= size <= _LARGEST for size in sizes):
             raise ValueError(f"data: expected sizes of at most {_LARGEST}, got {sizes}"[:200])
+        if {len(found.loc), len(found.scale)} - {0, found.dims} or not all(x > 0 for x in found.scale):
+            raise ValueError(f"data: expected {found.dims} positive scales or none, got {found.scale}"[:200])
         return found
+
+
+def _steps_of(batch: Any) -> Tensor:
+    """All rows, or all steps within the lengths of sequences, [N, D]."""
+    y, *rest = batch if isinstance(batch, tuple) else (batch,)
+    if rest:
+        return y[torch.arange(y.shape[1]) < rest[0][:, None]]
+    return y.flatten(0, -2)
 
 
 # The fields that a run stores, of these types; some are lists.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyroelbo.data import images
+from pyroelbo.data import handwriting, images, own, sources, tables
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.data.views import view
 
 __all__ = ["NAMES", "load"]
 
-# name: loader, given the folder of files. The first ones need none.
+# name: loader, given the folder of files. Only those that read files need one.
 _SETS: dict[str, Callable[[Path | None], Dataset]] = {
     "digits": images.digits,
+    "iris": tables.table("iris"),
+    "wine": tables.table("wine"),
+    "breast_cancer": tables.table("breast_cancer"),
+    "words": sources.words,
+    "expressions": sources.expressions,
+    "digit_strings": handwriting.digit_strings,
     "binarized_mnist": images.binarized_mnist,
     "mnist": images.mnist,
     "omniglot": images.omniglot,
@@ -23,14 +29,31 @@ _SETS: dict[str, Callable[[Path | None], Dataset]] = {
 NAMES = tuple(_SETS)
 
 
-def load(name: str, kind: str | None = None, *, root: str | Path | None = None) -> Dataset:
-    """A data set by name, as it is or seen as another ``kind`` of :data:`~pyroelbo.data.KINDS`.
+def load(
+    data: str | Path,
+    kind: str | None = None,
+    *,
+    columns: Sequence[str] = (),
+    root: str | Path | None = None,
+) -> Dataset:
+    """A data set by name, or from a file of one's own, as it is or seen as another ``kind`` of
+    :data:`~pyroelbo.data.KINDS`.
 
-    Images are rows [N, D] in row-major order. ``digits`` needs no file; ``binarized_mnist``, ``mnist``,
-    ``omniglot`` and ``freyfaces`` are read from ``root`` or ``$PYROELBO_DATA``. Raises ValueError for unknown
-    names and kinds, FileNotFoundError for missing files.
+    Files are ``*.npy``, ``*.npz``, ``*.csv`` (of which ``columns`` may be chosen) and ``*.txt``, see
+    :func:`pyroelbo.data.own.read`. Images are rows [N, D] in row-major order. ``binarized_mnist``, ``mnist``,
+    ``omniglot`` and ``freyfaces`` are read from ``root`` or ``$PYROELBO_DATA``; the others ship with Python
+    and scikit-learn. Raises ValueError for unknown names and kinds and for files that cannot be used,
+    FileNotFoundError for missing files.
     """
-    if name not in _SETS:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name[:80]!r}")
-    found = _SETS[name](None if root is None else Path(root))
-    return found if kind is None else view(found, (kind,))
+    if Path(data).suffix in own.FORMATS:
+        found = own.read(Path(data).absolute(), columns)
+    elif str(data) not in _SETS:
+        files = ", ".join("*" + ending for ending in own.FORMATS)
+        raise ValueError(
+            f"data: expected one of {', '.join(NAMES)}, or a file {files}, got {str(data)[:80]!r}"
+        )
+    else:
+        found = _SETS[str(data)](None if root is None else Path(root))
+    if kind is not None:
+        found = view(found, (kind,))
+    return found

@@ -27,7 +27,11 @@ from pyroelbo.distributions.semiring import Log, Max, Semiring, choose
 from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
 from pyroelbo.numerics import logsumexp
 
-__all__ = ["PCFG", "Derivation", "ParseParts", "ParseTree"]
+__all__ = ["PCFG", "Derivation", "ParseParts", "ParseTree", "TooLong"]
+
+
+class TooLong(ValueError):
+    """A draw of a grammar has more words than there is room for."""
 
 
 class ParseParts(NamedTuple):
@@ -587,7 +591,7 @@ class Derivation(TorchDistribution):
         return torch.where(_is_tree(z, lengths, n), log_prob, -math.inf).view(shape)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Charts ``[*sample, *B, L, L]``, by leftmost derivations; ValueError if one outgrows L."""
+        """Charts ``[*sample, *B, L, L]``, by leftmost derivations; TooLong if one outgrows L."""
         shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             tree, first, last, label = _derive(self.root, self.rules, shape[:-2], shape[-1])
@@ -632,7 +636,7 @@ def _derive(root: Tensor, rules: Tensor, shape: torch.Size, longest: int) -> tup
         height[done] += 3
         waiting[done] += 1
         if (length + waiting > longest).any():
-            raise ValueError(
+            raise TooLong(
                 f"max_length: expected samples of at most {longest} words, got a longer one; increase "
                 f"max_length, or "
                 "use a grammar whose derivations end"

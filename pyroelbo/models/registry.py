@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroelbo import batch as batches
-from pyroelbo.data import Dataset, view, views
+from pyroelbo.data import KINDS, Dataset, view, views
 from pyroelbo.encoders import ENCODERS
-from pyroelbo.models.autoregressive import Autoregressive
+from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.conv_ladder import ConvLadder
+from pyroelbo.models.ctc import CTC
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
 from pyroelbo.models.discrete_vae import DiscreteVAE, SigmoidBeliefNet
-from pyroelbo.models.flow import DequantizedFlow
+from pyroelbo.models.flow import DequantizedFlow, Flow
+from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hierarchy import Hierarchy
+from pyroelbo.models.hmm import HMM
 from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
 from pyroelbo.pair import Pair
@@ -48,6 +56,7 @@ class Entry:
             with the settings that this kind needs: the values that fit, the default first.
         sizes: the arguments of the constructor that the data determine.
         data: the data set that stands for none.
+        settings: values of settings that have no default in the constructor.
         epochs, learning_rate, objective, particles: defaults of the command line.
     """
 
@@ -56,6 +65,7 @@ class Entry:
     kinds: Kinds
     sizes: Callable[[Dataset], dict[str, Any]]
     data: str = "digits"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 50
     learning_rate: float = 1e-3
     objective: str = "elbo"
@@ -83,37 +93,39 @@ def _row(data: Dataset) -> dict[str, Any]:
     return {"dims": data.dims}
 
 
+def _words(data: Dataset) -> dict[str, Any]:
+    return {"words": data.levels, "steps": max(data.steps, 100)}
+
+
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
-        "VAE; likelihood=bernoulli|discretized_logistic|categorical|l2|l1, network=mlp|gated|conv, "
-        f"encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}",
+        f"VAE; network=mlp|gated|conv, encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}",
         VAE,
         kinds=_pixels(*LIKELIHOODS),
         sizes=_picture,
     ),
     "hierarchy": Entry(
-        "chain of Gaussian latents; order=bottom-up|top-down, likelihood, encoder and prior (at the top) "
-        "as vae",
+        "chain of Gaussian latents; order=bottom-up|top-down, encoder and prior (at the top) as vae",
         Hierarchy,
         kinds=_pixels(*LIKELIHOODS),
         sizes=_picture,
     ),
     "ladder": Entry(
-        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, likelihood, "
-        "encoder and prior as vae",
+        "top-down VAE of Gaussian layers; merge=network|precision, norm=batch|layer|none, encoder and prior "
+        "as vae",
         Ladder,
         kinds=_pixels(*LIKELIHOODS),
         sizes=_picture,
     ),
     "conv_ladder": Entry(
-        "top-down VAE of latent maps at several resolutions, groups=2,2,1; likelihood and prior as vae",
+        "top-down VAE of latent maps at several resolutions, groups=2,2,1; prior as vae",
         ConvLadder,
         kinds={k: v for k, v in _pixels(*LIKELIHOODS).items() if k != "vectors"},
         sizes=_picture,
         epochs=30,
     ),
     "autoregressive": Entry(
-        "pixels one after the other, exact; network=pixelcnn|transformer, likelihood=bernoulli|categorical",
+        "pixels one after the other, exact; network=pixelcnn|transformer",
         Autoregressive,
         kinds=_pixels("bernoulli", "categorical"),
         sizes=_picture,
@@ -192,13 +204,123 @@ REGISTRY: dict[str, Entry] = {
         sizes=_row,
         learning_rate=1e-2,
     ),
+    "density_flow": Entry(
+        "normalizing flow, an exact density; kind=coupling|autoregressive",
+        Flow,
+        kinds={"vectors": {}, "grey": {}},
+        sizes=_row,
+        data="wine",
+    ),
+    "hmm": Entry(
+        "hidden Markov model, exact; guide=exact|mean_field",
+        HMM,
+        kinds={
+            "symbols": {"emission": ("categorical",)},
+            "series": {"emission": ("gaussian", "full_gaussian")},
+            "counts": {"emission": ("poisson", "bernoulli")},
+        },
+        sizes=lambda data: {
+            "dims": data.levels if data.kind == "symbols" else data.dims,
+            "steps": data.steps,
+        },
+        data="words",
+        settings={"states": 8},
+        learning_rate=1e-2,
+    ),
+    "state_space": Entry(
+        "linear-Gaussian state-space model, exact; guide=exact|mean_field",
+        StateSpace,
+        kinds={"series": {}},
+        sizes=lambda data: {"dims": data.dims, "steps": data.steps},
+        data="digit_strings",
+        learning_rate=1e-2,
+    ),
+    "strings": Entry(
+        "symbols one after the other and a stop symbol, by a transformer, exact",
+        Strings,
+        kinds={"strings": {}},
+        sizes=lambda data: {"length": data.steps, "symbols": data.levels},
+        data="words",
+        epochs=20,
+    ),
+    "pcfg": Entry(
+        "probabilistic grammar, exact; guide=exact|mean_field",
+        PCFG,
+        kinds={"sentences": {}},
+        sizes=_words,
+        data="expressions",
+        settings={"nonterminals": 5, "preterminals": 20},
+        learning_rate=1e-2,
+    ),
+    "neural_pcfg": Entry(
+        "probabilistic grammar whose rules are networks, exact; guide=exact|mean_field",
+        NeuralPCFG,
+        kinds={"sentences": {}},
+        sizes=_words,
+        data="expressions",
+        settings={"nonterminals": 5, "preterminals": 20},
+        epochs=20,
+    ),
+    "ctc": Entry(
+        "labels of a sequence, summed over all alignments, exact; guide=exact|local",
+        CTC,
+        kinds={"labelled": {}},
+        sizes=lambda data: {"dims": data.dims, "labels": data.levels},
+        data="digit_strings",
+        epochs=10,
+        learning_rate=3e-3,
+    ),
 }
 
 
 def entry(name: str) -> Entry:
+    """The row of this name; of ``module:Class``, a pair of the user's own, see :func:`own`."""
+    if ":" in name:
+        return own(name)
     if name not in REGISTRY:
-        raise ValueError(f"model: expected one of {', '.join(REGISTRY)}, got {name!r}")
+        raise ValueError(
+            f"model: expected one of {', '.join(REGISTRY)}, or module:Class of your own, got {name!r}"
+        )
     return REGISTRY[name]
+
+
+_FROM_DATA = ("shape", "dims", "levels", "steps")
+
+
+def own(name: str) -> Entry:
+    """A row for ``module:Class``, a subclass of Pair in the file ``module.py`` of the working folder, which
+    is imported.
+
+    The arguments ``shape``, ``dims``, ``levels`` and ``steps`` of its constructor, as far as it has them, are
+    those of the data (:class:`~pyroelbo.data.Dataset`); its others are settings. It is given data of any kind
+    as they are, or as one of the ``kinds`` that the class names in an attribute.
+    """
+    module, _, title = name.partition(":")
+    path = Path(f"{module}.py").absolute()
+    if not module.isidentifier() or not path.is_file():
+        raise ValueError(f"model: expected module:Class in the working folder, got {name!r}: no file {path}")
+    found = _imported(path)
+    made = getattr(found, title, None)
+    if not isinstance(made, type) or not issubclass(made, Pair):
+        pairs = [k for k, v in vars(found).items() if isinstance(v, type) and issubclass(v, Pair)]
+        raise ValueError(f"model: expected a subclass of Pair in {path}, got {title!r}; it has {pairs}")
+    takes = inspect.signature(made).parameters
+    return Entry(
+        f"from {path}",
+        made,
+        kinds={kind: {} for kind in getattr(made, "kinds", KINDS)},
+        sizes=lambda data: {key: getattr(data, key) for key in _FROM_DATA if key in takes},
+    )
+
+
+@cache
+def _imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found
+    spec.loader.exec_module(found)
+    return found
 
 
 def matched(name: str, data: Dataset, settings: Mapping[str, Any]) -> tuple[Dataset, dict[str, Any]]:
@@ -218,32 +340,33 @@ def matched(name: str, data: Dataset, settings: Mapping[str, Any]) -> tuple[Data
         for kind, needs in kinds.items()
         if all(settings.get(key, values[0]) in values for key, values in needs.items())
     }
-    seen = [kind for kind in (data.kind, *fitting) if kind in fitting and kind in views(data.kind)]
-    if not seen:
-        raise ValueError(_mismatch(name, data, settings, list(fitting)))
-    return view(data, seen[:1]), settings | fitting[seen[0]]
-
-
-def _mismatch(name: str, data: Dataset, settings: Mapping[str, Any], taken: list[str]) -> str:
-    kinds = entry(name).kinds
     keys = sorted({key for needs in kinds.values() for key in needs if key in settings})
-    under = " with " + ", ".join(f"{key}={settings[key]}" for key in keys) if keys else ""
+    model = f"{name} with {', '.join(f'{key}={settings[key]}' for key in keys)}" if keys else name
+    try:
+        data = view(data, [kind for kind in (data.kind, *fitting) if kind in fitting], model)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_remedy(kinds, data)}") from error
+    return data, settings | fitting[data.kind]
+
+
+def _remedy(kinds: Kinds, data: Dataset) -> str:
+    """The settings under which a model takes the data, or the models that do."""
     ways = [
         f"{key}={'|'.join(values)}"
         for kind, needs in kinds.items()
         if kind in views(data.kind)
         for key, values in needs.items()
     ]
-    others = [other for other, row in REGISTRY.items() if set(row.kinds) & set(views(data.kind))]
-    remedy = f"use {' or '.join(ways)}" if ways else f"models that take it: {', '.join(others) or 'none'}"
-    return f"data: expected {' or '.join(taken)} for {name}{under}, got {data.name}, {data.kind}; {remedy}"
+    others = [other for other, row in REGISTRY.items() if data.kind in row.kinds]
+    return f"use {' or '.join(ways)}" if ways else f"{data.kind} are for {', '.join(others) or 'no model'}"
 
 
 def build(name: str, data: Dataset, settings: Mapping[str, Any] | None = None) -> Pair:
     """The pair of this name for data of this kind and these sizes, initialized from its split "train", if it
     has one and the pair can be."""
+    row = entry(name)
     data, settings = matched(name, data, settings or {})
-    pair = entry(name).pair(**entry(name).sizes(data), **settings)
+    pair = row.pair(**row.sizes(data), **{**row.settings, **settings})
     if "train" in data.splits and hasattr(pair, "initialize"):
         batches.call(pair.initialize, data["train"])
     return pair
@@ -254,7 +377,11 @@ def settings_of(name: str) -> dict[str, inspect.Parameter]:
     row = entry(name)
     blank = Dataset("none", next(iter(row.kinds)), (1, 1), {})
     found = inspect.signature(row.pair).parameters
-    return {k: p for k, p in found.items() if k not in row.sizes(blank)}
+    return {
+        k: p.replace(default=row.settings.get(k, p.default))
+        for k, p in found.items()
+        if k not in row.sizes(blank)
+    }
 
 
 _LARGEST = 10**6  # of an integer setting
@@ -269,6 +396,9 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"settings: expected some of {', '.join(known)} for model {name!r}, got {key!r}")
         default = known[key].default
+        if default is inspect.Parameter.empty:  # of a pair of the user's own
+            checked[key] = value
+            continue
         if isinstance(default, tuple):
             value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         single = default[0] if isinstance(default, tuple) and default else default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +421,22 @@ class Audit(Json):
     @property
     def num_data(self) -> int:
         return max(b.value.numel() for b in self.bounds)
+
+    def in_units(self, log_scale: Tensor) -> Audit:
+        """The audit of standardized data as that of the raw ones, ln p(raw) = ln p(y) - ``log_scale``, where
+        ``log_scale`` [N] is ln |d raw / d y| of each datum, in nats; gaps stay as they are."""
+        shift = log_scale.double()
+        moved = []
+        for b in self.bounds:
+            if b.scope == "datum" and b.value.shape != shift.shape:
+                raise ValueError(
+                    f"log_scale: expected one number for each of {b.value.numel()} data, got shape "
+                    f"{tuple(shift.shape)}"
+                )
+            moved.append(
+                replace(b, value=b.value.double().cpu() - (shift if b.scope == "datum" else shift.sum()))
+            )
+        return Audit(self.name, tuple(moved), self.reference, self.notes)
 
     def __str__(self) -> str:
         gaps = {g.method: g for g in self.gaps}

@@ -32,7 +32,9 @@ class FitSettings:
 
     objective: Any = field(
         default="elbo",
-        metadata=_option("what is trained: a name, an Objective or a pyro.infer.ELBO", names=OBJECTIVES),
+        metadata=_option(
+            "what is trained, by name; in Python also an Objective or a pyro.infer.ELBO", names=OBJECTIVES
+        ),
     )
     epochs: int = field(default=20, metadata=_option("passes over the data", "-n", "--num-epochs", kind=int))
     batch_size: int = field(default=128, metadata=_option("data per step", "-b", kind=int))
@@ -40,7 +42,8 @@ class FitSettings:
     schedule: str | Schedule = field(
         default="constant",
         metadata=_option(
-            "factor on the step size: a name, or a function of the (fractional) epoch", names=SCHEDULES
+            "factor on the step size, by name; in Python also a function of the (fractional) epoch",
+            names=SCHEDULES,
         ),
     )
     optimizer: str = field(
@@ -50,7 +53,7 @@ class FitSettings:
     kl_weight: float | Callable[[float], float] = field(
         default=1.0,
         metadata=_option(
-            "weight of the KL term: a number, or a function of the (fractional) epoch", kind=float
+            "weight of the KL term; in Python also a function of the (fractional) epoch", kind=float
         ),
     )
     clip_norm: float | None = field(
@@ -82,7 +85,9 @@ class FitSettings:
     )
     budget: str | None = field(
         default=None,
-        metadata=_option("stop after this much time, such as 10min; with valid= the best weights are kept"),
+        metadata=_option(
+            "stop after this much time, such as 10min; with validation data the best weights are kept"
+        ),
     )
     compile: bool = field(
         default=False,

@@ -123,6 +123,19 @@ def test_data_sets(finished, tries, tmp_path):
     attack(path, lambda: data.load("binarized_mnist", root=tmp_path), tries, seed=2)
 
 
+@pytest.mark.parametrize("tries", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mine.npz", "mine.npy", "mine.csv"])
+def test_files_of_ones_own(name, tries, tmp_path):
+    path, draw = tmp_path / name, np.random.default_rng(0)
+    if name == "mine.npz":
+        np.savez(path, train=draw.normal(size=(3, 4, 2)), lengths=np.array([1, 4, 2]))
+    elif name == "mine.npy":
+        np.save(path, draw.integers(0, 5, (3, 4)))
+    else:
+        path.write_text("a,b\n" + "".join(f"{x:.4g},{x * x:.4g}\n" for x in draw.normal(size=6)))
+    attack(path, lambda: data.load(path), tries, seed=3)
+
+
 def test_json_of_any_depth_and_kind(tmp_path):
     path = tmp_path / "x.json"
     for text in ("[" * 10**5, "1" * 10**5, "{" + '"a":{' * 5000, '"\\ud800"', "nul", ""):

@@ -1,6 +1,7 @@
 """The registered models: constants, closed forms, shapes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_initial_values_come_from_the_data():
         (
             lambda: models.build("ppca", data.Dataset("ones", "binary", (4,), {}, 2)),
             "data: expected grey or vectors for ppca, got ones, binary; "
-            "models that take it: vae, hierarchy, ladder, conv_ladder, autoregressive, .*bernoulli_mixture",
+            "binary are for vae, hierarchy, ladder, conv_ladder, autoregressive, .*bernoulli_mixture",
         ),
         (
             lambda: models.build("vae", DIGITS, {"likelihood": "poisson"}),
@@ -148,3 +149,20 @@ def test_initial_values_come_from_the_data():
 def test_bad_settings_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def table():
+    """The table of README.md: models by the kinds that they take, with the setting that a kind needs."""
+    lines = [f"| model | {' | '.join(data.KINDS)} |", "|---" * (len(data.KINDS) + 1) + "|"]
+    for name, row in models.REGISTRY.items():
+        cells = []
+        for kind in data.KINDS:
+            needs = row.kinds.get(kind)
+            cells.append("" if needs is None else ", ".join("/".join(v) for v in needs.values()) or "yes")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_models_and_kinds_is_up_to_date():
+    wanted = table()
+    assert wanted in (Path(__file__).parents[2] / "README.md").read_text(), f"README.md lacks\n{wanted}"

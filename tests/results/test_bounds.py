@@ -4,6 +4,9 @@ import math
 import pytest
 import torch
 
+from pyroelbo import audit
+from pyroelbo.data import Dataset
+from pyroelbo.models import PPCA, StateSpace
 from pyroelbo.results import Audit, Bound, Gap, Terms
 
 
@@ -107,3 +110,49 @@ def test_terms_sum_over_sites():
     assert torch.equal(terms.log_joint, torch.full((2, 3), 3.0)) and torch.equal(
         terms.log_weight, torch.full((2, 3), 2.0)
     )
+
+
+def test_an_audit_of_standardized_data_is_that_of_the_raw_ones():
+    """p(z) and p(y | z) in units of the data: the same Gaussians with scaled parameters."""
+    loc, scale = torch.tensor([5.0, -2.0, 0.1]), torch.tensor([10.0, 0.3, 2.0])
+    own, raw = PPCA(3, 1, "mean_field", noise="diagonal"), PPCA(3, 1, "mean_field", noise="diagonal")
+    y = torch.randn(6, 3)
+    with torch.no_grad():
+        g, r = own.generator, raw.generator
+        r.weight.copy_(scale[:, None] * g.weight)
+        r.loc.copy_(loc + scale * g.loc)
+        r.log_scale.copy_(g.log_scale + scale.log())
+        q, e = own.encoder, raw.encoder
+        e.weight.copy_(q.weight / scale)
+        e.bias.copy_(q.bias - e.weight @ loc)
+        e.log_scale.copy_(q.log_scale)
+    torch.manual_seed(1)
+    found = audit(own, y, particles=5).in_units(scale.log().sum().expand(6))
+    torch.manual_seed(1)
+    wanted = audit(raw, loc + scale * y, particles=5)
+    for a, b in zip(found.bounds, wanted.bounds, strict=True):
+        torch.testing.assert_close(a.value, b.value)
+        torch.testing.assert_close(a.stderr, b.stderr)
+        assert a.kind == b.kind and a.method == b.method
+    assert [g.mean for g in found.gaps] == pytest.approx([g.mean for g in wanted.gaps])
+    with pytest.raises(
+        ValueError, match=r"log_scale: expected one number for each of 6 data, got shape \(5,\)"
+    ):
+        found.in_units(torch.zeros(5))
+
+
+def test_the_units_of_sequences_count_their_steps():
+    lengths = torch.tensor([4, 1, 3])
+    y = torch.randn(3, 4, 2) * torch.tensor([4.0, 0.2]) + 3
+    raw = Dataset("d", "series", (2,), {"train": (y, lengths)}, 0, 4)
+    scaled = raw.standardized()
+    own, other = StateSpace(2, 1), StateSpace(2, 1)
+    loc, scale = torch.tensor(scaled.loc), torch.tensor(scaled.scale)
+    with torch.no_grad():
+        for name, p in own.prior.named_parameters():
+            getattr(other.prior, name).copy_(p)
+        other.generator.read.copy_(scale[:, None] * own.generator.read)
+        other.generator.offset.copy_(loc + scale * own.generator.offset)
+        other.generator.log_scale.copy_(own.generator.log_scale + scale.log())
+    found = audit(own, scaled["train"], particles=2).in_units(scaled.log_scale(scaled["train"]))
+    torch.testing.assert_close(found["exact"].value, other.log_evidence(y, lengths).detach())

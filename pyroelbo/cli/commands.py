@@ -1,0 +1,352 @@
+"""What the commands do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+from pyroelbo import batch as batches
+from pyroelbo import coding, data, evidence, files, models, report
+from pyroelbo.batch import Batch
+from pyroelbo.cli import shows
+from pyroelbo.distributions.grammar import TooLong
+from pyroelbo.evidence import audit
+from pyroelbo.pair import Pair
+from pyroelbo.results import Audit, Run
+from pyroelbo.runs import RunDirectory
+from pyroelbo.training.em import ClosedForm, fit_em
+from pyroelbo.training.fit import fit
+from pyroelbo.training.settings import FitSettings
+
+__all__ = ["MODELS_OWN", "audit_", "compress", "decompress", "models_", "sample", "show", "train"]
+
+# Settings whose defaults come from the registry of models.
+MODELS_OWN = ("epochs", "learning_rate", "objective", "particles")
+
+
+def models_(options: argparse.Namespace) -> int:
+    wide = max(map(len, models.REGISTRY))
+    for name, entry in models.REGISTRY.items():
+        print(f"{name:<{wide}}  {entry.about}")
+        needed = {key for needs in entry.kinds.values() for key in needs}
+        settings = [f"{k}={p.default}" for k, p in models.settings_of(name).items() if k not in needed]
+        settings = [s.replace("=(", "=").replace(")", "").replace(", ", ",") for s in settings]
+        print(f"{'':<{wide}}  settings: {', '.join(settings)}")
+        kinds = [
+            " ".join([kind, *(f"({key}={'|'.join(values)})" for key, values in needs.items())])
+            for kind, needs in entry.kinds.items()
+        ]
+        print(f"{'':<{wide}}  data: {', '.join(kinds)}; by default {entry.data}\n")
+    print("Kinds of data (a file of your own is one of them by its shape and numbers):")
+    for kind, row in data.KINDS.items():
+        print(f"{kind:<{wide}}  {row.about}")
+    print(f"\nData sets: {', '.join(data.NAMES)}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------- train
+
+
+def train(options: argparse.Namespace) -> int:
+    entry = models.entry(options.model)
+    found = data.load(options.data or entry.data, columns=options.columns, root=options.data_dir)
+    found, settings = models.matched(options.model, found, _settings(options.settings))
+    found = found.standardized()
+    if options.resume:
+        _check_resumed(options, found)
+    chosen = _chosen(options, entry)
+    pyro.set_rng_seed(options.seed)
+    pair = models.build(options.model, found, settings)
+    method = options.method or ("em" if _closed(pair) else "gradient")
+    config = {
+        "model": options.model,
+        "about": entry.about,
+        "data": found.describe(),
+        "settings": settings,
+        "method": method,
+        "kl_warmup": options.kl_warmup,
+    }
+    print(shows.told(found))
+    run = (
+        _em(options, pair, found, chosen, config)
+        if method == "em"
+        else _gradient(options, pair, found, chosen, config)
+    )
+    report.plot_curve(run, options.out / "curve.png")
+    print(shows.result(options.model, found, run))
+    if run.stopped == "interrupted":
+        print(
+            f"interrupted; continue with: pyroelbo train {options.model} --out {options.out} --resume (and "
+            f"the same options)",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"next: pyroelbo audit {options.out}")
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for text in pairs:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
+        parts = [_value(v) for v in value.split(",") if v]
+        settings[name] = parts if "," in value else parts[0] if parts else ""
+    return settings
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _chosen(options: argparse.Namespace, entry: models.Entry) -> dict[str, Any]:
+    """The settings of training: the user's, else the model's."""
+    if options.kl_warmup < 0:
+        raise ValueError(f"--kl-warmup: expected a number of epochs, got {options.kl_warmup}")
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(FitSettings)}
+    return chosen | {k: getattr(entry, k) for k in MODELS_OWN if chosen[k] is None}
+
+
+def _check_resumed(options: argparse.Namespace, found: data.Dataset) -> None:
+    before = RunDirectory(options.out).config().get("data")
+    now = found.describe()
+    if not isinstance(before, dict) or before == now:
+        return
+    changed = next((k for k in now if before.get(k) != now[k]), "data")
+    raise ValueError(
+        f"data: expected those of the run {options.out}, with {changed} {before.get(changed)!r:.80}, got "
+        f"{now.get(changed)!r:.80}"
+    )
+
+
+def _closed(pair: Pair) -> bool:
+    """Whether EM trains all of the pair, by closed forms."""
+    return isinstance(pair, ClosedForm) and getattr(pair, "exact_guide", False)
+
+
+def _gradient(
+    options: argparse.Namespace,
+    pair: Pair,
+    found: data.Dataset,
+    chosen: dict[str, Any],
+    config: dict[str, Any],
+) -> Run:
+    warmup, weight = options.kl_warmup, options.kl_weight
+    if warmup > 0:
+        chosen["kl_weight"] = lambda epoch: weight * min(1.0, epoch / warmup)
+    if options.patience is not None and "valid" not in found.splits:
+        raise ValueError(f"patience: expected data with a split 'valid', got {found.title} without one")
+    return fit(
+        pair,
+        found["train"],
+        valid=found.splits.get("valid"),
+        device=options.device,
+        out=options.out,
+        resume=options.resume,
+        config=config,
+        progress=not options.quiet,
+        **chosen,
+    )
+
+
+def _em(
+    options: argparse.Namespace,
+    pair: Pair,
+    found: data.Dataset,
+    chosen: dict[str, Any],
+    config: dict[str, Any],
+) -> Run:
+    if not getattr(pair, "exact_guide", True):
+        raise ValueError("method: expected gradient for a guide with an encoder, which EM does not train")
+    known = inspect.signature(fit_em).parameters
+    defaults = {f.name: f.default for f in dataclasses.fields(FitSettings) if f.name not in MODELS_OWN}
+    for name, default in defaults.items():
+        if name not in known and chosen[name] != default:
+            raise ValueError(f"{name}: expected none with --method em, got {chosen[name]!r}")
+    for name in (*(n for n in MODELS_OWN if n not in known), "kl_warmup"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: expected none with --method em, got {getattr(options, name)!r}")
+    chosen = {k: v for k, v in chosen.items() if k in known}
+    if chosen["batch_size"] == defaults["batch_size"]:
+        chosen["batch_size"] = None  # all at once
+    return fit_em(
+        pair,
+        found["train"],
+        start="current",  # as it was built, from the data
+        device=options.device,
+        out=options.out,
+        resume=options.resume,
+        config=config,
+        progress=not options.quiet,
+        **chosen,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- audit
+
+
+def audit_(options: argparse.Namespace) -> int:
+    if options.num_data < 0:
+        raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
+    pair, config, known = models.load(options.path)
+    found = _reloaded(known, options.data_dir)
+    split = options.split or ("test" if "test" in found.splits else "train")
+    y, labels = _subset(found, split, options.num_data, options.seed)
+    pyro.set_rng_seed(options.seed)
+    result = audit(
+        pair,
+        y,
+        particles=options.particles,
+        references=options.references,
+        temperatures=options.temperatures,
+        budget=options.budget,
+    )
+    if found.scale:
+        result = result.in_units(found.log_scale(y))
+    print(f"{config['model']} of {options.path}, {found.title} {split} split, seed {options.seed}")
+    print(result)
+    if found.scale:
+        print("Nats are those of densities in the data's own units; the model sees standardized data.")
+    if rates := _rates(pair, y, options.particles):
+        print("\n" + rates)
+    if found.about.discrete:
+        unit = "symbol" if found.about.symbols else "dim"
+        print("\n" + report.bits_table(result, found.numbers(y), unit))
+    run = RunDirectory(options.path)
+    run.write_text("audit.json", result.to_json() + "\n")
+    written = [run.path / "audit.json", report.plot(result, run.path / "audit.png")]
+    written += shows.decoded(pair, found, y, labels, run.path)
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0
+
+
+def _reloaded(known: data.Dataset, root: Path | None) -> data.Dataset:
+    """The data of a run as it was trained on them; ValueError if they have changed since."""
+    columns = known.names if known.name.endswith(".csv") else ()
+    found = data.load(known.name, known.kind, columns=columns, root=root).standardized(known)
+    now, before = found.describe(), known.describe()
+    changed = next((k for k in now if now[k] != before[k]), None)
+    if changed is not None:
+        raise ValueError(
+            f"{known.name}: expected the data that the run was trained on, with {changed} "
+            f"{before[changed]!r:.80}, got {now[changed]!r:.80}"
+        )
+    return found
+
+
+def _subset(found: data.Dataset, split: str, count: int, seed: int) -> tuple[Batch, torch.Tensor | None]:
+    """``count`` rows of a split (0: all) at random, and their classes."""
+    y, labels = found[split], found.labels.get(split)
+    size = batches.size(y)
+    if not 0 < count < size:
+        return y, labels
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+    return batches.rows(y, order), None if labels is None else labels[order]
+
+
+_MOST_SITES = 16  # of which the rates are shown
+
+
+def _rates(pair: Pair, y: Batch, particles: int) -> str | None:
+    """Rate of each latent site of a pair with several, the generator's first ones first, and the
+    reconstruction, in nats per datum."""
+    if not 2 <= len(evidence.terms(pair, batches.rows(y, slice(0, 1)), 1).log_guide) <= _MOST_SITES:
+        return None
+    terms = evidence.terms(pair, y, particles)
+    seen = sum(terms.log_model[site].mean() for site in terms.observed)
+    rates = [
+        f"{site} {(terms.log_guide[site] - log_p).mean():.3f}"
+        for site, log_p in terms.log_model.items()
+        if site not in terms.observed
+    ]
+    return (
+        f"The ELBO by layer ({particles} other draws), nats per datum: reconstruction {float(seen):.3f} "
+        "minus the rates E[ln q - ln p] of " + ", ".join(rates)
+    )
+
+
+# ----------------------------------------------------------------------------------------------- the others
+
+
+def sample(options: argparse.Namespace) -> int:
+    pair, _, known = models.load(options.path)
+    pyro.set_rng_seed(options.seed)
+    given: tuple[torch.Tensor, ...] = ()
+    if known.about.parts[0] != "y" and options.n > 0:
+        found = _reloaded(known, options.data_dir)
+        like = found["test" if "test" in found.splits else "train"]
+        like = batches.rows(like, torch.arange(options.n) % batches.size(like))
+        given = tuple(p for name, p in zip(known.about.parts, like, strict=False) if name != "y")
+    latents, batch = _simulated(pair, options.n, given)
+    drawn = dict(zip(known.about.parts, batches.parts(batch).values(), strict=False))
+    files.write_tensors(options.path / "samples.safetensors", drawn, {"seed": options.seed})
+    written = shows.samples(pair, known, latents, batch, options.path)
+    sizes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in drawn.items())
+    print(f"written: {options.path / 'samples.safetensors'} ({sizes})" + "".join(f", {p}" for p in written))
+    return 0
+
+
+def _simulated(pair: Pair, n: int, given: tuple[torch.Tensor, ...]) -> tuple[dict[str, torch.Tensor], Batch]:
+    """Draws of the pair; of a grammar, those that end within its longest sentence."""
+    with suppress(TooLong):
+        return pair.simulate(n, *given)
+    drawn: list[Any] = []
+    for tried in range(1, 50 * n + 1):
+        with suppress(TooLong):
+            drawn.append(pair.simulate(1, *given))
+        if len(drawn) == n:
+            print(f"{tried - n} of {tried} sentences drawn did not end in time and were left out")
+            latents = {k: torch.cat([z[k] for z, _ in drawn]) for k in drawn[0][0]}
+            return latents, torch.cat([y for _, y in drawn])
+    return pair.simulate(n, *given)  # which tells why there are none
+
+
+def compress(options: argparse.Namespace) -> int:
+    y, out = files.read_npy(options.file), options.out or options.file.with_suffix(".code")
+    if options.path == "contexts":
+        found = coding.compress_contexts(y, out, shape=options.shape)
+    else:
+        pair, _, _ = models.load(options.path)
+        found = coding.compress(
+            pair, y, out, chunk=options.chunk, as_set=options.as_set, precision=options.precision
+        )
+    print(f"{found}\nwritten: {out}")
+    return 0
+
+
+def decompress(options: argparse.Namespace) -> int:
+    out = options.out or options.file.with_suffix(".npy")
+    if options.path == "contexts":
+        coding.decompress_contexts(options.file, out)
+    else:
+        pair, _, _ = models.load(options.path)
+        coding.decompress(pair, options.file, out)
+    print(f"written: {out}")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    run = RunDirectory(options.path)
+    config = run.config()
+    print(shows.configuration(options.path, config))
+    if rows := run.metrics():
+        print("\n" + shows.curve(rows))
+    file = run.path / "audit.json"
+    if file.exists():
+        print(f"\nlast audit:\n{Audit.from_dict(files.read_json(file))}")
+    print("\nfiles: " + ", ".join(sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))))
+    return 0
