@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
@@ -28,7 +29,8 @@ STEPS = 20  # of training, compared between eager and compiled
 class Case:
     """A fresh model and guide, their arguments, and ln p(y) at the present parameters.
 
-    ``reference`` returns [B] (one number for joint programs), or that and its own error.
+    ``reference`` returns [B] (one number for joint programs), or that and its own error; ``joint``, for rows
+    given latents of all data, ln p of all data or that and its error.
     """
 
     model: Callable
@@ -36,6 +38,7 @@ class Case:
     batch: tuple
     reference: Callable[[], Any]
     plate: str | None = None
+    joint: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,28 @@ def audited(entry):
     pair = Pair.of(case.model, case.guide, plate=case.plate)
     batch = case.batch if len(case.batch) > 1 else case.batch[0]
     found = audit(pair, batch, progress=False, **entry.options)
-    reference = case.reference()
-    reference, error = reference if isinstance(reference, tuple) else (reference, 0.0)
-    reference = torch.as_tensor(reference).detach().double()
-    error = torch.as_tensor(error).double().expand_as(reference)
+    reference, error = with_error(case.reference())
     best = max((b.value.double().mean() for b in found.bounds if b.kind == "lower"), default=math.nan)
     gap = float(reference.mean() - best)
-    return Audited(found, reference, error, gap, tuple(_faults(entry, found, reference, error, gap)))
+    faults = [*_faults(entry, found, reference, error, gap)]
+    if case.joint is not None:
+        faults += _joint_faults(found, *with_error(case.joint()))
+    return Audited(found, reference, error, gap, tuple(faults))
+
+
+def with_error(reference):
+    """A reference and its error, as float64 tensors of one shape."""
+    value, error = reference if isinstance(reference, tuple) else (reference, 0.0)
+    value = torch.as_tensor(value).detach().double()
+    return value, torch.as_tensor(error).double().expand_as(value)
+
+
+def _joint_faults(found, joint, error):
+    """What is wrong with the sums of rows minus the divergence, against ln p of all data."""
+    for bound in found.bounds:
+        lower = found.divergence.joint(bound)
+        if lower.value - joint > 4 * torch.hypot(lower.stderr, error):
+            yield f"{lower.method}: {lower.value:.4f} ± {lower.stderr:.4f}, above {joint:.4f}"
 
 
 def _faults(entry, found, reference, error, gap):
@@ -218,6 +236,17 @@ def average(log_weights):
     weights = (log_weights - top).exp()
     mean = weights.mean(0)
     return top + mean.log(), weights.std(0) / mean / math.sqrt(len(weights))
+
+
+def over_guide(guide, batch, log_p, count=400):
+    """The mean of ``log_p(latents)`` [B] over draws of the guide, and its standard error."""
+    rows = []
+    for _ in range(count):
+        with torch.no_grad():
+            nodes = poutine.trace(guide).get_trace(*batch).nodes
+        rows.append(log_p({name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}))
+    values = torch.stack(rows)
+    return values.mean(0), values.std(0) / math.sqrt(count)
 
 
 def assignments(values, count):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -403,20 +404,22 @@ def cell2location(x):
         pyro.sample("data_target", dist.GammaPoisson(6.0, 6.0 / (w_s * SIGNATURE * m_g)), obs=x)
 
 
-def cell2location_evidence():
-    """Prior Monte Carlo over detection rates, Gauss–Legendre over each spot's abundance."""
-    import numpy as np
-
-    torch.manual_seed(2)
-    m = torch.distributions.Gamma(torch.full((4000, 1, 1, 2), 4.0).double(), 4.0).sample()
+def spots_given(m):
+    """ln p of each spot, [..., spots], given the genes' detection rates m [..., genes], by Gauss–Legendre."""
     points, weights = np.polynomial.legendre.leggauss(80)
     w = torch.as_tensor(12.5 * (points + 1))
     log_w = torch.as_tensor(np.log(12.5 * weights)) + w.log() - w
-    mean = w[:, None] * SIGNATURE * m
+    mean = w[:, None] * SIGNATURE * m[..., None, None, :]
     x = SPOTS[:, None]
     terms = torch.lgamma(6.0 + x) - math.lgamma(6.0) - torch.lgamma(x + 1)
     terms = terms + 6.0 * torch.log(6.0 / (6.0 + mean)) + x * torch.log(mean / (6.0 + mean))
-    return average((terms.sum(-1) + log_w).logsumexp(-1).sum(-1))
+    return (terms.sum(-1) + log_w).logsumexp(-1)
+
+
+def cell2location_evidence():
+    torch.manual_seed(2)
+    m = torch.distributions.Gamma(torch.full((4000, 2), 4.0).double(), 4.0).sample()
+    return average(spots_given(m).sum(-1))
 
 
 @program("Monte Carlo", scope="joint", steps=400, slack=1.0)

@@ -338,39 +338,43 @@ def lda_of_given_topics():
     return Case(model, guide, (words,), reference, plate="documents")
 
 
+WORDS = torch.tensor([[0, 1, 1], [2, 2, 1]]).T  # [words, documents]
+
+
+def lda(words):
+    with pyro.plate("topics", 2):
+        topics = pyro.sample("topic_words", dist.Dirichlet(torch.ones(3).double()))
+    with pyro.plate("documents", words.shape[1]):
+        proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2).double()))
+        with pyro.plate("words", words.shape[0]):
+            z = pyro.sample("z", dist.Categorical(proportions), infer={"enumerate": "parallel"})
+            pyro.sample("doc_words", dist.Categorical(topics[z]), obs=words)
+
+
+def lda_guide(words):
+    topics = pyro.param("q_topics", 1.5 * torch.ones(2, 3).double(), constraint=constraints.positive)
+    alpha = pyro.param("q_alpha", 1.5 * torch.ones(2, 2).double(), constraint=constraints.positive)
+    with pyro.plate("topics", 2):
+        pyro.sample("topic_words", dist.Dirichlet(topics))
+    with pyro.plate("documents", words.shape[1]):
+        pyro.sample("proportions", dist.Dirichlet(alpha))
+
+
+def lda_evidence():
+    z = assignments(2, 6).reshape(-1, 3, 2)
+    total = torch.zeros(len(z)).double()
+    for d in range(2):
+        counts = torch.stack([(z[:, :, d] == k).sum(-1) for k in range(2)], -1)
+        total = total + log_dirichlet(counts.double(), 1.0)
+    for k in range(2):
+        counts = torch.stack([((z == k) & (v == WORDS)).sum((1, 2)) for v in range(3)], -1)
+        total = total + log_dirichlet(counts.double(), 1.0)
+    return total.logsumexp(0)
+
+
 @program("enumeration", loss=enumerated(2), scope="joint", steps=400, slack=2.0)
 def lda_of_latent_topics():
-    words = torch.tensor([[0, 1, 1], [2, 2, 1]]).T  # [words, documents]
-
-    def model(words):
-        with pyro.plate("topics", 2):
-            topics = pyro.sample("topic_words", dist.Dirichlet(torch.ones(3).double()))
-        with pyro.plate("documents", words.shape[1]):
-            proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2).double()))
-            with pyro.plate("words", words.shape[0]):
-                z = pyro.sample("z", dist.Categorical(proportions), infer={"enumerate": "parallel"})
-                pyro.sample("doc_words", dist.Categorical(topics[z]), obs=words)
-
-    def guide(words):
-        topics = pyro.param("q_topics", 1.5 * torch.ones(2, 3).double(), constraint=constraints.positive)
-        alpha = pyro.param("q_alpha", 1.5 * torch.ones(2, 2).double(), constraint=constraints.positive)
-        with pyro.plate("topics", 2):
-            pyro.sample("topic_words", dist.Dirichlet(topics))
-        with pyro.plate("documents", words.shape[1]):
-            pyro.sample("proportions", dist.Dirichlet(alpha))
-
-    def reference():
-        z = assignments(2, 6).reshape(-1, 3, 2)
-        total = torch.zeros(len(z)).double()
-        for d in range(2):
-            counts = torch.stack([(z[:, :, d] == k).sum(-1) for k in range(2)], -1)
-            total = total + log_dirichlet(counts.double(), 1.0)
-        for k in range(2):
-            counts = torch.stack([((z == k) & (words == v)).sum((1, 2)) for v in range(3)], -1)
-            total = total + log_dirichlet(counts.double(), 1.0)
-        return total.logsumexp(0)
-
-    return Case(model, guide, (words,), reference, plate="documents")
+    return Case(lda, lda_guide, (WORDS,), lda_evidence, plate="documents")
 
 
 @program("enumeration", loss=enumerated(2), steps=300, refused="expected dim=-1")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.contrib.gp as gp
 import pyro.distributions as dist
@@ -285,17 +286,19 @@ def two_parameters(y):
             pyro.sample("y", dist.Bernoulli(logits=slope * (ability - difficulty)), obs=y)
 
 
-def two_parameters_evidence():
-    import numpy as np
-
-    torch.manual_seed(4)
-    slope = (0.5 * torch.randn(20000, 1, 1, 3).double()).exp()
-    difficulty = torch.randn(20000, 1, 1, 3).double()
+def people_given(slope, difficulty):
+    """ln p of each person's answers, [..., people], given the items' parameters [..., items]."""
     points, weights = np.polynomial.hermite_e.hermegauss(30)
     ability = torch.as_tensor(points)[:, None, None]
     log_w = torch.as_tensor(np.log(weights)) - 0.5 * math.log(2 * math.pi)
-    people = item_logs(slope * (ability - difficulty)) + log_w[:, None]
-    return average(people.logsumexp(1).sum(-1))
+    logits = slope[..., None, None, :] * (ability - difficulty[..., None, None, :])
+    return (item_logs(logits) + log_w[:, None]).logsumexp(-2)
+
+
+def two_parameters_evidence():
+    torch.manual_seed(4)
+    slope = (0.5 * torch.randn(20000, 3).double()).exp()
+    return average(people_given(slope, torch.randn(20000, 3).double()).sum(-1))
 
 
 @program("Monte Carlo", scope="joint", steps=500, slack=1.5)
