@@ -23,6 +23,7 @@ __all__ = [
     "plot_curve",
     "plot_holes",
     "plot_latents",
+    "plot_layers",
     "plot_planes",
     "plot_sequences",
     "to_arviz",
@@ -204,6 +205,29 @@ def plot_rates(layers: Mapping[str, Any], path: str | Path) -> Path:
     axis.axhline(0.0, color="black", lw=0.8)
     axis.set_ylabel("E ln q - ln p, nats per datum")
     axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def plot_layers(layers: Mapping[str, Tensor], path: str | Path) -> Path:
+    """Plot a diffusion's bound by layer: minus the terms of each pair against their place, data left, prior
+    right, and below their sum from the left.
+
+    ``layers`` are the results of a pair's ``layers``, [T + 1], nats per datum, by name. Returns the path.
+    """
+    figure, axes = _figure(6.4, 5.0, rows=2)
+    for i, (name, terms) in enumerate(layers.items()):
+        cost = -terms.double().cpu().numpy()
+        place = np.arange(len(cost)) / (len(cost) - 1)
+        colour = _SHADES[i % len(_SHADES)]
+        axes[0].plot(place, cost, ".-", lw=0.8, ms=4, color=colour, label=name)
+        axes[1].plot(place, cost.cumsum(), color=colour, label=f"{name}, in all {cost.sum():.2f}")
+    axes[0].set_yscale("symlog", linthresh=1e-2)
+    axes[0].set_ylabel("nats per datum and term")
+    axes[1].set_ylabel("sum from the left, nats")
+    axes[1].set_xlabel("t / T: E -ln p(y | z_1) at 0, KL terms, the prior's at 1")
+    for axis in axes:
+        axis.axhline(0.0, color="black", lw=0.8)
+        axis.legend(fontsize=8)
     return _save(figure, path)
 
 

@@ -106,3 +106,10 @@ def test_pictures_of_diagnostics(tmp_path):
     assert is_picture(report.plot_calibration(ranks, tmp_path / "ranks.png"))
     for record in (found, ranks):
         assert json.loads(record.to_json())["name"] == "Nonlinear"
+
+
+def test_a_bound_by_layer(tmp_path):
+    path = report.plot_layers(
+        {"one": torch.tensor([-9.0, -1.0, 0.0]), "two": -torch.ones(5)}, tmp_path / "l.png"
+    )
+    assert path.stat().st_size > 5000

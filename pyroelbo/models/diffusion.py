@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -289,6 +290,45 @@ class Diffusion(DiffusionPair):
             c.loc.copy_(y.mean(0))
             c.scale.copy_(torch.where(spread > 0, spread, 1.0))
         return self
+
+    @torch.no_grad()
+    def few_steps(self, n: int, steps: int = 20, eta: float = 0.0) -> Tensor:
+        """Draws [n, D] in ``steps`` passes of the network (DDIM), in the data's units: the last ẑ_0, grey
+        levels rounded.
+
+        From t to an earlier step s, z_s = √ᾱ_s ẑ_0 + √(1 - ᾱ_s - σ²) ε̂ + σ ε with σ = ``eta`` times the
+        ancestral step's standard deviation. Every ``eta`` and number of steps is a sampler of its own: the
+        bound is that of :meth:`simulate`'s. Source: Song, Meng and Ermon (2021), equations 12 and 16.
+        """
+        positive_count("n", n, "number of draws")
+        if not 1 <= positive_count("steps", steps) <= self.steps:
+            raise ValueError(f"steps: expected at most T = {self.steps}, got {steps}")
+        c = self.corruption
+        with evaluation_mode(self):
+            z = c.prior(self.dims).expand((n, self.dims)).sample()
+            times = torch.linspace(self.steps, 0, steps + 1, device=z.device).round().long()
+            for t, s in itertools.pairwise(times):
+                left, lost, _, _ = c.at(t)
+                below, rest, _, _ = c.at(s)
+                x = c.estimate(self.output(z, t), z, t)
+                eps = (z - left.sqrt() * x) / lost.sqrt()
+                noise = eta * (rest / lost * (1 - left / below)).sqrt()
+                kept_noise = (rest - noise.square()).clamp_min(0).sqrt()
+                z = below.sqrt() * x + kept_noise * eps + noise * torch.randn_like(z)
+        y = c.loc + c.scale * z
+        return y if c.levels is None else y.round().clamp(0, c.levels - 1)
+
+    @torch.no_grad()
+    def strip(self, chains: Tensor, columns: int = 8) -> Tensor:
+        """What the network makes of chains [n, T, D] (``written_out().simulate(n)[0]["z"]``) at ``columns``
+        steps from T to 1: the expected data, [columns, n, D], in the data's units."""
+        c = self.corruption
+        with evaluation_mode(self):
+            places = torch.linspace(0, self.steps - 1, columns, device=chains.device).round().long()
+            t = self.steps - places
+            z = chains[:, places].movedim(1, 0)
+            x = c.estimate(self.output(z, t[:, None]), z, t[:, None])
+        return c.loc + c.scale * x
 
 
 class DiscreteDiffusion(DiffusionPair):

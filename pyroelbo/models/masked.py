@@ -171,9 +171,10 @@ def ordinal(out: Tensor, levels: int) -> Tensor:
     """
     logits, loc, sharp = out.unflatten(-1, (3, -1)).unbind(-2)
     half = (levels - 1) / 2
-    start = torch.linspace(-1, 1, loc.shape[-1] + 2, dtype=out.dtype, device=out.device)[1:-1]
+    count = loc.shape[-1]
+    start = torch.linspace(-1, 1, count, dtype=out.dtype, device=out.device) if count > 1 else 0.0
     loc = half * (1 + loc + start)
-    scale = half / logits.shape[-1] * (-bounded(sharp, 6)).exp()
+    scale = 0.1 * half * (-bounded(sharp, 6)).exp()
     edges = torch.arange(levels - 1, dtype=out.dtype, device=out.device) + 0.5
     below = torch.sigmoid((edges[:, None] - loc.unsqueeze(-2)) / scale.unsqueeze(-2))
     below = (below * logits.softmax(-1).unsqueeze(-2)).sum(-1)

@@ -349,3 +349,29 @@ def test_weights_of_another_number_of_steps_do_not_fit():
     tables = models.Diffusion(3, 4, None).state_dict()
     with pytest.raises(RuntimeError, match="tables"):
         models.Diffusion(3, 5, None).load_state_dict(tables)
+
+
+# ------------------------------------------------------------------------------------------- samplers
+
+
+def test_few_steps_end_at_the_data_and_all_steps_have_their_moments():
+    s = covariance(2)
+    pair = optimal("cosine", 50, s)
+    error = 6 * (2 / 4000) ** 0.5 * 0.25
+    for steps, eta in ((50, 1.0), (50, 0.0)):
+        drawn = pair.few_steps(4000, steps, eta)
+        torch.testing.assert_close(torch.cov(drawn.T), s, atol=error + 0.03, rtol=0)
+    grey = models.Diffusion(2, 8, 5, width=8, layers=1)
+    assert set(grey.few_steps(50, 3).unique().tolist()) <= set(range(5))
+    with pytest.raises(ValueError, match="steps: expected at most T = 8, got 9"):
+        grey.few_steps(5, 9)
+
+
+def test_estimates_along_a_chain_end_at_its_data():
+    s = covariance(2)
+    pair = optimal("cosine", 50, s)
+    latents, y = pair.written_out().simulate(200)
+    strip = pair.strip(latents["z"], 6)
+    error = (strip - y).square().mean((1, 2))
+    assert strip.shape == (6, 200, 2) and (error.diff() < 0).all() and error[-1] < 0.01
+    assert strip[0].square().mean() < 0.02  # of noise alone the mean is all that is known
