@@ -156,6 +156,7 @@ TABLE = {
         lambda: models.DiscreteVAE(6, (2,), (8,), 3, "categorical", 5),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    "lda": (lambda: models.LDA(7, 3, 5), lambda n: texts(n, 5, 7)),
     "sbn": (lambda: models.SigmoidBeliefNet(6, (3, 2)), lambda n: binary(n, 6)),
     "flow": (
         lambda: models.DequantizedFlow(4, 5, layers=2, hidden=(8,)),

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "diffusion")],),
     "vdm": lambda tmp: (["--smoke", "--out", str(tmp / "vdm")],),
     "masked_diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "masked")],),
+    "topics": lambda tmp: (["--smoke"],),
     "words": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),
     "whole_audit": lambda tmp: (["--smoke", "--out", str(tmp / "whole")],),

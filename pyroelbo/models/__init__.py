@@ -16,12 +16,14 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.state_space import StateSpace
+from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
 
 __all__ = [
     "CTC",
     "HMM",
+    "LDA",
     "PCFG",
     "PPCA",
     "REGISTRY",
