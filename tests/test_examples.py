@@ -16,7 +16,7 @@ ARGUMENTS = {
     "ppca": lambda tmp: (["--smoke"],),
     "mixture": lambda tmp: (["--smoke", "--out", str(tmp / "mixture")],),
     "model_choice": lambda tmp: (["--smoke", "--out", str(tmp / "model_choice")],),
-    "coding": lambda tmp: (["--smoke", "--out", str(tmp / "coding")],),
+    "compress": lambda tmp: (["--smoke", "--out", str(tmp / "compress")],),
     "hmm_letters": lambda tmp: (["--smoke"],),
     "grammar": lambda tmp: (["--smoke", "--out", str(tmp / "grammar")],),
     "ctc_digits": lambda tmp: (["--smoke", "--out", str(tmp / "ctc")],),
