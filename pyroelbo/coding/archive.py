@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -82,13 +83,13 @@ def compress(
     start = time.perf_counter()
     path, array = Path(path), _array(y)
     identity = _identity(array, as_set)
-    pair = pair if precision is None else weights.quantized(pair, precision)
+    pair = _placed(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
-        direct = pair.stepwise() is not None and method in (None, "direct")
+        direct = method in (None, "direct") and pair.stepwise() is not None
         chunk = (128 if direct else 16) if chunk is None else positive_count("chunk", chunk, "number of data")
         template = _template(pair, array, chunk)
-        codec, description = _prepared(pair, array, template, method)
+        codec, description = _prepared(pair, array, template, "direct" if direct else method)
         description |= {
             "kind": "pair",
             **identity,
@@ -150,8 +151,7 @@ def decompress(pair: Pair, path: str | Path, out: str | Path | None = None) -> n
     """
     reader = Reader(Path(path))
     with _understood(reader, "pair") as found:
-        if found["precision"] is not None:
-            pair = weights.quantized(pair, found["precision"])
+        pair = _placed(pair, found["precision"])
         if found["model"] != weights.fingerprint(pair):
             raise ValueError(f"{reader.path}: expected the pair that wrote it, got one of other parameters")
         with _threads(found["threads"]):
@@ -163,10 +163,10 @@ def _prepared(
 ) -> tuple[PairCodec | None, dict[str, Any]]:
     """The codec and its part of the description; no codec where there is no whole chunk to code."""
     size = len(template)
-    if not len(array) or (len(array) < size and pair.stepwise() is None):
+    if len(array) < (1 if method == "direct" else size):
         return None, {"codec": None}
     grids: dict[str, Grid] = {}
-    if len(array) >= size:
+    if method != "direct":
         most = min(len(array), max(size, _TYPICAL))
         typical = np.linspace(0, len(array) - 1, most // size * size).astype(np.int64)
         grids = grids_of(
@@ -176,6 +176,12 @@ def _prepared(
     codes = {k: [g.exponents.tolist(), g.low, g.high] for k, g in grids.items()}
     described = {"method": codec.method, "grids": codes, "torch": torch.__version__}
     return codec, {"codec": {**described, "probe": _probe(codec)}}
+
+
+def _placed(pair: Pair, precision: str | None) -> Pair:
+    """The pair on the CPU, with weights of this precision."""
+    pair = pair if pair.device.type == "cpu" else copy.deepcopy(pair).to("cpu")
+    return pair if precision is None else weights.quantized(pair, precision)
 
 
 def _codec_in(pair: Pair, reader: Reader, template: Tensor) -> PairCodec | None:
