@@ -93,12 +93,13 @@ class Stepwise:
 
     ``begin(n)`` is the state of n rows before the first coordinate, ``distribution(state)`` the distribution
     of the next one, of batch shape [n] and without event dimensions, and ``append(state, y_t)`` the next
-    state.
+    state. ``order(n)`` [n, T] are the places of the coordinates in this order, None for 0 … T-1.
     """
 
     begin: Callable[[int], Any]
     distribution: Callable[[Any], Any]
     append: Callable[[Any, Tensor], Any]
+    order: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -291,8 +292,8 @@ class Pair(PyroModule):
         return None
 
     def stepwise(self) -> Stepwise | None:
-        """The exact evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); None for pairs
-        without."""
+        """The evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); where the order is a
+        latent, p(y | order) for fixed orders. None for other pairs."""
         return None
 
     def written_out(self) -> Pair:

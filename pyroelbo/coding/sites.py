@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Categorical, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
+from torch.nn.functional import one_hot
 
 from pyroelbo.coding.stack import Codec, Impossible, Stack
 from pyroelbo.coding.symbols import Bernoullis, Constants, Counts, Gaussians, Tables
@@ -109,7 +110,12 @@ class Sequential(Codec):
         fn, grid = self.steps.distribution(state), self.grid and self.grid.at(place)
         return codec_of(fn, self.dtype, grid, rows=self.rows)
 
+    def _order(self) -> Tensor | None:
+        return None if self.steps.order is None else self.steps.order(self.shape[0]).cpu()
+
     def push(self, stack: Stack, value: Tensor) -> None:
+        order = self._order()
+        value = value if order is None else value.gather(-1, order)
         state, codecs = self.steps.begin(self.shape[0]), []
         for t in range(self.shape[1]):
             codecs.append(self._codec(state, t))
@@ -119,16 +125,35 @@ class Sequential(Codec):
             try:
                 codecs[t].push(stack, value[: self.rows, t])
             except Impossible as error:
-                raise Impossible(error.value, (*error.place, t)) from None
+                (row,) = error.place
+                raise Impossible(error.value, (row, t if order is None else int(order[row, t]))) from None
 
     def pop(self, stack: Stack) -> Tensor:
+        order = self._order()
         value = torch.zeros(self.shape, dtype=self.dtype)
         state = self.steps.begin(self.shape[0])
         for t in range(self.shape[1]):
             value[: self.rows, t] = self._codec(state, t).pop(stack)
             if t + 1 < self.shape[1]:
                 state = self.steps.append(state, value[:, t])
-        return value
+        return value if order is None else torch.zeros_like(value).scatter(-1, order, value)
+
+
+class _OneHot(Codec):
+    """Vectors of one 1 and zeros, by the codec of its place."""
+
+    def __init__(self, codec: Codec, symbols: int, dtype: torch.dtype) -> None:
+        self.codec, self.symbols, self.dtype = codec, symbols, dtype
+
+    def push(self, stack: Stack, value: Tensor) -> None:
+        place = value.argmax(-1)
+        wrong = (value != one_hot(place, self.symbols)).any(-1).nonzero()
+        if len(wrong):
+            raise Impossible(float(value[tuple(wrong[0])].sum()), tuple(wrong[0].tolist()))
+        self.codec.push(stack, place)
+
+    def pop(self, stack: Stack) -> Tensor:
+        return one_hot(self.codec.pop(stack), self.symbols).to(self.dtype)
 
 
 class _Summed(Codec):
@@ -194,6 +219,10 @@ def codec_of(
         return _Summed(fn.summed(), dtype, grid, narrow, rows)
     if is_point(fn):
         return _Tensors(Constants(_array(fn.sample(), fn.shape(), rows)), dtype)
+    if isinstance(_unwrapped(fn), torch.distributions.OneHotCategorical):
+        base = _unwrapped(fn)
+        place = _discrete(Categorical(logits=base.logits), fn.shape()[:-1], torch.long, rows)
+        return _OneHot(_Tensors(place, torch.long), base.event_shape[0], dtype)
     base = _coordinate(fn)
     if is_discrete(base):
         return _Tensors(_discrete(base, fn.shape(), dtype, rows), dtype)
@@ -213,6 +242,8 @@ def codec_of(
 
 def is_discrete(fn: Any) -> bool:
     """Whether a distribution is one of integers."""
+    if isinstance(_unwrapped(fn), torch.distributions.OneHotCategorical):
+        return True
     return bool(getattr(_coordinate(fn).support, "is_discrete", False))
 
 

@@ -1,6 +1,7 @@
 """Every pair of the tests' table is coded, at the length of its bound, or refused with the reason."""
 
 import math
+import re
 
 import numpy as np
 import pyro
@@ -17,34 +18,26 @@ from tests.pairs import TABLE
 from .round_trip import random_words, round_trip
 
 B = 4
-# a density of the data, or coordinates that depend on one another (without a way through them one by one)
-REFUSED = {
-    **dict.fromkeys(
-        (
-            "vae-l1",
-            "vae-l2",
-            "ppca-mean-field",
-            "mixture",
-            "mixture-encoder",
-            "hmm-gaussian",
-            "own",
-            "own-conv",
-        ),
+# why a pair of the table cannot be coded
+REASONS = "|".join(
+    (
         "a density is no probability",
-    ),
-    "ladder-precision": "a density is no probability",
-    **dict.fromkeys(
-        (
-            *("vae-flow", "vae-autoregressive_flow", "vae-full-encoder", "vae-flow-encoder"),
-            *("flow", "flow-autoregressive", "flow-continuous", "ppca", "ppca-diagonal", "mixture-full"),
-            *("mixture-map", "hmm-full_gaussian", "state_space", "hierarchy-bottom-up-full-encoder"),
-            *("hierarchy-top-down-flow-encoder", "ladder-mixture-encoder"),
-            *("pcfg", "pcfg-smoothed", "pcfg-mean-field", "neural_pcfg"),
-        ),
-        "independent coordinates, got a",
-    ),
-    "state_space-mean-field": "without a mask",
-}
+        "expected independent coordinates, got a",
+        "expected a distribution without a mask",
+        "expected one observed site, without masks and subsampling",
+    )
+)
+CODED = (
+    *("vae-bernoulli", "vae-logistic", "vae-categorical", "vae-conv", "vae-vamp", "vae-autoregressive"),
+    *("vae-mixture-encoder", "hierarchy-bottom-up", "hierarchy-vamp", "hierarchy-top-down", "ladder"),
+    *("ladder-vamp", "conv_ladder", "hmm-categorical", "hmm-bernoulli", "hmm-poisson", "hmm-mean-field"),
+    *("bernoulli_mixture", "autoregressive-pixelcnn", "autoregressive-transformer", "strings", "conjugate"),
+    *("masked_diffusion", "masked_diffusion-conv"),
+)
+REFUSED = (
+    *("vae-l2", "vae-flow", "vae-full-encoder", "flow", "flow-continuous", "ppca", "mixture", "hmm-gaussian"),
+    *("state_space", "pcfg", "hierarchy-top-down-flow-encoder", "ladder-precision", "own", "diffusion"),
+)
 
 
 def make(name, rows=B):
@@ -60,24 +53,22 @@ def codec_for(pair, y, method=None):
     return pair_codec(pair, torch.zeros_like(y), grids, method)
 
 
-@pytest.mark.parametrize("name", sorted(set(TABLE) - set(REFUSED)))
-def test_data_are_restored(name):
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_data_are_restored_or_refused(name):
     pair, y = make(name)
-    methods = [None]
-    if pair.markov_links() is not None or (pair.stepwise() is not None and pair.exact_guide is True):
-        methods += ["bits-back"] if not name.startswith(("autoregressive", "strings")) else []
+    try:
+        codec_for(pair, y).draw(Stack(random_words(2000)))
+    except ValueError as error:
+        assert name not in CODED and re.search(REASONS, str(error)), error
+        return
+    assert name not in REFUSED
+    more = pair.markov_links() is not None or name.startswith("hmm")
+    methods = [None, "bits-back"] if more else [None]
     for method in methods:
         codec = codec_for(pair, y, method)
         round_trip(codec, y)
         drawn = codec.draw(Stack(random_words(2000)))
         assert drawn.shape == y.shape and drawn.dtype == y.dtype
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_other_pairs_are_refused(name):
-    pair, y = make(name)
-    with pytest.raises(ValueError, match=REFUSED[name]):
-        round_trip(codec_for(pair, y), y)
 
 
 EXACT = ("autoregressive-pixelcnn", "autoregressive-transformer", "strings", "hmm-categorical")
@@ -130,6 +121,19 @@ def test_the_net_length_is_minus_the_elbo(name, method):
     # each code has one draw of ln w for a datum
     error = math.sqrt(float(terms.var(0).sum()) * (2 + 4 / 20)) / math.log(2)
     assert abs(bits - ideal) < 4.9 * error + 0.003 * ideal + 1
+
+
+def test_masked_diffusion_costs_its_order_average():
+    """A z-test of 2000 rows in 100 orders against all orders of other rows' draws, at 1e-6."""
+    pair, y = make("masked_diffusion", 100)
+    orders, every = pair.written_out(), y.repeat(20, 1)
+    with torch.no_grad():
+        log_w = evidence.terms(orders, y, 40).log_weight
+    bits = round_trip(codec_for(pair, y), *every.split(100), words=4000)
+    ideal = -20 * float(log_w.mean(0).sum()) / math.log(2)
+    # one order a row in the code, the same in all chunks
+    error = 20 * math.sqrt(float(log_w.var(0).sum()) * (1 + 1 / 40)) / math.log(2)
+    assert abs(bits - ideal) < 4.9 * error + 1
 
 
 def test_swapping_needs_the_bits_of_one_layer():

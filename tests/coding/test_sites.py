@@ -40,6 +40,7 @@ DISCRETE = {
     "mixture": lambda: dist.MixtureSameFamily(
         dist.Categorical(logits=torch.randn(B, 3)), dist.Categorical(logits=torch.randn(B, 3, 4))
     ),
+    "one-hot": lambda: dist.OneHotCategorical(logits=torch.randn(B, D, 4)).to_event(1),
     "point": lambda: dist.Delta(torch.randn(B, D)).to_event(1),
     "prefix": lambda: Prefix(torch.randint(5, (B, 4))),
     "chain": chain,
