@@ -14,7 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyroelbo.evaluation.supports import movable, support_of
+from pyroelbo.evaluation.supports import movable, spread, support_of
 
 __all__ = ["ModelMasks", "event_mask", "is_masked", "log_prob_of", "masked"]
 
@@ -88,7 +88,7 @@ def _within_support(fn: Any, value: Tensor) -> Tensor:
         return masked(_within_support(fn.base_dist, value), fn._mask)
     if isinstance(fn, Independent):
         return sum_rightmost(_within_support(fn.base_dist, value), fn.reinterpreted_batch_ndims)
-    return torch.where(support_of(fn).check(value), fn.log_prob(value), -math.inf)
+    return torch.where(support_of(fn).check(spread(fn, value)), fn.log_prob(value), -math.inf)
 
 
 def event_mask(fn: Any) -> Tensor | bool | None:

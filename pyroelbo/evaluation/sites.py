@@ -11,7 +11,7 @@ from torch.distributions import biject_to, constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
-from pyroelbo.evaluation.supports import is_circular, support_of, within_circle
+from pyroelbo.evaluation.supports import is_circular, spread, support_of, within_circle
 from pyroelbo.pair import PLATE
 
 __all__ = [
@@ -30,7 +30,8 @@ __all__ = [
 
 POINT = (
     "guide site {!r}: expected a distribution with a density, got a point mass on a continuous latent. ln "
-    "p(y, z) at a point is no bound on ln p(y)"
+    "p(y, z) at a point is no bound on ln p(y); for latents outside the data plate, audit(..., "
+    "given='globals') has rows of ln p(y | z) at the point"
 )
 
 
@@ -97,7 +98,7 @@ def check_observation(site: Any, batch: Batch, support: bool = True) -> None:
         )
     declared = getattr(fn, "support", None)
     if support and declared is not None and isinstance(value, Tensor):
-        check_support(name, type(base_of(fn)).__name__, declared, value)
+        check_support(name, type(base_of(fn)).__name__, declared, spread(fn, value))
 
 
 def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:

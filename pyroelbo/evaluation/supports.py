@@ -16,6 +16,7 @@ __all__ = [
     "is_circular",
     "movable",
     "same_bounds",
+    "spread",
     "support_of",
     "within_circle",
 ]
@@ -59,6 +60,13 @@ def support_of(fn: Any) -> Any:
             else constraints.greater_than(support.lower_bound)
         )
     return support
+
+
+def spread(fn: Any, value: Tensor) -> Tensor:
+    """A value over all batch dimensions of its distribution, enumerated ones too, as supports that differ
+    between them take it."""
+    shape = torch.Size((*fn.batch_shape, *fn.event_shape))
+    return value.expand(torch.broadcast_shapes(value.shape, shape)) if value.dim() < len(shape) else value
 
 
 def movable(fn: Any) -> bool:

@@ -95,6 +95,11 @@ class _Integrand:
         """nodes [M, b, D] of the data ``index`` [b] to [M, b], float64."""
         self.count += nodes.shape[0] * nodes.shape[1]
         cells = self.space.evaluator.cells
+        if not self.space.evaluator.sliceable and len(index) < self.space.evaluator.size:
+            whole = nodes[:, :1].repeat(1, self.space.evaluator.size, 1)
+            whole[:, index] = nodes
+            everyone = torch.arange(whole.shape[1], device=index.device)
+            return self(whole, everyone)[:, index]
         step, width = min(len(nodes), cells), max(1, cells // len(nodes))
         if not self.space.evaluator.sliceable:
             step, width = max(1, cells // len(index)), len(index)

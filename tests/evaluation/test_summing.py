@@ -266,6 +266,24 @@ def test_a_masked_finite_latent_keeps_its_prior():
     torch.testing.assert_close(evaluator.terms({"z": z}).log_joint, right, rtol=0, atol=1e-12)
 
 
+def test_a_support_that_differs_between_enumerated_values():
+    """Zeros of their own: the observation's support is masked, and has an enumerated dimension."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            none = dist.Delta(torch.zeros(()))
+            pyro.sample("y", dist.MaskedMixture(y == 0, dist.Exponential((z + k).exp()), none), obs=y)
+
+    y, z = torch.tensor([0.0, 0.8]), torch.tensor([[0.2, -0.4]])
+    terms = Evaluator(Pair.of(model, guide), y).terms({"z": z})
+    rates = torch.stack([z[0, 1].exp(), (z[0, 1] + 1).exp()])
+    mixed = (torch.tensor([0.7, 0.3]) * rates * (-0.8 * rates).exp()).sum().log()
+    right = dist.Normal(0.0, 1.0).log_prob(z) + torch.stack([torch.zeros(()), mixed])
+    torch.testing.assert_close(terms.log_joint, right, rtol=0, atol=1e-12)
+
+
 def test_what_cannot_be_summed_is_refused():
     def branch(y):
         with pyro.plate("data", len(y)):

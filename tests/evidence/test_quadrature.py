@@ -202,3 +202,25 @@ def test_a_guide_that_leaves_the_support_is_no_hindrance():
     exact = torch.lgamma(y + 2) - torch.lgamma(y + 1) + 2 * math.log(0.6) - y * math.log(2.5)
     assert (bound.value - exact).abs().max() < 1e-6
     assert bound.resolution.max() < 1e-4
+
+
+def test_a_pair_tied_to_its_whole_batch():
+    """Data are refined one by one, but such a pair is run on all of them."""
+
+    def model(y):
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0))
+            pyro.sample("y", dist.Normal(z + z**3, 0.3), obs=y)
+
+    def free(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z + z**3, 0.3), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.5 * y, 0.5))
+
+    y = torch.tensor([0.1, 12.0, -0.5, 2.0, 40.0])
+    one, other = (evidence.quadrature(Pair.of(m, guide), y, 1e-7).value for m in (model, free))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
