@@ -235,12 +235,14 @@ class StructuredDistribution(TorchDistribution):
         parts = self._tracked()
         return self._gradient(self._log_partition(parts), parts, create_graph=True)
 
-    def expected_parts(self, *, hard: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def expected_parts(
+        self, *, hard: bool = False, weights: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ln Z ``[*B]`` and the expected use of each part, without gradients: the E-step of EM.
 
         The parts have the potentials' own shapes: a potential shared by the batch (size 1 there) gets the
-        counts of the whole batch. With ``hard``, the log weight of the best structure and its parts: the
-        E-step of hard EM.
+        counts of the whole batch, in which ``weights`` ``[*B]`` count each datum so many times. With
+        ``hard``, the log weight of the best structure and its parts: the E-step of hard EM.
         """
         if hard:
             with torch.no_grad():
@@ -248,12 +250,15 @@ class StructuredDistribution(TorchDistribution):
                 log_weight = self.log_weight(z)
                 # an impossible datum has no counts
                 used = (torch.where(_beside(log_weight > -math.inf, n), n, 0.0) for n in self.to_parts(z))
+                if weights is not None:
+                    used = (n * _beside(weights, n).to(n) for n in used)
                 pairs = zip(used, self.potentials, strict=True)
                 return log_weight, self._like(n.sum_to_size(x.shape) for n, x in pairs)
         with torch.enable_grad():
             leaves = self._like(x.detach().requires_grad_() for x in self.potentials)
-            value = self._log_partition(leaves)
-            return value.detach().expand(self.batch_shape), self._gradient(value, leaves)
+            value = self._log_partition(leaves).expand(self.batch_shape)
+            counted = value if weights is None else value * weights.to(value)
+            return value.detach(), self._gradient(counted, leaves)
 
     @property
     def mode(self) -> Tensor:

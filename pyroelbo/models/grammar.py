@@ -164,10 +164,13 @@ class PCFG(_Grammar):
         return self.prior.start, self.prior.rules, self.generator.words
 
     @torch.no_grad()
-    def e_step(self, y: Tensor, hard: bool = False) -> tuple[Tensor, dict[str, Any]]:
-        """ln p(y) [B] (``hard``: ln p(y, z*) of the best tree) and the statistics of :meth:`m_step`."""
+    def e_step(
+        self, y: Tensor, hard: bool = False, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """ln p(y) [B] (``hard``: ln p(y, z*) of the best tree) and the statistics of :meth:`m_step`, in which
+        ``weights`` [B] count each sentence so many times."""
         y = without_padding(self._check(y))
-        evidence, (start, rules, leaves, _) = self.posterior(y).expected_parts(hard=hard)
+        evidence, (start, rules, leaves, _) = self.posterior(y).expected_parts(hard=hard, weights=weights)
         seen = y >= 0
         words = leaves.new_zeros(self.words, self.preterminals).index_add_(0, y[seen], leaves[seen])
         return evidence, {"start": start[0], "rules": rules[0], "words": words.t()}

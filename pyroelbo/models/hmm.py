@@ -208,16 +208,8 @@ class HMM(ExactPair):
     def _expected(
         self, y: Tensor, lengths: Tensor | None, hard: bool, weights: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        q = self.posterior(y, lengths)
-        if weights is None:
-            evidence, (initial, transition, visits) = q.expected_parts(hard=hard)
-        else:
-            # potentials of every sequence, so that each has expected counts of its own
-            initial, transition, observation = q.potentials
-            first, moves = (x.expand(len(y), *x.shape[1:]) for x in (initial, transition))
-            evidence, used = ped.LinearChain(first, moves, observation, lengths).expected_parts(hard=hard)
-            initial, transition, visits = (x * weights.to(x).view(-1, *(1,) * (x.dim() - 1)) for x in used)
-            initial, transition = initial.sum(0, keepdim=True), transition.sum(0, keepdim=True)
+        evidence, used = self.posterior(y, lengths).expected_parts(hard=hard, weights=weights)
+        initial, transition, visits = used
         if lengths is None:
             visits, seen = visits.flatten(-3, -2), y.flatten(0, 1)
         else:

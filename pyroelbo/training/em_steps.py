@@ -115,34 +115,29 @@ class GradientSteps:
     def expect(
         self, batch: Batch, weights: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Batch, tuple[Tensor, ...]]]]:
-        value, used = self._expect(batch)
-        if weights is not None:
-            if not all(u.dim() and len(u) == len(weights) for u in used):
-                raise TypeError(
-                    f"weights: expected potentials with a leading data dimension, got others from "
-                    f"{self.pair.name}"
-                )
-            used = tuple(u * weights.to(u).reshape(-1, *[1] * (u.dim() - 1)) for u in used)
+        value, used = self._expect(batch, weights)
         return value, [(batch, used)]
 
-    def _expect(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _expect(self, batch: Batch, weights: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Log evidence [B], and the expected counts of each potential."""
         if not isinstance(self.pair, ExactPair):
             graph = self._graph(batch)
             with torch.enable_grad():
                 leaves = tuple(f.detach().requires_grad_() for f in graph.factors)
                 value = graph.log_partition(leaves, largest=self.hard)
-                used = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+                counted = value if weights is None else value * weights.to(value)
+                used = torch.autograd.grad(counted.sum(), leaves, allow_unused=True, materialize_grads=True)
             return value.detach(), used
         posterior = batches.call(self.pair.posterior, batch)
         if isinstance(posterior, StructuredDistribution):
-            return posterior.expected_parts(hard=self.hard)
+            return posterior.expected_parts(hard=self.hard, weights=weights)
         with torch.no_grad():
             (joint,) = self._potentials(batch)
-            if not self.hard:
-                return joint.logsumexp(-1), (joint.softmax(-1),)
-            best = joint.argmax(-1, keepdim=True)
-            return joint.amax(-1), (torch.zeros_like(joint).scatter_(-1, best, 1.0),)
+            value, share = joint.logsumexp(-1), joint.softmax(-1)
+            if self.hard:
+                best = joint.argmax(-1, keepdim=True)
+                value, share = joint.amax(-1), torch.zeros_like(joint).scatter_(-1, best, 1.0)
+            return value, (share if weights is None else share * weights.to(share)[:, None],)
 
     @staticmethod
     def add(a: list, b: list) -> list:

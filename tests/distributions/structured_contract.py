@@ -222,6 +222,17 @@ class StructuredContract:
         with pytest.raises(ValueError, match=r"no structure has positive probability at batch index \[0\]"):
             hard.sample()
 
+    def test_weights_count_data(self, q):
+        """Potentials that the batch shares get the counts of each datum as often as its weight says."""
+        weights = torch.arange(len(q.log_partition))
+        apart = self.construct(q, q._like(x.expand(q.batch_shape + x.shape[1:]) for x in q.potentials))
+        for hard in (False, True):
+            _, each = apart.expected_parts(hard=hard)
+            _, found = q.expected_parts(hard=hard, weights=weights)
+            for part, one, x in zip(found, each, q.potentials, strict=True):
+                counted = one * weights.reshape(-1, *[1] * (one.dim() - 1))
+                torch.testing.assert_close(part, counted.sum_to_size(x.shape), rtol=0, atol=1e-10)
+
     def test_an_empty_batch(self, q):
         if q.lengths is not None:
             return

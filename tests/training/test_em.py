@@ -789,7 +789,9 @@ def test_unscaled_data_start_from_themselves(capsys):
     assert quiet(pair, y, epochs=1).losses[0] == pytest.approx(run.losses[-1], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["mixture", "mixture-full", "bernoulli_mixture", "hmm-categorical", "ppca"])
+@pytest.mark.parametrize(
+    "name", ["mixture", "mixture-full", "bernoulli_mixture", "hmm-categorical", "ppca", "pcfg"]
+)
 def test_weights_are_repetitions(name):
     make, draw = TABLE[name]
     y = draw(60)
