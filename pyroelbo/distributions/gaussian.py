@@ -558,8 +558,10 @@ class _LogEvidence(torch.autograd.Function):
         y, lengths, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled():
             wanted = [x for x in (y, *parameters) if x.requires_grad]
+            # A chain of one step does not move.
+            value = _scan(y, lengths, Parameters(*parameters))
             exact = torch.autograd.grad(
-                _scan(y, lengths, Parameters(*parameters)), wanted, grad, create_graph=True
+                value, wanted, grad, create_graph=True, allow_unused=True, materialize_grads=True
             )
             found = iter(exact)
             back = [next(found) if x.requires_grad else None for x in (y, *parameters)]

@@ -174,6 +174,22 @@ def test_derivatives(varying, rows, lengths, kernels):
         assert torch.autograd.gradgradcheck(evidence, parts, atol=1e-5)
 
 
+def test_second_derivatives_of_a_chain_of_one_step(kernels):
+    """It is a Gaussian: the moves have no part in it."""
+    parts = [x.requires_grad_() for x in (torch.randn(3, 1, 2), *parameters((), steps=1, observed=2))]
+
+    def evidence(y, *rest):
+        rest = [(x + x.mT) / 2 if i in (1, 4, 7) else x for i, x in enumerate(rest)]
+        return chain(rest, validate_args=False).log_prob(y)
+
+    assert torch.autograd.gradgradcheck(evidence, parts, atol=1e-5)
+    total = evidence(*parts).sum()
+    (slope,) = torch.autograd.grad(
+        total, parts[3], create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    assert not slope.any()
+
+
 def test_the_posterior_s_draws_are_differentiable():
     parts = [x.requires_grad_() for x in (torch.randn(3, 4, 3), *parameters(steps=4))]
 
