@@ -94,6 +94,7 @@ def _each_datum(axis: Any, audit: Audit, rows: list[Bound]) -> None:
             label=f"{bound.method} ({bound.kind})",
         )
         shade += 1
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("datum, from least to most likely")
     axis.set_ylabel("nats" if anchor is None else f"value - {anchor.method}, nats")
     axis.legend(fontsize=8)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from pyroelbo import audit, evidence, report
 from pyroelbo.results import Audit, Bound, Run
@@ -38,6 +39,12 @@ def test_pictures_are_written(result, tmp_path):
         ),
     ]
     assert all(is_picture(p) for p in paths)
+
+
+def test_the_axis_of_data_counts_them(result):
+    axis = Figure().subplots()
+    report._each_datum(axis, result, [b for b in result.bounds if b.method != "exact"])
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_arviz_export_carries_values_and_kinds(result):

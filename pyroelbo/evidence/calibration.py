@@ -32,7 +32,8 @@ def calibration(
     more each. The result shows how a guide errs on data of the model, not on yours. ``given`` and ``like``
     are those of :meth:`~pyroelbo.Pair.simulate`.
 
-    Raises ValueError for too few data or draws to make two bins, and as
+    Raises :class:`Unavailable` for a model without latents, ValueError for too few data or draws to make two
+    bins, and as
     :class:`~pyroelbo.evaluation.evaluator.Evaluator` does. Cost: ``num_data`` · (2 ``draws`` + 1)
     evaluations.
 
@@ -49,6 +50,7 @@ def calibration(
         )
     latents, batch = pair.simulate(num_data, *given, like=like)
     evaluator = Evaluator(pair, batch)
+    evaluator.refuse_empty()
     evaluator.refuse_scales("calibration")
     guessed = evaluator.sample(draws).latents
     names, ranks, everything = [], [], {}

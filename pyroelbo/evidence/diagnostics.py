@@ -84,7 +84,8 @@ def diagnostics(
     z is all latents together, or ``site`` alone, which must be a first one: neither its prior nor its guide
     may depend on other latents. Any guide and any prior of known density will do. Raises
     :class:`Unavailable`, naming the site, for auxiliary or masked guide sites and priors that differ between
-    data (of conditional pairs), and for guides that reach outside the model's support; ValueError as
+    data (of conditional pairs), for guides that reach outside the model's support, and for models without
+    latents; ValueError as
     :class:`~pyroelbo.evaluation.evaluator.Evaluator` does. Cost: N · (``draws`` · N + ``points``) densities
     of the guide and N · ``draws`` evaluations.
 
@@ -94,6 +95,7 @@ def diagnostics(
     positive_count("draws", draws)
     positive_count("points", points)
     evaluator = Evaluator(pair, y)
+    evaluator.refuse_empty()
     evaluator.refuse_scales("diagnostics")
     evaluator.refuse_auxiliary()
     evaluator.refuse_merged("diagnostics")

@@ -290,6 +290,12 @@ def test_a_wrong_discrete_guide_is_found():
     assert found.p_value < 1e-6
 
 
+@pytest.mark.parametrize("what", [evidence.diagnostics, lambda pair, y: evidence.calibration(pair, 40)])
+def test_a_model_without_latents_has_neither(what):
+    with pytest.raises(evidence.Unavailable, match="the model has no latents"):
+        what(models.Flow(2, layers=1, hidden=(4,)), torch.randn(20, 2))
+
+
 def test_calibration_refuses_what_makes_no_bins():
     pair = models.PPCA(5, 2)
     with pytest.raises(ValueError, match="expected at least two bins"):
