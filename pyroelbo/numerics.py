@@ -13,6 +13,7 @@ __all__ = [
     "bits_per_dim",
     "duration",
     "effective_sample_size",
+    "holds_float64",
     "log_mean_exp",
     "logsumexp",
     "nats_to_bits",
@@ -31,6 +32,15 @@ def duration(text: str, name: str = "budget") -> float:
     if found is None or found[2] not in _SECONDS or float(found[1]) == 0:
         raise ValueError(f"{name}: expected a time such as '90s', '10min' or '2h', got {text!r}")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def holds_float64(device: torch.device) -> bool:
+    """Whether tensors on a device can be float64 (those on Apple's GPUs cannot)."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def positive_count(name: str, value: Any, what: str = "number") -> int:

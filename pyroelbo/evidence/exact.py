@@ -32,14 +32,16 @@ def exact(pair: Pair, y: Any, *, scope: str = "datum") -> Bound:
     With ``scope="joint"`` the value is ln p(y) of the whole batch: what ``log_evidence`` returns as one
     number, or the sum over data; latents outside the data plate are eliminated too. Where that is no dynamic
     program (data that depend on one another), the values of all latents are summed one by one. Everything is
-    computed in float64, whatever the type of parameters and data. Raises :class:`Unavailable` for continuous
+    computed in float64, whatever the type of parameters and data, on the CPU if their device has no float64.
+    Raises :class:`Unavailable` for continuous
     latents, and for more than a million values one by one.
     """
     if scope not in ("datum", "joint"):
         raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
-    batch = double(batches.to(batches.as_batch(y, "y"), pair.device))
+    batch = batches.as_batch(y, "y", scope)
     size = batches.size(batch)
-    with in_double(pair):
+    with in_double(pair) as place:
+        batch = double(batches.to(batch, place))
         if not isinstance(pair, ExactPair):
             value, cost = _enumerated(pair, batch, scope)
         else:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroelbo import batch as batches
+from pyroelbo import numerics
 from pyroelbo.batch import Batch, Minibatches
 from pyroelbo.numerics import duration, positive_count
 from pyroelbo.pair import Pair, unregistered
@@ -152,6 +153,8 @@ def fit_em(
         raise ValueError(f"impossible: expected 'error' or 'skip', got {impossible!r}")
     limit = math.inf if budget is None else duration(budget)
     place = choose_device(device)
+    if not numerics.holds_float64(place):
+        raise ValueError(f"device: expected one with float64, which EM computes in, got {place}: use 'cpu'")
     loader = Minibatches(data, batch_size or sys.maxsize, seed)
     weights = None if weights is None else _checked_weights(weights, loader)
     least = getattr(pair, "least_data", 1)
