@@ -1,12 +1,13 @@
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from pyroelbo import data, models
-from pyroelbo.cli import main
+from pyroelbo.cli import commands, main
 
 
 @pytest.fixture
@@ -233,6 +234,9 @@ def test_help_names_the_options(capsys):
 def test_audit_with_a_budget(run, capsys):
     assert main(["audit", str(run), "--num-data", "2", "--budget", "2000"]) == 0
     assert "a budget of 2000 chose" in capsys.readouterr().out
+    assert float(commands.left("20s", time.monotonic() - 5)[:-1]) == pytest.approx(13, abs=0.5)
+    with pytest.raises(ValueError, match="expected more than the 5.* s that loading took, got '5s'"):
+        commands.left("5s", time.monotonic() - 5)
     assert main(["audit", str(run), "--num-data", "2", "--budget", "soon"]) == 1
     assert "--budget: expected a time" in capsys.readouterr().err
 

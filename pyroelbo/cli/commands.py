@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pyroelbo.batch import Batch
 from pyroelbo.cli import shows
 from pyroelbo.distributions.grammar import TooLong
 from pyroelbo.evidence import audit
+from pyroelbo.numerics import duration
 from pyroelbo.pair import Pair
 from pyroelbo.results import Audit, Run
 from pyroelbo.runs import RunDirectory
@@ -199,7 +201,19 @@ def _em(
 # ----------------------------------------------------------------------------------------------- audit
 
 
+def left(budget: str | int | None, started: float) -> str | int | None:
+    """What a time leaves to the audit itself: some has gone since the command ``started``, and a tenth is
+    for the figures."""
+    if not isinstance(budget, str):
+        return budget
+    seconds, gone = duration(budget), time.monotonic() - started
+    if 0.9 * seconds <= gone:
+        raise ValueError(f"--budget: expected more than the {gone:.1f} s that loading took, got {budget!r}")
+    return f"{0.9 * seconds - gone:.1f}s"
+
+
 def audit_(options: argparse.Namespace) -> int:
+    started = time.monotonic()
     if options.num_data < 0:
         raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
     pair, config, known = models.load(options.path)
@@ -213,7 +227,7 @@ def audit_(options: argparse.Namespace) -> int:
         particles=options.particles,
         references=options.references,
         temperatures=options.temperatures,
-        budget=options.budget,
+        budget=left(options.budget, started),
     )
     if found.scale:
         result = result.in_units(found.log_scale(y))

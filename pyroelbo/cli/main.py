@@ -263,8 +263,8 @@ def _audit_options(judge: argparse.ArgumentParser) -> None:
         "--budget",
         type=lambda text: int(text) if text.isdigit() else text,
         default=None,
-        help="a time (90s, 1min, 2h) or a number of evaluations: chooses particles, temperatures and, "
-        "if none is named, the reference",
+        help="a time (90s, 1min, 2h), loading and figures included, or a number of evaluations: chooses "
+        "particles, temperatures and, if none is named, the reference",
     )
     _data_dir(judge)
     judge.add_argument("--seed", type=int, default=0, help="seed of draws and of the random subset")

@@ -24,6 +24,7 @@ __all__ = ["Budget"]
 
 _MIN_DRAWS = 8  # of the smallest ELBO and IWAE worth printing
 _REFERENCE_SHARE = 0.7  # of the budget
+_DRAWS_SHARE = 0.9  # of what is left, the rest is for checks of the table
 _QUADRATURE = {1: 10_000, 2: 110_000}  # evaluations per datum, by dimensions
 _CHAIN = 3 * 5 * (16 + 8)  # evaluations per datum and temperature of AIS with its defaults
 _MIN_TEMPERATURES = 20  # below which AIS is not worth its pilot
@@ -128,7 +129,7 @@ class Budget:
     def particles(self, found: Sequence[Bound]) -> int:
         """Draws per datum, of ELBO and IWAE each, that the rest of the budget allows."""
         if self.seconds is not None:
-            left = (self.seconds - (time.monotonic() - self.started)) * self.speed
+            left = _DRAWS_SHARE * (self.seconds - (time.monotonic() - self.started)) * self.speed
         else:
             left = self.evaluations - sum(b.cost for b in found)
         return int(max(_MIN_DRAWS, min(left / (2 * self.data), _MAX_WEIGHTS // self.data)))
