@@ -1,5 +1,5 @@
-"""Batches: a tensor, a tuple of tensors or a dict of tensors whose first dimensions agree, passed on as
-``model(*batch)`` or ``model(**batch)``; and the minibatches of a training set."""
+"""Batches: a tensor (or PackedSequence), or a tuple or dict of them whose first dimensions agree, passed on
+as ``model(*batch)`` or ``model(**batch)``; and the minibatches of a training set."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 __all__ = [
@@ -18,7 +19,11 @@ __all__ = [
     "Minibatches",
     "as_batch",
     "call",
+    "change",
+    "contiguous",
+    "dense",
     "fingerprint",
+    "length",
     "parts",
     "repeat",
     "rows",
@@ -30,41 +35,39 @@ __all__ = [
 Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
 
-def as_batch(data: Any, name: str = "data") -> Batch:
+def as_batch(data: Any, name: str = "data", scope: str = "datum") -> Batch:
     """A batch from tensors, arrays or numeric pandas frames: floating ones get torch's default dtype, integer
-    and bool ones keep theirs.
+    and bool ones keep theirs. The parts of a ``"joint"`` batch may have any shapes, and be numbers.
 
     Raises TypeError for other types, ValueError for an empty set, parts of different lengths, or floating
     parts with NaN or infinite entries; each names the part.
     """
     if isinstance(data, dict):
-        batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]") for k, v in data.items()}
-    elif isinstance(data, (tuple, list)) and not isinstance(data, torch.Size):
-        batch = tuple(_tensor(v, f"{name}[{i}]") for i, v in enumerate(data))
+        batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]", scope) for k, v in data.items()}
+    elif isinstance(data, (tuple, list)) and not isinstance(data, (torch.Size, PackedSequence)):
+        batch = tuple(_tensor(v, f"{name}[{i}]", scope) for i, v in enumerate(data))
     else:
-        batch = _tensor(data, name)
+        batch = _tensor(data, name, scope)
     named = parts(batch, name)
     if not named:
         raise ValueError(f"{name}: expected at least one tensor, got an empty {type(data).__name__}")
     for label, part in named.items():
-        if part.dim() == 0:
+        if scope != "joint" and part.data.dim() == 0:
             raise ValueError(
                 f"{label}: expected a first dimension that runs over the data, got a single number"
             )
-        if len(part) == 0:
-            raise ValueError(f"{label}: expected at least one row, got shape {tuple(part.shape)}")
-    lengths = {label: len(part) for label, part in named.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{name}: expected parts with the same first dimension, got lengths {lengths}")
+        if length(part) == 0:
+            raise ValueError(f"{label}: expected at least one row, got shape {tuple(part.data.shape)}")
+    lengths = {label: length(part) for label, part in named.items()}
+    if len(set(lengths.values())) > 1 and scope != "joint":
+        raise ValueError(
+            f"{name}: expected parts with the same first dimension, got lengths {lengths} (an "
+            'evaluation with scope="joint" takes any)'
+        )
     for label, part in named.items():
+        part = dense(part)
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            row = int(
-                (~torch.isfinite(part))
-                .flatten(1 if part.dim() > 1 else 0)
-                .reshape(len(part), -1)
-                .any(-1)
-                .nonzero()[0]
-            )
+            row = int((~torch.isfinite(part)).reshape(length(part), -1).any(-1).nonzero()[0])
             raise ValueError(
                 f"{label}: expected finite entries, got NaN or infinite ones, the first in row {row}: clean "
                 f"the data, or replace "
@@ -73,9 +76,11 @@ def as_batch(data: Any, name: str = "data") -> Batch:
     return batch
 
 
-def _tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
+def _tensor(value: Any, name: str, scope: str) -> Tensor:
+    if isinstance(value, (Tensor, PackedSequence)):
+        return value  # type: ignore[return-value]
+    if scope == "joint" and isinstance(value, (bool, int, float)):
+        return torch.tensor(value)
     if hasattr(value, "to_numpy") and hasattr(value, "index"):  # a frame or a series of pandas
         value = _frame(value, name)
     if isinstance(value, (np.ndarray, np.generic)):
@@ -116,54 +121,84 @@ def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:
     """The tensors of a batch, by the names used in messages."""
     if isinstance(batch, dict):
         return {f"{name}[{k!r}]": v for k, v in batch.items()}
-    if isinstance(batch, tuple):
+    if _several(batch):
         return {f"{name}[{i}]": v for i, v in enumerate(batch)}
-    return {name: batch}
+    return {name: batch}  # type: ignore[dict-item]
 
 
-def _map(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+def _several(batch: Any) -> bool:
+    return isinstance(batch, tuple) and not isinstance(batch, PackedSequence)
+
+
+def change(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The batch with every part changed by ``fn``."""
     if isinstance(batch, dict):
         return {k: fn(v) for k, v in batch.items()}
-    return tuple(map(fn, batch)) if isinstance(batch, tuple) else fn(batch)
+    return tuple(map(fn, batch)) if _several(batch) else fn(batch)  # type: ignore[arg-type]
+
+
+def dense(part: Any) -> Tensor:
+    """A part as one tensor: a PackedSequence padded, its rows first."""
+    return pad_packed_sequence(part, batch_first=True)[0] if isinstance(part, PackedSequence) else part
+
+
+def length(part: Any) -> int:
+    """Number of rows of a part; 1 of a number."""
+    if isinstance(part, PackedSequence):
+        return int(part.batch_sizes[0])
+    return len(part) if part.dim() else 1
 
 
 def size(batch: Batch) -> int:
     """Number of data in the batch."""
-    return len(next(iter(parts(batch).values())))
+    return length(next(iter(parts(batch).values())))
 
 
 def rows(batch: Batch, index: Any) -> Batch:
     """The rows ``index`` (a slice or a LongTensor) of every part."""
-    return _map(lambda t: t[index], batch)
+
+    def take(part: Any) -> Any:
+        if not isinstance(part, PackedSequence):
+            return part[index]
+        padded, lengths = pad_packed_sequence(part, batch_first=True)
+        return pack_padded_sequence(padded[index], lengths[index], batch_first=True, enforce_sorted=False)
+
+    return change(take, batch)
+
+
+def contiguous(batch: Batch) -> Batch:
+    """The batch with every part in one block of memory, rows first."""
+    return change(lambda t: t if isinstance(t, PackedSequence) else t.contiguous(), batch)
 
 
 def same_memory(a: Any, b: Tensor) -> bool:
     """Whether ``a`` is a view of all entries of ``b``, of any shape."""
-    return isinstance(a, Tensor) and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def fingerprint(batch: Batch) -> str:
     """A checksum of all entries of a batch."""
     total = 0
     for part in parts(batch).values():
-        total = zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes(), total)
+        total = zlib.crc32(dense(part).detach().cpu().contiguous().numpy().tobytes(), total)
     return f"{total:08x}"
 
 
 def repeat(batch: Batch, times: int) -> Batch:
     """The batch repeated ``times`` times along the first dimension."""
-    return _map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)), batch)
+    return rows(batch, torch.arange(size(batch)).repeat(times))
 
 
 def to(batch: Batch, device: torch.device | str) -> Batch:
-    return _map(lambda t: t.to(device, non_blocking=True), batch)
+    return change(lambda t: t.to(device, non_blocking=True), batch)
 
 
 def call(fn: Callable, batch: Batch) -> Any:
     """``fn(y)``, ``fn(*batch)`` or ``fn(**batch)``."""
     if isinstance(batch, dict):
         return fn(**batch)
-    return fn(*batch) if isinstance(batch, tuple) else fn(batch)
+    return fn(*batch) if _several(batch) else fn(batch)
 
 
 class Minibatches:

@@ -7,7 +7,7 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 
 from pyroelbo import batch as batches
@@ -112,6 +113,49 @@ class Summed:
     posterior: Callable[[Tensor], Any]
 
 
+class _DataPlate(Messenger):
+    """Names the plate over the data ``"data"``: the one called ``name``, or by default where none has that
+    name the only one as long as the batch at a first site. Plates without a size get that of their sites."""
+
+    def __init__(self, pair: Pair, batch: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.pair, self.name = pair, pair._data_plate
+        self.guess: str | None = None
+        self.size = next((len(part) for part in batch if isinstance(part, Tensor) and part.dim()), None)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        frames = msg["cond_indep_stack"]
+        if any(f.size == -1 for f in frames):
+            frames = tuple(f._replace(**_extent(f, msg)) if f.size == -1 else f for f in frames)
+        chosen = [f for f in frames if f.name == PLATE]
+        if chosen:
+            self.pair.__dict__["_data_plate"] = PLATE  # nothing is guessed in other runs
+        elif self.name is None:
+            chosen = [f for f in frames if f.dim is not None and f.size == self.size]
+            self.guess = chosen[0].name if len(chosen) == 1 else None
+            self.name = self.guess
+        elif self.name is not None:
+            chosen = [f for f in frames if f.name == self.name]
+        if len(chosen) == 1:
+            frames = tuple(f._replace(name=PLATE) if f is chosen[0] else f for f in frames)
+        elif self.name is not None and self.guess is None:
+            msg["outside_plate"] = self.name
+        msg["guessed_plate"] = self.guess is not None
+        msg["cond_indep_stack"] = frames
+
+
+def _extent(frame: Any, msg: Any) -> dict[str, int]:
+    """Size of a plate that was declared without one: the length of a site's distribution, or of its given
+    value, along the plate's dimension."""
+    shape, value = getattr(msg["fn"], "batch_shape", torch.Size()), msg["value"]
+    if isinstance(value, Tensor):
+        shape = torch.broadcast_shapes(shape, value.shape[: value.dim() - msg["fn"].event_dim])
+    size = shape[frame.dim] if len(shape) >= -frame.dim else 1
+    return {"size": size, "full_size": size}
+
+
 class Program(nn.Module):
     """A model or guide bound to its pair: callable and a module, so that ``elbo(model, guide)`` finds the
     parameters."""
@@ -123,9 +167,8 @@ class Program(nn.Module):
         self.__name__ = function.__name__
 
     def forward(self, *batch: Any, **named: Any) -> Any:
-        if _quiet and self.pair._without_pyro_samples():
-            return self._function(self.pair, *batch, **named)
-        with self.pair._pyro_context:
+        context = nullcontext() if _quiet and self.pair._without_pyro_samples() else self.pair._pyro_context
+        with context, _DataPlate(self.pair, (*batch, *named.values())):
             return self._function(self.pair, *batch, **named)
 
     def train(self, mode: bool = True) -> Program:
@@ -176,6 +219,8 @@ class Pair(PyroModule):
     ``encoder``.
     """
 
+    _data_plate: str | None = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("model", "guide"):
@@ -217,16 +262,23 @@ class Pair(PyroModule):
 
     @staticmethod
     def of(
-        model: Callable, guide: Callable, *, placeholder: Callable | None = None, plate: str | None = None
+        model: Callable,
+        guide: Callable,
+        *,
+        placeholder: Callable | None = None,
+        plate: str | None = None,
+        data_dim: int = 0,
     ) -> Pair:
         """Any two Pyro callables as a pair: functions that use ``pyro.param`` or ``pyro.module``,
         PyroModules, AutoGuides.
 
         Modules become the parts ``generator`` and ``encoder``. ``placeholder(n)`` returns a batch of n data
         of the right shape, which :meth:`simulate` needs. ``plate`` is the name of the plate over the data; by
-        default "data", else at each site the only plate as long as the batch.
+        default "data", else at each site the only plate as long as the batch. Batches have the data first;
+        ``data_dim=1`` is for programs that take them second, [T, B, *]: every part of a batch with more than
+        one dimension is turned for them.
         """
-        return _CallablePair(model, guide, placeholder, plate)
+        return _CallablePair(model, guide, placeholder, plate, data_dim)
 
     @property
     def name(self) -> str:
@@ -337,6 +389,7 @@ class Pair(PyroModule):
             raise ValueError(
                 f"{type(self).__name__}.placeholder({n}): expected {n} rows, got {batches.size(template)}"
             )
+        template = batches.contiguous(template)
         with evaluation_mode(self):
             observed = self._observed_parts(template)
             seed = int(torch.randint(2**31, ()))
@@ -347,7 +400,7 @@ class Pair(PyroModule):
             for (name, first), second in zip(
                 batches.parts(batch).items(), batches.parts(again).values(), strict=True
             )
-            if not torch.equal(first, second)
+            if not torch.equal(batches.dense(first), batches.dense(second))
         ]
         # Discrete draws from different distributions may be equal.
         changed += [
@@ -362,8 +415,9 @@ class Pair(PyroModule):
             )
         return latents, batch
 
-    def _observed_parts(self, batch: Batch) -> dict[str, int]:
-        """The index of the part of the batch that each observed site observes, by shared memory."""
+    def _observed_parts(self, batch: Batch) -> dict[str, tuple[int, Tensor]]:
+        """The index of the part of the batch that each observed site observes, by shared memory, and the
+        view of it that the site sees."""
         trace = prune_subsample_sites(batches.call(poutine.trace(self.model).get_trace, batch))
         tensors = list(batches.parts(batch).values())
         found = {}
@@ -377,7 +431,7 @@ class Pair(PyroModule):
                 )
             for i, part in enumerate(tensors):
                 if batches.same_memory(site["value"], part):
-                    found[name] = i
+                    found[name] = i, site["value"]
             if name not in found:
                 raise ValueError(
                     f"observed site {name!r} observes no part of the batch itself, only something computed "
@@ -386,7 +440,7 @@ class Pair(PyroModule):
         return found
 
     def _draw(
-        self, template: Batch, observed: dict[str, int], seed: int
+        self, template: Batch, observed: dict[str, tuple[int, Tensor]], seed: int
     ) -> tuple[dict[str, Tensor], Batch, dict[str, Tensor]]:
         """Latents by site, the batch drawn, and the log probability of each site's draw."""
         cuda = [t.device for t in self.parameters() if t.is_cuda][:1]
@@ -395,8 +449,10 @@ class Pair(PyroModule):
             trace = batches.call(poutine.trace(poutine.uncondition(self.model)).get_trace, template)
         trace = prune_subsample_sites(trace)
         tensors = list(batches.parts(template).values())
-        for name, i in observed.items():
-            tensors[i] = trace.nodes[name]["value"].reshape(tensors[i].shape).to(tensors[i].dtype)
+        for name, (i, view) in observed.items():
+            # As it lies in the batch: a transposed view is filled as such.
+            tensors[i] = torch.empty_like(tensors[i])
+            tensors[i].as_strided(view.shape, view.stride()).copy_(trace.nodes[name]["value"])
         latents = {
             k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
         }
@@ -439,35 +495,28 @@ class ExactPair(Pair):
         return type(self).guide is ExactPair.guide
 
 
-class _DataPlate(Messenger):
-    """Names the plate over the data ``"data"``: the one called ``name``, or by default the only one of
-    ``size`` elements where none has that name."""
-
-    def __init__(self, name: str | None, size: int) -> None:
-        super().__init__()
-        self.name, self.size = name, size
-
-    def _pyro_sample(self, msg: Any) -> None:
-        frames = msg["cond_indep_stack"]
-        if any(f.name == PLATE for f in frames):
-            return
-        if self.name is None:
-            chosen = [f for f in frames if f.dim is not None and f.size == self.size]
-        else:
-            chosen = [f for f in frames if f.name == self.name]
-        if len(chosen) == 1:
-            msg["cond_indep_stack"] = tuple(f._replace(name=PLATE) if f is chosen[0] else f for f in frames)
-
-
 class _CallablePair(Pair):
     def __init__(
-        self, model: Callable, guide: Callable, placeholder: Callable | None, plate: str | None
+        self,
+        model: Callable,
+        guide: Callable,
+        placeholder: Callable | None,
+        plate: str | None,
+        data_dim: int,
     ) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
                 raise TypeError(f"{name}: expected a Pyro callable, got a {type(program).__name__}")
+        if isinstance(data_dim, bool) or not isinstance(data_dim, int) or data_dim < 0:
+            raise ValueError(f"data_dim: expected a dimension, counted from 0, got {data_dim!r}")
         super().__init__()
-        self.__dict__.update(_callables=(model, guide), _placeholder=placeholder, _plate=plate)
+        run = guide
+        if isinstance(guide, GuideMessenger):
+            # It runs the model, whose observed sites are none of the guide's.
+            run = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+        self.__dict__.update(
+            _callables=(model, run), _placeholder=placeholder, _data_plate=plate, _dim=data_dim
+        )
         # Registering a PyroModule as a submodule through PyroModule would change its names in the store.
         for part, program in (("generator", model), ("encoder", guide)):
             owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
@@ -480,15 +529,19 @@ class _CallablePair(Pair):
         return getattr(model, "__name__", type(model).__name__)
 
     def model(self, *batch: Any, **named: Any) -> Any:
-        return self._run(0, batch, named)
+        return self._call(0, batch, named)
 
     def guide(self, *batch: Any, **named: Any) -> Any:
-        return self._run(1, batch, named)
+        return self._call(1, batch, named)
 
-    def _run(self, which: int, batch: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        parts = [x for x in (*batch, *named.values()) if isinstance(x, Tensor) and x.dim()]
-        with _DataPlate(self.__dict__["_plate"], len(parts[0]) if parts else -1):
-            return self.__dict__["_callables"][which](*batch, **named)
+    def _call(self, which: int, batch: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def turned(part: Any) -> Any:
+            dim = self.__dict__["_dim"]
+            return part.movedim(0, dim) if dim and isinstance(part, Tensor) and part.dim() > dim else part
+
+        return self.__dict__["_callables"][which](
+            *map(turned, batch), **{name: turned(part) for name, part in named.items()}
+        )
 
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         make = self.__dict__["_placeholder"]

@@ -2,6 +2,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from pyroelbo import batch as batches
 from pyroelbo import fit
@@ -31,6 +32,30 @@ def test_batches_from_pandas_frames():
     assert batches.size(batches.as_batch((frame, frame["b"]))) == 2
     run = fit(PPCA(3, 1), frame, epochs=1, progress=False)
     assert run.stopped == "epochs"
+
+
+def test_packed_sequences_are_parts():
+    first = torch.arange(24.0).reshape(3, 4, 2)
+    packed = pack_padded_sequence(first, torch.tensor([2, 4, 3]), batch_first=True, enforce_sorted=False)
+    batch = batches.as_batch((torch.zeros(3), packed))
+    assert batches.size(batch) == 3 and batches.size(batches.as_batch(packed)) == 3
+    assert batches.call(lambda x: x, packed) is packed
+    some = batches.rows(batch, torch.tensor([2, 0]))[1]
+    right = first[[2, 0], :3].clone()
+    right[1, 2] = 0.0  # padding of the shorter one
+    assert torch.equal(batches.dense(some), right)
+    twice = batches.repeat(batch, 2)[1]
+    assert torch.equal(batches.dense(twice), batches.dense(packed).repeat(2, 1, 1))
+    with pytest.raises(ValueError, match=r"data\[0\].*: 4"):
+        batches.as_batch((torch.zeros(4), packed))
+
+
+def test_a_joint_batch_has_parts_of_any_shape():
+    batch = batches.as_batch((torch.zeros(3), torch.zeros(4, 2), torch.tensor(1.0), 2, 0.5), scope="joint")
+    assert batches.size(batch) == 3
+    assert [part.dtype for part in batch[3:]] == [torch.int64, torch.float64]
+    with pytest.raises(ValueError, match=r"data\[1\]: expected finite"):
+        batches.as_batch((torch.zeros(3), torch.tensor(float("nan"))), scope="joint")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pyroelbo.evaluation.finite import EnumerableVectors
 from pyroelbo.evaluation.masks import ModelMasks, log_prob_of
 from pyroelbo.evaluation.probes import check_factors
 from pyroelbo.evaluation.programs import Programs
-from pyroelbo.evaluation.sites import Unavailable, sample_sites, unenumerable
+from pyroelbo.evaluation.sites import Unavailable, data_frame, sample_sites, unenumerable
 from pyroelbo.numerics import logsumexp
 from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
 
@@ -50,6 +50,9 @@ def enumerate_latents(
             with programs.quiet():
                 check_factors(programs, few, trace, factors, {})
     trace, factors = _enumerated(pair, batch, depth)
+    if scope == "datum":
+        for _, site in sample_sites(trace):
+            data_frame(site, "model")
     kept = {PLATE: batches.size(batch)} if scope == "datum" else {}
     return FactorGraph.of(trace, factors, kept), depth
 

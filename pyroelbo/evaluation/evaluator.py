@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor, nn
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
@@ -34,6 +35,7 @@ from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import (
     Unavailable,
     check_observation,
+    data_frame,
     inner_plates,
     is_one,
     is_point,
@@ -88,11 +90,11 @@ class Evaluator:
         if scope not in ("datum", "joint"):
             raise ValueError(f"scope: expected 'datum' or 'joint', got {scope!r}")
         self.pair = pair
-        self.batch: Batch = batches.to(batches.as_batch(batch, "y"), pair.device)
+        self.batch: Batch = batches.to(batches.as_batch(batch, "y", scope), pair.device)
         self.size = 1 if scope == "joint" else batches.size(self.batch)
         self.scope = scope
         self.notes: tuple[str, ...] = ()
-        self.programs = Programs(pair, with_guide, summing)
+        self.programs = Programs(pair, with_guide, summing, whole=scope == "joint")
         self.merged: frozenset[str] = frozenset()
         self._check_values = True
         # Pairs that differ in given values only share what was found once.
@@ -192,8 +194,7 @@ class Evaluator:
     @property
     def cells(self) -> int:
         """Number of (particle, datum) pairs in one pass."""
-        device = next(iter(batches.parts(self.batch).values())).device
-        return memory.cells(self._elements, device, self.layout.dtype)
+        return memory.cells(self._elements, self.pair.device, self.layout.dtype)
 
     @functools.cached_property
     def guide_cells(self) -> int:
@@ -242,10 +243,10 @@ class Evaluator:
         if not self.latents:
             raise Unavailable("the model has no latents: its log probability is exact, and elbo gives it")
 
-    def refuse_auxiliary(self, why: str = "q(z | y) has no density then") -> None:
+    def refuse_auxiliary(self, why: str = "q(z | y) has no density then", remedy: str = "") -> None:
         """:class:`Unavailable`, naming the site and saying why, for guide sites that the model lacks."""
         if self.auxiliary:
-            raise Unavailable(f"guide site {min(self.auxiliary)!r} is auxiliary: {why}")
+            raise Unavailable(f"guide site {min(self.auxiliary)!r} is auxiliary, {why}", remedy)
 
     def refuse_scales(self, method: str) -> None:
         """:class:`Unavailable` where a site carries a scale within its datum: importance weights and sums
@@ -279,18 +280,29 @@ class Evaluator:
 
     def _look(self) -> tuple[Layout, Strategy, float]:
         """Layout, strategy, and elements of the largest tensor per particle and datum."""
+        if self.programs.with_guide and _without_parameters(getattr(self.pair, "encoder", None)):
+            batches.call(self.pair.guide, self.batch)  # it takes its plates' sizes from its first batch
         if self.scope == "joint":
-            return self._choose(Layout.of(self.programs, self.batch, "joint"), self.batch)
-        encoder = getattr(self.pair, "encoder", None)
-        if self.programs.with_guide and isinstance(encoder, AutoGuide) and encoder.prototype_trace is None:
-            batches.call(encoder, self.batch)  # it takes its plates' sizes from its first batch
+            return self._choose(self._joint_layout(), self.batch)
         few = batches.rows(self.batch, slice(0, 3))
         try:
-            return self._choose(Layout.of(self.programs, few, "datum", sliceable=True), few)
+            layout = Layout.of(self.programs, few, "datum", sliceable=True)
+            if layout.guessed and self.size > 2:
+                Layout.of(self.programs, batches.rows(self.batch, slice(0, 2)), "datum")  # three by chance?
+            return self._choose(layout, few)
         except _UNSUITED:
             # Tied to its whole batch, by a mask or a plate of a fixed size; or an error that
             # the batch raises again.
             return self._choose(Layout.of(self.programs, self.batch, "datum"), self.batch)
+
+    def _joint_layout(self) -> Layout:
+        try:
+            return Layout.of(self.programs, self.batch, "joint")
+        except _UNSUITED:
+            # Plates that subsample a data set of which the batch is a part are refused by name.
+            plain = Programs(self.pair, self.programs.with_guide, self.programs.summing)
+            Layout.of(plain, self.batch, "joint")
+            raise
 
     def _probe(self) -> None:
         """Refuse masked latents that are in use, and data that depend on one another."""
@@ -303,8 +315,8 @@ class Evaluator:
         few = self._rows(_unlike(self.batch) if self.sliceable else None)
         tries = 1 if self.strategy.most is None else 4  # a branch on latents may go the same way by chance
         found = itertools.chain(
-            (coupled_site(self.programs, few) for _ in range(tries)),
-            (coupled_latents(self.programs, self._rows(rows)) for rows in blocks),
+            (coupled_site(self.programs, few, self.layout.dim) for _ in range(tries)),
+            (coupled_latents(self.programs, self._rows(rows), self.layout.dim) for rows in blocks),
         )
         site = next((s for s in found if s is not None), None)
         if site is not None:
@@ -396,14 +408,22 @@ class Evaluator:
         guide, model = self._traces(batch, particles, latents)
         log_model = self._by_site(model, batch, particles, "model")
         log_guide = self._by_site(guide, batch, particles, "guide") if self.layout.guide_sites else {}
+        log_guide, log_model = self._split(log_guide, log_model)
         if not log_guide:
             log_guide = {"(none)": torch.zeros_like(next(iter(log_model.values())))}
         size = self._size(batch)
+        nodes = {**guide.nodes, **model.nodes}
         values = {
-            k: self.strategy.fold(model.nodes[k]["value"], site, particles, size)
+            k: self.strategy.fold(nodes[k]["value"], site, particles, size)
             for k, site in self.latents.items()
         }
         return Terms(log_model, log_guide, self._observed_terms, values)
+
+    def _split(
+        self, guide: dict[str, Tensor], model: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms of guide and model as they are compared."""
+        return guide, model
 
     def _size(self, batch: Batch) -> int:
         return 1 if self.scope == "joint" else batches.size(batch)
@@ -468,6 +488,8 @@ class Evaluator:
         for name, site in sample_sites(trace):
             log_prob = self._log_prob(name, site, batch, program, mask_latents)
             if self.layout.summed and depends_on_finite(site, log_prob):
+                if self.scope == "datum":
+                    data_frame(site, program)
                 tables[name] = log_prob
             else:
                 terms[name] = self.strategy.total(log_prob, site, program, particles, size)
@@ -505,7 +527,8 @@ class Evaluator:
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._check_values and site["is_observed"] and name in self.observed:
-            check_observation(site, batch, support=not (movable(site["fn"]) and name in self._moving))
+            moving = movable(site["fn"]) and name in self._moving
+            check_observation(site, batch, self.scope, support=not moving)
         summed = name in self.layout.summed
         latent, beyond = name in self.latents or summed, (program, name) in self.layout.beyond
         try:
@@ -552,17 +575,25 @@ class Evaluator:
         return Terms(joined("log_model"), joined("log_guide"), parts[0].observed, latents)
 
 
+def _without_parameters(guide: Any) -> bool:
+    """Whether an automatic guide has yet to make its parameters, from the first batch that it is given."""
+    if isinstance(guide, GuideMessenger):
+        return isinstance(guide, nn.Module) and next(guide.parameters(), None) is None
+    return isinstance(guide, AutoGuide) and guide.prototype_trace is None
+
+
 @contextmanager
 def _same_random_numbers(batch: Batch) -> Iterator[None]:
     """Context manager that leaves the states of the random number generators as they were."""
-    devices = {t.device for t in batches.parts(batch).values() if t.is_cuda}
+    devices = {t.data.device for t in batches.parts(batch).values() if t.is_cuda}
     with torch.random.fork_rng(devices=devices):
         yield
 
 
 def _unlike(batch: Batch, rows: int = 3, most: int = 1000) -> Tensor:
     """Indices of the first row and of others, first of those that differ from it."""
-    parts = [t[:most].reshape(min(most, len(t)), -1) for t in batches.parts(batch).values()]
+    whole = map(batches.dense, batches.parts(batch).values())
+    parts = [t[:most].reshape(min(most, len(t)), -1) for t in whole]
     differs = torch.stack([(t != t[:1]).any(1) for t in parts]).any(0)
     differs[0] = True
     return differs.long().argsort(descending=True, stable=True)[:rows]

@@ -84,7 +84,7 @@ class FreeGuide:
             events = latent.event_shape[: latent.event_dim - fn.event_dim]
             shape = (*lead, *events, *value.shape[value.dim() - own :])
             parameters[key] = value.expand(shape).clone()
-        return _Site(kind, latent.event_dim - fn.event_dim, parameters)
+        return _Site(kind, latent.event_dim - latent.batch_dims - fn.event_dim, parameters)
 
     def start(self) -> dict[_Key, Tensor]:
         """The amortized guide's parameters, unconstrained, by site and name."""

@@ -164,9 +164,9 @@ def _prior_draws(prior: Programs, batch: Batch) -> dict[str, Any] | None:
         return None
 
 
-def coupled_site(programs: Programs, batch: Batch) -> str | None:
-    """A site of the model whose term for one datum changes with other rows or their latents; None if there is
-    none.
+def coupled_site(programs: Programs, batch: Batch, plate: int) -> str | None:
+    """A site of the model whose term for one datum, along the dimension ``plate``, changes with other rows or
+    their latents; None if there is none.
 
     A centring over the batch (``k - k.mean(-1)``, ``obs=y - y.mean(0)``) couples the data: they have no
     evidence of their own. For the first and the last datum, the other rows are replaced by copies of it, with
@@ -191,21 +191,21 @@ def coupled_site(programs: Programs, batch: Batch) -> str | None:
             new = _filled(fresh[name], -1)
             if new.shape != value.shape:
                 return None  # the shape follows the rows (a longest sequence): nothing to compare
-            dim = value.dim() - sites[name]["fn"].event_dim - 1
+            dim = value.dim() - sites[name]["fn"].event_dim + plate
             kept = torch.arange(size).reshape(-1, *[1] * (value.dim() - 1 - dim)) == row
             other[name] = torch.where(kept, value, new)
         after = _live_terms(programs, copies, other)
         for name, term in before.items():
-            if not torch.allclose(
-                term[..., row], after[name][..., row], rtol=1e-4, atol=1e-5, equal_nan=True
-            ):
+            own, moved = term.select(plate, row), after[name].select(plate, row)
+            if not torch.allclose(own, moved, rtol=1e-4, atol=1e-5, equal_nan=True):
                 return name
     return None
 
 
-def coupled_latents(programs: Programs, batch: Batch) -> str | None:
-    """A site of the model whose term for one datum changes with the latents of another row, however few such
-    rows there are (an index of groups that are as many as the data); None if there is none.
+def coupled_latents(programs: Programs, batch: Batch, plate: int) -> str | None:
+    """A site of the model whose term for one datum, along the dimension ``plate``, changes with the latents
+    of another row, however few such rows there are (an index of groups that are as many as the data); None
+    if there is none.
 
     Two draws of all latents are mixed by each binary digit of the row's number: any two rows differ in some
     digit, and a datum's terms must be those of the draw that it has. Cost: 2 + log2 B evaluations of a datum.
@@ -215,7 +215,7 @@ def coupled_latents(programs: Programs, batch: Batch) -> str | None:
     drawn = [sites for sites in (_prior_draws(prior, batch) for _ in range(2)) if sites is not None]
     if len(drawn) < 2:
         return None
-    dims = {name: -1 - site["fn"].event_dim for name, site in drawn[0].items()}
+    dims = {name: plate - site["fn"].event_dim for name, site in drawn[0].items()}
     both = [{name: _filled(site, -i) for name, site in sites.items()} for i, sites in enumerate(drawn)]
     if any(value.shape != both[1][name].shape for name, value in both[0].items()):
         return None
@@ -231,7 +231,7 @@ def coupled_latents(programs: Programs, batch: Batch) -> str | None:
 
         mixed = {name: chosen(name, both, dim) for name, dim in dims.items()}
         for name, term in _live_terms(programs, batch, mixed).items():
-            if not torch.allclose(term, chosen(name, alone, -1), rtol=1e-4, atol=1e-5, equal_nan=True):
+            if not torch.allclose(term, chosen(name, alone, plate), rtol=1e-4, atol=1e-5, equal_nan=True):
                 return name
     return None
 

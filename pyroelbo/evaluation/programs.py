@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -31,12 +32,16 @@ class Programs:
 
     ``wrap`` encloses each program, for instance in a plate of particles; ``around`` the model
     alone. With ``summing``, finite latents that are marked so and that the guide leaves out are summed.
+    ``whole`` runs plates that subsample over all their elements instead.
     """
 
-    def __init__(self, pair: Pair, with_guide: bool = True, summing: bool = True) -> None:
+    def __init__(
+        self, pair: Pair, with_guide: bool = True, summing: bool = True, whole: bool = False
+    ) -> None:
         self.pair = pair
         self.with_guide = with_guide
         self.summing = summing
+        self.whole = whole
 
     def summed(self, guide: Any, model: Any) -> frozenset[str]:
         """The latent sites of two traces that are summed out."""
@@ -48,6 +53,10 @@ class Programs:
         validation."""
         with evaluation_mode(self.pair), unregistered(), pyro.validation_enabled(False):
             yield
+
+    def _trace(self, program: Callable, batch: Batch) -> Any:
+        with _whole_plates() if self.whole else nullcontext():
+            return batches.call(poutine.trace(program).get_trace, batch)
 
     def traces(
         self,
@@ -66,30 +75,35 @@ class Programs:
             guide, model = (poutine.condition(p, data=latents) for p in (guide, model))
         drawn = poutine.Trace()
         if self.with_guide if with_guide is None else with_guide:
-            drawn = batches.call(poutine.trace(guide).get_trace, batch)
+            drawn = self._trace(guide, batch)
             model = poutine.replay(model, trace=drawn)
-        seen = batches.call(poutine.trace(model).get_trace, batch)
+        seen = self._trace(model, batch)
         return prune_subsample_sites(drawn), prune_subsample_sites(seen)
 
     def again(
-        self, batch: Batch, values: Mapping[str, Tensor], *, around: Wrap = _as_it_is
+        self,
+        batch: Batch,
+        values: Mapping[str, Tensor],
+        *,
+        wrap: Wrap = _as_it_is,
+        around: Wrap = _as_it_is,
     ) -> tuple[Any, Any]:
         """Traces of guide and model with given ``values``, those of the guide's auxiliary sites included."""
         drawn = poutine.Trace()
         if not self.with_guide:
             return drawn, self.model(batch, values, around=around)
-        guide = poutine.condition(ModelMasks()(self.pair.guide), data=values)
-        drawn = batches.call(poutine.trace(guide).get_trace, batch)
+        guide = poutine.condition(wrap(ModelMasks()(self.pair.guide)), data=values)
+        drawn = self._trace(guide, batch)
         for name in values:
             drawn.nodes[name]["is_observed"] = False  # a model is replayed on draws only
-        program = poutine.replay(around(ModelMasks()(self.pair.model)), trace=drawn)
-        seen = batches.call(poutine.trace(program).get_trace, batch)
+        program = poutine.replay(around(wrap(ModelMasks()(self.pair.model))), trace=drawn)
+        seen = self._trace(program, batch)
         return prune_subsample_sites(drawn), prune_subsample_sites(seen)
 
     def model(self, batch: Batch, latents: Mapping[str, Tensor], *, around: Wrap = _as_it_is) -> Any:
         """A trace of the model alone, at given latents."""
         program = poutine.condition(around(ModelMasks()(self.pair.model)), data=latents)
-        return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))
+        return prune_subsample_sites(self._trace(program, batch))
 
     def guide(
         self, batch: Batch, latents: Mapping[str, Tensor] | None = None, *, wrap: Wrap = _as_it_is
@@ -98,4 +112,24 @@ class Programs:
         program = wrap(ModelMasks()(self.pair.guide))
         if latents is not None:
             program = poutine.condition(program, data=latents)
-        return prune_subsample_sites(batches.call(poutine.trace(program).get_trace, batch))
+        return prune_subsample_sites(self._trace(program, batch))
+
+
+@contextmanager
+def _whole_plates() -> Iterator[None]:
+    """Context manager in which a plate of ``size`` and ``subsample_size`` has all its elements.
+
+    Pyro draws a plate's indices when the plate is made, before any handler sees how many there are to be.
+    """
+    drawn = SubsampleMessenger._subsample
+
+    def whole(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
+    ) -> Any:
+        return drawn(name, size, None if subsample is None else subsample_size, subsample, *rest)
+
+    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(drawn)  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Multinomial, biject_to, constraints
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
@@ -36,7 +36,12 @@ POINT = (
 
 
 class Unavailable(ValueError):
-    """The pair has no such value; the message says why."""
+    """The pair has no such value; the message says why (``reason``), and what to do instead if there is
+    something."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}{remedy and ': '}{remedy}")
+        self.reason = reason
 
 
 def refuse_infinite(elbo: Tensor) -> None:
@@ -64,13 +69,17 @@ def data_frame(site: Any, program: str) -> Any:
             return frame
     kind = "observes" if site["is_observed"] else "draws a latent"
     plates = [f.name for f in site["cond_indep_stack"] if f.dim is not None]
-    named = ""
-    if plates:
-        named = f" If its plate {plates[0]!r} runs over the data, pass Pair.of(..., plate={plates[0]!r})."
+    named = site.get("outside_plate", PLATE)
+    remedy = f"Write `with pyro.plate({named!r}, len(y)):` around the sites of one datum"
+    if plates and named == PLATE:
+        remedy = (
+            f"If its plate {plates[0]!r} runs over the data, only the name is in the way: pass Pair.of(..., "
+            f"plate={plates[0]!r}), or call the plate {PLATE!r}"
+        )
     raise ValueError(
-        f"{program} site {site['name']!r} {kind} outside the plate {PLATE!r}, so there is no bound per "
-        f'datum: only a joint one over the whole batch, scope="joint".{named} Write '
-        f'`with pyro.plate("{PLATE}", len(y)):` around the sites of one datum'
+        f"{program} site {site['name']!r} {kind} outside the plate {named!r}"
+        f"{f' (in {plates})' if plates else ''}, so there is no bound per datum: only a joint one over the "
+        f'whole batch, scope="joint". {remedy}'
     )
 
 
@@ -81,12 +90,13 @@ def observed_part(site: Any, batch: Batch) -> str | None:
     return next(found, None)
 
 
-def check_observation(site: Any, batch: Batch, support: bool = True) -> None:
+def check_observation(site: Any, batch: Batch, scope: str = "datum", support: bool = True) -> None:
     """Refuse an observation of the wrong shape or, with ``support``, outside its distribution's, naming the
     site."""
     fn, value, name = site["fn"], site["value"], site["name"]
     event = tuple(fn.event_shape)
-    if event and value.dim() <= len(event) and observed_part(site, batch) is not None:
+    alone = scope == "datum" and event and value.dim() <= len(event)
+    if alone and observed_part(site, batch) is not None:
         raise ValueError(
             f"observed site {name!r}: expected a batch of events of shape {event}, got data of shape "
             f"{tuple(value.shape)}. Pass y[None] for a single datum"
@@ -96,9 +106,17 @@ def check_observation(site: Any, batch: Batch, support: bool = True) -> None:
             f"observed site {name!r}: expected events of shape {event}, got data of shape "
             f"{tuple(value.shape)}"
         )
-    declared = getattr(fn, "support", None)
+    declared = observed_support(fn)
     if support and declared is not None and isinstance(value, Tensor):
         check_support(name, type(base_of(fn)).__name__, declared, spread(fn, value))
+
+
+def observed_support(fn: Any) -> Any:
+    """The support of an observation: counts of any total for a multinomial, whose log probability takes the
+    total from the data."""
+    if isinstance(base_of(fn), Multinomial):
+        return constraints.independent(constraints.nonnegative_integer, 1)
+    return getattr(fn, "support", None)
 
 
 def check_support(name: str, kind: str, support: Any, value: Tensor) -> None:
@@ -150,7 +168,7 @@ def check_joint(site: Any, program: str) -> None:
         if frame.full_size is not None and frame.full_size != frame.size:
             raise ValueError(
                 f"{program} site {name!r}: expected all {frame.full_size} elements of the plate "
-                f"{frame.name!r} for a joint bound, got {frame.size}"
+                f"{frame.name!r} for a joint bound, got {frame.size}: the batch must be the whole data set"
             )
     scale = torch.as_tensor(site["scale"]).double()
     if "within_datum" in site or bool((scale != 1).any()):

@@ -66,8 +66,8 @@ class Strategy(ABC):
 
 class _PerDatum(Strategy):
     def _expanded(self, log_prob: Tensor, site: Any, program: str, expected: int) -> Tensor:
-        """The log probability over all of the site's plates; ValueError for dimensions that no plate
-        declares."""
+        """The log probability over all of the site's plates, summed over those right of the data plate;
+        ValueError for dimensions that no plate declares."""
         name, frame = site["name"], data_frame(site, program)
         if frame.size != expected:
             raise ValueError(
@@ -81,7 +81,13 @@ class _PerDatum(Strategy):
                     f"{program} site {name!r}: expected {declared} at batch dim {-1 - axis}, as its plates "
                     f"declare, got {have}. Declare the dimension as an event with .to_event(), or add a plate"
                 )
-        return log_prob.expand(full)
+        log_prob = log_prob.expand(full)
+        return log_prob.sum(tuple(range(-self.inner, 0))) if self.inner else log_prob
+
+    @property
+    def inner(self) -> int:
+        """Number of plate dimensions right of the data plate."""
+        return -1 - self.layout.dim
 
 
 class Plate(_PerDatum):
@@ -95,12 +101,12 @@ class Plate(_PerDatum):
         return value.reshape(-1, *shape).expand(particles, *shape) if value.numel() else value
 
     def unfold(self, value: Tensor, site: LatentSite) -> Tensor:
-        gap = self.layout.depth - 1 - len(site.plate_shape)
+        gap = self.layout.depth - 1 - len(site.plate_shape) - site.batch_dims
         return value.reshape(len(value), *[1] * gap, *value.shape[1:])
 
     def total(self, log_prob: Tensor, site: Any, program: str, particles: int, size: int) -> Tensor:
         log_prob = self._expanded(log_prob, site, program, size)
-        lead = log_prob.dim() - 1 - self.layout.depth
+        lead = log_prob.dim() - 1 - (self.layout.depth - self.inner)
         log_prob = log_prob.reshape(particles if lead >= 0 else 1, -1, size).sum(1)
         return log_prob.expand(particles, size)
 
@@ -134,7 +140,7 @@ class Repeat(_PerDatum):
         return {PLATE: particles * size}
 
     def one(self, value: Tensor, site: Any, particles: int, index: int) -> Tensor:
-        axis = value.dim() - site["fn"].event_dim - 1
+        axis = value.dim() - site["fn"].event_dim - 1 - self.inner
         return value.unflatten(axis, (particles, -1)).select(axis, index)
 
 

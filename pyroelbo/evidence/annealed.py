@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyroelbo.evaluation.auxiliary import GuideSpace
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evidence.bounds import count_of, posterior_draws, weighted
@@ -24,6 +25,7 @@ from pyroelbo.results import Bound, Sandwich
 __all__ = ["ais", "bdmc"]
 
 _TARGET = 0.8  # acceptance that the pilot's step sizes aim at
+_NO_INVERSE = "and its value for given latents is not known", "use start='prior'"
 _PILOT = 8  # particles of the pilot
 _PILOT_MOVES = 60  # fewest transitions of the pilot: with few temperatures it makes several at each
 
@@ -90,7 +92,9 @@ def ais(
             f"{type(pair).__name__} has no exact posterior to start from in {scope} scope: reverse=True "
             "expects an ExactPair, reverse='chains' any pair (an estimate), and bdmc any pair that simulates"
         )
-    evaluator = Evaluator(pair, y, with_guide=_with_guide(start), scope=scope)
+    evaluator = GuideSpace(pair, y, with_guide=_with_guide(start), scope=scope)
+    if reverse is True:
+        evaluator.refuse_auxiliary(*_NO_INVERSE)
     annealer = _Annealer(evaluator, temperatures, leapfrog, start)
     if reverse == "chains" and temperatures < 2:
         raise ValueError(f"temperatures: expected at least 2 for reverse='chains', got {temperatures}")
@@ -149,7 +153,8 @@ def bdmc(
     """
     count_of(particles)
     latents, batch = pair.simulate(num_data, *given, like=like)
-    evaluator = Evaluator(pair, batch, with_guide=_with_guide(start))
+    evaluator = GuideSpace(pair, batch, with_guide=_with_guide(start))
+    evaluator.refuse_auxiliary(*_NO_INVERSE)
     annealer = _Annealer(evaluator, temperatures, leapfrog, start)
     size = evaluator.size
     simulated = {
@@ -223,7 +228,6 @@ class _Annealer:
         self.evaluator = evaluator
         self.evaluator.refuse_scales("AIS")
         self.evaluator.refuse_empty()
-        self.evaluator.refuse_auxiliary("q(z | y) has no density then; use start='prior'")
         self.space = Unconstrained(self.evaluator, partial=True)
         self.lattice = Lattice(self.evaluator)
         self.potential = Potential(self.evaluator, self.space, self.lattice, start)

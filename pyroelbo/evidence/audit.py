@@ -18,7 +18,7 @@ from pyroelbo.evaluation.precision import double, in_double
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.evaluation.supports import support_of
 from pyroelbo.evidence.annealed import ais
-from pyroelbo.evidence.bounds import elbo, iwae
+from pyroelbo.evidence.bounds import FEW, elbo, iwae
 from pyroelbo.evidence.budget import Budget
 from pyroelbo.evidence.conditional import given_globals
 from pyroelbo.evidence.exact import exact
@@ -34,7 +34,7 @@ def _ais(pair: Pair, batch: Any, *, temperatures: int, scope: str, progress: boo
         return ais(pair, batch, temperatures, scope=scope, progress=progress)
     except Unavailable as reason:
         bound = ais(pair, batch, temperatures, start="prior", scope=scope, progress=progress)
-        return replace(bound, notes=(*bound.notes, f"started from the prior: {reason}"))
+        return replace(bound, notes=(*bound.notes, f"started from the prior: {reason.reason}"))
 
 
 _REFERENCES: dict[str, Callable[..., Bound]] = {
@@ -98,7 +98,7 @@ def audit(
             "given: expected no joint scope and no budget beside it, got scope "
             f"{scope!r} and budget {budget!r}. Choose particles and draws"
         )
-    batch = batches.as_batch(y, "y")
+    batch = batches.as_batch(y, "y", scope)
     pair = pair.written_out()
     if isinstance(references, (str, Bound)):
         raise ValueError(
@@ -174,10 +174,24 @@ def audit(
         notes = [theta.note, *notes, *_uncovered(theta.pairs[0], batch, scope)]
         return Audit(pair.name, tuple(bounds), anchor, tuple(notes), theta.divergence)
     _check_exact(pair, batch, scope, Audit(pair.name, tuple(bounds), anchor))
+    notes += _decided_alone(bounds, found, budget)
     notes += _uncovered(pair, batch, scope)
     if scope == "joint":
         notes.insert(0, f"joint: all {batches.size(batch)} data as one datum")
     return Audit(pair.name, tuple(bounds), anchor, tuple(notes))
+
+
+def _decided_alone(bounds: Sequence[Bound], references: Sequence[Bound], budget: Any) -> list[str]:
+    """What to do where a single draw decides the weights and there is no reference."""
+    poor = [b for b in bounds if b.ess is not None and b.draws >= 5 * FEW and bool((b.ess < FEW).any())]
+    if references or not poor:
+        return []
+    where = "" if poor[0].scope == "joint" else " for some data"
+    advice = "a larger budget" if budget else "references=('ais',), or a budget such as '1min'"
+    return [
+        f"{poor[0].method} is decided by a single draw{where}, and this table tells little: annealing moves "
+        f"the draws to the posterior ({advice})"
+    ]
 
 
 def _check(bound: Bound, size: int, scope: str) -> None:
@@ -219,10 +233,10 @@ def _check_exact(pair: Pair, batch: Any, scope: str, found: Audit) -> None:
                 found,
             )
     if scope == "datum" and getattr(pair, "exact_guide", False):
-        with torch.no_grad(), in_double(pair):
-            terms = Evaluator(pair, double(batch)).sample(1, latents=False)
+        with torch.no_grad(), in_double(pair) as place:
+            terms = Evaluator(pair, double(batches.to(batch, place))).sample(1, latents=False)
         size = sum(t[0].double().abs() for t in (*terms.log_model.values(), *terms.log_guide.values()))
-        apart = (terms.log_weight[0].double() - exact.value).abs()
+        apart = (terms.log_weight[0].double() - exact.value.to(place)).abs()
         wrong = apart > _ROUNDING * (1 + size)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
@@ -261,6 +275,8 @@ def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
     notes = []
     for name, fn in sites.items():
         outside = ~support_of(fn).check(terms.latents[name])
+        if scope == "datum" and evaluator.latents[name].batch_dims:
+            outside = outside.flatten(outside.dim() - evaluator.latents[name].batch_dims).any(-1)
         plates = [1] * (outside.dim() - possible.dim())
         counted = possible.reshape(len(possible), *plates, *possible.shape[1:]).expand_as(outside)
         share = float((outside & counted).sum() / counted.sum().clamp_min(1))

@@ -19,7 +19,7 @@ from pyroelbo.results import Bound, Terms
 
 __all__ = ["cubo", "elbo", "eubo", "iwae", "prior_monte_carlo", "terms"]
 
-_FEW = 2  # effective draws below which the standard error means nothing
+FEW = 2  # effective draws below which the standard error means nothing
 
 
 @torch.no_grad()
@@ -231,10 +231,10 @@ def weighted(
 def _distrust(ess: Tensor, k_hat: Tensor, particles: int) -> list[str]:
     """Notes on data whose standard errors mean little."""
     size, notes = ess.numel(), []
-    alone = int((ess < _FEW).sum()) if particles >= 5 * _FEW else 0
+    alone = int((ess < FEW).sum()) if particles >= 5 * FEW else 0
     if alone:
         notes.append(
-            f"effective sample size below {_FEW} for {alone} of {size} data: a single draw decides their "
+            f"effective sample size below {FEW} for {alone} of {size} data: a single draw decides their "
             "values, and their errors cannot be trusted"
         )
     bad = int((k_hat > 0.7).sum())

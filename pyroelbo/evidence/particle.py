@@ -75,7 +75,7 @@ def smc(
         raise ValueError(f"threshold: expected a share of the particles in [0, 1], got {threshold!r}")
     evaluator = Evaluator(pair, y, with_guide=proposal == "guide", scope=scope)
     evaluator.refuse_scales("SMC")
-    evaluator.refuse_auxiliary("use proposal='prior'")
+    evaluator.refuse_auxiliary(remedy="use proposal='prior'")
     evaluator.refuse_merged("a filter")
     totals: dict[int, list[Tensor]] = {}
     smallest: dict[int, list[Tensor]] = {}

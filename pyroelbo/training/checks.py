@@ -16,7 +16,7 @@ from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, Minibatches
 from pyroelbo.evaluation.probes import check_masks
 from pyroelbo.evaluation.programs import Programs
-from pyroelbo.evaluation.sites import check_observation, check_support, observed_part
+from pyroelbo.evaluation.sites import check_observation, check_support, observed_part, observed_support
 from pyroelbo.objectives.base import Update
 from pyroelbo.pair import PLATE, Pair
 
@@ -117,7 +117,7 @@ def _check_all(site: Any, batch: Batch, loader: Minibatches) -> None:
     if name is None or loader.tensors is None:
         return
     whole = batches.parts(loader.tensors)[name].reshape(-1, *site["value"].shape[1:])
-    support = site["fn"].support
+    support = observed_support(site["fn"])
     try:
         support.check(whole[:1])
     except RuntimeError:

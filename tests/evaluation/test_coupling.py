@@ -57,18 +57,20 @@ def test_data_coupled_through_latents_are_refused_per_datum(estimator, location)
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_two_rows_coupled_by_an_index_of_groups_are_found(whole):
-    """As many groups as data: one datum of eleven reads another's latent, which no few rows show."""
+    """As many groups as data, in their plate: one datum of eleven reads another's latent, which no few rows
+    show."""
     group = torch.arange(11)
     group[7] = 4
 
     def model(group, y):
-        with pyro.plate("groups", 11 if whole else len(y)):
+        plate = pyro.plate("data", 11 if whole else len(y))
+        with plate:
             level = pyro.sample("level", dist.Normal(torch.zeros(len(y)), 1.0))
-        with pyro.plate("data", len(y)):
+        with plate:
             pyro.sample("y", dist.Normal(level[..., group], 1.0), obs=y)
 
     def guide(group, y):
-        with pyro.plate("groups", 11 if whole else len(y)):
+        with pyro.plate("data", 11 if whole else len(y)):
             pyro.sample("level", dist.Normal(torch.zeros(len(y)), 1.0))
 
     with pytest.raises(ValueError, match="'y': the term of a datum depends on other data.*joint"):

@@ -7,13 +7,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib import gp
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoGuideList,
+    AutoHierarchicalNormalMessenger,
     AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoNormalMessenger,
 )
+from pyro.nn import PyroSample
 
 from pyroelbo import ExactPair, Pair, audit, evidence
 from pyroelbo.evaluation.evaluator import Evaluator
@@ -94,10 +99,9 @@ def test_autoguides_on_a_hierarchy_with_both_kinds_of_latents(auto):
     iwae = evidence.iwae(pair, y, 60_000, scope="joint")
     assert abs(float(torch.expm1(truth - iwae.value))) < Z_LIMIT * float(iwae.stderr)
     assert float(evidence.elbo(pair, y, 500, scope="joint").value) < float(truth)
-    with pytest.raises(evidence.Unavailable, match="use start='prior'"):
-        evidence.ais(pair, y, 10, scope="joint")
-    ais = evidence.ais(pair, y, 60, 100, start="prior", scope="joint", progress=False)
-    assert abs(float(torch.expm1(truth - ais.value))) < Z_LIMIT * float(ais.stderr)
+    for start in ("guide", "prior"):
+        ais = evidence.ais(pair, y, 60, 100, start=start, scope="joint", progress=False)
+        assert abs(float(torch.expm1(truth - ais.value))) < Z_LIMIT * float(ais.stderr), start
 
 
 def coin(y):
@@ -201,10 +205,14 @@ def test_what_is_no_joint_bound(data):
         with poutine.scale(scale=0.3):
             regression(x, y)
 
-    with pytest.raises(
-        ValueError, match="expected all 100 elements of the plate 'data' for a joint bound, got 12"
-    ):
-        evidence.elbo(Pair.of(subsampled, guide), data, scope="joint")
+    def part(x, y):
+        weights = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 100, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(x @ weights, 0.5), obs=y)
+
+    for model in (subsampled, part):
+        with pytest.raises(ValueError, match="expected all 100 elements of .* got 12: the batch must be the"):
+            evidence.elbo(Pair.of(model, guide), data, scope="joint")
     with pytest.raises(ValueError, match=r"'w' is scaled by 0\.3"):
         evidence.elbo(Pair.of(scaled, guide), data, scope="joint")
     with pytest.raises(ValueError, match="scope: expected"):
@@ -236,3 +244,120 @@ def test_a_point_is_no_guide_of_a_continuous_latent(data):
     guide(*data)
     with pytest.raises(ValueError, match="'w': expected .*point mass"):
         evidence.elbo(Pair.of(regression, guide), data, scope="joint")
+
+
+def test_a_subsampled_model_is_evaluated_on_its_full_data(data):
+    def model(x, y):
+        weights = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y), subsample_size=5) as i:
+            assert len(i) in (5, len(y))
+            pyro.sample("y", dist.Normal((weights * x[i]).sum(-1), 0.5), obs=y[i])
+
+    truth, posterior = exact_regression(*data)
+    pair = Pair.of(model, by(posterior.loc, posterior.scale_tril).guide)
+    assert abs(float(evidence.iwae(pair, data, 5, scope="joint").value - truth)) < 1e-8
+    trace = poutine.trace(model).get_trace(*data)
+    assert trace.nodes["y"]["value"].shape == (5,)  # as before outside of evaluation
+
+
+def curve(y):
+    """A Gaussian process of unknown variance at seven points, which are one observation."""
+    x = torch.linspace(0, 1, 7)
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    covariance = (-(x - x[:, None]).square()).exp() + 0.1 * torch.eye(7)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(7), scale[..., None, None] * covariance), obs=y)
+
+
+def curve_guide(y):
+    pyro.sample("scale", dist.LogNormal(0.0, 0.6))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7)])
+def test_one_observation_of_all_data(shape):
+    y = torch.randn(7)
+    log_scale = torch.linspace(-4, 4, 4001)
+    x = torch.linspace(0, 1, 7)
+    covariance = (-(x - x[:, None]).square()).exp() + 0.1 * torch.eye(7)
+    density = dist.MultivariateNormal(torch.zeros(7), log_scale.exp()[:, None, None] * covariance).log_prob(y)
+    truth = torch.logsumexp(density + dist.Normal(0.0, 0.5).log_prob(log_scale), 0) + math.log(8 / 4000)
+    pair = Pair.of(curve, curve_guide)
+    found = evidence.quadrature(pair, y.reshape(shape), scope="joint")
+    assert abs(float(found.value - truth)) < 1e-6
+    iwae = evidence.iwae(pair, y.reshape(shape), 5000, scope="joint")
+    assert abs(float(torch.expm1(truth - iwae.value))) < Z_LIMIT * float(iwae.stderr)
+
+
+def test_gaussian_processes_of_pyro():
+    """Regression with a kernel's length as latent: the model knows its data, whatever the batch is."""
+    x = torch.linspace(0, 1, 4)
+    y = (4 * x).sin()
+    kernel = gp.kernels.RBF(1, lengthscale=torch.tensor(0.5))
+    process = gp.models.GPRegression(x, y, kernel, noise=torch.tensor(0.1))
+    process.kernel.lengthscale = PyroSample(dist.LogNormal(0.0, 0.3))
+
+    def model(y):
+        process.model()
+
+    def guide(y):
+        pyro.sample("kernel.lengthscale", dist.LogNormal(0.0, 0.3))
+
+    log_length = 0.3 * torch.linspace(-8, 8, 401)
+    squares = (x - x[:, None]).square() / log_length.exp()[:, None, None].square()
+    covariance = (-0.5 * squares).exp() + (0.1 + process.jitter) * torch.eye(4)
+    density = dist.MultivariateNormal(torch.zeros(4), covariance).log_prob(y)
+    steps = dist.Normal(0.0, 0.3).log_prob(log_length)
+    truth = torch.logsumexp(density + steps, 0) + math.log(0.3 * 16 / 400)
+    found = evidence.iwae(Pair.of(model, guide), y, 200, scope="joint")
+    assert abs(float(torch.expm1(truth - found.value))) < Z_LIMIT * float(found.stderr)
+
+
+def test_parts_of_any_length_and_numbers():
+    """Groups with a mean each: y ~ N(u[group], scale² I + same group)."""
+
+    def model(y, group, u, scale):
+        with pyro.plate("groups", len(u)):
+            mean = pyro.sample("mean", dist.Normal(u, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean[..., group], scale), obs=y)
+
+    def guide(y, group, u, scale):
+        same = (group == torch.arange(len(u))[:, None]).double()
+        variance = 1 / (1 + same.sum(-1) / scale**2)
+        with pyro.plate("groups", len(u)):
+            loc = variance * (u + (same * y).sum(-1) / scale**2)
+            pyro.sample("mean", dist.Normal(loc, variance.sqrt()))
+
+    group, u = torch.randint(4, (20,)), torch.randn(4)
+    y = torch.randn(20)
+    covariance = 0.25 * torch.eye(20) + (group == group[:, None]).double()
+    truth = dist.MultivariateNormal(u[group], covariance).log_prob(y)
+    for scale in (0.5, torch.tensor(0.5)):
+        found = evidence.iwae(Pair.of(model, guide), (y, group, u, scale), 3, scope="joint").value
+        assert abs(float(found - truth)) < 1e-9
+    with pytest.raises(ValueError, match='same first dimension.*scope="joint" takes any'):
+        evidence.elbo(Pair.of(model, guide), (y, group, u))
+
+
+@pytest.mark.parametrize("auto", [AutoNormalMessenger, AutoHierarchicalNormalMessenger])
+def test_guides_that_run_the_model(auto):
+    """They draw the latents under the model's own names, and see its observations, which are none of
+    theirs."""
+    y = torch.randn(4) + 1
+    truth = dist.MultivariateNormal(torch.zeros(4), 2 * torch.eye(4) + torch.ones(4, 4)).log_prob(y)
+    pair = Pair.of(hierarchy, auto(hierarchy, init_scale=0.7))
+    iwae = evidence.iwae(pair, y, 40_000, scope="joint")
+    assert abs(float(torch.expm1(truth - iwae.value))) < Z_LIMIT * float(iwae.stderr)
+    assert float(evidence.elbo(pair, y, 500, scope="joint").value) < float(truth)
+    ais = evidence.ais(pair, y, 30, 50, scope="joint", progress=False)
+    assert abs(float(torch.expm1(truth - ais.value))) < Z_LIMIT * float(ais.stderr)
+    loss = Trace_ELBO(num_particles=500).loss(pair.model, pair.guide, y)
+    assert -loss < float(truth)
+
+
+def test_a_table_that_tells_nothing_says_what_to_do(data):
+    """A single draw decides the weights: without a reference, a joint table names one."""
+    pair = by(torch.full((3,), 9.0), 0.1 * torch.eye(3))
+    found = audit(pair, data, scope="joint", progress=False)
+    assert any("references=('ais',)" in note for note in found.notes)
+    found = audit(pair, data, scope="joint", references=("ais",), temperatures=20, progress=False)
+    assert not any("references=('ais',)" in note for note in found.notes)

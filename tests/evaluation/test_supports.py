@@ -311,3 +311,23 @@ def test_data_beyond_fixed_ends_are_refused():
 
     with pytest.raises(ValueError, match="(?s)'y'.*expected values in Interval.*got 2"):
         evidence.elbo(Pair.of(model, guide), tensor([0.5, 2.0]))
+
+
+def test_a_multinomial_takes_its_total_from_the_data():
+    """Dirichlet-multinomial counts of totals that vary; the guide is exact."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(len(y), 3)))
+            pyro.sample("y", dist.Multinomial(probs=p, validate_args=False), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("p", dist.Dirichlet(1 + y))
+
+    y = tensor([[1.0, 0.0, 2.0], [4.0, 3.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    right = torch.stack([dist.DirichletMultinomial(torch.ones(3), int(n.sum())).log_prob(n) for n in y])
+    found = evidence.elbo(Pair.of(model, guide), y, 3).value
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="expected values in"):
+        evidence.elbo(Pair.of(model, guide), y + 0.5)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal, AutoStructured
 
 from pyroelbo import ExactPair, Pair, audit, evidence
 from pyroelbo.evaluation import evaluator as terms
@@ -467,3 +468,28 @@ def test_the_sandwich_of_ten_dimensions_closes_to_a_twentieth():
     pair = PPCA(20, 10, guide="mean_field")
     sandwich = evidence.bdmc(pair, 100, temperatures=500, particles=8)
     assert abs(sandwich.mean_gap) < 0.05 + 3 * sandwich.mean_gap_error
+
+
+def scales(y):
+    """A location and a positive scale for each datum."""
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+        s = pyro.sample("s", dist.LogNormal(torch.zeros(len(y)), 0.5))
+        pyro.sample("y", dist.Normal(z, s), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("auto", "scope"), [(AutoNormal, "datum"), (AutoStructured, "joint"), (AutoIAFNormal, "joint")]
+)
+def test_automatic_guides_start_chains_by_a_change_of_variables(auto, scope):
+    y = torch.tensor([0.3, -1.0]) if scope == "datum" else torch.tensor([0.4])
+    guide = auto(scales) if auto is AutoIAFNormal else auto(scales, init_scale=0.8)
+    pair = Pair.of(scales, guide)
+    truth = evidence.quadrature(Pair.of(scales, AutoNormal(scales, init_scale=0.7)), y, scope=scope)
+    for temperatures in (1, 8):  # with one it is importance sampling
+        bound = evidence.ais(pair, y, temperatures, 200, scope=scope, progress=False)
+        assert bound.kind == "lower" and not any("prior" in note for note in bound.notes)
+        assert (z_scores(bound, truth.value).abs() < Z_LIMIT).all()
+    if scope == "datum":
+        with pytest.raises(evidence.Unavailable, match="is auxiliary.*use start='prior'"):
+            evidence.bdmc(pair, 2, like=y)
