@@ -85,7 +85,8 @@ class CTC(ExactPair):
             if self.encoder is None:
                 pyro.sample("z", self.posterior(x, y, lengths))
             else:
-                pyro.sample("z", ped.CTC(self.encoder(x), lengths).posterior(y))
+                logits = self.encoder(x.to(self.encoder.weight.dtype))
+                pyro.sample("z", ped.CTC(logits, lengths).posterior(y))
 
     def log_evidence(self, x: Tensor, y: Tensor, lengths: Tensor | None = None) -> Tensor:
         """ln p(y | x), [B], in nats, summed in float64 without gradients."""
@@ -124,6 +125,7 @@ class _FrameNetwork(nn.Module):
         self.out = nn.Linear(width, symbols)
 
     def forward(self, x: Tensor, within: Tensor) -> Tensor:
+        x = x.to(self.out.weight.dtype)
         inside = within[..., None].to(x.dtype)
         h = self.into((x * inside).transpose(1, 2)).transpose(1, 2)
         for convolution, norm in zip(self.blocks, self.norms, strict=True):

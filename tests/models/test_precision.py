@@ -351,6 +351,18 @@ def test_grey_levels_may_be_integers(likelihood):
     torch.testing.assert_close(*values)
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+@pytest.mark.parametrize("guide", ["exact", "local"])
+def test_frames_of_any_dtype_take_that_of_the_network(guide, own):
+    pair = models.CTC(3, 2, width=4, depth=1, guide=guide).to(own)
+    x, y = torch.randint(5, (4, 6, 3)), torch.tensor([[1, 2, -1]] * 4)
+    for given in (x, x.to(torch.uint8), x.double(), x.float()):
+        terms = evidence.terms(pair, (given, y), 2)
+        assert all(term.isfinite().all() for term in terms.log_model.values())
+        found = evidence.exact(pair, (given, y)).value
+        torch.testing.assert_close(found, evidence.exact(pair, (x, y)).value, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["ppca", "ppca-mean-field", "mixture", "hmm-gaussian", "state_space"])
 def test_double_data_are_accepted_by_single_pairs(name, single):
     make, draw = TABLE[name]
