@@ -258,6 +258,10 @@ TABLE = {
         lambda: models.Diffusion(4, 3, 5, width=8, layers=1),
         lambda n: torch.randint(5, (n, 4)).double(),
     ),
+    "diffusion-unet": (
+        lambda: models.Diffusion((4, 8), 3, 5, network="unet", width=4, layers=1),
+        lambda n: torch.randint(5, (n, 32)).double(),
+    ),
     "diffusion-linear": (lambda: models.Diffusion(4, 3, None, network="linear"), lambda n: torch.randn(n, 4)),
     "diffusion-written_out": (
         lambda: models.Diffusion(4, 3, 5, "linear", "eps", "beta", width=8, layers=1).written_out(),

@@ -16,13 +16,15 @@ from torch.distributions import constraints, kl_divergence
 
 from pyroelbo.models.corruption import Corruption, GaussianNoise, UniformNoise
 from pyroelbo.models.precision import exact_dtype
-from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP
+from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP, UNet
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, LatentPath, Pair, evaluation_mode, within_datum
 
 __all__ = ["Diffusion", "DiffusionPair", "DiscreteDiffusion", "SampledTerms", "Share", "Spread", "WrittenOut"]
 
-NETWORKS = ("mlp", "linear")
+NETWORKS = ("mlp", "linear", "unet")
+LOSSES = ("bound", "simple")
+_HYBRID = 1e-3  # share of the bound in the simple loss
 
 
 class Spread(dist.Uniform):
@@ -192,11 +194,14 @@ class DiffusionPair(_Chain, SampledTerms):
         t = (time * self.steps).ceil().long().clamp(1, self.steps)
         c, x = self.corruption, self.corruption.encode(y)
         z = c.corrupt(x, noise, t)
-        out = self.output(z, t)
-        late = t.clamp_min(2)
+        return self.weigh(y, x, z, self.output(z, t), t, noise) - self._top(x) / self.steps
+
+    def weigh(self, y: Tensor, x: Tensor, z: Tensor, out: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """ln p(y | z_1) for t = 1, else -KL(q(z_{t-1} | z_t, y), p(z_{t-1} | z_t)), [*]."""
+        c, late = self.corruption, t.clamp_min(2)
         first = c.observation(out, z).log_prob(y).sum(-1)
         rest = -kl_divergence(c.backwards(x, z, late), c.reverse(out, z, late)).sum(-1)
-        return torch.where(t == 1, first, rest) - self._top(x) / self.steps
+        return torch.where(t == 1, first, rest)
 
     def _top(self, x: Tensor) -> Tensor:
         """KL(q(z_T | y), p(z_T)), [*]."""
@@ -245,11 +250,13 @@ class Diffusion(DiffusionPair):
         schedule: ``cosine``, ``linear``, or β_1 … β_T.
         parametrization: of the network, ``eps``, ``x0`` or ``v``.
         variance: of the reverse steps, ``learned``, ``beta`` or ``beta_tilde``.
-        network: ``mlp``, ``linear`` (one linear map a step), or a module from (z [*, D], time [*]) to [*, D,
-            outputs].
+        network: ``mlp``, ``unet`` (images), ``linear`` (one linear map a step), or a module from (z [*, D],
+            time [*]) to [*, D, outputs].
         width: number of features of a named network.
         layers: number of its layers.
         dropout: probability of dropout in it.
+        loss: what is trained: ``bound``, or ``simple``, E_t ½ ‖ε - ε̂‖², with .001 of the bound for learned
+            variances alone. Evaluation always has the bound.
 
     Source: Ho, Jain and Abbeel (2020); Nichol and Dhariwal (2021) for learned variances.
     """
@@ -266,18 +273,31 @@ class Diffusion(DiffusionPair):
         width: int = 128,
         layers: int = 3,
         dropout: float = 0.0,
+        loss: str = "bound",
     ) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dims = math.prod(shape)
         noise = GaussianNoise(steps, schedule, parametrization, variance, levels, dims)
         if network == "mlp":
             network = MLPDenoiser(dims, noise.outputs, width, layers, dropout)
+        elif network == "unet":
+            network = UNet(shape, noise.outputs, width, layers, dropout)
         elif network == "linear":
             network = PerStepLinear(dims, steps, noise.outputs)
         elif not isinstance(network, nn.Module):
             raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
         super().__init__(noise, network, dims)
-        self.shape = shape
+        self.shape, self.loss = shape, loss
+
+    def weigh(self, y: Tensor, x: Tensor, z: Tensor, out: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if self.loss == "bound" or not self.training:
+            return super().weigh(y, x, z, out, t, noise)
+        left, lost, _, _ = self.corruption.at(t)
+        error = (left / lost).sqrt() * (x - self.corruption.estimate(out, z, t))  # ε̂ - ε
+        held = torch.cat([out[..., :1].detach(), out[..., 1:]], -1)
+        return -0.5 * error.square().sum(-1) / self.steps + _HYBRID * super().weigh(y, x, z, held, t, noise)
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> Diffusion:

@@ -133,14 +133,15 @@ REGISTRY: dict[str, Entry] = {
     ),
     "diffusion": Entry(
         "Gaussian diffusion in steps=T, a bound; schedule=cosine|linear, parametrization=v|eps|x0, "
-        "variance=learned|beta|beta_tilde, network=mlp|linear",
+        "variance=learned|beta|beta_tilde, network=mlp|unet|linear",
         Diffusion,
         kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
         sizes=_levels,
         epochs=100,
     ),
     "vdm": Entry(
-        "Gaussian diffusion in continuous time, a bound; schedule=learned|per_dimension|linear|cosine",
+        "Gaussian diffusion in continuous time, a bound; network=mlp|unet, "
+        "schedule=learned|per_dimension|linear|cosine",
         VDM,
         kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
         sizes=_levels,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroelbo.models.diffusion import SampledTerms
-from pyroelbo.nn import MLPDenoiser
+from pyroelbo.nn import MLPDenoiser, UNet
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import evaluation_mode
 
@@ -113,7 +113,7 @@ class VDM(SampledTerms):
         levels: number of grey levels, or None for real data.
         schedule: ``learned`` (the ends by the bound, the interior by its estimator's second moment),
             ``per_dimension`` (all by the bound), ``linear`` or ``cosine`` (only the ends are learned).
-        network: ``mlp``, or a module.
+        network: ``mlp``, ``unet`` (images), or a module.
         width: number of features of the MLP.
         layers: number of its layers.
         dropout: probability of dropout in it.
@@ -145,8 +145,10 @@ class VDM(SampledTerms):
             raise ValueError(f"levels: expected at least two grey levels, got {levels}")
         if network == "mlp":
             network = MLPDenoiser(self.dims, 1, width, layers, dropout, fourier=fourier)
+        elif network == "unet":
+            network = UNet(self.shape, 1, width, layers, dropout)
         elif not isinstance(network, nn.Module):
-            raise ValueError(f"network: expected 'mlp' or a module, got {network!r}")
+            raise ValueError(f"network: expected 'mlp', 'unet' or a module, got {network!r}")
         first = _FIRST if levels is None else 2 * math.log(2 / (levels - 1) / _SPACING)
         self.generator = network
         self.encoder = NoiseLevel(schedule, self.dims, first)

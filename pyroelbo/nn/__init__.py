@@ -24,6 +24,7 @@ from pyroelbo.nn.layers import (
     join,
     masked_mlp,
 )
+from pyroelbo.nn.unet import UNet
 
 __all__ = [
     "MLP",
@@ -42,6 +43,7 @@ __all__ = [
     "TokenConv",
     "TokenMLP",
     "TokenTransformer",
+    "UNet",
     "Waves",
     "bounded",
     "join",

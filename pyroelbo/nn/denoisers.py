@@ -20,6 +20,7 @@ __all__ = [
     "TokenTransformer",
     "Waves",
     "one_hot",
+    "start_small",
 ]
 
 
@@ -49,7 +50,7 @@ def one_hot(z: Tensor, symbols: int) -> Tensor:
 
 
 @torch.no_grad()
-def _quiet(layer: nn.Module) -> None:
+def start_small(layer: nn.Module) -> None:
     """Start a layer near zero: its inputs have gradients from the first step on."""
     for parameter, share in ((layer.weight, 0.01), (layer.bias, 0.0)):
         parameter.mul_(share)  # type: ignore[operator]
@@ -100,7 +101,7 @@ class MLPDenoiser(nn.Module):
         self.blocks = nn.ModuleList(_Residual(width, size, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.outwards = nn.Linear(width, dims * outputs)
-        _quiet(self.outwards)
+        start_small(self.outwards)
 
     def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
         when = None if self.waves is None or time is None else self.waves(time)
@@ -158,7 +159,7 @@ class _Tokens(nn.Module):
         self.places = nn.Parameter(0.02 * torch.randn(dims, width))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
         self.bias = nn.Parameter(torch.zeros(dims, outputs))
-        _quiet(self.head)
+        start_small(self.head)
 
 
 class TokenTransformer(_Tokens):
@@ -254,7 +255,7 @@ class _ConvResidual(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         last = nn.Conv2d(width, width, 1)
-        _quiet(last)
+        start_small(last)
         self.layers = nn.Sequential(
             nn.GroupNorm(1, width),
             nn.SiLU(),

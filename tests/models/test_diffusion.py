@@ -195,6 +195,22 @@ def test_one_drawn_step_has_the_mean_of_the_whole_chain(kind, steps):
     assert abs(z_score(*slopes)) < 4.9
 
 
+def test_the_simple_loss_is_trained_and_the_bound_is_evaluated():
+    """In training the mean over steps of half the squared error of the noise, with .001 of the bound; one
+    dimension at z_t = noise by hand."""
+    torch.manual_seed(0)
+    pair = models.Diffusion(2, 8, None, parametrization="eps", network="linear", loss="simple")
+    plain = models.Diffusion(2, 8, None, parametrization="eps", network="linear")
+    plain.load_state_dict(pair.state_dict())
+    y, time, noise = torch.randn(5, 2), torch.rand(5), torch.randn(5, 2)
+    whole = plain.term(y, time, noise)  # ε̂ = 0, so that the error is the noise
+    top = pair._top(pair.corruption.encode(y)) / 8
+    wanted = -0.5 * noise.square().sum(-1) / 8 + 1e-3 * (whole + top) - top
+    torch.testing.assert_close(pair.term(y, time, noise), wanted)
+    torch.testing.assert_close(pair.eval().term(y, time, noise), whole)
+    assert evidence.elbo(pair, y, 50).kind == "lower"
+
+
 def test_layers_add_up_to_the_bound():
     make, y = PAIRS["gaussian"]
     pair = perturbed(make(8))
@@ -330,6 +346,7 @@ def test_a_batchs_times_are_spread_in_training_and_independent_in_evaluation():
         ({"variance": "fixed"}, "variance: expected one of"),
         ({"network": "unet2"}, "network: expected one of"),
         ({"levels": 1}, "levels: expected at least two"),
+        ({"loss": "l2"}, "loss: expected one of"),
     ],
 )
 def test_refused_settings(settings, message):
