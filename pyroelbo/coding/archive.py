@@ -22,7 +22,7 @@ from pyroelbo import batch as batches
 from pyroelbo import files
 from pyroelbo.coding import weights
 from pyroelbo.coding.container import Reader, Writer, writing
-from pyroelbo.coding.contexts import ContextCoder
+from pyroelbo.coding.contexts import ContextCoder, same_bytes
 from pyroelbo.coding.multiset import Multiset
 from pyroelbo.coding.pairs import PairCodec, grids_of, pair_codec
 from pyroelbo.coding.sites import Grid
@@ -283,7 +283,7 @@ class _Encoding:
 
     def _push(self, stack: Stack, rows: np.ndarray, start: int) -> None:
         y = _to_tensor(rows, self.template)
-        if _to_array(y, rows).tobytes() != rows.tobytes():
+        if not same_bytes(_to_array(y, rows), rows):
             raise ValueError(
                 f"y: expected numbers that the pair's {y.dtype} holds exactly, got others in data {start} to "
                 f"{start + len(rows) - 1} (of {rows.dtype})"
@@ -314,7 +314,8 @@ class _Starter:
 
     @classmethod
     def of(cls, rows: np.ndarray, image: tuple[int, int]) -> _Starter:
-        if find_spec("numba") is not None and bool(((rows == 0) | (rows == 1)).all()):
+        binary = same_bytes((rows == 1).astype(rows.dtype), rows)
+        if binary and find_spec("numba") is not None:
             by, code = "contexts", ContextCoder().encode(rows.reshape(-1, *image))
         else:
             by, code = "zlib", zlib.compress(rows.tobytes(), 9)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["ContextCoder"]
+__all__ = ["ContextCoder", "same_bytes"]
+
+
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same bits: -0.0 is not 0.0."""
+    return a.tobytes() == b.tobytes()
 
 
 class ContextCoder:
@@ -45,6 +50,8 @@ class ContextCoder:
                 f"images: expected pixels of 0 and 1, got {images[n, i, j]} at index {(first + n, i, j)}"
             )
         pixels = np.ascontiguousarray(images, np.uint8)
+        if not same_bytes(pixels.astype(images.dtype), images):
+            raise ValueError("images: expected pixels of 0 and 1, got -0.0")
         room = pixels.size // 6 + self.room
         while True:
             counts, code = self.counts.copy(), np.empty(room, np.uint8)

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("constriction")
 pytest.importorskip("numba")
-from pyroelbo import models
+from pyroelbo import data, evidence, fit, models
 from pyroelbo.coding import (
     archive,
     compress,
@@ -106,6 +106,13 @@ def test_grey_levels_start_by_zlib(tmp_path):
     found = compress(pair, y, tmp_path / "code", chunk=8)
     assert found.starter_data >= 6 and container.Reader(tmp_path / "code").description["starter"][0] == "zlib"
     assert same(decompress(pair, tmp_path / "code"), y)
+
+
+def test_a_start_of_negative_zeros_keeps_them(vae, tmp_path):
+    y = images(7, "f4")
+    y[3] = -0.0
+    compress(vae, y, tmp_path / "code")
+    assert same(decompress(vae, tmp_path / "code"), y)
 
 
 def test_a_set_saves_the_orders_bits():
@@ -303,3 +310,22 @@ def test_the_break_even_point(vae, tmp_path):
     assert found.break_even(per_datum + 0.5) == pytest.approx(2 * size(vae))
     assert found.break_even(per_datum - 0.1) == math.inf
     assert json.loads(found.to_json())["model_bytes"] == size(vae) and "nats per datum" in str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae", "hierarchy"])
+def test_a_trained_pair_codes_at_its_bound(name, tmp_path):
+    """Within .3 % of the ELBO, and a z-test's error at 1e-6."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    pair = models.build(name, digits, {"likelihood": "discretized_logistic"})
+    fit(pair, digits["train"], epochs=60, learning_rate=2e-3, progress=False)
+    y = digits["test"].to(torch.uint8)
+    found = compress(pair, y, tmp_path / "code")
+    assert same(decompress(pair, tmp_path / "code"), y.numpy())
+    with torch.no_grad():
+        log_w = evidence.terms(pair, digits["test"][: found.coded], 64).log_weight
+    error = math.sqrt(float(log_w.var(0).sum()) * (1 + 1 / 64)) / found.coded
+    bound = -float(log_w.mean())
+    assert abs(found.net - bound) < 4.9 * error + 0.003 * bound

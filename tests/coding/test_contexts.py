@@ -92,6 +92,8 @@ def test_what_is_not_binary_is_refused():
     images[1, 2, 3] = 0.5
     with pytest.raises(ValueError, match=r"pixels of 0 and 1, got 0.5 at index \(1, 2, 3\)"):
         ContextCoder().encode(images)
+    with pytest.raises(ValueError, match="got -0.0"):
+        ContextCoder().encode(-np.zeros((1, 2, 2)))
     with pytest.raises(ValueError, match="expected shape"):
         ContextCoder().encode(images[0])
 
