@@ -82,18 +82,17 @@ def in_child(work: Callable[[], int], log: Path, cpu_seconds: float, seconds: fl
         finally:
             sys.stdout.flush()
             os._exit(status)
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
+    deadline, done, status = time.monotonic() + seconds, 0, 0
+    try:
+        while not done and time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0 if done else 0.05)
+    finally:  # what it has started too
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+    if not done:
+        os.waitpid(pid, 0)
+        return None
     if os.WIFSIGNALED(status):
         return None if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else 128 + os.WTERMSIG(status)
     return os.WEXITSTATUS(status)
@@ -336,6 +335,7 @@ def main() -> None:
     parser.add_argument("--map", type=Path, default=Path("runs/mutants"), help="folder of the traced lines")
     parser.add_argument("--out", type=Path, default=Path("runs/mutants.jsonl"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder, out = options.map.resolve(), options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if options.work in ("all", "trace"):

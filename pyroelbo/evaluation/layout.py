@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -69,11 +68,6 @@ class LatentSite:
     @property
     def event_dim(self) -> int:
         return len(self.event_shape)
-
-    @property
-    def dims(self) -> int:
-        """Numbers in one datum's value."""
-        return math.prod(self.event_shape) * math.prod(self.plate_shape)
 
 
 def _values(fn: Any) -> tuple[int | None, bool]:

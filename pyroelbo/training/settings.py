@@ -102,8 +102,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "particles"):
             positive_count(name, getattr(self, name), "whole number")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed: expected a whole number, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a whole number from 0 to 2**32 - 1, got {self.seed!r}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate!r}")
         if self.patience is not None and self.patience < 1:

@@ -286,3 +286,39 @@ def test_training_sees_the_same_plate():
     pair = Pair.of(*programs("documents"))
     for objective in (IWAE_ELBO(3), Trace_ELBO()):
         assert objective.loss(pair.model, pair.guide, y) == pytest.approx(-float(exact(y).sum()), abs=1e-8)
+
+
+def test_the_data_plate_stands_at_the_right():
+    def model(y):
+        with pyro.plate("data", len(y), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y), 1), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[:, None])
+
+    def guide(y):
+        with pyro.plate("data", len(y), dim=-2):
+            pyro.sample("z", dist.Normal(y[:, None], 1.0))
+
+    with pytest.raises(ValueError, match=r"the plate 'data': expected dim=-1, got \[-2\]"):
+        evidence.elbo(Pair.of(model, guide), torch.randn(3), 2)
+
+
+def test_guides_of_free_parameters_need_latents_and_no_mask():
+    def nothing(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(torch.zeros(len(y)), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="the model has no latents"):
+        evidence.gap(Pair.of(nothing, lambda y: None), torch.randn(3))
+    keep = torch.tensor([True, True, False])
+
+    def model(y):
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=keep):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=keep):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    with pytest.raises(ValueError, match="guide site 'z' is masked: evaluate data without padding"):
+        evidence.gap(Pair.of(model, guide), torch.randn(3))

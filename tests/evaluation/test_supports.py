@@ -11,7 +11,10 @@ from torch import tensor
 from torch.distributions import biject_to, constraints
 
 from pyroelbo import Pair, audit, evidence
-from pyroelbo.evaluation.supports import is_circular, support_of
+from pyroelbo.evaluation.masks import _both
+from pyroelbo.evaluation.sites import _same
+from pyroelbo.evaluation.supports import circular, is_circular, support_of, within_circle
+from pyroelbo.evidence.lattice import _range
 
 S = tensor(0.7, dtype=torch.float64)
 EYE = torch.eye(2, dtype=torch.float64)
@@ -331,3 +334,45 @@ def test_a_multinomial_takes_its_total_from_the_data():
     torch.testing.assert_close(found, right, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="expected values in"):
         evidence.elbo(Pair.of(model, guide), y + 0.5)
+
+
+def test_supports_are_compared_by_their_bounds():
+    unit, listed = constraints.interval(0.0, 1.0), constraints.cat([constraints.real])
+    assert _same(unit, constraints.interval(torch.zeros(3), 1.0))
+    assert not _same(unit, constraints.interval(torch.tensor([0.0, 0.1]), 1.0))
+    assert not _same(unit, constraints.interval(0.0, 2.0)) and not _same(unit, constraints.positive)
+    assert _same(listed, listed) and not _same(listed, constraints.cat([constraints.real]))
+
+
+def test_what_lies_within_a_circle():
+    within = constraints.independent(constraints.interval(-math.pi, math.pi), 1)
+    assert within_circle(within) and within_circle(constraints.independent(circular, 1))
+    assert not within_circle(constraints.interval(-4.0, 3.0)) and not within_circle(constraints.real)
+    assert not within_circle(constraints.interval(-3.0, 4.0)) and not within_circle(constraints.positive)
+    assert is_circular(constraints.independent(circular, 1)) and not is_circular(within)
+    ends = torch.tensor([-math.pi, math.pi, 3.2, -3.2])
+    assert circular.check(ends).tolist() == [True, True, False, False]
+
+
+def test_masks_of_two_kinds_are_joined():
+    some, other = torch.tensor([True, False, True]), torch.tensor([True, True, False])
+    assert _both(True, some) is some and _both(some, True) is some
+    assert _both(False, some) is False and _both(some, False) is False and _both(True, False) is False
+    assert _both(some, other).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "support, expected",
+    [
+        (constraints.boolean, (0, 2)),
+        (constraints.integer_interval(2, 5), (2, 4)),
+        (constraints.independent(constraints.integer_interval(torch.tensor([1, 1]), 3), 1), (1, 3)),
+        (constraints.nonnegative_integer, (0, 0)),
+        (constraints.integer_interval(torch.tensor([0, 1]), 3), (0, 1)),
+        (constraints.integer_interval(0, torch.tensor([3, 4])), (0, 1)),
+        (constraints.positive, (0, 1)),
+        (constraints.real, (0, 1)),
+    ],
+)
+def test_ranges_of_discrete_coordinates(support, expected):
+    assert _range(support) == expected

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence
-from pyroelbo.models import DequantizedFlow
+from pyroelbo.evaluation.sites import Unavailable
+from pyroelbo.models import PPCA, DequantizedFlow
 from pyroelbo.results import Bound
 from tests.pairs import EXACT, TABLE, Nonlinear
 
@@ -210,3 +211,46 @@ def test_a_guide_that_leaves_out_part_of_the_support_is_told():
     assert "cannot draw" not in str(audit(flow, torch.full((200, 3), 2.0), particles=4))
     # The lowest level has a tail below its cell as well.
     assert "the guide cannot draw" in str(audit(flow, torch.full((200, 3), 0.0), particles=4))
+
+
+def test_a_time_buys_temperatures_at_the_speed_of_chains(monkeypatch):
+    """A clock of our own: an ELBO takes no time, three temperatures of AIS, from the prior, a second."""
+    from pyroelbo.evidence import budget as module
+
+    now, begun = [0.0], []
+
+    def draws(pair, batch, particles, scope):
+        now[0] += 1e-3
+        return Bound("elbo", torch.zeros(len(batch)), torch.zeros(len(batch)), "lower", cost=particles)
+
+    def chains(pair, batch, temperatures, scope, progress, start="guide"):
+        begun.append(start)
+        if start == "guide":
+            raise Unavailable("not from there")
+        now[0] += 1.0
+        return Bound("ais", torch.zeros(len(batch)), torch.zeros(len(batch)), "lower", cost=72_000)
+
+    monkeypatch.setattr(module, "elbo", draws)
+    monkeypatch.setattr(module, "ais", chains)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    plan = module.Budget("100s", Nonlinear(latent=3), torch.randn(20, 4), "datum")
+    assert plan.temperatures(["exact"]) == 2 and not begun
+    # 0.7 of what 100 s buy, for 20 data at 360 evaluations a temperature
+    assert plan.temperatures(["ais"]) == 700 and begun == ["guide", "prior"]
+    now[0] = plan.started + 50
+    assert plan._affords(34.9, 1e99) and not plan._affords(35.1, 0.0)
+    of_count = module.Budget(10_000, Nonlinear(), torch.randn(20, 4), "datum")
+    assert of_count._affords(1e9, 7000) and not of_count._affords(0.0, 7001)
+
+
+def test_what_has_no_exact_posterior_or_scope_is_refused():
+    class Renamed(PPCA):
+        latent = "other"
+
+    y = torch.randn(3, 4)
+    with pytest.raises(Unavailable, match="the exact posterior is that of 'other'"):
+        evidence.eubo(Renamed(4, 2), y, 4)
+    with pytest.raises(ValueError, match="scope: expected 'datum' or 'joint', got 'all'"):
+        evidence.exact(PPCA(4, 2), y, scope="all")
+    with pytest.raises(ValueError, match=r"reference: expected shape \(3,\), one value per datum"):
+        evidence.gap(Nonlinear(), y, reference=evidence.elbo(Nonlinear(), y[:2]))

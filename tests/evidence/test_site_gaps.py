@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyroelbo import Pair, evidence
+from pyroelbo.results import Bound
 from tests.pairs import TABLE, Nonlinear
 
 Z_LIMIT = 4.9  # a two-sided normal tail of 1e-6: the false-alarm rate of one z-test
@@ -90,3 +91,15 @@ def test_one_site_and_a_decoder_that_refuses_particles():
     assert found.sites == ("z",) and float(found.gaps["z"]) == pytest.approx(float(found.total))
     with pytest.raises(ValueError, match="inner: expected"):
         evidence.site_gaps(Nonlinear(), torch.randn(2, 4), inner=0)
+
+
+@pytest.mark.parametrize(
+    "kind, said", [("lower", "a lower bound"), ("upper", "an upper bound"), ("estimate", "an estimate")]
+)
+def test_a_reference_that_is_not_exact_is_said_to_be_so(kind, said):
+    y = torch.randn(3)
+    anchor = Bound("other", torch.zeros(3), torch.ones(3), kind)
+    found = evidence.site_gaps(Pair.of(model, top_down), y, 4, 4, reference=anchor)
+    assert f"other is {said}, and so are the rest and the total" in found.notes
+    assert float(found.total.value) == pytest.approx(-float(found.elbo.value))
+    assert float(found.total.stderr) > 1 / math.sqrt(3)  # the reference's own error, and that of the draws

@@ -68,3 +68,40 @@ def test_balance_weights_are_held_constant():
     # each share is formed with 1e-6 nats added to the mean
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def two(prior):
+    def model(y):
+        with pyro.plate("data", SIZE, subsample=torch.arange(4)):
+            z = pyro.sample("z", prior)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return model
+
+
+def drawing(y, auxiliary):
+    with pyro.plate("data", SIZE, subsample=torch.arange(4)):
+        pyro.sample("z", dist.Normal(y, 0.5))
+        if auxiliary:
+            pyro.sample("u", dist.Normal(y, 2.0), infer={"is_auxiliary": True})
+
+
+def test_terms_without_a_closed_form_are_sampled_and_auxiliary_draws_count():
+    """A Student-t prior has no KL in closed form; ln q(u) of a draw beside the latents is charged."""
+    prior = dist.StudentT(3.0, torch.zeros(4), 1.0)
+    for auxiliary in (False, True):
+        pyro.set_rng_seed(2)
+        drawn = pyro.poutine.trace(drawing).get_trace(Y, auxiliary)
+        z = drawn.nodes["z"]["value"]
+        expected = dist.Normal(Y, 0.5).log_prob(z) - prior.log_prob(z) - dist.Normal(z, 1.0).log_prob(Y)
+        if auxiliary:
+            expected = expected + dist.Normal(Y, 2.0).log_prob(drawn.nodes["u"]["value"])
+        pyro.set_rng_seed(2)
+        loss = Layered_ELBO().loss(two(prior), lambda y, a=auxiliary: drawing(y, a), Y)
+        assert loss == pytest.approx(SIZE / 4 * float(expected.sum()))
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_free_bits_are_a_number_of_nats(value):
+    with pytest.raises(ValueError, match="free_bits: expected a number of nats of at least 0"):
+        Layered_ELBO(free_bits=value)

@@ -16,8 +16,8 @@ import pyroelbo.training
 from pyroelbo import evidence, fit
 from pyroelbo.cli import main
 from pyroelbo.compiled import CompiledStep
-from pyroelbo.objectives import OBJECTIVES, Hard_ELBO, Objective, Update
-from pyroelbo.objectives.base import PerDatum
+from pyroelbo.objectives import OBJECTIVES, Hard_ELBO, Objective, Update, Weighted_ELBO
+from pyroelbo.objectives.base import PerDatum, adapt
 from pyroelbo.optim import UpdateRule
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.step import EagerStep
@@ -301,3 +301,22 @@ def test_losses_that_cannot_run_are_refused_with_the_reason(name, objective, par
     make, draw = TABLE[name]
     with pytest.raises(ValueError, match=message):
         quiet(make(), draw(4), objective=objective, particles=particles)
+
+
+def test_a_weighted_loss_is_described_validated_and_traced_like_its_inner_one():
+    inner, pair, y = Trace_ELBO(num_particles=2), Nonlinear(), torch.randn(3, 4)
+    outer = Weighted_ELBO(inner, 0.5)
+    assert outer.describe() == f"Weighted_ELBO({adapt(inner).describe()})"
+    assert (
+        "num_particles=2" in outer.describe() and outer.describe() != Weighted_ELBO(Trace_ELBO()).describe()
+    )
+    found = []
+    for objective in (outer, adapt(inner)):
+        torch.manual_seed(1)
+        found.append(objective.validate(pair, y))
+    assert torch.equal(found[0].value, found[1].value) and found[0].method == "elbo"
+    model, guide = outer._get_trace(pair.model, pair.guide, (y,), {})
+    assert float(model.nodes["z"]["scale"]) == float(guide.nodes["z"]["scale"]) == 0.5
+    assert float(model.nodes["y"]["scale"]) == 1.0
+    with pytest.raises(AttributeError, match="has no KL weight: wrap it in Weighted_ELBO"):
+        adapt(inner).weight = 0.5
