@@ -86,15 +86,18 @@ def _tensor(value: Any, name: str, scope: str) -> Tensor:
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected numbers, got an array of {value.dtype}")
-        real, wide = value.dtype.kind == "f", value.dtype.kind == "u" and value.dtype.itemsize > 1
-        # of any size and byte order
-        kind = np.dtype(np.float64 if real else np.int64 if wide else value.dtype.newbyteorder("="))
+        kind = _WIDER.get(value.dtype.newbyteorder("="), value.dtype.newbyteorder("="))
         tensor = torch.from_numpy(np.require(value, kind, ["C", "W"]))
-        return tensor.to(torch.get_default_dtype()) if real else tensor
+        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
     raise TypeError(
         f"{name}: expected a tensor, a numpy array, a pandas frame, or a tuple or dict of them, got "
         f"{type(value).__name__}"
     )
+
+
+# dtypes of numpy that torch lacks, or computes little with
+_WIDER: dict[Any, Any] = {np.dtype(name): np.dtype(np.int64) for name in ("u2", "u4", "u8")}
+_WIDER[np.dtype(np.longdouble)] = np.dtype(np.float64)
 
 
 def _frame(frame: Any, name: str) -> np.ndarray:

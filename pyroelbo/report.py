@@ -263,18 +263,20 @@ def plot_sequences(
     """Plot sequences [T, D] below each other: a line per coordinate, of which ``names`` are the labels, or an
     image of more than six. Returns the path."""
     figure, axes = _figure(8, 1.5 * len(rows), 1, len(rows))
+    longest = max(len(row) for row in rows)
     for i, (axis, row) in enumerate(zip(np.atleast_1d(axes), rows, strict=True)):
         values = row.detach().cpu().double().numpy()
         if values.shape[-1] > 6:
             axis.imshow(values.T, cmap="gray_r", aspect="auto", interpolation="nearest")
         else:
             axis.plot(values, marker=".", label=list(names) or None)
-        if titles is not None:
-            axis.set_ylabel(titles[i])
-        if names and values.shape[-1] <= 6 and i == 0:
-            axis.legend(fontsize=8)
+            if names and i == 0:
+                axis.legend(fontsize=8)
+        axis.set_xlim(-0.5, longest - 0.5)
         axis.set_xticks([])
-    axis.set_xlabel("step")
+        if titles is not None:
+            axis.set_title(titles[i], loc="left", fontsize=9)
+    axis.set_xlabel(f"step, of {longest}")
     return _save(figure, path)
 
 

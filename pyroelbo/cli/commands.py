@@ -299,13 +299,8 @@ def _rates(pair: Pair, y: Batch, particles: int) -> str | None:
 def sample(options: argparse.Namespace) -> int:
     pair, _, known = models.load(options.path)
     pyro.set_rng_seed(options.seed)
-    given: tuple[torch.Tensor, ...] = ()
-    if known.about.parts[0] != "y" and options.n > 0:
-        found = _reloaded(known, options.data_dir)
-        like = found["test" if "test" in found.splits else "train"]
-        like = batches.rows(like, torch.arange(options.n) % batches.size(like))
-        given = tuple(p for name, p in zip(known.about.parts, like, strict=False) if name != "y")
-    latents, batch = _simulated(pair, options.n, given)
+    like = _like(known, options) if len(known.about.parts) > 1 and options.n > 0 else None
+    latents, batch = _simulated(pair, options.n, like)
     drawn = dict(zip(known.about.parts, batches.parts(batch).values(), strict=False))
     files.write_tensors(options.path / "samples.safetensors", drawn, {"seed": options.seed})
     written = shows.samples(pair, known, latents, batch, options.path)
@@ -314,19 +309,29 @@ def sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _simulated(pair: Pair, n: int, given: tuple[torch.Tensor, ...]) -> tuple[dict[str, torch.Tensor], Batch]:
+def _like(known: data.Dataset, options: argparse.Namespace) -> Batch:
+    """Data drawn at random for their lengths, or for what is labelled, with room for a label a step."""
+    found = _reloaded(known, options.data_dir)["train"]
+    rows = batches.rows(found, torch.randint(batches.size(found), (options.n,)))
+    if known.about.parts[0] == "y" or not isinstance(rows, tuple):
+        return rows
+    x, y, *lengths = rows
+    return x, y.new_full(x.shape[:2], -1), *lengths
+
+
+def _simulated(pair: Pair, n: int, like: Batch | None) -> tuple[dict[str, torch.Tensor], Batch]:
     """Draws of the pair; of a grammar, those that end within its longest sentence."""
     with suppress(TooLong):
-        return pair.simulate(n, *given)
+        return pair.simulate(n, like=like)
     drawn: list[Any] = []
     for tried in range(1, 50 * n + 1):
         with suppress(TooLong):
-            drawn.append(pair.simulate(1, *given))
+            drawn.append(pair.simulate(1))
         if len(drawn) == n:
             print(f"{tried - n} of {tried} sentences drawn did not end in time and were left out")
             latents = {k: torch.cat([z[k] for z, _ in drawn]) for k in drawn[0][0]}
             return latents, torch.cat([y for _, y in drawn])
-    return pair.simulate(n, *given)  # which tells why there are none
+    return pair.simulate(n)  # which tells why there are none
 
 
 def compress(options: argparse.Namespace) -> int:

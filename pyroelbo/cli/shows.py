@@ -161,7 +161,7 @@ _SHOWS: dict[str, Callable[[Dataset, Any, Path], list[Path]]] = {
 
 def configuration(path: Path, config: Mapping[str, Any]) -> str:
     """The run's model, data and settings, a line each."""
-    found = Dataset.described(config["data"]) if isinstance(config.get("data"), dict) else None
+    found = Dataset.described(config["data"]) if "model" in config else None
     lines = [f"{path}: {config.get('model', 'a pair of a Python program')}, pyroelbo {config['pyroelbo']}"]
     if found is not None:
         file = f", from {found.name}" if found.name != found.title else ""
@@ -169,7 +169,10 @@ def configuration(path: Path, config: Mapping[str, Any]) -> str:
     hidden = ("pyroelbo", "model", "data", "about", "settings", "fingerprint", "valid")
     for title, settings in (
         ("model", config.get("settings") or {}),
-        ("training", {k: v for k, v in config.items() if k not in hidden and v not in (None, [], False)}),
+        (
+            "training",
+            {k: v for k, v in config.items() if k not in hidden and v not in ([], "") and v is not None},
+        ),
     ):
         told_ = ", ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())
         lines.append(f"{title}: {told_ or 'its defaults'}")

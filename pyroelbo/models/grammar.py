@@ -101,13 +101,13 @@ class _Grammar(ExactPair):
         return ped.ParseTree(flat[:, :, 0, 0], flat, leaves, spans, lengths).mode >= 0
 
     def lines(self, latents: dict[str, Tensor], batch: Tensor, names: Sequence[str]) -> list[str]:
-        """Sentences in brackets, each with the number of its nonterminal: (0 the (3 old man))."""
+        """Sentences in brackets, each with the number of its nonterminal: ⟨0 the ⟨3 old man⟩⟩."""
 
         def bracket(chart: list[list[int]], words: list[str], i: int, j: int) -> str:
             if i == j:
                 return words[i]
             k = next(k for k in range(i, j) if chart[i][k] >= 0 and chart[k + 1][j] >= 0)
-            return f"({chart[i][j]} {bracket(chart, words, i, k)} {bracket(chart, words, k + 1, j)})"
+            return f"⟨{chart[i][j]} {bracket(chart, words, i, k)} {bracket(chart, words, k + 1, j)}⟩"
 
         texts = [[names[w] if names else str(w) for w in row if w >= 0] for row in batch.tolist()]
         charts = latents["z"].tolist()

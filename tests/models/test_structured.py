@@ -277,3 +277,15 @@ def test_ctc_learns_to_transcribe():
     assert_climbs(climbed)
     fit(pair, (x, y), epochs=60, batch_size=40, learning_rate=0.02, progress=False)
     assert torch.equal(pair.transcribe(x)[:, :2], y)
+
+
+def test_a_tree_is_written_in_brackets():
+    pair = models.PCFG(2, 2, 3)
+    chart = torch.full((2, 3, 3), -1)
+    chart[0, 0, 2], chart[0, 1, 2] = 0, 1
+    chart[1, 0, 1] = 1
+    for tree, length in enumerate((3, 2)):
+        chart[tree].diagonal()[:length] = 2
+    y = torch.tensor([[0, 1, 2], [2, 0, -1]])
+    assert pair.lines({"z": chart}, y, ("the", "old", "man")) == ["⟨0 the ⟨1 old man⟩⟩", "⟨1 man the⟩"]
+    assert pair.lines({"z": chart}, y, ()) == ["⟨0 0 ⟨1 1 2⟩⟩", "⟨1 2 0⟩"]
