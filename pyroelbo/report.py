@@ -281,31 +281,46 @@ def plot_sequences(
 
 
 def plot_latents(
-    mean: Tensor, labels: Tensor | None, plane: Tensor, shape: Sequence[int], extent: float, path: str | Path
+    mean: Tensor,
+    labels: Tensor | None,
+    plane: Tensor | None,
+    shape: Sequence[int],
+    extent: float,
+    path: str | Path,
 ) -> Path:
     """Plot a two-dimensional latent plane: posterior means [N, 2], coloured by label, and decoded images [n²,
-    H·W].
+    H·W], if there are any.
     """
-    figure, (left, right) = _figure(10, 4.8, 2)
+    figure, axes = _figure(10 if plane is not None else 5.6, 4.8, 2 if plane is not None else 1)
+    left, *others = np.atleast_1d(axes)
     points = mean.detach().cpu()
     if labels is None:
         left.scatter(points[:, 0], points[:, 1], s=8)
     else:
-        drawn = left.scatter(points[:, 0], points[:, 1], c=labels.cpu(), cmap="tab10", s=8)
-        figure.colorbar(drawn, ax=left, ticks=range(int(labels.max()) + 1))
+        from matplotlib import colormaps
+
+        classes = int(labels.max()) + 1
+        colours = {"cmap": colormaps["tab10"].resampled(classes), "vmin": -0.5, "vmax": classes - 0.5}
+        drawn = left.scatter(points[:, 0], points[:, 1], c=labels.cpu(), s=8, **colours)
+        figure.colorbar(drawn, ax=left, ticks=range(classes))
     left.set_title("posterior means")
     left.set_aspect("equal")
+    if plane is not None:
+        _tiles(others[0], plane, shape, extent)
+    for axis in (left, *others):
+        axis.set_xlabel("z[0]")
+        axis.set_ylabel("z[1]")
+    return _save(figure, path)
+
+
+def _tiles(axis: Any, plane: Tensor, shape: Sequence[int], extent: float) -> None:
     n, (height, width) = math.isqrt(len(plane)), shape
     tiles = plane.detach().cpu().double().reshape(n, n, height, width).numpy()
     framed = np.zeros((n, n, height + 1, width + 1))
     framed[:, :, :height, :width] = tiles
     canvas = np.block([[framed[i, j] for j in range(n)] for i in reversed(range(n))])
-    right.imshow(1 - canvas, cmap="gray", vmin=0, vmax=1, extent=(-extent, extent, -extent, extent))
-    right.set_title("decoded from the plane")
-    for axis in (left, right):
-        axis.set_xlabel("z[0]")
-        axis.set_ylabel("z[1]")
-    return _save(figure, path)
+    axis.imshow(1 - canvas, cmap="gray", vmin=0, vmax=1, extent=(-extent, extent, -extent, extent))
+    axis.set_title("decoded from the plane")
 
 
 def plot_holes(diagnostics: Diagnostics, path: str | Path) -> Path:

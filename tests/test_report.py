@@ -37,6 +37,7 @@ def test_pictures_are_written(result, tmp_path):
         report.plot_latents(
             torch.randn(9, 2), torch.arange(9) % 3, torch.rand(16, 12), (3, 4), 2.0, tmp_path / "e.png"
         ),
+        report.plot_latents(torch.randn(9, 2), None, None, (5,), 2.0, tmp_path / "h.png"),
         report.plot_sequences([torch.randn(5, 2), torch.randn(3, 2)], tmp_path / "f.png", names=("a", "b")),
         report.plot_sequences([torch.rand(5, 8)], tmp_path / "g.png", ["digits"]),
     ]

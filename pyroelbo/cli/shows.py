@@ -57,20 +57,21 @@ def _brightness(found: Dataset, y: Tensor) -> Tensor:
 
 
 def decoded(pair: Pair, found: Dataset, y: Batch, labels: Tensor | None, path: Path) -> list[Path]:
-    """Reconstructions and the latent plane, for pairs that decode pictures: the files written."""
-    few = batches.rows(y, slice(0, _SHOWN))
-    means = batches.call(pair.reconstruct, few)
-    if means is None or len(found.shape) != 2 or not isinstance(few, Tensor):
+    """Reconstructions, for pairs that decode pictures, and the latent plane: the files written."""
+    if not isinstance(y, Tensor):
         return []
-    rows = [_brightness(found, few), means]
-    written = [report.images(rows, found.shape, path / "reconstructions.png", ["data", "decoded"])]
-    plane = batches.call(pair.latent_plane, y)
+    written, pictures = [], len(found.shape) == 2
+    means = pair.reconstruct(y[:_SHOWN])
+    if means is not None and pictures:
+        rows = [_brightness(found, y[:_SHOWN]), means]
+        written.append(report.images(rows, found.shape, path / "reconstructions.png", ["data", "decoded"]))
+    plane = pair.latent_plane(y)
     if plane is not None:
         codes, decode = plane
         ticks = torch.linspace(-2.5, 2.5, 15).to(codes)
         grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
         with torch.no_grad():
-            tiles = decode(grid)
+            tiles = decode(grid) if pictures else None
         written.append(report.plot_latents(codes, labels, tiles, found.shape, 2.5, path / "latents.png"))
     return written
 

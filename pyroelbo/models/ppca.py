@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -205,6 +206,18 @@ class PPCA(ExactPair):
         g.loc.copy_(loc)
         g.weight.copy_(weight)
         g.log_scale.copy_(scale.log().mean() if self.noise == "shared" else scale.log())
+
+    @torch.no_grad()
+    def reconstruct(self, y: Tensor) -> Tensor:
+        """E[y | z] at the posterior's mean, cut to [0, 1], [B, D]."""
+        return self._decoded(self.posterior(y).mean)
+
+    @torch.no_grad()
+    def latent_plane(self, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        return (self.posterior(y).mean, self._decoded) if self.latent_dims == 2 else None
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        return (z @ self.generator.weight.T + self.generator.loc).clamp(0, 1)
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return self.generator.loc.new_zeros(n, self.dims)
