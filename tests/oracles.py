@@ -179,3 +179,11 @@ def alignments(emission, target, blank=0, length=None):
         if [symbol for symbol in merged if symbol != blank] == target:
             weight = sum(emission[t][symbol] for t, symbol in enumerate(path))
             yield path + (0,) * (steps - length), weight, {"emission": Counter(enumerate(path))}
+
+
+def models_of(clauses, literal):
+    """Assignments of 0 and 1 that satisfy every clause, weighted by ``literal[i][z_i]``."""
+    for z in itertools.product((0, 1), repeat=len(literal)):
+        if all(any(z[abs(x) - 1] == (x > 0) for x in clause) for clause in clauses):
+            weight = sum(literal[i][v] for i, v in enumerate(z))
+            yield z, weight, {"literal": Counter(enumerate(z))}

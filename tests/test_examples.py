@@ -27,6 +27,7 @@ ARGUMENTS = {
     "diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "diffusion")],),
     "vdm": lambda tmp: (["--smoke", "--out", str(tmp / "vdm")],),
     "masked_diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "masked")],),
+    "sat": lambda tmp: (["--smoke"],),
     "topics": lambda tmp: (["--smoke"],),
     "words": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),

@@ -4,6 +4,7 @@ from pyroelbo.distributions.alignment import CTC, Alignment, AlignmentParts
 from pyroelbo.distributions.chain import HMM, ChainParts, LinearChain
 from pyroelbo.distributions.gaussian import Filtered, GaussianChain, LinearGaussianChain
 from pyroelbo.distributions.grammar import PCFG, Derivation, ParseParts, ParseTree
+from pyroelbo.distributions.logic import CNF, Circuit, Models, ModelsParts, compile_formula, read_dimacs
 from pyroelbo.distributions.mixture import DiagonalMixture, GaussianStatistics, Mixture
 from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
 from pyroelbo.distributions.segment import SegmentParts, SemiMarkov
@@ -11,12 +12,14 @@ from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.distributions.tree import TreeCRF, TreeParts
 
 __all__ = [
+    "CNF",
     "CTC",
     "HMM",
     "PCFG",
     "Alignment",
     "AlignmentParts",
     "ChainParts",
+    "Circuit",
     "Derivation",
     "DiagonalMixture",
     "DiscretizedLogistic",
@@ -26,6 +29,8 @@ __all__ = [
     "LinearChain",
     "LinearGaussianChain",
     "Mixture",
+    "Models",
+    "ModelsParts",
     "ParseParts",
     "ParseTree",
     "SegmentParts",
@@ -33,6 +38,8 @@ __all__ = [
     "StructuredDistribution",
     "TreeCRF",
     "TreeParts",
+    "compile_formula",
     "l1_density",
     "l2_density",
+    "read_dimacs",
 ]

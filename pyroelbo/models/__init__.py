@@ -15,6 +15,7 @@ from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
+from pyroelbo.models.sat import SAT
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
@@ -27,6 +28,7 @@ __all__ = [
     "PCFG",
     "PPCA",
     "REGISTRY",
+    "SAT",
     "VAE",
     "VDM",
     "Autoregressive",

@@ -35,6 +35,7 @@ def test_every_structure_has_a_section():
         "PCFG",
         "CTC",
         "Mixture",
+        "Models",
         "LinearGaussianChain",
     }
     assert families == {name for name, _ in SECTIONS}
