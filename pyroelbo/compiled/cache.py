@@ -21,7 +21,7 @@ from pyroelbo.compiled import build as _build
 from pyroelbo.compiled.capture import capture
 from pyroelbo.compiled.eager import FLOATS, Call, Place, autocasting, restored
 from pyroelbo.compiled.environment import Environment, Untraceable
-from pyroelbo.compiled.plan import Plan
+from pyroelbo.compiled.plan import Change, Plan
 from pyroelbo.compiled.verify import Mismatch, verify
 
 __all__ = ["CompileWarning", "Counters", "Graph", "GraphCache"]
@@ -184,8 +184,9 @@ class GraphCache:
         self.given_up: set[Any] = set()
         self._failures: dict[Any, int] = {}
         self._pending: OrderedDict[Any, _Pending] = OrderedDict()
-        self._varying: dict[Any, list[Place | int]] = {}
-        self._constant: dict[Any, list[Place | int]] = {}
+        # Places, arguments and lines with a number that has changed, and which of them a graph cannot follow.
+        self._varying: dict[Any, list[Place | int | str]] = {}
+        self._constant: dict[Any, list[Place | int | str]] = {}
         self._new = 0
         self._evictions = 0
         self._said: set[str] = set()
@@ -223,11 +224,13 @@ class GraphCache:
             return None
         return self._miss(key, structure, args, kwargs, failed)
 
-    def _miss(self, key: Any, structure: Signature, args: tuple, kwargs: dict, failed: str | None):
+    def _miss(self, key: Any, structure: Signature, args: tuple, kwargs: dict, failed: Change | None):
         pending = self._pending.get(key)
         if self.patient and not self._settled(key, pending, structure.floats):
             return None
-        changed = failed or self._vary(key, structure.floats)
+        if failed is not None and failed.where is not None:
+            self._lift(key, failed.where)
+        changed = failed.what if failed is not None else self._vary(key, structure.floats)
         if not self._room(key, changed, pending):
             return None
         call = Call(self.loss, key[0], key[1], key[2], args, kwargs)
@@ -241,7 +244,10 @@ class GraphCache:
             self.give_up(key, "its state does not outlive the call")
             return None
         self._pending.pop(key, None)
-        self.graphs.setdefault(key, []).append(graph)
+        lines = {place for place in self._varying.get(key, ()) if isinstance(place, str)}
+        followed = lines - graph.plan.guards.lines()
+        older = [g for g in self.graphs.get(key, ()) if followed.isdisjoint(g.plan.guards.lines())]
+        self.graphs[key] = [*older, graph]
         return graph, structure.tensors + graph.plan.number_tensors(numbers), state
 
     def _settled(self, key: Any, pending: _Pending | None, floats: list[float]) -> bool:
@@ -274,7 +280,7 @@ class GraphCache:
             self.give_up(key, f"the Python value {changed!r} changes from call to call; keep it in a tensor")
         return False
 
-    def _lift(self, key: Any, place: Place | int) -> None:
+    def _lift(self, key: Any, place: Place | int | str) -> None:
         if place not in self._varying.setdefault(key, []):
             self._varying[key].append(place)
 
@@ -344,7 +350,7 @@ class GraphCache:
         return False
 
     def _lifting(self, key: Any, call: Call) -> Graph:
-        """A graph with the varying floats as inputs, or as constants where that fails."""
+        """A graph that follows the varying numbers, or holds them as constants where that fails."""
         constant = self._constant.setdefault(key, [])
         lifted = [p for p in self._varying.get(key, ()) if p not in constant]
         if not lifted:
@@ -354,7 +360,8 @@ class GraphCache:
         except (Untraceable, Mismatch):
             constant += lifted
             return self.make(call, ())
-        constant += [lifted[i] for i in graph.plan.read]
+        constant += [graph.plan.lifted[i] for i in graph.plan.read]
+        constant += [line for line in graph.plan.guards.lines() if line in lifted]
         return graph
 
     def remember(self, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict) -> None:
@@ -389,7 +396,8 @@ class GraphCache:
         start = time.perf_counter()
         if not self.patient:
             call.materialize()
-        plan = capture(call, lifted)
+        followed = [p for p in lifted if isinstance(p, str)]
+        plan = capture(call, [p for p in lifted if not isinstance(p, str)], followed)
         self.counters.captures += 1
         verify(plan, call, plan.graph, thorough=True)
         if not plan.environment.holds():

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from pyroelbo.compiled.eager import Call, Place, quiet, restored, source_states, unhooked
 from pyroelbo.compiled.environment import Environment, Untraceable
-from pyroelbo.compiled.interception import FRESH, Census, Interception, LastSite, Read, internal, static_pyro
-from pyroelbo.compiled.number import Numbers
+from pyroelbo.compiled.interception import (
+    FRESH,
+    Census,
+    Interception,
+    LastSite,
+    Read,
+    internal,
+    static_pyro,
+    unread,
+)
+from pyroelbo.compiled.number import Numbers, shadowed
 from pyroelbo.compiled.plan import Plan
 
 __all__ = ["capture"]
@@ -55,10 +64,12 @@ class _Run:
         return value, {name: before[name] for name, t in store._params.items() if t is not before[name]}
 
 
-def capture(call: Call, lifted: Sequence[Place | int] = ()) -> Plan:
+def capture(call: Call, lifted: Sequence[Place | int] = (), followed: Sequence[str] = ()) -> Plan:
     """Trace the loss and its gradients once through Pyro's handlers; what the run changes is put back.
 
     ``lifted`` are Python floats that become inputs: places, or indices among the float arguments.
+    ``followed`` are lines whose ``.item()`` becomes a number of the graph, where Python code never needs its
+    value; otherwise it is a guard.
     Raises ``Untraceable`` where the run depends on values of tensors that no guard can check, changes Python
     numbers, or draws from generators that torch's seed does not set.
     Cost: three eager runs and about a millisecond per operation.
@@ -67,9 +78,8 @@ def capture(call: Call, lifted: Sequence[Place | int] = ()) -> Plan:
     run = _Run(call)
     hooked = [t for t in Environment(call.roots).kept if isinstance(t, Tensor)]
     with _reasons(run.last), quiet(), unhooked(hooked):
-        free, environment, ranges = _census(run)
-        tracer = _Tracer(run, free, lifted, environment, ranges)
-        return tracer.plan()
+        free, environment, census = _census(run)
+        return _Tracer(run, free, lifted, environment, census, followed).plan()
 
 
 def _plain_store() -> None:
@@ -81,8 +91,8 @@ def _plain_store() -> None:
             store._param_to_name[plain] = name
 
 
-def _census(run: _Run) -> tuple[list[Tensor], Environment, list[bool]]:
-    """The tensors that the loss reads besides its arguments, the environment after a run, and ``ranges``."""
+def _census(run: _Run) -> tuple[list[Tensor], Environment, Census]:
+    """The tensors that the loss reads besides its arguments, and the environment after a run."""
     call = run.call
     environment = Environment(call.roots)
     census = _Counted(environment)
@@ -116,7 +126,7 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment, list[bool]]:
             )
     environment = Environment(call.roots)
     free = Plan.order([t for i, t in census.free.items() if i not in own], environment)
-    return free, environment, census.ranges
+    return free, environment, census
 
 
 class _Counted(Census):
@@ -140,9 +150,10 @@ class _Tracer:
         free: list[Tensor],
         lifted: Sequence[Place | int],
         environment: Environment,
-        ranges: list[bool],
+        census: Census,
+        followed: Sequence[str],
     ):
-        self._ranges = ranges
+        self._census, self._followed = census, (*followed, *census.unguarded)
         self._run, self._free, self._lifted, self._environment = run, free, list(lifted), environment
         self._floats = run.call.floats
         self._values = [self._floats[p] if isinstance(p, int) else p.get() for p in self._lifted]
@@ -160,9 +171,10 @@ class _Tracer:
             if isinstance(p, int):
                 floats[p] = number
         placed = [(p, number) for p, number in pairs if isinstance(p, Place)]
-        seen = Interception(ranges=self._ranges)
-        value, replaced = self._run(seen, tensors, floats, placed)
-        self._leaves, self._reads = list(seen.gradients), seen.reads
+        seen = Interception(None, self._census.ranges, self._followed, self._numbers)
+        with shadowed(list(self._census.readers.values()) if self._followed else []):
+            value, replaced = self._run(seen, tensors, floats, placed)
+        self._leaves, self._reads = list(seen.gradients), self._constant(seen.reads)
         value = detach_provenance(value).detach()
         if self._run.call.kind == "differentiable" and self._leaves:
             value = value.to(self._leaves[0].dtype)
@@ -173,6 +185,18 @@ class _Tracer:
         store._params.clear()
         store._params.update(entries)
         return outputs + [read.tensor for read in self._reads]
+
+    def _constant(self, reads: list[Read]) -> list[Read]:
+        """The reads whose value left the graph, or was compared."""
+        numbers = self._numbers
+        lines = {r.number: r.where for r in reads if r.number is not None}
+        found = [r for r in reads if r.number is None or r.number in numbers.read]
+        for t, indices in numbers.asked:
+            found += [Read(t, lines[i], compared=True) for i in sorted(indices) if i in lines]
+        for read in found:
+            if read.where in self._census.unguarded:
+                raise Untraceable(unread(self._census.unguarded[read.where], read.where))
+        return found
 
     def plan(self) -> Plan:
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -207,17 +231,17 @@ class _Tracer:
             graph, first, state, leaves, list(self._run.sites), self._environment, self._floats, self._lifted
         )
         plan.guards.numbers = self._number_guards()
-        plan.read = set(self._numbers.read)
+        plan.read = {i for i in self._numbers.read if i < len(self._lifted)}
         if kept:
             plan.guards.tensors = guards
-            plan.guards.where = [self._reads[i].where for i in kept]
+            plan.guards.reads = [self._reads[i] for i in kept]
             with torch.no_grad():
                 plan.guards.expected = [t.clone() for t in guards(*call.tensors, *lifted, *state)]
         return plan
 
     def _number_guards(self) -> list[tuple[Any, Any]]:
         guards = list(self._numbers.guards)
-        for i in self._numbers.read:
+        for i in self._numbers.read & set(range(len(self._lifted))):
             guards.append((operator.itemgetter(i), self._values[i]))
         return guards
 

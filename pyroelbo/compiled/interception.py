@@ -26,9 +26,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyroelbo.compiled import eager
 from pyroelbo.compiled.environment import Untraceable
-from pyroelbo.compiled.number import Number, lowered
+from pyroelbo.compiled.number import Number, Numbers, lowered
 
-__all__ = ["FRESH", "Census", "Interception", "LastSite", "Read", "internal", "place", "static_pyro"]
+__all__ = [
+    "FRESH",
+    "Census",
+    "Interception",
+    "LastSite",
+    "Read",
+    "internal",
+    "place",
+    "static_pyro",
+    "unread",
+]
 
 FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 _INTERNAL = tuple(
@@ -63,16 +73,20 @@ class Census(TorchDispatchMode):
 
     The value of a tensor can be a guard only where it follows from the inputs: ``tainted`` names, by storage,
     those that depend on a random draw or on a tensor that the run has changed in place. ``ranges`` says of
-    each ``one_hot`` whether a guard can check its classes.
+    each ``one_hot`` whether a guard can check its classes. ``unguarded`` are the places where Python code
+    makes a number of such a value, with the reason: the trace has to keep it in the graph. ``readers`` are
+    the modules of all such code.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.free: dict[int, Tensor] = {}
         self._made: Any = WeakIdKeyDictionary()
-        self._tainted: dict[int, str] = {}
+        self._tainted: dict[int, tuple[str, Any]] = {}  # with the storage, so that its address is not reused
         self._free_storages: set[int] = set()
         self.ranges: list[bool] = []
+        self.unguarded: dict[str, str] = {}
+        self.readers: dict[int, dict[str, Any]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,32 +125,30 @@ class Census(TorchDispatchMode):
             )
 
     def _spread(self, func: Any, given: list[Tensor], made: list[Tensor], args: tuple) -> None:
-        taint = next((self._tainted[s] for s in map(_storage, given) if s in self._tainted), None)
+        taint = next(filter(None, map(self.taint, given)), None)
         if torch.Tag.nondeterministic_seeded in func.tags:
             taint = "depends on a random draw"
         written = func._schema.is_mutable
-        before = set(map(_storage, given))
         for x in made:
-            storage = _storage(x)
             if taint is not None:
-                self._tainted[storage] = taint
-            elif storage not in before:
-                self._tainted.pop(storage, None)
+                self._taint(x, taint)
         if written:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is None or not argument.alias_info.is_write:
                     continue
                 for x in pytree.tree_leaves(value):
                     if isinstance(x, Tensor):
-                        storage = _storage(x)
-                        if storage in self._free_storages:
-                            self._tainted[storage] = "depends on a tensor that the model changes in place"
+                        if _storage(x) in self._free_storages:
+                            self._taint(x, "depends on a tensor that the model changes in place")
                         elif taint is not None:
-                            self._tainted[storage] = taint
+                            self._taint(x, taint)
+
+    def _taint(self, t: Tensor, reason: str) -> None:
+        self._tainted[_storage(t)] = reason, t.untyped_storage()
 
     def taint(self, t: Tensor) -> str | None:
         """Why the value of ``t`` cannot be a guard, or None."""
-        return self._tainted.get(_storage(t))
+        return self._tainted.get(_storage(t), (None,))[0]
 
 
 def _storage(t: Tensor) -> int:
@@ -144,22 +156,34 @@ def _storage(t: Tensor) -> int:
 
 
 class Read(NamedTuple):
-    """A tensor whose value Python code has asked for: ``tensor`` in the graph, and where."""
+    """A tensor whose value Python code has asked for: ``tensor`` in the graph, where, and its index among the
+    numbers of the graph if the code got one of these instead of the value. ``compared`` says that the tensor
+    is the outcome of a comparison of such numbers."""
 
     tensor: Tensor
     where: str
+    number: int | None = None
+    compared: bool = False
 
 
 class Interception(TorchFunctionMode):
     """Keeps the numbers of Pyro's loss code in the graph, and collects gradients.
 
     ``reads`` are the tensors whose values other Python code asked for: the graph holds while they are equal.
+    ``.item()`` at the places ``followed`` gives a number of the graph instead (of ``numbers``).
     """
 
-    def __init__(self, census: Census | None = None, ranges: Iterable[bool] = ()) -> None:
+    def __init__(
+        self,
+        census: Census | None = None,
+        ranges: Iterable[bool] = (),
+        followed: Iterable[str] = (),
+        numbers: Numbers | None = None,
+    ) -> None:
         super().__init__()
         self._census = census
         self._ranges = iter(ranges)
+        self._followed, self._numbers = frozenset(followed), numbers
         self.gradients: dict[Tensor, Tensor] = {}
         self.reads: list[Read] = []
 
@@ -193,11 +217,20 @@ class Interception(TorchFunctionMode):
         if self._census is not None:
             taint = self._census.taint(seen)
             if taint is not None:
-                raise Untraceable(f"Python code asks for the value of a tensor that {taint}, {place(frame)}")
+                if func not in _NUMBERS:
+                    raise Untraceable(unread(taint, place(frame)))
+                self._census.unguarded[place(frame)] = taint
+            if not internal(frame.f_code.co_filename):
+                self._census.readers[id(frame.f_globals)] = frame.f_globals
             return func(*args, **kwargs)
-        self.reads.append(Read(seen.detach().clone(), place(frame)))
-        with _disable_current_modes():
-            out = func(*args, **kwargs)
+        where, number = place(frame), None
+        try:
+            with _disable_current_modes():
+                out = func(*args, **kwargs)
+            if self._numbers is not None and func is Tensor.item and where in self._followed and _exact(out):
+                number, out = len(self._numbers.values), self._numbers.observe(out, seen.detach().double())
+        finally:  # a constructor in C++ tries one conversion after another
+            self.reads.append(Read(seen.detach().clone(), where, number))
         return out.copy() if isinstance(out, np.ndarray) else out
 
     def _number(self, t: Any) -> Any:
@@ -272,6 +305,16 @@ def _kept_in_graph(func: Any, t: Tensor, frame: FrameType) -> Any:
     return None
 
 
+def unread(taint: str, where: str) -> str:
+    """The reason to refuse a graph whose Python code depends on such a value."""
+    return f"Python code asks for the value of a tensor that {taint}, {where}"
+
+
+def _exact(value: Any) -> bool:
+    """True for numbers that a float64 tensor can carry."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+
+
 def _integer(index: Any) -> bool:
     return isinstance(index, Tensor) and not index.dim() and index.dtype in (torch.int64, torch.int32)
 
@@ -279,6 +322,9 @@ def _integer(index: Any) -> bool:
 def _same(t: Tensor, *_: Any, **__: Any) -> Tensor:
     return t
 
+
+# Reads whose result may stay a number of the graph.
+_NUMBERS = (Tensor.item, Tensor.__int__, Tensor.__float__)
 
 # What a guard has to compare where Python code reads a tensor.
 _READERS: dict[Any, Callable[..., Tensor]] = {

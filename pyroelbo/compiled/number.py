@@ -1,52 +1,65 @@
-"""Python floats as 0-dim inputs of a graph that still promote like Python numbers."""
+"""Python numbers as 0-dim tensors of a graph that still promote like Python numbers."""
 
 from __future__ import annotations
 
+import builtins
 import functools
-import numbers
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "Numbers"]
+__all__ = ["Number", "Numbers", "shadowed"]
 
 Expression = Callable[[Sequence[float]], Any]
 
 
 class Numbers:
-    """The lifted floats of one trace: what Python code asked about their values.
+    """The numbers of one trace that are tensors of its graph, and what Python code asked about their values.
 
-    ``guards`` are (expression, result, where): comparisons that the code branched on. ``read`` are the
-    indices of floats whose value left the graph, which have to stay constants.
+    The first are the lifted floats ``values``; ``observe`` adds what Python code reads from tensors.
+    ``guards`` are (expression, result) of comparisons of lifted floats that the code branched on, ``asked``
+    those of other numbers, as a tensor and the indices of its numbers. ``read`` are the indices of numbers
+    whose value left the graph, which have to stay constants.
     """
 
     def __init__(self, values: Sequence[float], tensors: Sequence[Tensor]):
-        self.values = list(values)
+        self.values: list[Any] = []
         self.guards: list[tuple[Expression, Any]] = []
+        self.asked: list[tuple[Any, frozenset[int]]] = []
         self.read: set[int] = set()
-        self.inputs = [
-            Number(self, v, t, operator.itemgetter(i), frozenset([i]))
-            for i, (v, t) in enumerate(zip(values, tensors, strict=True))
-        ]
+        self.inputs = [self.observe(v, t) for v, t in zip(values, tensors, strict=True)]
+        self.lifted = len(self.values)
+
+    def observe(self, value: Any, tensor: Tensor) -> Number:
+        """A new number that the float64 ``tensor`` carries in the graph."""
+        i = len(self.values)
+        self.values.append(value)
+        return _number(self, value, tensor, operator.itemgetter(i), frozenset([i]))
 
 
 class Number:
     """A float, the 0-dim float64 tensor that carries it in a graph, and the expression that made it.
 
     Arithmetic with Python numbers gives ``Number``; torch functions get the tensor in the dtype that a Python
-    float would have there. Comparisons become guards. Anything else reads the value, which makes it a
-    constant.
+    number would have there. Comparisons become guards. Anything else reads the value, which
+    makes it a constant. ``isinstance`` takes it for the number that it stands for.
     """
 
     def __init__(self, owner: Numbers, value: float, tensor: Tensor, make: Expression, parts: frozenset[int]):
         self._owner, self._value, self._tensor, self._make, self._parts = owner, value, tensor, make, parts
 
+    @property  # type: ignore[misc]
+    def __class__(self):
+        return type(self._value)
+
     @property
     def dtype(self) -> torch.dtype:
-        return torch.get_default_dtype()
+        return torch.get_default_dtype() if isinstance(self._value, float) else torch.int64
 
     @property
     def device(self) -> torch.device:
@@ -56,9 +69,16 @@ class Number:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return lowered(func, args, kwargs or {})
 
-    def _read(self) -> float:
+    def _read(self) -> Any:
         self._owner.read |= self._parts
         return self._value
+
+    def cast(self, kind: type) -> Any:
+        """``int(self)`` or ``float(self)`` as a number of the graph."""
+        if kind is int and not abs(self._value) < 2**53:
+            return int(self._read())
+        make, tensor = self._make, self._tensor.trunc() if kind is int else self._tensor
+        return _number(self._owner, kind(self._value), tensor, lambda values: kind(make(values)), self._parts)
 
     def _with(self, op: Callable[..., Any], other: Any, flipped: bool) -> Any:
         if isinstance(other, Tensor):
@@ -67,12 +87,14 @@ class Number:
         if not isinstance(other, (int, float, Number)):
             return NotImplemented
         left, right = (_parts(other), _parts(self)) if flipped else (_parts(self), _parts(other))
+        if op is operator.truediv and right.indices and max(right.indices) < self._owner.lifted:
+            self._owner.guards.append((lambda values: right.make(values) == 0, right.value == 0))
 
         def make(values):
             return op(left.make(values), right.make(values))
 
         value, tensor = op(left.value, right.value), op(left.tensor, right.tensor)
-        return Number(self._owner, value, tensor, make, left.indices | right.indices)
+        return _number(self._owner, value, tensor, make, left.indices | right.indices)
 
     def _ask(self, op: Callable[..., bool], other: Any) -> Any:
         if isinstance(other, Tensor):
@@ -81,12 +103,16 @@ class Number:
             return NotImplemented
         right = _parts(other)
         result = op(self._value, right.value)
+        indices = self._parts | right.indices
+        if max(indices) >= self._owner.lifted:
+            self._owner.asked.append((op(self._tensor, right.tensor), indices))
+            return result
         self._owner.guards.append((lambda values: op(self._make(values), right.make(values)), result))
         return result
 
     def _unary(self, op: Callable[..., Any]) -> Number:
         make = self._make
-        return Number(
+        return _number(
             self._owner, op(self._value), op(self._tensor), lambda values: op(make(values)), self._parts
         )
 
@@ -132,6 +158,17 @@ class Number:
         return getattr(self._read(), name)
 
 
+class Integer(Number):
+    """A :class:`Number` that stands for an int; as an index or a length it is a constant."""
+
+    def __index__(self) -> int:
+        return self._read()
+
+
+def _number(owner: Numbers, value: Any, tensor: Tensor, make: Expression, parts: frozenset[int]) -> Number:
+    return (Integer if isinstance(value, int) else Number)(owner, value, tensor, make, parts)
+
+
 class _Parts(NamedTuple):
     value: Any
     tensor: Any
@@ -145,6 +182,10 @@ def _parts(x: Any) -> _Parts:
     return _Parts(x, x, lambda values: x, frozenset())
 
 
+def _plain(x: Any) -> Any:
+    return x._read() if isinstance(x, Number) else x
+
+
 def _install() -> None:
     for name in ("add", "sub", "mul", "truediv", "pow"):
         op = getattr(operator, name)
@@ -153,18 +194,14 @@ def _install() -> None:
     for name in ("lt", "le", "gt", "ge"):
         op = getattr(operator, name)
         setattr(Number, f"__{name}__", lambda self, other, op=op: self._ask(op, other))
-    for name in ("floordiv", "mod", "divmod"):
-        method = getattr(float, f"__{name}__")
-        setattr(Number, f"__{name}__", lambda self, other, m=method: m(self._read(), float(other)))
-        other = getattr(float, f"__r{name}__")
-        setattr(Number, f"__r{name}__", lambda self, other, m=other: m(self._read(), float(other)))
-    for name in ("floor", "ceil", "trunc"):
-        method = getattr(float, f"__{name}__")
-        setattr(Number, f"__{name}__", lambda self, m=method: m(self._read()))
+    for name, op in (("floordiv", operator.floordiv), ("mod", operator.mod), ("divmod", divmod)):
+        setattr(Number, f"__{name}__", lambda self, other, op=op: op(self._read(), _plain(other)))
+        setattr(Number, f"__r{name}__", lambda self, other, op=op: op(_plain(other), self._read()))
+    for op in (math.floor, math.ceil, math.trunc):
+        setattr(Number, f"__{op.__name__}__", lambda self, op=op: op(self._read()))
 
 
 _install()
-numbers.Real.register(Number)
 
 _ELEMENTWISE = {
     getattr(owner, name)
@@ -223,17 +260,64 @@ def lowered(func: Any, args: tuple, kwargs: dict) -> Any:
     if func in _FULL:
         found = [x for x in (*args, *kwargs.values()) if isinstance(x, Number)]
         if len(found) == 1:
-            plain = [0.0 if x is found[0] else x for x in args]
-            named = {k: 0.0 if x is found[0] else x for k, x in kwargs.items()}
+            zero = type(found[0]._value)(0)
+            plain = [zero if x is found[0] else x for x in args]
+            named = {k: zero if x is found[0] else x for k, x in kwargs.items()}
             return func(*plain, **named).fill_(found[0]._tensor)
-    dtype = torch.get_default_dtype()
     others = _tensors((*args, *kwargs.values()))
-    if others:
-        dtype = functools.reduce(torch.promote_types, (torch.result_type(t, 1.0) for t in others))
+
+    def dtype(x: Number) -> torch.dtype:
+        like = type(x._value)(1)
+        return functools.reduce(
+            torch.promote_types, [torch.result_type(t, like) for t in others] or [x.dtype]
+        )
 
     def walk(x: Any) -> Any:
         if isinstance(x, Number):
-            return x._tensor.to(dtype) if func in _ELEMENTWISE else x._read()
+            return x._tensor.to(dtype(x)) if func in _ELEMENTWISE else x._read()
         return type(x)(walk(v) for v in x) if type(x) in (tuple, list) else x
 
     return func(*walk(args), **{k: walk(v) for k, v in kwargs.items()})
+
+
+class _Shadow(type):
+    """Stands in for ``int`` or ``float`` in a module's globals: calls keep a ``Number`` in the graph."""
+
+    kind: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            x = args[0].item() if isinstance(args[0], Tensor) else args[0]
+            if isinstance(x, Number):
+                return x.cast(cls.kind)
+        return cls.kind(*args, **kwargs)
+
+    def __instancecheck__(cls, x: Any) -> bool:
+        return isinstance(x, cls.kind)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, cls.kind)
+
+
+_SHADOWS = {kind.__name__: _Shadow(kind.__name__, (), {"kind": kind}) for kind in (int, float)}
+
+
+@contextmanager
+def shadowed(modules: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Context manager: in these modules ``int(x)`` and ``float(x)`` keep a ``Number`` in the graph."""
+    changed = [
+        (space, name, space.get(name))
+        for space in modules
+        for name in _SHADOWS
+        if space.get(name, getattr(builtins, name)) is getattr(builtins, name)
+    ]
+    for space, name, _ in changed:
+        space[name] = _SHADOWS[name]
+    try:
+        yield
+    finally:
+        for space, name, before in changed:
+            if before is None:
+                del space[name]
+            else:
+                space[name] = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from pyroelbo.compiled.eager import FLOATS, Place
 from pyroelbo.compiled.environment import Environment
+from pyroelbo.compiled.interception import Read
 
-__all__ = ["Plan"]
+__all__ = ["Change", "Plan"]
 
 _CELL = type((lambda x: lambda: x)(0).__closure__[0])  # type: ignore[index]
+
+
+class Change(NamedTuple):
+    """What has changed, and the line that reads it if a graph might follow it."""
+
+    what: str
+    where: str | None = None
 
 
 class Guards:
@@ -25,21 +33,26 @@ class Guards:
     def __init__(self) -> None:
         self.tensors: fx.GraphModule | None = None
         self.expected: list[Tensor] = []
-        self.where: list[str] = []
+        self.reads: list[Read] = []
         self.numbers: list[tuple[Callable[[Sequence[float]], Any], Any]] = []
 
-    def failed(self, inputs: Sequence[Tensor], numbers: Sequence[float]) -> str | None:
+    def failed(self, inputs: Sequence[Tensor], numbers: Sequence[float]) -> Change | None:
         """What the first changed value is, or None where all hold."""
         for expression, result in self.numbers:
             if expression(numbers) != result:
-                return "a comparison of a Python number"
+                return Change("a comparison of a Python number")
         if self.tensors is not None:
             with torch.no_grad():
                 found = self.tensors(*inputs)
-            for t, expected, where in zip(found, self.expected, self.where, strict=True):
+            for t, expected, read in zip(found, self.expected, self.reads, strict=True):
                 if not torch.equal(t, expected):
-                    return f"the value of a tensor that Python code reads at {where}"
+                    what = f"the value of a tensor that Python code reads at {read.where}"
+                    return Change(what, None if read.compared else read.where)
         return None
+
+    def lines(self) -> set[str]:
+        """The lines whose values are guards."""
+        return {read.where for read in self.reads if not read.compared}
 
 
 class Plan:

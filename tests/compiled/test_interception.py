@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyroelbo.compiled import CompiledELBO, CompileWarning
 from pyroelbo.compiled.capture import capture
 from pyroelbo.compiled.eager import Call
+from pyroelbo.compiled.interception import Census
 from pyroelbo.compiled.verify import Mismatch, verify
 from tests.compiled.cases import data, follow, normal_guide, nothing
 
@@ -73,6 +74,49 @@ def test_values_that_python_reads_are_guards(weight):
     assert loss.counters.captures == 2
     assert loss.counters.compiled_calls >= 10
     assert loss.counters.fallbacks == 0
+
+
+class Words(dist.Multinomial):
+    """Stores a size and never asks for it."""
+
+    def log_prob(self, value):
+        return (self.logits * value).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "weight, captures",
+    [
+        (lambda b: b.item(), 2),
+        (lambda b: 3 * int(b.item() / 2) + float(b), 2),
+        (lambda b: torch.tensor([int(b), 1]).sum(), 2),
+        (lambda b: torch.full((), int(b)) * torch.ones((), dtype=torch.float32), 2),
+        (lambda b: torch.arange(4)[2] * int(b), 2),
+        (lambda b: 1.0 if isinstance(b.item(), float) and isinstance(int(b), int) else 2.0, 2),
+        (lambda b: -Words(int(torch.max(b).item()), b * torch.ones(3)).log_prob(torch.ones(3)), 2),
+        (lambda b: 2.0 if b.item() > 4 else b.item(), 2),
+        (lambda b: float(len(range(int(b)))), 5),
+        (lambda b: float(str(b.item())), 5),
+    ],
+)
+def test_numbers_that_python_only_passes_on_stay_in_the_graph(weight, captures):
+    """They are guards at first; where their value is asked for in any way, they remain so."""
+    y = data(7)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager", max_graphs=20)
+    model = scaled(weight)
+    for i in range(10):
+        b = torch.tensor(2.0 + i)
+        expected = Trace_ELBO().loss(model, nothing, y, b)
+        assert loss.loss_and_grads(model, nothing, y, b) == pytest.approx(expected, rel=1e-12)
+    assert (loss.counters.captures, loss.counters.fallbacks) == (captures, 0)
+
+
+def test_a_number_of_a_draw_may_stay_in_the_graph():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(2 * z.item(), 1.0), obs=y)
+
+    loss = follow(model, normal_guide, [(data(1, seed=i)[0],) for i in range(5)])
+    assert (loss.counters.captures, loss.counters.compiled_calls) == (1, 4)
 
 
 def test_reads_of_constants_cost_nothing():
@@ -227,11 +271,11 @@ def test_unused_draws_keep_their_place():
 def test_a_read_of_a_draw_names_its_line():
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z.item(), 1.0), obs=y)
+        pyro.sample("y", dist.Normal(round(z.item()), 1.0), obs=y)
 
     loss = CompiledELBO(Trace_ELBO(), backend="eager")
     with pytest.warns(
-        CompileWarning, match=r"depends on a random draw, test_interception.py:\d+ \(last site 'z'\)"
+        CompileWarning, match=r"depends on a random draw, test_interception.py:\d+ \(last site 'y'\)"
     ):
         for _ in range(3):
             loss.loss_and_grads(model, normal_guide, torch.tensor(0.5))
@@ -249,3 +293,10 @@ def test_a_class_out_of_range_raises_as_in_eager():
     assert loss.counters.compiled_calls == 2
     with pytest.raises(RuntimeError, match="Class values"):
         loss.loss_and_grads(model, nothing, y, torch.tensor([0, 3, 1, 1]))
+
+
+def test_memory_of_a_draw_that_is_used_again_is_no_draw():
+    with Census() as census:
+        for _ in range(20):
+            torch.randn(3) * 2
+            assert census.taint(torch.tensor([2, 3, 4])) is None
