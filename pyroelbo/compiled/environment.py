@@ -13,7 +13,7 @@ import sysconfig
 import types
 from collections import deque
 from collections.abc import Iterable
-from operator import is_
+from operator import getitem, is_
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,8 @@ class Environment:
     """
 
     def __init__(self, roots: Iterable[Any]):
-        self._edges: list[tuple[Any, Any]] = []
+        self._holders: list[Any] = []
+        self._keys: list[Any] = []
         self._values: list[Any] = []
         self._names: list[str] = []
         self._cells: list[Any] = []
@@ -110,7 +111,7 @@ class Environment:
             near = bool(self._near)
             thing, name = self._near.popleft() if near else self._code.pop()
             self._visit(thing, name, near)
-            if len(self._edges) > _MAX_EDGES:
+            if len(self._keys) > _MAX_EDGES:
                 raise Untraceable(
                     f"the model can see more than {_MAX_EDGES:,} Python values, among them {name!r};"
                     " keep large objects out of its attributes and globals"
@@ -121,7 +122,8 @@ class Environment:
         if isinstance(value, Tensor):
             self._tensor(value, (container, key), name)
             return
-        self._edges.append((container, key))
+        self._holders.append(container)
+        self._keys.append(key)
         self._values.append(value)
         self._names.append(name)
         self._later(value, name)
@@ -327,14 +329,14 @@ class Environment:
     def difference(self) -> tuple[str, Any, Any] | None:
         """The first value that differs as (name, container or cell, key), or None."""
         try:
-            now = [container[key] for container, key in self._edges]
+            same = all(map(is_, map(getitem, self._holders, self._keys), self._values))
             cells = [cell.cell_contents for cell in self._cells]
         except (KeyError, IndexError, ValueError):
             return self._missing(), None, None
-        if not all(map(is_, now, self._values)):
-            i = _differs(self._values, now)
+        if not same:
+            i = _differs(self._values, list(map(getitem, self._holders, self._keys)))
             if i is not None:
-                return self._names[i], *self._edges[i]
+                return self._names[i], self._holders[i], self._keys[i]
         if not all(map(is_, cells, self._cell_values)):
             i = _differs(self._cell_values, cells)
             if i is not None:
@@ -364,10 +366,9 @@ class Environment:
         A module that stores its last activations, or a guide that makes its plates anew, is harmless; one
         that counts its calls is not, since a compiled call does not run its Python code.
         """
-        for i in range(len(self._edges) - 1, -1, -1):
-            container, key = self._edges[i]
+        for i in range(len(self._keys) - 1, -1, -1):
             try:
-                now = container[key]
+                now = self._holders[i][self._keys[i]]
             except (KeyError, IndexError):
                 now = _MISSING
             old = self._values[i]
@@ -375,7 +376,7 @@ class Environment:
                 continue
             if isinstance(old, _SCALARS) and isinstance(now, _SCALARS) and old is not None:
                 return self._names[i]
-            del self._edges[i], self._values[i], self._names[i]
+            self._drop(i)
         for name, container, size in self._containers():
             if len(container) > size and isinstance(container, (list, deque)):
                 return name
@@ -395,20 +396,22 @@ class Environment:
             if i is not None:
                 del self._cells[i], self._cell_values[i], self._cell_names[i]
             return
-        for i in range(len(self._edges) - 1, -1, -1):
-            if self._edges[i][0] is container and self._edges[i][1] == key:
-                del self._edges[i], self._values[i], self._names[i]
+        for i in range(len(self._keys) - 1, -1, -1):
+            if self._holders[i] is container and self._keys[i] == key:
+                self._drop(i)
+
+    def _drop(self, i: int) -> None:
+        del self._holders[i], self._keys[i], self._values[i], self._names[i]
 
     def value_before(self, container: Any, key: Any) -> Any:
         """The value seen at that place when this environment was made."""
         if key is None:
             return next(v for c, v in zip(self._cells, self._cell_values, strict=True) if c is container)
-        return next(
-            v for (c, k), v in zip(self._edges, self._values, strict=True) if c is container and k == key
-        )
+        watched = zip(self._holders, self._keys, self._values, strict=True)
+        return next(v for c, k, v in watched if c is container and k == key)
 
     def _missing(self) -> str:
-        for (container, key), name in zip(self._edges, self._names, strict=True):
+        for container, key, name in zip(self._holders, self._keys, self._names, strict=True):
             try:
                 container[key]
             except (KeyError, IndexError):

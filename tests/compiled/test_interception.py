@@ -53,9 +53,9 @@ def test_tensors_made_from_tensors_are_followed(weight):
 @pytest.mark.parametrize(
     "weight",
     [
-        lambda b: b.item(),
-        lambda b: float(b),
-        lambda b: int(b),
+        lambda b: b.item() + 1.0,  # Pyro compares a scale with 1
+        lambda b: float(b) + 1.0,
+        lambda b: int(b) + 1.0,
         lambda b: b.tolist(),
         lambda b: torch.as_tensor(b.numpy() * 2.0),
         lambda b: torch.as_tensor(np.asarray(b) + 1.0),
@@ -65,7 +65,7 @@ def test_tensors_made_from_tensors_are_followed(weight):
         lambda b: torch.ones(5)[: int(b)].sum(),
         lambda b: torch.ones(5)[: b.long()].sum(),
         lambda b: torch.arange(1.0, 6.0)[..., b.long()],
-        lambda b: max(1.0, float(b * b)),
+        lambda b: max(1.0, float(b * b) + 1.0),
     ],
 )
 def test_values_that_python_reads_are_guards(weight):
