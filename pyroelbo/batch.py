@@ -37,20 +37,21 @@ Batch: TypeAlias = "Tensor | tuple[Tensor, ...] | dict[str, Tensor]"
 
 def as_batch(data: Any, name: str = "data", scope: str = "datum") -> Batch:
     """A batch from tensors, arrays or numeric pandas frames: floating ones get torch's default dtype, integer
-    and bool ones keep theirs. The parts of a ``"joint"`` batch may have any shapes, and be numbers.
+    and bool ones keep theirs. Absent parts of a tuple or dict are None. The parts of a ``"joint"`` batch may
+    have any shapes, and be numbers.
 
     Raises TypeError for other types, ValueError for an empty set, parts of different lengths, or floating
     parts with NaN or infinite entries; each names the part.
     """
     if isinstance(data, dict):
-        batch: Batch = {str(k): _tensor(v, f"{name}[{k!r}]", scope) for k, v in data.items()}
+        batch: Batch = {str(k): _part(v, f"{name}[{k!r}]", scope) for k, v in data.items()}
     elif isinstance(data, (tuple, list)) and not isinstance(data, (torch.Size, PackedSequence)):
-        batch = tuple(_tensor(v, f"{name}[{i}]", scope) for i, v in enumerate(data))
+        batch = tuple(_part(v, f"{name}[{i}]", scope) for i, v in enumerate(data))
     else:
         batch = _tensor(data, name, scope)
     named = parts(batch, name)
     if not named:
-        raise ValueError(f"{name}: expected at least one tensor, got an empty {type(data).__name__}")
+        raise ValueError(f"{name}: expected at least one tensor, got none in a {type(data).__name__}")
     for label, part in named.items():
         if scope != "joint" and part.data.dim() == 0:
             raise ValueError(
@@ -74,6 +75,10 @@ def as_batch(data: Any, name: str = "data", scope: str = "datum") -> Batch:
                 "entries that a mask leaves out by any value"
             )
     return batch
+
+
+def _part(value: Any, name: str, scope: str) -> Any:
+    return value if value is None else _tensor(value, name, scope)
 
 
 def _tensor(value: Any, name: str, scope: str) -> Tensor:
@@ -121,12 +126,14 @@ _COLUMNS = {"f": np.float64, "i": np.int64, "u": np.int64, "b": np.bool_}
 
 
 def parts(batch: Batch, name: str = "data") -> dict[str, Tensor]:
-    """The tensors of a batch, by the names used in messages."""
+    """The tensors of a batch, by the names used in messages; absent parts are left out."""
     if isinstance(batch, dict):
-        return {f"{name}[{k!r}]": v for k, v in batch.items()}
-    if _several(batch):
-        return {f"{name}[{i}]": v for i, v in enumerate(batch)}
-    return {name: batch}  # type: ignore[dict-item]
+        named: dict[str, Any] = {f"{name}[{k!r}]": v for k, v in batch.items()}
+    elif _several(batch):
+        named = {f"{name}[{i}]": v for i, v in enumerate(batch)}
+    else:
+        named = {name: batch}
+    return {label: part for label, part in named.items() if part is not None}
 
 
 def _several(batch: Any) -> bool:
@@ -134,10 +141,14 @@ def _several(batch: Any) -> bool:
 
 
 def change(fn: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The batch with every part changed by ``fn``."""
+    """The batch with every part changed by ``fn``; absent ones stay so."""
+
+    def changed(part: Any) -> Any:
+        return part if part is None else fn(part)
+
     if isinstance(batch, dict):
-        return {k: fn(v) for k, v in batch.items()}
-    return tuple(map(fn, batch)) if _several(batch) else fn(batch)  # type: ignore[arg-type]
+        return {k: changed(v) for k, v in batch.items()}
+    return tuple(map(changed, batch)) if _several(batch) else changed(batch)
 
 
 def dense(part: Any) -> Tensor:

@@ -448,11 +448,11 @@ class Pair(PyroModule):
             torch.manual_seed(seed)
             trace = batches.call(poutine.trace(poutine.uncondition(self.model)).get_trace, template)
         trace = prune_subsample_sites(trace)
-        tensors = list(batches.parts(template).values())
+        tensors, drawn = list(batches.parts(template).values()), {}
         for name, (i, view) in observed.items():
             # As it lies in the batch: a transposed view is filled as such.
-            tensors[i] = torch.empty_like(tensors[i])
-            tensors[i].as_strided(view.shape, view.stride()).copy_(trace.nodes[name]["value"])
+            drawn[id(tensors[i])] = filled = torch.empty_like(tensors[i])
+            filled.as_strided(view.shape, view.stride()).copy_(trace.nodes[name]["value"])
         latents = {
             k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and k not in observed
         }
@@ -461,9 +461,7 @@ class Pair(PyroModule):
             for k, s in trace.nodes.items()
             if s["type"] == "sample"
         }
-        if isinstance(template, dict):
-            return latents, dict(zip(template, tensors, strict=True)), log_probs
-        return latents, tuple(tensors) if isinstance(template, tuple) else tensors[0], log_probs
+        return latents, batches.change(lambda part: drawn.get(id(part), part), template), log_probs
 
 
 class ExactPair(Pair):

@@ -50,6 +50,16 @@ def test_packed_sequences_are_parts():
         batches.as_batch((torch.zeros(4), packed))
 
 
+def test_absent_parts_are_none():
+    for batch in (
+        batches.as_batch((torch.zeros(3), None)),
+        batches.as_batch({"y": torch.zeros(3), "x": None}),
+    ):
+        assert batches.size(batch) == 3 and len(batches.parts(batch)) == 1
+        some = batches.rows(batches.repeat(batch, 2), slice(0, 2))
+        assert list(some.values() if isinstance(some, dict) else some)[1] is None
+
+
 def test_a_joint_batch_has_parts_of_any_shape():
     batch = batches.as_batch((torch.zeros(3), torch.zeros(4, 2), torch.tensor(1.0), 2, 0.5), scope="joint")
     assert batches.size(batch) == 3
@@ -69,7 +79,9 @@ def test_a_joint_batch_has_parts_of_any_shape():
         ((torch.zeros(3), torch.zeros(4)), ValueError, r"same first dimension, got lengths.*'data\[0\]': 3"),
         ("digits", TypeError, "expected a tensor"),
         (np.array(["a"]), TypeError, "expected numbers"),
-        ({"x": None}, TypeError, r"data\['x'\]"),
+        ({"x": None}, ValueError, "at least one tensor, got none"),
+        (None, TypeError, "expected a tensor.*got NoneType"),
+        ({"x": "y"}, TypeError, r"data\['x'\]"),
         (pandas.DataFrame({"a": ["x"]}), TypeError, "expected columns of numbers, got .* in column 'a'"),
         (
             pandas.DataFrame({"a": [1.0, 2.0], "b": [1.0, None]}, index=["r", "s"]),

@@ -280,7 +280,8 @@ class Evaluator:
 
     def _look(self) -> tuple[Layout, Strategy, float]:
         """Layout, strategy, and elements of the largest tensor per particle and datum."""
-        if self.programs.with_guide and _without_parameters(getattr(self.pair, "encoder", None)):
+        # Not by its attribute: Pyro would rename a guide that has run by itself.
+        if self.programs.with_guide and _without_parameters(dict(self.pair.named_children()).get("encoder")):
             batches.call(self.pair.guide, self.batch)  # it takes its plates' sizes from its first batch
         if self.scope == "joint":
             return self._choose(self._joint_layout(), self.batch)
@@ -320,6 +321,9 @@ class Evaluator:
         )
         site = next((s for s in found if s is not None), None)
         if site is not None:
+            Layout.of(
+                self.programs, self.batch, "datum"
+            )  # a plate as long as the few rows by chance is refused
             raise ValueError(
                 f"model site {site!r}: the term of a datum depends on other data of the batch (a centring, a "
                 'sum over the batch?), so there is no evidence per datum, only a joint one, scope="joint"'

@@ -287,7 +287,7 @@ class PerDatum(WrappedELBO):
         self.count, self.auxiliary = count, auxiliary
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        rows = batches.length(next(iter((*args, *kwargs.values()))))
+        rows = batches.size((*args, *kwargs.values()))
         model, guide = (_inside(ModelMasks(), program) for program in (model, guide))
         loss = super().differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
         return loss if self.auxiliary is None else loss + self.auxiliary(*args, **kwargs).mean()

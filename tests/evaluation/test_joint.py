@@ -344,7 +344,9 @@ def test_guides_that_run_the_model(auto):
     theirs."""
     y = torch.randn(4) + 1
     truth = dist.MultivariateNormal(torch.zeros(4), 2 * torch.eye(4) + torch.ones(4, 4)).log_prob(y)
-    pair = Pair.of(hierarchy, auto(hierarchy, init_scale=0.7))
+    guide = auto(hierarchy, init_scale=0.7)
+    guide(y)  # as it has in training
+    pair = Pair.of(hierarchy, guide)
     iwae = evidence.iwae(pair, y, 40_000, scope="joint")
     assert abs(float(torch.expm1(truth - iwae.value))) < Z_LIMIT * float(iwae.stderr)
     assert float(evidence.elbo(pair, y, 500, scope="joint").value) < float(truth)

@@ -39,6 +39,7 @@ class Case:
     reference: Callable[[], Any]
     plate: str | None = None
     joint: Callable[[], Any] | None = None
+    data_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,10 @@ def audited(entry):
     if entry.steps:
         train(case, entry.loss(), Adam({"lr": entry.rate}), entry.steps)
     pyro.set_rng_seed(6)
-    pair = Pair.of(case.model, case.guide, plate=case.plate)
+    pair = Pair.of(case.model, case.guide, plate=case.plate, data_dim=case.data_dim)
     batch = case.batch if len(case.batch) > 1 else case.batch[0]
+    if case.data_dim:
+        batch = batch.movedim(case.data_dim, 0)
     found = audit(pair, batch, progress=False, **entry.options)
     reference, error = with_error(case.reference())
     best = max((b.value.double().mean() for b in found.bounds if b.kind == "lower"), default=math.nan)

@@ -116,7 +116,7 @@ def radon_reparametrized_low_rank():
     return Case(model, guide, (COUNTY, FLOOR, RADON), radon_evidence)
 
 
-@program("integral", scope="joint", steps=800, refused="executed outside of supermodule")
+@program("integral", scope="joint", steps=800, slack=1.0)
 def radon_AutoHierarchicalNormalMessenger():
     guide = autoguide.AutoHierarchicalNormalMessenger(radon)
     return Case(radon, guide, (COUNTY, FLOOR, RADON), radon_evidence)
@@ -209,7 +209,7 @@ def kidney_cancer_counties():
     return Case(model, guide, (population, deaths), reference)
 
 
-@program("closed form", scope="joint", refused="elements of the plate")
+@program("closed form", scope="joint")
 def subsampled_plate():
     """A mean of all data, of which a step sees some: a bound on less than the data."""
     y = 1.0 + draws(10, seed=5)

@@ -155,7 +155,7 @@ def zero_inflated_counts_by_enumeration():
     return Case(model, nothing, (counts,), reference)
 
 
-@program("closed form", loss=enumerated(2), refused="expected dim=-1")
+@program("closed form", loss=enumerated(2))
 def annotators_of_Dawid_and_Skene():
     """True classes are enumerated; each of three annotators has a confusion matrix."""
     votes = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
@@ -302,7 +302,7 @@ def dirichlet_process_by_sticks():
     return Case(model, guide, (y,), lambda: collapsed(y, 3, 0.7, prior))
 
 
-@program("integral", loss=enumerated(2), steps=300, refused="outside the plate|depends on other data")
+@program("integral", loss=enumerated(2), steps=300)
 def lda_of_given_topics():
     """Documents over known topics: their proportions are drawn, the words' topics enumerated."""
     words = torch.tensor([[0, 1, 1, 2], [2, 2, 2, 1], [0, 0, 1, 0]]).T  # [words, documents]
@@ -335,7 +335,7 @@ def lda_of_given_topics():
 
         return integral(log_f, (0.0, 1.0))
 
-    return Case(model, guide, (words,), reference, plate="documents")
+    return Case(model, guide, (words,), reference, plate="documents", data_dim=1)
 
 
 WORDS = torch.tensor([[0, 1, 1], [2, 2, 1]]).T  # [words, documents]
@@ -377,7 +377,7 @@ def lda_of_latent_topics():
     return Case(lda, lda_guide, (WORDS,), lda_evidence, plate="documents")
 
 
-@program("enumeration", loss=enumerated(2), steps=300, refused="expected dim=-1")
+@program("enumeration", loss=enumerated(2), steps=300)
 def mixed_membership_of_answers():
     """Each answer of a person is of one of two profiles, with proportions of the person's own."""
     answers = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]]).double()

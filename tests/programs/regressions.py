@@ -46,7 +46,7 @@ def linear_regression_AutoLowRankMultivariateNormal():
     return Case(linear, autoguide.AutoLowRankMultivariateNormal(linear), (X, Y), linear_evidence)
 
 
-@program("closed form", scope="joint", refused="executed outside of supermodule")
+@program("closed form", scope="joint")
 def linear_regression_AutoNormalMessenger():
     return Case(linear, autoguide.AutoNormalMessenger(linear), (X, Y), linear_evidence)
 

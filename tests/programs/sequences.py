@@ -57,7 +57,7 @@ def notes_reference():
     return notes_evidence(value_of("probs_x"), value_of("probs_y"))
 
 
-@program("closed form", loss=enumerated(2), refused="expected dim=-1")
+@program("closed form", loss=enumerated(2))
 def hmm_of_notes():
     def model(sequences, lengths):
         probs_x, probs_y = probabilities()
@@ -279,7 +279,7 @@ def capture_recapture_with_priors():
     return Case(model, guide, (CAPTURES,), reference)
 
 
-@program("closed form", loss=enumerated(2), refused="expected dim=-1")
+@program("closed form", loss=enumerated(2))
 def occupancy_of_sites():
     """A species is there or not; visits of a site find it with some probability if it is."""
     seen = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]]).double()
@@ -508,7 +508,7 @@ def mixed_hmm_of_seals():
     return Case(model, guide, (y,), reference)
 
 
-@program("integral", scope="joint", steps=300, refused="expected a batch of events")
+@program("integral", scope="joint", steps=300)
 def GaussianHMM_with_a_latent_drift():
     y = WALK[0]
 
