@@ -19,6 +19,7 @@ _SETS: dict[str, Callable[[Path | None], Dataset]] = {
     "breast_cancer": tables.table("breast_cancer"),
     "words": sources.words,
     "expressions": sources.expressions,
+    "docstrings": sources.docstrings,
     "digit_strings": handwriting.digit_strings,
     "binarized_mnist": images.binarized_mnist,
     "mnist": images.mnist,

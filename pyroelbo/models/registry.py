@@ -34,6 +34,7 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
+from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
 from pyroelbo.pair import Pair
@@ -243,6 +244,14 @@ REGISTRY: dict[str, Entry] = {
         sizes=lambda data: {"length": data.steps, "symbols": data.levels},
         data="words",
         epochs=20,
+    ),
+    "lda": Entry(
+        "topics of documents, the order of words aside; exact for few topics",
+        LDA,
+        kinds={"sentences": {}, "strings": {}},
+        sizes=lambda data: {"vocabulary": data.levels, "length": data.steps},
+        data="docstrings",
+        learning_rate=1e-2,
     ),
     "pcfg": Entry(
         "probabilistic grammar, exact; guide=exact|mean_field",
