@@ -7,19 +7,22 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyroelbo.distributions import DiagonalMixture, Mixture
+from pyroelbo.distributions.corruption import Corrupted, GaussianNoise, Generated, NoisyChain
 from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
-from pyroelbo.nn import bounded, masked_mlp
+from pyroelbo.nn import MLPDenoiser, bounded, masked_mlp
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import Stepwise
 
 __all__ = [
     "PRIORS",
     "AutoregressivePrior",
+    "DiffusionPrior",
     "FlowPrior",
     "GaussianMixturePrior",
     "Prior",
@@ -48,6 +51,13 @@ class Prior(nn.Module):
     @abstractmethod
     def forward(self) -> Any:
         """The distribution p(z)."""
+
+    own_site: str | None = None
+    """A latent site of the prior's own, above z, that ``prior()`` samples in the model and :meth:`guide` in
+    the guide."""
+
+    def guide(self, z: Tensor) -> None:
+        """Draw the prior's own site given z, in the guide; most priors have none."""
 
     def initialize(self, y: Tensor) -> None:
         """Initialize from data [N, ...]; does nothing unless a prior needs data."""
@@ -260,6 +270,47 @@ class FlowPrior(Prior):
         return FlowDistribution(self.flow, self.loc, self.log_scale)
 
 
+class _LatentChain(NoisyChain):
+    def __init__(self, dims: int, steps: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.dims, self.steps = dims, steps
+        self.corruption = GaussianNoise(steps, "cosine", "v", "learned", None, dims)
+        self.generator = MLPDenoiser(dims, self.corruption.outputs, width, layers)
+
+
+class DiffusionPrior(Prior):
+    """p(z) = ∫ p(z_T) Π_t p(z_{t-1} | z_t) p(z | z_1): a Gaussian diffusion in T steps, with z as its data.
+
+    The chain z_T … z_1 is a latent site of its own, ``prior_chain`` [*, T, dims], that ``prior()`` samples in
+    the model, which then returns p(z | z_1); :meth:`guide` adds noise to z. The pair's bound is one with T
+    latents more, and its weights are right. Raises ValueError at the top of a top-down chain, whose guide
+    needs the density of z. Cost: T passes of the network for each draw of z, at once for given chains.
+
+    Args:
+        dims: number of dimensions.
+        steps: T.
+        width: number of features of the network.
+        layers: number of its layers.
+
+    Source: Vahdat, Kreis and Kautz (2021) for diffusion over latents; here in discrete time, without a term
+    left out.
+    """
+
+    own_site = "prior_chain"
+
+    def __init__(self, dims: int, steps: int = 10, width: int = 64, layers: int = 2) -> None:
+        super().__init__(dims)
+        self.chain = _LatentChain(dims, steps, width, layers)
+
+    def forward(self) -> Any:
+        """p(z | z_1), after a draw of ``prior_chain``; inside the model's plate over the data."""
+        chain = pyro.sample(self.own_site, Generated(self.chain))
+        return self.chain.observation(chain[..., -1, :]).to_event(1)
+
+    def guide(self, z: Tensor) -> None:
+        pyro.sample(self.own_site, Corrupted(self.chain.corruption, self.chain.corruption.encode(z)))
+
+
 # priors that need nothing but the number of dimensions
 _PLAIN: dict[str, Callable[[int], Prior]] = {
     "standard": StandardNormal,
@@ -268,6 +319,7 @@ _PLAIN: dict[str, Callable[[int], Prior]] = {
     "autoregressive": AutoregressivePrior,
 }
 PRIORS: tuple[str, ...] = ("mixture", "vamp", *_PLAIN)
+"""Priors with a density; beside them ``diffusion``, a chain."""
 
 
 def build(
@@ -282,7 +334,7 @@ def build(
     fit.
 
     Args:
-        prior: one of :data:`PRIORS`, or a :class:`Prior` of ``dims`` dimensions.
+        prior: one of :data:`PRIORS`, ``diffusion``, or a :class:`Prior` of ``dims`` dimensions.
         dims: number of dimensions of the latent.
         components: number of Gaussians of a mixture, or of pseudo-inputs of a VampPrior.
         encode: the pair's encoder, from inputs [M, *shape] to q(z | u); used by a VampPrior.
@@ -301,9 +353,11 @@ def build(
             return _PLAIN[prior](dims)
         if prior == "mixture":
             return GaussianMixturePrior(dims, components)
+        if prior == "diffusion":
+            return DiffusionPrior(dims)
         if prior == "vamp":
             positive_count("components", components, "number of pseudo-inputs")
             return VampPrior(dims, encode, torch.rand(components, *shape))
     except ValueError as error:
         raise ValueError(f"prior {prior!r} of {site!r}: {error}") from error
-    raise ValueError(f"prior: expected one of {PRIORS} or a Prior, got {prior!r}")
+    raise ValueError(f"prior: expected one of {(*PRIORS, 'diffusion')} or a Prior, got {prior!r}")

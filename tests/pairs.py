@@ -143,6 +143,7 @@ TABLE = {
         )
         for prior in PRIORS
     },
+    "vae-diffusion": (lambda: models.VAE(6, 2, (8,), prior="diffusion"), lambda n: binary(n, 6)),
     **{
         f"vae-{encoder}-encoder": (
             lambda encoder=encoder: models.VAE(6, 2, (8,), encoder=encoder),
@@ -210,6 +211,10 @@ TABLE = {
     "hierarchy-top-down": (
         lambda: models.Hierarchy(6, (3, 2), 8, "categorical", 5, "top-down"),
         lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "hierarchy-diffusion": (
+        lambda: models.Hierarchy(6, (3, 2), 8, prior="diffusion"),
+        lambda n: binary(n, 6),
     ),
     "hierarchy-vamp": (
         lambda: models.Hierarchy(6, (3, 2, 2), 8, prior="vamp", components=3),

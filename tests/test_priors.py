@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from pyroelbo import audit, evidence, fit, models, priors
+from pyroelbo import Pair, audit, evidence, fit, models, priors
 from pyroelbo.compiled import CompiledStep
 from pyroelbo.distributions import DiagonalMixture
 from pyroelbo.priors import AutoregressivePrior, FlowPrior, GaussianMixturePrior, StandardNormal, VampPrior
@@ -269,3 +269,39 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Alone(Pair):
+    """A prior whose draws are the data."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.prior = prior
+
+    def model(self, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", self.prior(), obs=y)
+
+    def guide(self, y):
+        with pyro.plate("data", len(y)):
+            self.prior.guide(y)
+
+
+def test_a_diffusion_prior_is_a_chain_of_latents():
+    """Two steps of one number: two latents, which quadrature integrates out."""
+    pair, y = Alone(disturbed(priors.DiffusionPrior(1, steps=2, width=8, layers=1))), torch.randn(4, 1)
+    exact, found = evidence.quadrature(pair, y), evidence.iwae(pair, y, 20000)
+    assert ((found.value - exact.value).expm1().abs() < 5 * found.stderr + 1e-4).all()
+    assert evidence.elbo(pair, y, 500).mean < exact.mean
+    assert audit(vae("diffusion"), binary(3), particles=5, progress=False)["iwae-5"].kind == "lower"
+    with pytest.raises(ValueError, match="latent site of its own, 'prior_chain': use order='bottom-up'"):
+        models.Hierarchy(6, (3, 2), 8, order="top-down", prior="diffusion")
+
+
+def test_a_diffusion_prior_is_learned():
+    torch.manual_seed(0)
+    y = 0.2 * torch.randn(400, 1) + torch.tensor([[-2.0], [2.0]]).repeat(200, 1)
+    pair = Alone(priors.DiffusionPrior(1, steps=10, width=32, layers=1))
+    fit(pair, y, epochs=25, batch_size=50, learning_rate=1e-2, schedule="cosine", progress=False)
+    normal = torch.distributions.Normal(0.0, 4.04**0.5).log_prob(y).mean()
+    assert evidence.iwae(pair, y[:100], 50).mean > float(normal) + 0.5  # two modes, not one Gaussian

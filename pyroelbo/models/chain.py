@@ -76,6 +76,12 @@ class Chain(Pair):
             raise ValueError(
                 "features: expected None with order='bottom-up', where a link is given the layer below it"
             )
+        own = getattr(getattr(prior, "prior", prior), "own_site", None)
+        if own is not None and order == "top-down":
+            raise ValueError(
+                f"prior: expected a density of z_N with order='top-down', whose guide reads it, got a "
+                f"{type(prior).__name__} with a latent site of its own, {own!r}: use order='bottom-up'"
+            )
         self.order, self.event = order, tuple(event)
         self.prior = prior
         self.generator, self.encoder = nn.Module(), nn.Module()
@@ -122,6 +128,8 @@ class Chain(Pair):
                 for layer in range(1, self.depth + 1):
                     link = self.encoder.links[layer - 1]
                     z = pyro.sample(f"z_{layer}", self._call(link, f"encoder link of z_{layer}", z))
+                if getattr(self.prior, "own_site", None):
+                    self.prior.guide(z)
                 return
             seen, weights = self._seen(y), self._weights()
             state, p = None, self.prior()

@@ -14,8 +14,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
-from pyroelbo.models.corruption import Corruption, GaussianNoise, UniformNoise
-from pyroelbo.models.precision import exact_dtype
+from pyroelbo.distributions.corruption import (
+    Corrupted,
+    Corruption,
+    GaussianNoise,
+    Generated,
+    NoisyChain,
+    UniformNoise,
+)
 from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP, UNet
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, LatentPath, Pair, evaluation_mode, within_datum
@@ -151,22 +157,9 @@ def rows_for(network: nn.Module, n: int, dims: int) -> Tensor:
     return torch.zeros(n, dims, dtype=like.dtype, device=like.device)
 
 
-class _Chain(nn.Module):
-    """What both forms of a diffusion share: ``corruption``, ``generator``, ``dims`` and ``steps``."""
-
-    corruption: Corruption
-    generator: nn.Module
-    dims: int
-    steps: int
-
-    def output(self, z: Tensor, t: Tensor) -> Tensor:
-        """What the network says of z_t [*, D] at steps t [*]: [*, D, outputs]."""
-        return self.generator(z, (t / self.steps).to(self.corruption.tables.dtype))
-
-
-class DiffusionPair(_Chain, SampledTerms):
+class DiffusionPair(NoisyChain, SampledTerms):
     """p(z_T) Π_t p(z_{t-1} | z_t) p(y | z_1) with the fixed encoder q(z_1 … z_T | y) of a
-    :class:`~pyroelbo.models.corruption.Corruption`. Data [B, D].
+    :class:`~pyroelbo.distributions.corruption.Corruption`. Data [B, D].
 
     The bound is E ln p(y | z_1) - Σ_{t≥2} E KL(q(z_{t-1} | z_t, y), p(z_{t-1} | z_t)) - KL(q(z_T | y),
     p(z_T)). The pair itself is its training form: a step t is drawn for each datum, and T times its term, in
@@ -236,9 +229,9 @@ class DiffusionPair(_Chain, SampledTerms):
 class Diffusion(DiffusionPair):
     """Gaussian diffusion in T steps (DDPM), with the bound in all its terms. Data [B, D], flat.
 
-    z_t = √(1 - β_t) z_{t-1} + √β_t ε; see :class:`~pyroelbo.models.corruption.GaussianNoise` for all closed
-    forms. Grey levels (``levels``) are mapped to [-1, 1], and p(y | z_1) is a discretized logistic; real data
-    (``levels=None``) have densities.
+    z_t = √(1 - β_t) z_{t-1} + √β_t ε; see :class:`~pyroelbo.distributions.corruption.GaussianNoise` for all
+    closed forms. Grey levels (``levels``) are mapped to [-1, 1], and p(y | z_1) is a discretized logistic;
+    real data (``levels=None``) have densities.
 
     Part: ``generator``. Raises ValueError for unknown names, schedules that leave signal at T, and data that
     are not [B, D].
@@ -355,7 +348,7 @@ class DiscreteDiffusion(DiffusionPair):
     """Diffusion of symbols 0 … levels-1 in T steps by uniform noise (D3PM). Data [B, D], integers of any
     dtype.
 
-    See :class:`~pyroelbo.models.corruption.UniformNoise` for all closed forms. Part: ``generator``.
+    See :class:`~pyroelbo.distributions.corruption.UniformNoise` for all closed forms. Part: ``generator``.
 
     Args:
         shape: number of dimensions D, or their shape.
@@ -389,7 +382,7 @@ class DiscreteDiffusion(DiffusionPair):
         self.shape = shape
 
 
-class WrittenOut(_Chain, Pair):
+class WrittenOut(NoisyChain, Pair):
     """The evidence form of a :class:`DiffusionPair`: the latent ``z`` is the chain, [B, T, D], z_T first.
 
     ln p(y, z) - ln q(z | y) has no closed-form pieces, and its mean is the same ELBO. Cost: T passes of the
@@ -412,18 +405,13 @@ class WrittenOut(_Chain, Pair):
     def model(self, y: Tensor) -> None:
         self.check(y)
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", _Generated(self))
+            z = pyro.sample("z", Generated(self))
             pyro.sample("y", self.observation(z[..., -1, :]).to_event(1), obs=y)
 
     def guide(self, y: Tensor) -> None:
         self.check(y)
         with pyro.plate(PLATE, len(y)):
-            pyro.sample("z", _Corrupted(self.corruption, self.corruption.encode(y)))
-
-    def observation(self, z: Tensor) -> Any:
-        """p(y | z_1), batch shape [*, D]."""
-        first = torch.ones((), dtype=torch.long, device=z.device)
-        return self.corruption.observation(self.output(z, first), z)
+            pyro.sample("z", Corrupted(self.corruption, self.corruption.encode(y)))
 
     def latent_path(self, y: Tensor) -> LatentPath:
         """z_T, then each q(z_{t-1} | z_t, y) and p(z_{t-1} | z_t); only the last step sees y."""
@@ -456,81 +444,6 @@ class WrittenOut(_Chain, Pair):
         """Draw n chains and data by ancestral sampling, T passes of the network."""
         positive_count("n", n, "number of draws")
         with evaluation_mode(self):
-            z = _Generated(self, torch.Size((n,))).sample()
+            z = Generated(self, torch.Size((n,))).sample()
             y = self.observation(z[:, -1]).sample()
         return {"z": z}, y.to(self.placeholder(1).dtype)
-
-
-def _steps(steps: int, device: torch.device, last: int = 1) -> Tensor:
-    """T, T - 1, …, ``last``."""
-    return torch.arange(steps, last - 1, -1, device=device)
-
-
-class _Path(TorchDistribution):
-    """A distribution of chains z_T … z_1, event shape [T, D] (abstract)."""
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
-
-    @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(self.corruption.latent_support, 2)
-
-
-class _Generated(_Path):
-    """p(z_T) Π_{t≥2} p(z_{t-1} | z_t)."""
-
-    def __init__(self, pair: _Chain, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
-        self.pair, self.corruption = pair, pair.corruption
-        super().__init__(batch_shape, torch.Size((pair.steps, pair.dims)), validate_args=False)
-
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Generated:
-        return _Generated(self.pair, torch.Size(batch_shape))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        c, z = self.corruption, []
-        shape = torch.Size((*sample_shape, *self.batch_shape))
-        z.append(c.prior(self.pair.dims).expand((*shape, self.pair.dims)).sample())
-        for t in _steps(self.pair.steps, z[0].device, 2):
-            z.append(c.reverse(self.pair.output(z[-1], t), z[-1], t).sample())
-        return torch.stack(z, -2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """ln p(z_T … z_1), in nats."""
-        c, t = self.corruption, _steps(self.pair.steps, value.device, 2)
-        above = value[..., :-1, :]
-        links = c.reverse(self.pair.output(above, t), above, t).log_prob(value[..., 1:, :])
-        top = c.prior(self.pair.dims).log_prob(value[..., 0, :])
-        found = _total(links, 2) + _total(top, 1)
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
-
-
-class _Corrupted(_Path):
-    """q(z_T … z_1 | z_0 = ``x``), x [*, D], drawn from the data upwards."""
-
-    def __init__(self, corruption: Corruption, x: Tensor) -> None:
-        self.corruption, self.x = corruption, x
-        event = torch.Size((corruption.steps, x.shape[-1]))
-        super().__init__(x.shape[:-1], event, validate_args=False)
-
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Corrupted:
-        return _Corrupted(self.corruption, self.x.expand(*batch_shape, -1))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        z = [self.x.expand(*sample_shape, *self.x.shape)]
-        for t in reversed(_steps(self.corruption.steps, self.x.device)):
-            z.append(self.corruption.forwards(z[-1], t).sample())
-        return torch.stack(z[:0:-1], -2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """ln q(z_1 … z_T | y), in nats."""
-        start = self.x.expand(*torch.broadcast_shapes(value.shape[:-2], self.batch_shape), -1)
-        below = torch.cat([value[..., 1:, :].expand(*start.shape[:-1], -1, -1), start.unsqueeze(-2)], -2)
-        t = _steps(self.corruption.steps, value.device)
-        return _total(self.corruption.forwards(below, t).log_prob(value), 2)
-
-
-def _total(log_prob: Tensor, dims: int) -> Tensor:
-    """The sum over the last ``dims`` dimensions, of thousands of terms, in float64 without gradients."""
-    return log_prob.sum(tuple(range(-dims, 0)), dtype=exact_dtype(log_prob))

@@ -100,7 +100,7 @@ def _words(data: Dataset) -> dict[str, Any]:
 
 REGISTRY: dict[str, Entry] = {
     "vae": Entry(
-        f"VAE; network=mlp|gated|conv, encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}",
+        f"VAE; network=mlp|gated|conv, encoder={'|'.join(ENCODERS)}, prior={'|'.join(PRIORS)}|diffusion",
         VAE,
         kinds=_pixels(*LIKELIHOODS),
         sizes=_picture,

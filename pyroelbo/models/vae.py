@@ -111,7 +111,7 @@ class VAE(Pair):
 
     def guide(self, y: Tensor) -> None:
         with pyro.plate(PLATE, len(y)):
-            pyro.sample("z", self.encode(y))
+            self.prior.guide(pyro.sample("z", self.encode(y)))
 
     def mean_image(self, z: Tensor) -> Tensor:
         """E[y | z], scaled to [0, 1], [*, D]."""

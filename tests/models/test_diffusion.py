@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence, fit, models
+from pyroelbo.distributions.corruption import Corrupted, Generated, kept
 from pyroelbo.evidence import Unavailable
-from pyroelbo.models.corruption import kept
-from pyroelbo.models.diffusion import _Corrupted, _Generated
 
 # Gap between the optimal bound and the entropy, nats/dim, of AR(1) data: .9, 8 dimensions, variance .25.
 TABLE = {
@@ -164,9 +163,9 @@ def draws(pair, y, n, seed):
     y = y.expand(n, -1)
     one = pair.terms * pair.term(y, torch.rand(n), pair.noise_law().sample((n,)))
     whole = pair.written_out()
-    q = _Corrupted(pair.corruption, pair.corruption.encode(y))
+    q = Corrupted(pair.corruption, pair.corruption.encode(y))
     z = q.sample()
-    p = _Generated(pair).log_prob(z) + whole.observation(z[:, -1]).log_prob(y).sum(-1)
+    p = Generated(pair).log_prob(z) + whole.observation(z[:, -1]).log_prob(y).sum(-1)
     return one, p - q.log_prob(z)
 
 

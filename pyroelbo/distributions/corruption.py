@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -86,6 +87,9 @@ class Corruption(nn.Module):
 
     outputs: int
     """Numbers per dimension that the network gives."""
+
+    reparametrized = False
+    """Whether draws of q are differentiable in the data."""
 
     tables: Tensor
     """ᾱ_t, 1 - ᾱ_t, β_t and 1 - ᾱ_{t-1}, [4, T + 1]; entry 0 of the last two means nothing."""
@@ -172,6 +176,7 @@ class GaussianNoise(Corruption):
     Source: Ho, Jain and Abbeel (2020), equations 4 to 13; Salimans and Ho (2022) for ``v``.
     """
 
+    reparametrized = True
     loc: Tensor
     scale: Tensor
 
@@ -326,3 +331,106 @@ class UniformNoise(Corruption):
         """Probabilities [*, D, levels] of x [*, D] kept with probability ``share`` [*, 1], else uniform."""
         one = one_hot(x, self.levels).to(share.dtype)
         return share[..., None] * one + ((1 - share) / self.levels)[..., None]
+
+
+class NoisyChain(nn.Module):
+    """A corruption and the network that undoes it: ``corruption``, ``generator``, ``dims`` and ``steps``
+    (abstract)."""
+
+    corruption: Corruption
+    generator: nn.Module
+    dims: int
+    steps: int
+
+    def observation(self, z: Tensor) -> Any:
+        """p(y | z_1), batch shape [*, D]."""
+        first = torch.ones((), dtype=torch.long, device=z.device)
+        return self.corruption.observation(self.output(z, first), z)
+
+    def output(self, z: Tensor, t: Tensor) -> Tensor:
+        """What the network says of z_t [*, D] at steps t [*]: [*, D, outputs]."""
+        return self.generator(z, (t / self.steps).to(self.corruption.tables.dtype))
+
+
+def _steps(steps: int, device: torch.device, last: int = 1) -> Tensor:
+    """T, T - 1, …, ``last``."""
+    return torch.arange(steps, last - 1, -1, device=device)
+
+
+class _Path(TorchDistribution):
+    """A distribution of chains z_T … z_1, event shape [T, D] (abstract)."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(self.corruption.latent_support, 2)
+
+
+class Generated(_Path):
+    """p(z_T) Π_{t≥2} p(z_{t-1} | z_t)."""
+
+    def __init__(self, pair: NoisyChain, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.pair, self.corruption = pair, pair.corruption
+        super().__init__(batch_shape, torch.Size((pair.steps, pair.dims)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> Generated:
+        return Generated(self.pair, torch.Size(batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        c, z = self.corruption, []
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        z.append(c.prior(self.pair.dims).expand((*shape, self.pair.dims)).sample())
+        for t in _steps(self.pair.steps, z[0].device, 2):
+            z.append(c.reverse(self.pair.output(z[-1], t), z[-1], t).sample())
+        return torch.stack(z, -2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln p(z_T … z_1), in nats."""
+        c, t = self.corruption, _steps(self.pair.steps, value.device, 2)
+        above = value[..., :-1, :]
+        links = c.reverse(self.pair.output(above, t), above, t).log_prob(value[..., 1:, :])
+        top = c.prior(self.pair.dims).log_prob(value[..., 0, :])
+        found = _total(links, 2) + _total(top, 1)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
+
+
+class Corrupted(_Path):
+    """q(z_T … z_1 | z_0 = ``x``), x [*, D], drawn from the data upwards."""
+
+    def __init__(self, corruption: Corruption, x: Tensor) -> None:
+        self.corruption, self.x = corruption, x
+        event = torch.Size((corruption.steps, x.shape[-1]))
+        super().__init__(x.shape[:-1], event, validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> Corrupted:
+        return Corrupted(self.corruption, self.x.expand(*batch_shape, -1))
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return self.corruption.reparametrized
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        z = [self.x.expand(*sample_shape, *self.x.shape)]
+        for t in reversed(_steps(self.corruption.steps, self.x.device)):
+            link = self.corruption.forwards(z[-1], t)
+            z.append(link.rsample() if link.has_rsample else link.sample())
+        return torch.stack(z[:0:-1], -2)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln q(z_1 … z_T | y), in nats."""
+        start = self.x.expand(*torch.broadcast_shapes(value.shape[:-2], self.batch_shape), -1)
+        below = torch.cat([value[..., 1:, :].expand(*start.shape[:-1], -1, -1), start.unsqueeze(-2)], -2)
+        t = _steps(self.corruption.steps, value.device)
+        return _total(self.corruption.forwards(below, t).log_prob(value), 2)
+
+
+def _total(log_prob: Tensor, dims: int) -> Tensor:
+    """The sum over the last ``dims`` dimensions, of thousands of terms, in float64 without gradients."""
+    dtype = log_prob.dtype if torch.is_grad_enabled() else torch.float64
+    return log_prob.sum(tuple(range(-dims, 0)), dtype=dtype)
