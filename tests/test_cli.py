@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyroelbo import data, models
+from pyroelbo import data, fit, models
 from pyroelbo.cli import commands, main
 
 
@@ -399,6 +399,14 @@ def test_a_run_sticks_to_its_data(tmp_path, capsys):
     path.unlink()
     assert main(["audit", out]) == 1
     assert "my.csv" in capsys.readouterr().err
+
+
+def test_a_run_of_a_python_program_is_shown(tmp_path, capsys):
+    fit(models.PPCA(3, 1), torch.randn(8, 3), epochs=2, out=tmp_path / "r", progress=False)
+    assert main(["show", str(tmp_path / "r")]) == 0
+    shown = capsys.readouterr().out
+    assert "a pair of a Python program" in shown and "epochs=2" in shown and "seed=0" in shown
+    assert "weights.safetensors" in shown and "audit" not in shown
 
 
 def test_em_takes_what_concerns_it(tmp_path, capsys):

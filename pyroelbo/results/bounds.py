@@ -433,9 +433,8 @@ class Audit(Json):
                     f"log_scale: expected one number for each of {b.value.numel()} data, got shape "
                     f"{tuple(shift.shape)}"
                 )
-            moved.append(
-                replace(b, value=b.value.double().cpu() - (shift if b.scope == "datum" else shift.sum()))
-            )
+            less = (shift if b.scope == "datum" else shift.sum()).to(b.value.device)
+            moved.append(replace(b, value=b.value.double() - less))
         return Audit(self.name, tuple(moved), self.reference, self.notes)
 
     def __str__(self) -> str:
