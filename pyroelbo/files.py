@@ -140,7 +140,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     ValueError, naming file and array, for what is no array of numbers (nothing is unpickled), in an npz file
     larger than 2 GiB, or damaged.
     """
-    single, shapes = path.suffix == ".npy", {}
+    single, shapes = path.suffix.lower() == ".npy", {}
     try:
         if single:
             with open(path, "rb") as file:

@@ -250,7 +250,7 @@ def audit_(options: argparse.Namespace) -> int:
 
 def _reloaded(known: data.Dataset, root: Path | None) -> data.Dataset:
     """The data of a run as it was trained on them; ValueError if they have changed since."""
-    columns = known.names if known.name.endswith(".csv") else ()
+    columns = known.names if known.name.lower().endswith(".csv") else ()
     found = data.load(known.name, known.kind, columns=columns, root=root).standardized(known)
     now, before = found.describe(), known.describe()
     changed = next((k for k in now if now[k] != before[k]), None)

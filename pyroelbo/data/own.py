@@ -42,13 +42,14 @@ def read(path: Path, columns: Sequence[str] = ()) -> Dataset:
     Raises ValueError, naming file, array, row and column, for missing or other than finite numbers and for
     shapes that do not fit; OSError for a file that cannot be read.
     """
-    if path.suffix not in FORMATS:
+    ending = path.suffix.lower()
+    if ending not in FORMATS:
         raise ValueError(f"data: expected a file named {', '.join('*' + f for f in FORMATS)}, got {path}")
-    if columns and path.suffix != ".csv":
-        raise ValueError(f"columns: expected none for a {path.suffix} file, got {','.join(columns)}")
+    if columns and ending != ".csv":
+        raise ValueError(f"columns: expected none for a {ending} file, got {','.join(columns)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return FORMATS[path.suffix](path, columns)
+    return FORMATS[ending](path, columns)
 
 
 def _table(path: Path, columns: Sequence[str]) -> Dataset:

@@ -46,7 +46,7 @@ def load(
     and scikit-learn. Raises ValueError for unknown names and kinds and for files that cannot be used,
     FileNotFoundError for missing files.
     """
-    if Path(data).suffix in own.FORMATS:
+    if Path(data).suffix.lower() in own.FORMATS:
         found = own.read(Path(data).absolute(), columns)
     elif str(data) not in _SETS:
         files = ", ".join("*" + ending for ending in own.FORMATS)

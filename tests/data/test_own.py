@@ -52,6 +52,7 @@ LABELS = np.array([[1, 3], [2, -1], [1, 1], [3, 2]])
         (npz(train=REAL, labels=LABELS), "labelled", (2,), 3, 5, 2),
         (npz(train=REAL, labels=LABELS, lengths=LENGTHS), "labelled", (2,), 3, 5, 3),
         (text("a,b\n1,2\n3,4.5\n", ".csv"), "vectors", (2,), 0, 1, 1),
+        (text("a\n1\n", ".CSV"), "vectors", (1,), 0, 1, 1),
         (text("to be\n\nor not\n", ".txt"), "strings", (), 7, 6, 1),
     ],
 )
