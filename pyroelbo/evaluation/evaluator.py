@@ -164,7 +164,7 @@ class Evaluator:
             for part in self._passes(latents):
                 _, model = self._traces(batch, len_of(part), part, with_guide=False)
                 log_model = self._by_site(model, batch, len_of(part), "model", mask_latents=False)
-                found.append(Terms(log_model, {}, self._observed_terms, {}).log_joint)
+                found.append(Terms(log_model, {}, self._observed_terms(log_model), {}).log_joint)
         return torch.cat(found)
 
     def log_guide(self, latents: Mapping[str, Tensor], rows: slice | Tensor | None = None) -> Tensor:
@@ -421,7 +421,7 @@ class Evaluator:
             k: self.strategy.fold(nodes[k]["value"], site, particles, size)
             for k, site in self.latents.items()
         }
-        return Terms(log_model, log_guide, self._observed_terms, values)
+        return Terms(log_model, log_guide, self._observed_terms(log_model), values)
 
     def _split(
         self, guide: dict[str, Tensor], model: dict[str, Tensor]
@@ -453,12 +453,13 @@ class Evaluator:
 
     def _enumerating(self, model: Callable) -> Callable:
         """The model with its finite latents enumerated, left of the plates and of that of particles."""
-        summed = self.layout.summed
-        if not summed:
+        if not self.layout.summed:
             return model
 
         def marks(site: Any) -> dict[str, Any]:
-            return {"enumerate": "parallel" if site["name"] in summed else None, "num_samples": None}
+            # Longer rows than those of the layout may have further sites of its kind.
+            marked = site["infer"].get("enumerate") == "parallel" and site["name"] not in self.latents
+            return {"enumerate": "parallel" if marked else None, "num_samples": None}
 
         return poutine.enum(
             poutine.infer_config(model, config_fn=marks), first_available_dim=-2 - self.layout.depth
@@ -470,7 +471,7 @@ class Evaluator:
         given = {k: plain.nodes[k]["value"] for k in self.latents}
         try:
             trace = self.programs.model(probe, given, around=self._enumerating)
-            log_probs = {k: log_prob_of(s, latent=k in self.layout.summed) for k, s in sample_sites(trace)}
+            log_probs = {k: log_prob_of(s, latent=_is_summed(s)) for k, s in sample_sites(trace)}
         except _UNSUITED as error:
             raise unenumerable(error) from error
         tables = {k for k, p in log_probs.items() if depends_on_finite(trace.nodes[k], p)}
@@ -490,6 +491,12 @@ class Evaluator:
         that are summed out have one term together."""
         terms, tables, size = {}, {}, self._size(batch)
         for name, site in sample_sites(trace):
+            known = name in self.layout.shapes or site["is_observed"] or _is_summed(site)
+            if program == "model" and not known:
+                raise ValueError(
+                    f"model site {name!r}: expected the same latents for all rows, got one that some rows "
+                    "lack. Pad the rows to one length, and mask"
+                )
             log_prob = self._log_prob(name, site, batch, program, mask_latents)
             if self.layout.summed and depends_on_finite(site, log_prob):
                 if self.scope == "datum":
@@ -511,10 +518,10 @@ class Evaluator:
         total = FactorGraph.of(trace, tables, kept).log_partition().reshape(-1, size).expand(particles, size)
         if not self.merged:
             return {self._sum: total}
-        own = {k: table for k, table in tables.items() if k in self.merged or k in self.layout.summed}
+        own = {k: t for k, t in tables.items() if k in self.merged or _is_summed(trace.nodes[k])}
         prior = FactorGraph.of(trace, own, kept).log_partition().reshape(-1, size).expand(particles, size)
         return {
-            f"{self._sum}, prior": prior,
+            self._sum_prior: prior,
             self._sum: torch.where(prior == -math.inf, 0.0, total - prior),
         }
 
@@ -525,15 +532,20 @@ class Evaluator:
         return f"Σ {names[0]}" if len(names) == 1 else f"Σ {names[0]} … {names[-1]}"
 
     @property
-    def _observed_terms(self) -> frozenset[str]:
-        return self.observed | {self._sum} if self.layout.summed else self.observed
+    def _sum_prior(self) -> str:
+        return f"{self._sum}, prior"
+
+    def _observed_terms(self, log_model: Mapping[str, Tensor]) -> frozenset[str]:
+        """The terms that are none of the prior's."""
+        prior = {*self.latents, self._sum_prior} if self.layout.summed else self.latents.keys()
+        return frozenset(log_model.keys() - prior)
 
     def _log_prob(self, name: str, site: Any, batch: Batch, program: str, mask_latents: bool) -> Tensor:
         """The log probability of a traced site, unscaled but for its own datum's scale, and masked."""
         if self._check_values and site["is_observed"] and name in self.observed:
             moving = movable(site["fn"]) and name in self._moving
             check_observation(site, batch, self.scope, support=not moving)
-        summed = name in self.layout.summed
+        summed = _is_summed(site)
         latent, beyond = name in self.latents or summed, (program, name) in self.layout.beyond
         try:
             log_prob = log_prob_of(site, latent=True)
@@ -567,8 +579,13 @@ class Evaluator:
             return parts[0]
 
         def joined(field: str) -> dict[str, Tensor]:
+            terms = [getattr(t, field) for t in parts]
+            names = dict.fromkeys(k for t in terms for k in t)
+            # Rows that are shorter than those of other passes lack their last sites.
+            nothing = [torch.zeros_like(next(iter(t.values()))) for t in terms]
             return {
-                k: torch.cat([getattr(t, field)[k] for t in parts], dim) for k in getattr(parts[0], field)
+                k: torch.cat([t.get(k, zero) for t, zero in zip(terms, nothing, strict=True)], dim)
+                for k in names
             }
 
         latents = {
@@ -576,7 +593,13 @@ class Evaluator:
             for k, site in self.latents.items()
             if k in parts[0].latents
         }
-        return Terms(joined("log_model"), joined("log_guide"), parts[0].observed, latents)
+        observed = frozenset().union(*(t.observed for t in parts))
+        return Terms(joined("log_model"), joined("log_guide"), observed, latents)
+
+
+def _is_summed(site: Any) -> bool:
+    """Whether a traced latent is enumerated."""
+    return site["infer"].get("_enumerate_dim") is not None
 
 
 def _without_parameters(guide: Any) -> bool:

@@ -186,6 +186,8 @@ def coupled_site(programs: Programs, batch: Batch, plate: int) -> str | None:
         fresh = _prior_draws(prior, copies)
         if fresh is None:
             return None
+        if fresh.keys() != values.keys():
+            continue  # the sites follow the rows (a longest sequence)
         other = {}
         for name, value in values.items():
             new = _filled(fresh[name], -1)

@@ -11,6 +11,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 from pyroelbo import Pair, audit, evidence
+from pyroelbo.evaluation import memory
 from pyroelbo.results import Audit
 
 Z_LIMIT = 4.9  # two-sided normal tail of 1e-6: the declared false-alarm rate of one z-test
@@ -206,3 +207,44 @@ def test_what_is_refused():
         audit(Pair.of(model, guide_of(0.0, 1.0)), Y, given="theta")
     with pytest.raises(ValueError, match="no joint scope"):
         audit(Pair.of(model, guide_of(0.0, 1.0)), Y, given="globals", scope="joint")
+
+
+def test_a_hidden_markov_model_as_pyro_ships_it(monkeypatch):
+    """Sequences at dim -2, padded, of which the longest is none of the first; blocks of rows with their own
+    lengths; point estimates of the parameters.
+    """
+    matrix = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    rates = torch.tensor([[0.1, 0.4, 0.8], [0.6, 0.5, 0.3]])
+
+    def hmm(sequences, lengths):
+        probs_x = pyro.sample("probs_x", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+        probs_y = pyro.sample("probs_y", dist.Beta(torch.ones(2, 3), 1.0).to_event(2))
+        tones = pyro.plate("tones", 3, dim=-1)
+        with pyro.plate("sequences", len(sequences), dim=-2) as batch:
+            lengths = lengths[batch]
+            x = 0
+            for t in pyro.markov(range(int(lengths.max()))):
+                with pyro.poutine.mask(mask=(t < lengths).unsqueeze(-1)):
+                    x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]), infer={"enumerate": "parallel"})
+                    with tones:
+                        pyro.sample(f"y_{t}", dist.Bernoulli(probs_y[x.squeeze(-1)]), obs=sequences[batch, t])
+
+    def guide(sequences, lengths):
+        pyro.sample("probs_x", dist.Delta(matrix, event_dim=2))
+        pyro.sample("probs_y", dist.Delta(rates, event_dim=2))
+
+    y, lengths = torch.bernoulli(torch.full((5, 6, 3), 0.5)), torch.tensor([3, 1, 2, 6, 4])
+    right = []
+    for sequence, length in zip(y, lengths, strict=True):
+        alpha = matrix[0].log()
+        for t in range(int(length)):
+            alpha = alpha if t == 0 else torch.logsumexp(alpha[:, None] + matrix.log(), 0)
+            alpha = alpha + dist.Bernoulli(rates).log_prob(sequence[t]).sum(-1)
+        right.append(alpha.logsumexp(0))
+    pair = Pair.of(hmm, guide, plate="sequences")
+    result = audit(pair, (y, lengths), given="globals", particles=2, progress=False)
+    for method in ("exact", "elbo", "iwae-2"):
+        torch.testing.assert_close(result[method].value, torch.stack(right), rtol=0, atol=1e-10)
+    monkeypatch.setitem(memory.BUDGET, "cpu", 300)
+    blocks = evidence.given_globals(pair, (y, lengths)).row(evidence.elbo, 2)
+    torch.testing.assert_close(blocks.value, torch.stack(right), rtol=0, atol=1e-10)
