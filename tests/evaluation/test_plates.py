@@ -288,20 +288,6 @@ def test_training_sees_the_same_plate():
         assert objective.loss(pair.model, pair.guide, y) == pytest.approx(-float(exact(y).sum()), abs=1e-8)
 
 
-def test_the_data_plate_stands_at_the_right():
-    def model(y):
-        with pyro.plate("data", len(y), dim=-2):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(y), 1), 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y[:, None])
-
-    def guide(y):
-        with pyro.plate("data", len(y), dim=-2):
-            pyro.sample("z", dist.Normal(y[:, None], 1.0))
-
-    with pytest.raises(ValueError, match=r"the plate 'data': expected dim=-1, got \[-2\]"):
-        evidence.elbo(Pair.of(model, guide), torch.randn(3), 2)
-
-
 def test_guides_of_free_parameters_need_latents_and_no_mask():
     def nothing(y):
         with pyro.plate("data", len(y)):
