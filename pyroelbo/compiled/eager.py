@@ -45,6 +45,8 @@ def evaluate(loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: 
         return loss.loss_and_grads(model, guide, *args, **kwargs)
     if hasattr(loss, "differentiable_loss"):
         value = loss.differentiable_loss(model, guide, *args, **kwargs)
+        if not isinstance(value, Tensor):  # of a model without sites
+            return value
         if value.requires_grad:
             value.backward()
         return value.detach()

@@ -215,6 +215,8 @@ def test_models_without_parameters(make_loss, kind):
     assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
 
 
-def test_a_model_without_sites():
-    loss = follow(nothing, nothing, [()] * 4)
+@pytest.mark.parametrize("kind", ["loss", "loss_and_grads", "differentiable_loss"])
+def test_a_model_without_sites(kind):
+    """Its loss is a plain float in all of Pyro's methods."""
+    loss = follow(nothing, nothing, [()] * 4, kind=kind)
     assert loss.counters.compiled_calls == 3
