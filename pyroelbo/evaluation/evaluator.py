@@ -281,8 +281,17 @@ class Evaluator:
     def _look(self) -> tuple[Layout, Strategy, float]:
         """Layout, strategy, and elements of the largest tensor per particle and datum."""
         # Not by its attribute: Pyro would rename a guide that has run by itself.
-        if self.programs.with_guide and _without_parameters(dict(self.pair.named_children()).get("encoder")):
-            batches.call(self.pair.guide, self.batch)  # it takes its plates' sizes from its first batch
+        guide = dict(self.pair.named_children()).get("encoder")
+        if self.programs.with_guide and _without_parameters(guide):
+            try:
+                batches.call(self.pair.guide, self.batch)  # it takes its plates' sizes from its first batch
+            except RuntimeError as error:
+                if all(frame.size != -1 for frame in getattr(guide, "_prototype_frames", {}).values()):
+                    raise
+                raise ValueError(
+                    "guide: expected a size of every plate, since an automatic guide makes them anew, got a "
+                    "plate without one. Write pyro.plate(name, len(y))"
+                ) from error
         if self.scope == "joint":
             return self._choose(self._joint_layout(), self.batch)
         few = batches.rows(self.batch, slice(0, 3))

@@ -262,12 +262,18 @@ def _jackknife(log_w: Tensor) -> Tensor:
 
 
 def _outside(log_w: Tensor) -> tuple[str, ...]:
-    share = (log_w == -math.inf).double().mean()
-    if share == 0:
-        return ()
-    return (
-        f"{float(share):.1%} of the guide's draws have probability zero under the model: the ELBO is -inf",
-    )
+    zero, unknown = (x.double().mean() for x in (log_w == -math.inf, log_w.isnan()))
+    notes = []
+    if zero:
+        notes.append(
+            f"{float(zero):.1%} of the guide's draws have probability zero under the model: the ELBO is -inf"
+        )
+    if unknown:
+        notes.append(
+            f"{float(unknown):.1%} of the guide's draws have no log weight (NaN): model or guide give no "
+            "number there, and there is no bound"
+        )
+    return tuple(notes)
 
 
 def count_of(particles: int) -> int:

@@ -203,6 +203,8 @@ def test_a_plate_without_a_size_has_that_of_its_sites(scope):
     found = evidence.elbo(Pair.of(model, guide), y, 3, scope=scope).value
     torch.testing.assert_close(found, right if scope == "datum" else right.sum(), rtol=0, atol=1e-10)
     assert IWAE_ELBO(2).loss(Pair.of(model, guide).model, guide, y) == pytest.approx(-float(right.sum()))
+    with pytest.raises(ValueError, match="guide: expected a size of every plate"):
+        evidence.elbo(Pair.of(model, AutoNormal(model)), y, scope=scope)
 
 
 def test_a_scalar_observed_many_times_in_a_plate_without_a_size():

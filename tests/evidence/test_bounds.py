@@ -284,3 +284,21 @@ def test_posterior_draws_are_asked_of_an_exact_pair_only():
         evidence.eubo(make(), draw(2))
     with pytest.raises(ValueError, match="source: expected"):
         evidence.eubo(make(), draw(2), source="chains")
+
+
+def test_draws_without_a_number_are_told():
+    """A scale that overflows: the model's log probability is inf - inf."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z * math.inf, math.inf, validate_args=False), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+
+    with pyro.validation_enabled(False):
+        found = evidence.elbo(Pair.of(model, guide), torch.zeros(2), 4)
+    assert found.value.isnan().all()
+    assert any("100.0% of the guide's draws have no log weight (NaN)" in note for note in found.notes)
