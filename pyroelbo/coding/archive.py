@@ -291,7 +291,7 @@ class _Encoding:
         try:
             _of_size(self.codec, len(y)).push(stack, y)
         except Impossible as error:
-            datum = "a datum" if self.as_set else f"datum {start + error.place[0]}"
+            datum = "a datum" if self.as_set else f"datum {start + error.row}"
             raise ValueError(
                 f"site {error.site!r}: expected values of positive probability, got {error.value:.6g} in "
                 f"{datum}"

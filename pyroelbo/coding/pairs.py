@@ -17,7 +17,7 @@ from pyroelbo.coding.sites import Grid, Sequential, a_component, codec_of, is_di
 from pyroelbo.coding.stack import Codec, Impossible, Stack
 from pyroelbo.evaluation.layout import Layout
 from pyroelbo.evaluation.programs import Programs
-from pyroelbo.evaluation.sites import is_point, sample_sites
+from pyroelbo.evaluation.sites import data_frame, is_point, sample_sites
 from pyroelbo.pair import Pair
 
 __all__ = ["BitsBack", "Direct", "PairCodec", "Swapped", "grids_of", "pair_codec"]
@@ -121,7 +121,8 @@ class BitsBack(PairCodec):
     def _push_sites(self, stack: Stack, trace: Any, narrow: bool) -> None:
         for name, site in reversed(list(sample_sites(trace))):
             codec = self._codec(name, site["fn"], narrow)
-            with _naming(name):
+            frame = data_frame(site, "guide" if narrow else "model")
+            with _naming(name, len(site["fn"].batch_shape) + frame.dim):
                 codec.push(stack, site["value"].reshape(site["fn"].shape()))
 
     def _popped(self, stack: Stack, program: Callable, y: Tensor, narrow: bool) -> dict[str, Tensor]:
@@ -134,14 +135,16 @@ class BitsBack(PairCodec):
         self._push_sites(stack, self._trace(poutine.condition(self.pair.model, latents), y), narrow=False)
 
     def _pop(self, stack: Stack) -> Tensor:
-        latents = self._popped(stack, self.pair.model, torch.zeros_like(self.template), narrow=False)
-        y = latents.pop(self._observed).reshape(self.template.shape)
+        y = torch.zeros_like(self.template)
+        latents = self._popped(stack, self.pair.model, y, narrow=False)
+        del latents[self._observed]  # a view of y, which it has filled
         self._push_sites(stack, self._trace(poutine.condition(self.pair.guide, latents), y), narrow=True)
         return y
 
     def _draw(self, stack: Stack) -> Tensor:
-        found = self._popped(stack, self.pair.model, torch.zeros_like(self.template), narrow=False)
-        return found[self._observed].reshape(self.template.shape)
+        y = torch.zeros_like(self.template)
+        self._popped(stack, self.pair.model, y, narrow=False)
+        return y
 
 
 class Swapped(PairCodec):
@@ -202,7 +205,7 @@ class Swapped(PairCodec):
 
 
 class _Popping(Messenger):
-    """Takes the value of every sample site from a stack."""
+    """Takes the value of every sample site from a stack; observed ones are written into the data."""
 
     def __init__(self, stack: Stack, codec: Callable[[str, Any], Codec]) -> None:
         super().__init__()
@@ -211,17 +214,21 @@ class _Popping(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
-        msg["value"] = self._codec(msg["name"], msg["fn"]).pop(self._stack)
-        msg["done"] = True
+        found = self._codec(msg["name"], msg["fn"]).pop(self._stack)
+        if msg["is_observed"]:  # a view of the data, whatever its shape
+            msg["value"].copy_(found.reshape(msg["value"].shape))
+        else:
+            msg["value"], msg["done"] = found, True
 
 
 @contextmanager
-def _naming(site: str):
-    """Name the site in errors."""
+def _naming(site: str, rows: int = 0):
+    """Name the site in errors, and the datum, which dimension ``rows`` of its values counts."""
     try:
         yield
     except Impossible as error:
-        error.site = error.site or site
+        if error.site is None:
+            error.site, error.row = site, error.place[rows]
         raise
     except ValueError as error:
         if str(error).startswith("site "):

@@ -18,9 +18,11 @@ class Underflow(RuntimeError):
 
 
 class Impossible(ValueError):
-    """A symbol of probability zero; ``place`` is its index in the array, ``site`` where it belongs to."""
+    """A symbol of probability zero: its index in the array, ``place``, and its ``site`` and ``row`` in a
+    chunk of data."""
 
     site: str | None = None
+    row = 0
 
     def __init__(self, value: Any, place: tuple[int, ...]) -> None:
         super().__init__(f"expected values of positive probability, got {value:.6g} at index {place}")

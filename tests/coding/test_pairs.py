@@ -175,7 +175,7 @@ def test_a_datum_of_probability_zero_is_named():
     y[2, 1] = 1
     with pytest.raises(ValueError, match="positive probability, got 1") as caught:
         codec.push(Stack(random_words(100)), y)
-    assert caught.value.site == "y" and caught.value.place == (2, 1)
+    assert caught.value.site == "y" and caught.value.row == 2
 
 
 def test_a_model_that_feeds_its_data_forward_is_refused():
@@ -211,6 +211,36 @@ def test_a_shorter_last_chunk():
     codec = codec_for(pair, y)
     round_trip(codec.part(3), y[:3])
     assert codec_for(*make("vae-bernoulli")).part(3) is None
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_plates_within_a_datum(dim):
+    """The data's plate on the right and on the left of the coordinates'; observed is a view of the data."""
+
+    def plates(y):
+        return pyro.plate("data", len(y), dim=dim), pyro.plate("coordinates", 3, dim=-3 - dim)
+
+    def model(y):
+        data, coordinates = plates(y)
+        with data, coordinates:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Categorical(logits=torch.stack([z, -z, 0 * z], -1)), obs=seen(y))
+
+    def seen(y):
+        return y.T if dim == -1 else y
+
+    def guide(y):
+        data, coordinates = plates(y)
+        with data, coordinates:
+            pyro.sample("z", dist.Normal(seen(y) / 3.0, 0.7))
+
+    y = torch.randint(3, (5, 3))
+    codec = codec_for(Pair.of(model, guide), y)
+    round_trip(codec, y)
+    y[4, 1] = 3
+    with pytest.raises(ValueError, match="positive probability, got 3") as caught:
+        codec.push(Stack(random_words(100)), y)
+    assert caught.value.row == 4
 
 
 def test_pairs_of_plain_functions():
