@@ -84,6 +84,7 @@ SMALL = {
     "hmm": "symbols --set states=2",
     "state_space": "series",
     "strings": "strings --set width=8 --set layers=1",
+    "lda": "sentences --set topics=2 --set hidden=8",
     "pcfg": "sentences --set preterminals=3",
     "neural_pcfg": "sentences --set preterminals=3 --set width=8",
     "ctc": "labelled --set width=8",
@@ -136,7 +137,6 @@ def check(words, folder, capsys):
         "ladder": True,
         "conv_ladder": True,
         "strings": True,
-        "sbn": True,
         "vae": False,
         "hmm": False,
     }

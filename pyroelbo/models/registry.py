@@ -248,7 +248,7 @@ REGISTRY: dict[str, Entry] = {
     "lda": Entry(
         "topics of documents, the order of words aside; exact for few topics",
         LDA,
-        kinds={"sentences": {}, "strings": {}},
+        kinds={"sentences": {}},
         sizes=lambda data: {"vocabulary": data.levels, "length": data.steps},
         data="docstrings",
         learning_rate=1e-2,
