@@ -304,7 +304,8 @@ def _support_of(trace: Any, name: str) -> Tensor:
 
 def _at(factor: Tensor, trace: Any, latents: Mapping[str, Tensor]) -> Tensor:
     """Entries of a packed factor at given latents, over the plates' dimensions, right-aligned."""
-    dims = {trace.plate_to_symbol[f.name]: f for _, s in sample_sites(trace) for f in s["cond_indep_stack"]}
+    frames = [f for _, s in sample_sites(trace) for f in s["cond_indep_stack"] if f.vectorized]
+    dims = {trace.plate_to_symbol[f.name]: f for f in frames}
     index: list[Tensor] = []
     for symbol, size in zip(factor._pyro_dims, factor.shape, strict=True):  # type: ignore[attr-defined]
         if symbol in dims:

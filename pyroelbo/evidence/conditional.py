@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyroelbo import batch as batches
@@ -66,7 +66,7 @@ class GivenGlobals:
             self.divergence = self._divergence(traces, points)
         self.note = self._describe(model)
         layouts: dict[Any, Any] = {}
-        self.pairs = tuple(_Given(pair, v, frozenset({*drawn, *self.names}), layouts) for v in values)
+        self.pairs = tuple(_Given(pair, v, layouts) for v in values)
 
     def row(self, estimator: Callable[..., Bound], *arguments: Any, **options: Any) -> Bound:
         """The mean over the draws of θ of ``estimator(pair, y, ...)`` given each, a Bound of scope
@@ -176,11 +176,9 @@ class GivenGlobals:
 class _Given(Pair):
     """A pair whose latents outside the data plate have given values and are no latents any more."""
 
-    def __init__(
-        self, pair: Pair, values: Mapping[str, Tensor], hidden: frozenset[str], layouts: dict[Any, Any]
-    ) -> None:
+    def __init__(self, pair: Pair, values: Mapping[str, Tensor], layouts: dict[Any, Any]) -> None:
         super().__init__()
-        self.__dict__.update(_pair=pair, _values=values, _hidden=sorted(hidden), _layouts=layouts)
+        self.__dict__.update(_pair=pair, _values=values, _layouts=layouts)
         # Registering the pair as a PyroModule's child would change its names in Pyro's store.
         nn.Module.add_module(self, "generator", pair)
 
@@ -188,15 +186,27 @@ class _Given(Pair):
     def name(self) -> str:
         return self.__dict__["_pair"].name
 
-    def _given(self, program: Callable) -> Callable:
-        held = self.__dict__
-        return poutine.block(poutine.condition(program, data=held["_values"]), hide=held["_hidden"])
-
     def model(self, *batch: Any, **named: Any) -> Any:
-        return self._given(self.__dict__["_pair"].model)(*batch, **named)
+        with _Fixed(self.__dict__["_values"]):
+            return self.__dict__["_pair"].model(*batch, **named)
 
     def guide(self, *batch: Any, **named: Any) -> Any:
-        return self._given(self.__dict__["_pair"].guide)(*batch, **named)
+        with _Fixed(self.__dict__["_values"]):
+            return self.__dict__["_pair"].guide(*batch, **named)
+
+
+class _Fixed(Messenger):
+    """Makes constants of sites, as ``pyro.deterministic`` does; hidden, they would be missing in the scope of
+    ``pyro.markov``."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+            msg["infer"] = {**msg["infer"], "_deterministic": True}
 
 
 def _outside(trace: Any) -> list[str]:

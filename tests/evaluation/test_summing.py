@@ -284,6 +284,26 @@ def test_a_support_that_differs_between_enumerated_values():
     torch.testing.assert_close(terms.log_joint, right, rtol=0, atol=1e-12)
 
 
+def test_sequential_plates():
+    """A loop over the data, with a coin for each: exact for finite latents, summed beside a global mean."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(y)):
+            k = pyro.sample(f"k_{i}", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample(f"y_{i}", dist.Normal(mean + k, 1.0), obs=y[i])
+
+    def draws(y):
+        pyro.sample("mean", dist.Normal(0.5, 1.0))
+
+    evaluator = Evaluator(Pair.of(model, draws), Y, scope="joint")
+    terms = evaluator.sample(4)
+    mean = terms.latents["mean"]
+    each = [math.log(p) + dist.Normal(mean + k, 1.0).log_prob(Y) for k, p in ((0, 0.7), (1, 0.3))]
+    right = dist.Normal(0.0, 1.0).log_prob(mean) + torch.logaddexp(*each).sum(-1, keepdim=True)
+    torch.testing.assert_close(terms.log_joint, right, rtol=0, atol=1e-12)
+
+
 def test_what_cannot_be_summed_is_refused():
     def branch(y):
         with pyro.plate("data", len(y)):

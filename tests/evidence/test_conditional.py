@@ -114,6 +114,39 @@ def test_finite_latents_are_summed_given_the_globals():
         torch.testing.assert_close(values, right.logsumexp(-1), rtol=0, atol=1e-10)
 
 
+def test_global_latents_within_a_chain():
+    """A rate for each step, drawn between the states of the data's chains."""
+
+    def chain(y):
+        plate, x = pyro.plate("data", len(y)), torch.zeros(())
+        for t in pyro.markov(range(2)):
+            rate = pyro.sample(f"rate_{t}", dist.Beta(2.0, 2.0))
+            with plate:
+                p = 0.1 + 0.8 * (rate * x + (1 - rate) * (1 - x))
+                x = pyro.sample(f"x_{t}", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+                pyro.sample(f"y_{t}", dist.Normal(x, 1.0), obs=y[:, t])
+
+    def guide(y):
+        for t in range(2):
+            pyro.sample(f"rate_{t}", dist.Beta(3.0, 2.0))
+
+    y = torch.randn(4, 2)
+    theta = evidence.given_globals(Pair.of(chain, guide), y, 2)
+    rows = [theta.row(evidence.exact).by_draw, theta.row(evidence.elbo, 1).by_draw]
+    for s, given in enumerate(theta.pairs):
+        first, second = (given.__dict__["_values"][f"rate_{t}"] for t in range(2))
+        total = []
+        for a in (0.0, 1.0):
+            for b in (0.0, 1.0):
+                ones = 0.1 + 0.8 * (1 - first), 0.1 + 0.8 * (second * a + (1 - second) * (1 - a))
+                log_p = sum(
+                    dist.Bernoulli(p).log_prob(torch.tensor(v)) for p, v in zip(ones, (a, b), strict=True)
+                )
+                total.append(log_p + dist.Normal(torch.tensor([a, b]), 1.0).log_prob(y).sum(-1))
+        for row in rows:
+            torch.testing.assert_close(row[s], torch.logsumexp(torch.stack(total), 0), rtol=0, atol=1e-10)
+
+
 def test_a_point_has_rows_but_no_divergence():
     def glm(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
