@@ -1,14 +1,20 @@
 """Diffusion: the bound's training form against the written-out chain, Gaussian and finite oracles,
 refusals."""
 
+import copy
 import math
 
+import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 from pyroelbo import audit, evidence, fit, models
+from pyroelbo.compiled import CompiledStep
 from pyroelbo.distributions.corruption import Corrupted, Generated, kept
 from pyroelbo.evidence import Unavailable
+from pyroelbo.training.step import EagerStep
+from tests.pairs import TABLE as PAIR_TABLE
 
 # Gap between the optimal bound and the entropy, nats/dim, of AR(1) data: .9, 8 dimensions, variance .25.
 TABLE = {
@@ -391,3 +397,26 @@ def test_estimates_along_a_chain_end_at_its_data():
     error = (strip - y).square().mean((1, 2))
     assert strip.shape == (6, 200, 2) and (error.diff() < 0).all() and error[-1] < 0.01
     assert strip[0].square().mean() < 0.02  # of noise alone the mean is all that is known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusion", "discrete_diffusion", "masked_diffusion", "vdm"])
+def test_a_training_step_is_one_graph(name):
+    """The learned schedule's gradients are weighed by hooks, which the graph has as well."""
+    make, draw = PAIR_TABLE[name]
+    pair = make()
+    twin, y = copy.deepcopy(pair), draw(6)
+    graph, plain = (
+        step(Trace_ELBO(), p.model, p.guide, dict(p.named_parameters()), **settings)
+        for step, p, settings in ((CompiledStep, pair, {"backend": "eager"}), (EagerStep, twin, {}))
+    )
+    with pyro.validation_enabled(False):
+        for seed in range(4):
+            losses = []
+            for step in (graph, plain):
+                pyro.set_rng_seed(seed)
+                losses.append(step(y))
+            torch.testing.assert_close(*losses)
+    assert graph.counters.compiled_calls == 4 and graph.counters.fallbacks == 0
+    for p, q in zip(pair.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
