@@ -71,6 +71,9 @@ _NAMES = {
 }
 _NAMES |= {"ones": "zeros", "amax": "amin", "amin": "amax", "floor": "ceil", "ceil": "floor"}
 _NAMES |= {"logsumexp": "sum", "maximum": "minimum", "minimum": "maximum", "log1p": "log", "expm1": "exp"}
+# Two arguments that may change places, and builtins in which that fails at once.
+_EITHER_WAY = {"max", "min", "maximum", "minimum", "logaddexp", "hypot", "broadcast_tensors", "add", "mul"}
+_EITHER_WAY |= {"isinstance", "getattr", "hasattr", "setattr"}
 
 
 def _binary(node: ast.AST) -> ast.AST | None:
@@ -130,7 +133,8 @@ def _swapped(node: ast.AST) -> ast.AST | None:
         or any(isinstance(a, ast.Starred) for a in node.args)
     ):
         return None
-    if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "getattr", "hasattr", "setattr"):
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name in _EITHER_WAY:
         return None
     first, second, *rest = node.args
     return ast.Call(node.func, [second, first, *rest], node.keywords)

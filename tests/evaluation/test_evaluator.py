@@ -1,6 +1,8 @@
 """Per-datum terms: unscaled but masked, the same for every way to run particles, and refusals that name the
 site."""
 
+import functools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -215,8 +217,10 @@ def test_a_scale_within_a_datum_is_kept_by_elbo_and_refused_by_weights():
         dist.Normal(0.7 * y, 0.5), dist.Normal(0.0, 1.0)
     )
     assert ((value.value - exact).abs() < 5.5 * value.stderr).all()
-    with pytest.raises(ValueError, match="'y' carries a scale within its datum"):
-        evidence.iwae(pair, y)
+    weights = functools.partial(evidence.eubo, source="weights")
+    for refused in (evidence.iwae, evidence.cubo, weights, evidence.prior_monte_carlo, evidence.gap):
+        with pytest.raises(ValueError, match="'y' carries a scale within its datum"):
+            refused(pair, y)
     unmarked = Pair.of(lambda y: model(y, marked=False), guide)
     with pytest.raises(ValueError, match=r"'y' is scaled by 3 .*kl_weight.*within_datum"):
         evidence.elbo(unmarked, y)

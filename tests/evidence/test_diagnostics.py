@@ -260,6 +260,16 @@ def test_an_exact_guide_is_calibrated(name):
     assert found.ranks.min() == 0 and found.ranks.max() == 39 and found.counts.sum(1).eq(300).all()
 
 
+def test_ranks_are_named_by_coordinate():
+    assert evidence.calibration(models.PPCA(5, 2), 20, 9).quantities == ("z[0]", "z[1]", "log joint")
+    assert evidence.calibration(models.PPCA(5, 1), 20, 9).quantities == ("z", "log joint")
+    for sizes, name in (((0, 9), "num_data"), ((20, 0), "draws"), ((20, 2.0), "draws")):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive number, got"):
+            evidence.calibration(models.PPCA(5, 1), *sizes)
+    with pytest.raises(ValueError, match="num_data, draws: expected at least two bins"):
+        evidence.calibration(models.PPCA(5, 1), 19, 9)
+
+
 def test_guides_that_err_are_found():
     pair = models.PPCA(5, 2)
     assert evidence.calibration(scaled_guide(pair, 1.0), 300, 39).p_value > 1e-3

@@ -103,3 +103,10 @@ def test_a_reference_that_is_not_exact_is_said_to_be_so(kind, said):
     assert f"other is {said}, and so are the rest and the total" in found.notes
     assert float(found.total.value) == pytest.approx(-float(found.elbo.value))
     assert float(found.total.stderr) > 1 / math.sqrt(3)  # the reference's own error, and that of the draws
+
+
+def test_without_a_reference_nothing_is_left_over():
+    found = evidence.site_gaps(Pair.of(model, top_down), torch.randn(3), 4, 4)
+    assert found.reference == "iwae-4" and float(found.rest.value) == float(found.rest.stderr) == 0
+    parts = sum(float(g.value) for g in found.gaps.values())
+    assert float(found.total.value) == pytest.approx(parts)

@@ -105,3 +105,19 @@ def test_terms_without_a_closed_form_are_sampled_and_auxiliary_draws_count():
 def test_free_bits_are_a_number_of_nats(value):
     with pytest.raises(ValueError, match="free_bits: expected a number of nats of at least 0"):
         Layered_ELBO(free_bits=value)
+
+
+def test_one_datum_is_its_own_mean():
+    def one(y):
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
+            pyro.sample("y", dist.Normal(0 * z, 1.0), obs=y)
+
+    def narrow(y):
+        with pyro.plate("data", 1):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 0.5))
+
+    kl = float(kl_divergence(Normal(0.0, 0.5), Normal(0.0, 1.0)))
+    rest = -float(Normal(0.0, 1.0).log_prob(torch.zeros(())))
+    for free, held in ((0.75 * kl, kl), (1.5 * kl, 1.5 * kl)):
+        assert Layered_ELBO(free).loss(one, narrow, torch.zeros(1)) == pytest.approx(rest + held)
