@@ -7,9 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from pyroelbo import Pair, fit, fit_em, models
+from pyroelbo import ExactPair, Pair, fit, fit_em, models
 from tests.pairs import Nonlinear
 
 Y = torch.randn(6, 4, dtype=torch.float64)
@@ -104,3 +105,29 @@ def test_an_interrupting_callback_ends_after_its_epoch():
 
     run = fit(Nonlinear(), Y, epochs=5, progress=False, callbacks=[stop])
     assert run.stopped == "interrupted" and len(run.losses) == len(seen) == 2
+
+
+def test_the_evidence_of_a_subsampled_plate_is_averaged_over_the_batch():
+    """It carries no scale, so that it is divided by the rows of a batch, not by the size of the plate."""
+
+    class Subsampled(ExactPair):
+        def __init__(self):
+            super().__init__()
+            self.generator = nn.Module()
+            self.generator.register_parameter("loc", nn.Parameter(torch.tensor(0.3)))
+
+        def model(self, y):
+            with pyro.plate("data", 10, subsample_size=len(y)):
+                z = pyro.sample("z", dist.Normal(self.generator.loc.expand(len(y)), 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+        def log_evidence(self, y):
+            return dist.Normal(self.generator.loc, math.sqrt(2)).log_prob(y)
+
+        def posterior(self, y):
+            return dist.Normal((self.generator.loc + y) / 2, math.sqrt(0.5))
+
+    pair, y = Subsampled(), torch.randn(10)
+    expected = -float(pair.log_evidence(y).detach().mean())
+    run = fit(pair, y, objective="evidence", epochs=1, batch_size=5, learning_rate=1e-12, progress=False)
+    assert run.losses[0] == pytest.approx(expected)
