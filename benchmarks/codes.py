@@ -36,7 +36,7 @@ MODELS = (
     ("vae", {"latent": 16, "likelihood": "discretized_logistic", "prior": "vamp"}, {}),
     ("hierarchy", {"latent": (16, 8), "likelihood": "discretized_logistic"}, {}),
     ("ladder", {"latent": (16, 8), "hidden": (128, 64), "likelihood": "discretized_logistic"}, {}),
-    ("autoregressive", {"likelihood": "categorical", "width": 24, "layers": 3}, {"epochs": 40}),
+    ("autoregressive", {"likelihood": "categorical", "width": 24, "layers": 3}, {"epochs": 10}),
 )
 
 
