@@ -22,13 +22,16 @@ def _elbo(pair: Pair, particles: int) -> ELBO:
     return Exact_ELBO() if isinstance(pair, ExactPair) and pair.exact_guide else Trace_ELBO()
 
 
-def _iwae(pair: Pair, particles: int) -> ELBO:
-    if particles < 2:
-        raise ValueError(
-            f"particles: expected at least 2 for objective 'iwae', got {particles}: with one draw it is "
-            f"'elbo'"
-        )
-    return IWAE_ELBO(particles)
+def _iwae(gradient: str) -> Callable[[Pair, int], ELBO]:
+    def make(pair: Pair, particles: int) -> ELBO:
+        if particles < 2 and gradient != "stl":
+            raise ValueError(
+                f"particles: expected at least 2 for an importance-weighted objective, got {particles}: with "
+                f"one draw it is 'elbo'"
+            )
+        return IWAE_ELBO(particles, gradient=gradient)
+
+    return make
 
 
 def _discrete(name: str) -> Callable[[Pair, int], Any]:
@@ -41,7 +44,9 @@ OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
     "mean_field": lambda pair, particles: TraceMeanField_ELBO(),
     "layered": lambda pair, particles: Layered_ELBO(),
     "hard": lambda pair, particles: Hard_ELBO(),
-    "iwae": _iwae,
+    "iwae": _iwae("plain"),
+    "stl": _iwae("stl"),
+    "dreg": _iwae("dreg"),
     "enum": lambda pair, particles: TraceEnum_ELBO(max_plate_nesting=1),
     "evidence": lambda pair, particles: Evidence_ELBO(),
     "wake_sleep": lambda pair, particles: WakeSleep(generator_of(pair)),

@@ -284,7 +284,7 @@ def test_fit_takes_the_number_of_particles_into_the_bound():
         )
         runs.append((pair.shift.item(), [row["loss"] for row in run.metrics], run.metrics[0]["kl_weight"]))
     assert runs[0] == runs[1] and runs[0][2] == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="particles: expected at least 2 for objective 'iwae', got 1"):
+    with pytest.raises(ValueError, match="expected at least 2 for an importance-weighted objective, got 1"):
         fit(Shifted(), y, objective="iwae", progress=False)
 
 
