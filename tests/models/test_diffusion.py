@@ -110,7 +110,7 @@ def trained_gap(schedule, steps, s, network="linear", **settings):
 
 def test_a_trained_bound_reaches_the_closed_form():
     s = covariance()
-    pair = trained_gap("cosine", 10, s)
+    pair = trained_gap("cosine", 10, s, epochs=40)
     assert abs((-exact_bound(pair, s) - entropy(s)) / 8 - TABLE["cosine"][10]) < 0.003
 
 

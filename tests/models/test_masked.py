@@ -73,7 +73,7 @@ def test_bounds_lie_between_the_order_average_and_the_evidence():
     pair, y = free()
     whole, average = pair.written_out(), by_order(pair, y).mean(0)
     exact = evidence.exact(whole, y).value
-    iwae, smc = evidence.iwae(whole, y, 4000), evidence.smc(whole, y, 8, 1000, progress=False)
+    iwae, smc = evidence.iwae(whole, y, 4000), evidence.smc(whole, y, 8, 500, progress=False)
     for bound in (iwae, smc):  # 16 z-tests on the linear scale at 5.1
         assert ((bound.value - exact).expm1().abs() < 5.1 * bound.stderr).all()
     few = evidence.terms(whole, y, 4000).log_weight.reshape(1000, 4, -1).logsumexp(1) - math.log(4)
