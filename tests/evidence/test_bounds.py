@@ -124,6 +124,9 @@ def test_costs_and_draws_are_counted():
     make, draw = TABLE["own"]
     bound = evidence.iwae(make(), draw(3), particles=7)
     assert (bound.method, bound.draws, bound.cost, bound.scope) == ("iwae-7", 7, 21, "datum")
+    for estimator in (evidence.elbo, evidence.cubo, evidence.prior_monte_carlo):
+        found = estimator(make(), draw(3), particles=7)
+        assert (found.draws, found.cost) == (7, 21)
 
 
 def test_a_guide_outside_the_models_support_gives_minus_infinity():

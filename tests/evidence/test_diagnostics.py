@@ -270,6 +270,24 @@ def test_ranks_are_named_by_coordinate():
         evidence.calibration(models.PPCA(5, 1), 19, 9)
 
 
+def test_a_quantity_that_never_varies_has_no_rank():
+    def latents(size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0))
+        pyro.sample("sure", dist.Categorical(logits=torch.tensor([0.0, -math.inf]).expand(size, 2)))
+        return z
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(latents(len(y)), 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            latents(len(y))
+
+    pair = Pair.of(model, guide, placeholder=torch.zeros)
+    assert evidence.calibration(pair, 20, 9).quantities == ("z", "log joint")
+
+
 def test_guides_that_err_are_found():
     pair = models.PPCA(5, 2)
     assert evidence.calibration(scaled_guide(pair, 1.0), 300, 39).p_value > 1e-3
