@@ -46,7 +46,7 @@ def random_intercepts_given_their_mean():
         return torch.stack([gaussian(row, latents["mu"], cov) for row in y])
 
     def joint():
-        same = torch.block_diag(*[torch.ones(4, 4).double()] * 5)
+        same = torch.block_diag(*[torch.ones(4, 4)] * 5)
         return gaussian(y.reshape(-1), 0.0, 4.0 + same + 0.25 * torch.eye(20))
 
     return case(model, autoguide.AutoNormal(model), (y,), log_p, joint)
@@ -57,7 +57,7 @@ def factor_analysis_given_loadings():
     y = draws(4, 3, seed=52)
 
     def model(y):
-        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z.unsqueeze(-1) * w, 0.8).to_event(1), obs=y)
@@ -84,7 +84,7 @@ def bayesian_gmm_given_components():
 @program("closed form", steps=0, **GIVEN)
 def regression_given_everything():
     """No local latents: a datum's terms given the coefficients are its likelihood."""
-    x = torch.linspace(-1, 1, 6).double()
+    x = torch.linspace(-1, 1, 6)
     y = 0.5 * x + draws(6, seed=53)
 
     def model(x, y):

@@ -128,15 +128,15 @@ def random_intercepts_in_nested_plates():
     y = draws(6, 1, seed=3) + 0.5 * draws(6, 4, seed=4)
 
     def model(y):
-        mu = pyro.param("mu", torch.tensor(0.1).double())
+        mu = pyro.param("mu", torch.tensor(0.1))
         with pyro.plate("patients", y.shape[0]):
             b = pyro.sample("b", dist.Normal(mu, 1.0))
             with pyro.plate("visits", y.shape[1]):
                 pyro.sample("obs", dist.Normal(b, 0.5), obs=y.T)
 
     def guide(y):
-        w = pyro.param("w", torch.tensor(0.5).double())
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
+        w = pyro.param("w", torch.tensor(0.5))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
         with pyro.plate("patients", y.shape[0]):
             pyro.sample("b", dist.Normal(w * y.mean(-1), scale))
 
@@ -149,8 +149,8 @@ def random_intercepts_in_nested_plates():
 
 @program("integral", scope="joint", steps=400, rate=0.05)
 def batting_averages_partially_pooled():
-    at_bats = torch.tensor([10.0, 12, 9, 11]).double()
-    hits = torch.tensor([4.0, 3, 2, 5]).double()
+    at_bats = torch.tensor([10.0, 12, 9, 11])
+    hits = torch.tensor([4.0, 3, 2, 5])
 
     def model(at_bats, hits):
         m = pyro.sample("m", dist.Uniform(0.0, 1.0))
@@ -179,12 +179,12 @@ def batting_averages_partially_pooled():
 @program("integral")
 def kidney_cancer_counties():
     """A rate for each county with a Gamma prior, and a population as exposure: negative binomial counts."""
-    population = torch.tensor([1.0, 3.0, 0.5, 6.0, 2.0]).double()
-    deaths = torch.tensor([2.0, 3.0, 0.0, 11.0, 1.0]).double()
+    population = torch.tensor([1.0, 3.0, 0.5, 6.0, 2.0])
+    deaths = torch.tensor([2.0, 3.0, 0.0, 11.0, 1.0])
 
     def model(population, deaths):
-        a = pyro.param("a", torch.tensor(2.0).double(), constraint=constraints.positive)
-        b = pyro.param("b", torch.tensor(1.5).double(), constraint=constraints.positive)
+        a = pyro.param("a", torch.tensor(2.0), constraint=constraints.positive)
+        b = pyro.param("b", torch.tensor(1.5), constraint=constraints.positive)
         with pyro.plate("counties", len(deaths)):
             rate = pyro.sample("rate", dist.Gamma(a, b))
             pyro.sample("deaths", dist.Poisson(population * rate), obs=deaths)
@@ -224,10 +224,10 @@ def subsampled_plate():
 
 @program("integral", scope="joint", steps=400, slack=1.0)
 def covariance_with_LKJ_prior():
-    y = draws(8, 2, seed=6) @ torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()
+    y = draws(8, 2, seed=6) @ torch.tensor([[1.0, 0.6], [0.0, 0.8]])
 
     def model(y):
-        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(2).double()).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(2)).to_event(1))
         corr = pyro.sample("corr", dist.LKJCholesky(2, 2.0))
         with pyro.plate("data", len(y)):
             tril = scale.unsqueeze(-1) * corr

@@ -52,8 +52,8 @@ def plate_without_a_size():
             pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
 
     def guide(y):
-        loc = pyro.param("loc", torch.tensor(0.0).double())
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.tensor(0.0))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
         pyro.sample("mu", dist.Normal(loc, scale))
 
     return Case(model, guide, (READINGS,), level_evidence)
@@ -78,7 +78,7 @@ def parts_of_different_lengths():
         with pyro.plate("data", len(y)):
             pyro.sample("obs", dist.Normal(mu, 1.0), obs=y)
 
-    batch = (READINGS, torch.tensor(0.0).double())
+    batch = (READINGS, torch.tensor(0.0))
     return Case(model, autoguide.AutoNormal(model), batch, level_evidence)
 
 
@@ -128,11 +128,11 @@ def easy_guide_of_two_blocks():
 
     @easy_guide(model)
     def guide(self, y):
-        loc = pyro.param("loc", torch.tensor(0.3).double())
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.tensor(0.3))
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
         mu = pyro.sample("mu", dist.Normal(loc, scale))
-        slope = pyro.param("slope", torch.tensor(0.4).double())
-        width = pyro.param("width", torch.tensor(0.5).double(), constraint=constraints.positive)
+        slope = pyro.param("slope", torch.tensor(0.4))
+        width = pyro.param("width", torch.tensor(0.5), constraint=constraints.positive)
         with self.plate("data", len(y)):
             pyro.sample("z", dist.Normal(mu + slope * (y - mu), width))
 
@@ -163,11 +163,11 @@ class LocalLevel(ForecastingModel):
 @program("integral", scope="joint", steps=400, slack=1.0)
 def forecaster_of_a_local_level():
     y = 0.5 * draws(5, 1, seed=41).cumsum(0)
-    covariates = torch.zeros(5, 0).double()
+    covariates = torch.zeros(5, 0)
     model = LocalLevel()
 
     def reference():
-        time = torch.arange(1.0, 6).double()
+        time = torch.arange(1.0, 6)
 
         def log_f(u):
             scale = (-1.0 + 0.5 * u).exp()[:, None, None]
@@ -238,15 +238,15 @@ def relaxed_categories_in_the_guide():
     """Gumbel-softmax draws in place of categories: no density of theirs is a probability."""
 
     def model(y):
-        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]).double())
+        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
         with pyro.plate("data", len(y)):
-            k = pyro.sample("k", dist.OneHotCategorical(torch.ones(2).double()))
+            k = pyro.sample("k", dist.OneHotCategorical(torch.ones(2)))
             pyro.sample("obs", dist.Normal((k * locs).sum(-1), 1.0), obs=y)
 
     def guide(y):
-        logits = pyro.param("logits", torch.zeros(len(y), 2).double())
+        logits = pyro.param("logits", torch.zeros(len(y), 2))
         with pyro.plate("data", len(y)):
-            temperature = torch.tensor(0.5).double()
+            temperature = torch.tensor(0.5)
             pyro.sample("k", dist.RelaxedOneHotCategoricalStraightThrough(temperature, logits=logits))
 
     def reference():

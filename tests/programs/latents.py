@@ -81,8 +81,8 @@ def vae_with_a_mixture_prior():
     encoder = nn.Linear(6, 2)
 
     def prior():
-        logits = pyro.param("prior_logits", torch.zeros(2).double())
-        locs = pyro.param("prior_locs", torch.tensor([-1.0, 1.0]).double())
+        logits = pyro.param("prior_logits", torch.zeros(2))
+        locs = pyro.param("prior_locs", torch.tensor([-1.0, 1.0]))
         parts = dist.Normal(locs, 0.5)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
 
@@ -143,7 +143,7 @@ class SemiSupervised(nn.Module):
 
         def log_f(z):
             rows = []
-            for y in torch.eye(2).double():
+            for y in torch.eye(2):
                 inside = torch.cat([z[:, None], y.expand(len(z), 2)], -1)
                 rows.append(
                     bernoulli(BINARY, self.decoder(inside)[:, None]).sum(-1) + normal(z, 0.0, 1.0)[:, None]
@@ -163,7 +163,7 @@ def semi_supervised_vae_without_labels():
 @program("integral")
 def semi_supervised_vae_with_labels():
     net = SemiSupervised()
-    labels = torch.eye(2).double()[[0, 1, 1, 0, 1]]
+    labels = torch.eye(2)[[0, 1, 1, 0, 1]]
     return Case(net.model, net.guide, (BINARY, labels), lambda: (net.joint()[0] * labels).sum(-1))
 
 
@@ -172,15 +172,15 @@ def probabilistic_PCA():
     y = draws(5, 4, seed=21)
 
     def model(y):
-        w = pyro.param("w", torch.randn(2, 4).double())
-        sigma = pyro.param("sigma", torch.tensor(0.7).double(), constraint=constraints.positive)
+        w = pyro.param("w", torch.randn(2, 4))
+        sigma = pyro.param("sigma", torch.tensor(0.7), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("y", dist.Normal(z @ w, sigma).to_event(1), obs=y)
 
     def guide(y):
         v = pyro.param("v", lambda: 0.1 * draws(4, 2, seed=23))
-        tril = pyro.param("tril", torch.eye(2).double(), constraint=constraints.lower_cholesky)
+        tril = pyro.param("tril", torch.eye(2), constraint=constraints.lower_cholesky)
         with pyro.plate("data", len(y)):
             pyro.sample("z", dist.MultivariateNormal(y @ v, scale_tril=tril))
 
@@ -215,17 +215,17 @@ def factor_analysis_of_latent_loadings():
     y = draws(4, 3, seed=24)
 
     def model(y):
-        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z.unsqueeze(-1) * w, 0.8).to_event(1), obs=y)
 
     def reference():
         torch.manual_seed(1)
-        w = torch.randn(50000, 3).double()
+        w = torch.randn(50000, 3)
         cov = w[:, :, None] * w[:, None] + 0.64 * torch.eye(3)
         return average(
-            torch.distributions.MultivariateNormal(torch.zeros(3).double(), cov[:, None]).log_prob(y).sum(-1)
+            torch.distributions.MultivariateNormal(torch.zeros(3), cov[:, None]).log_prob(y).sum(-1)
         )
 
     return Case(model, autoguide.AutoNormal(model), (y,), reference)
@@ -240,7 +240,7 @@ def sigmoid_belief_network_with_baselines():
         w1 = pyro.param("w1", lambda: draws(2, 3, seed=26))
         w2 = pyro.param("w2", lambda: draws(3, 6, seed=27))
         with pyro.plate("data", len(x)):
-            top = pyro.sample("top", dist.Bernoulli(0.5 * torch.ones(2).double()).to_event(1))
+            top = pyro.sample("top", dist.Bernoulli(0.5 * torch.ones(2)).to_event(1))
             mid = pyro.sample("mid", dist.Bernoulli(logits=top @ w1).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=mid @ w2).to_event(1), obs=x)
 
@@ -264,10 +264,10 @@ def sigmoid_belief_network_with_baselines():
 @program("integral", steps=300)
 def deep_exponential_family_of_gammas():
     """Two layers of sparse Gammas over counts, guides of softplus parameters for each datum."""
-    counts = torch.tensor([[2.0, 0], [5, 3], [0, 0]]).double()
+    counts = torch.tensor([[2.0, 0], [5, 3], [0, 0]])
 
     def model(x):
-        w = pyro.param("w", torch.tensor([1.2, 0.6]).double(), constraint=constraints.positive)
+        w = pyro.param("w", torch.tensor([1.2, 0.6]), constraint=constraints.positive)
         with pyro.plate("data", len(x)):
             top = pyro.sample("z_top", dist.Gamma(0.8, 0.5))
             low = pyro.sample("z_low", dist.Gamma(0.8, 0.8 / top.clamp_min(1e-6)))
@@ -275,12 +275,8 @@ def deep_exponential_family_of_gammas():
 
     def guide(x):
         def gamma(name):
-            shape = pyro.param(
-                f"{name}_shape", torch.full((len(x),), 1.0).double(), constraint=constraints.positive
-            )
-            mean = pyro.param(
-                f"{name}_mean", torch.full((len(x),), 1.0).double(), constraint=constraints.positive
-            )
+            shape = pyro.param(f"{name}_shape", torch.full((len(x),), 1.0), constraint=constraints.positive)
+            mean = pyro.param(f"{name}_mean", torch.full((len(x),), 1.0), constraint=constraints.positive)
             return dist.Gamma(shape, shape / mean)
 
         with pyro.plate("data", len(x)):
@@ -307,7 +303,7 @@ def deep_exponential_family_of_gammas():
 
 @program("integral", scope="joint", steps=400, slack=1.0)
 def poisson_matrix_factorization():
-    counts = torch.tensor([[3.0, 0], [5, 1]]).double()
+    counts = torch.tensor([[3.0, 0], [5, 1]])
 
     def model(counts):
         users, items = counts.shape
@@ -341,7 +337,7 @@ def poisson_matrix_factorization():
 @program("integral", steps=300)
 def scVI_with_a_zero_inflated_decoder():
     """Gene counts of cells: a state, a library size, a zero-inflated negative binomial."""
-    counts = torch.tensor([[3.0, 0, 5], [0, 0, 1], [7, 2, 9]]).double()
+    counts = torch.tensor([[3.0, 0, 5], [0, 0, 1], [7, 2, 9]])
     decoder = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 6))
     encoder = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
 
@@ -418,7 +414,7 @@ def spots_given(m):
 
 def cell2location_evidence():
     torch.manual_seed(2)
-    m = torch.distributions.Gamma(torch.full((4000, 2), 4.0).double(), 4.0).sample()
+    m = torch.distributions.Gamma(torch.full((4000, 2), 4.0), 4.0).sample()
     return average(spots_given(m).sum(-1))
 
 
@@ -451,13 +447,13 @@ class BNN(PyroModule):
 
 @program("Monte Carlo", scope="joint", steps=500, slack=2.5)
 def bayesian_neural_network():
-    x = torch.linspace(-1, 1, 6).double()
+    x = torch.linspace(-1, 1, 6)
     y = torch.sin(2 * x)
     model = BNN()
 
     def reference():
         torch.manual_seed(3)
-        w = torch.randn(200000, 7).double()
+        w = torch.randn(200000, 7)
         hidden = torch.tanh(w[:, None, 0:2] * x[:, None] + w[:, None, 2:4])
         mean = (hidden * w[:, None, 4:6]).sum(-1) + w[:, 6:]
         return average(normal(y, mean, 0.5).sum(-1))

@@ -35,9 +35,9 @@ def enumerated(nesting=1):
 def gmm_with_an_empty_guide():
     @config_enumerate
     def model(y):
-        weights = pyro.param("weights", torch.tensor([0.4, 0.6]).double(), constraint=constraints.simplex)
-        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]).double())
-        scale = pyro.param("scale", torch.tensor(1.0).double(), constraint=constraints.positive)
+        weights = pyro.param("weights", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
             k = pyro.sample("k", dist.Categorical(weights))
             pyro.sample("obs", dist.Normal(locs[k], scale), obs=y)
@@ -54,13 +54,13 @@ def gmm_with_drawn_assignments():
     points = POINTS / 2
 
     def model(y):
-        locs = pyro.param("locs", torch.tensor([-0.5, 0.5]).double())
+        locs = pyro.param("locs", torch.tensor([-0.5, 0.5]))
         with pyro.plate("data", len(y)):
-            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5]).double()))
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
             pyro.sample("obs", dist.Normal(locs[k], 1.0), obs=y)
 
     def guide(y):
-        slope = pyro.param("slope", torch.tensor(1.0).double())
+        slope = pyro.param("slope", torch.tensor(1.0))
         with pyro.plate("data", len(y)):
             baseline = {"use_decaying_avg_baseline": True}
             logits = torch.stack([-slope * y, slope * y], -1)
@@ -80,14 +80,14 @@ def gmm_with_some_labels():
 
     @config_enumerate
     def model(y, labels, seen):
-        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]).double())
+        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
         with pyro.plate("data", len(y)):
-            prior = dist.Categorical(torch.tensor([0.3, 0.7]).double())
+            prior = dist.Categorical(torch.tensor([0.3, 0.7]))
             k = pyro.sample("k", prior, obs=labels, obs_mask=seen)
             pyro.sample("obs", dist.Normal(locs[k], 1.0), obs=y)
 
     def reference():
-        prior = torch.tensor([0.3, 0.7]).double().log()
+        prior = torch.tensor([0.3, 0.7]).log()
         joint = prior + normal(POINTS[:, None], value_of("locs"), 1.0)
         return torch.where(seen, joint[torch.arange(8), labels], joint.logsumexp(-1))
 
@@ -101,8 +101,8 @@ def bernoulli_mixture():
 
     @config_enumerate
     def model(y):
-        weights = pyro.param("weights", torch.tensor([0.4, 0.6]).double(), constraint=constraints.simplex)
-        init = lambda: torch.linspace(0.2, 0.8, 8).double().reshape(4, 2)  # noqa: E731
+        weights = pyro.param("weights", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+        init = lambda: torch.linspace(0.2, 0.8, 8).reshape(4, 2)  # noqa: E731
         probs = pyro.param("probs", init, constraint=constraints.unit_interval)
         items = pyro.plate("items", 4, dim=-2)
         with pyro.plate("people", len(y), dim=-1):
@@ -121,13 +121,13 @@ def bernoulli_mixture():
 
 @program("closed form", loss=enumerated())
 def mixture_of_regressions():
-    x = torch.linspace(-1, 1, 8).double()
+    x = torch.linspace(-1, 1, 8)
 
     @config_enumerate
     def model(x, y):
-        slope = pyro.param("slope", torch.tensor([-1.0, 1.0]).double())
+        slope = pyro.param("slope", torch.tensor([-1.0, 1.0]))
         with pyro.plate("data", len(y)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(2).double()))
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
             pyro.sample("obs", dist.Normal(slope[k] * x, 0.8), obs=y)
 
     def reference():
@@ -138,11 +138,11 @@ def mixture_of_regressions():
 
 @program("closed form", loss=enumerated())
 def zero_inflated_counts_by_enumeration():
-    counts = torch.tensor([0.0, 0, 3, 1, 0, 4, 0]).double()
+    counts = torch.tensor([0.0, 0, 3, 1, 0, 4, 0])
 
     def model(y):
-        gate = pyro.param("gate", torch.tensor(0.3).double(), constraint=constraints.unit_interval)
-        rate = pyro.param("rate", torch.tensor(2.0).double(), constraint=constraints.positive)
+        gate = pyro.param("gate", torch.tensor(0.3), constraint=constraints.unit_interval)
+        rate = pyro.param("rate", torch.tensor(2.0), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
             off = pyro.sample("off", dist.Bernoulli(gate), infer={"enumerate": "parallel"})
             pyro.sample("obs", dist.Poisson(torch.where(off == 1, 1e-10, rate)), obs=y)
@@ -162,8 +162,8 @@ def annotators_of_Dawid_and_Skene():
 
     @config_enumerate
     def model(votes):
-        prior = pyro.param("prior", torch.tensor([0.5, 0.5]).double(), constraint=constraints.simplex)
-        start = torch.tensor([[0.7, 0.3], [0.2, 0.8]]).double().expand(3, 2, 2).clone()
+        prior = pyro.param("prior", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+        start = torch.tensor([[0.7, 0.3], [0.2, 0.8]]).expand(3, 2, 2).clone()
         confusion = pyro.param("confusion", start, constraint=constraints.simplex)
         with pyro.plate("items", len(votes), dim=-2):
             truth = pyro.sample("truth", dist.Categorical(prior))
@@ -181,16 +181,16 @@ def annotators_of_Dawid_and_Skene():
 @program("closed form", loss=enumerated())
 def N_mixture_of_abundances():
     """Counts of a population whose size is enumerated up to a limit."""
-    counts = torch.tensor([[2.0, 1, 3], [0, 0, 1], [4, 2, 3], [1, 1, 0]]).double()
-    sizes = torch.arange(16.0).double()
+    counts = torch.tensor([[2.0, 1, 3], [0, 0, 1], [4, 2, 3], [1, 1, 0]])
+    sizes = torch.arange(16.0)
 
     def log_prior(rate):
         return (sizes * rate.log() - torch.lgamma(sizes + 1)).log_softmax(-1)
 
     @config_enumerate
     def model(y):
-        rate = pyro.param("rate", torch.tensor(4.0).double(), constraint=constraints.positive)
-        p = pyro.param("p", torch.tensor(0.4).double(), constraint=constraints.unit_interval)
+        rate = pyro.param("rate", torch.tensor(4.0), constraint=constraints.positive)
+        p = pyro.param("p", torch.tensor(0.4), constraint=constraints.unit_interval)
         with pyro.plate("sites", len(y)):
             n = pyro.sample("n", dist.Categorical(logits=log_prior(rate))).double()
             d = dist.Binomial(n.unsqueeze(-1), p, validate_args=False).expand([*n.shape[:-1], len(y), 3])
@@ -233,7 +233,7 @@ def log_dirichlet(counts, alpha):
 
 
 def bayesian_gmm(y):
-    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2).double()))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
     with pyro.plate("components", 2):
         locs = pyro.sample("locs", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(y)):
@@ -278,11 +278,11 @@ def dirichlet_process_by_sticks():
             pyro.sample("obs", dist.Normal(mu[z], 0.7), obs=y)
 
     def guide(y):
-        kappa = pyro.param("kappa", torch.ones(2).double(), constraint=constraints.positive)
-        tau = pyro.param("tau", torch.tensor([-1.0, 1.0, 0.0]).double())
-        scale = pyro.param("scale", 0.5 * torch.ones(3).double(), constraint=constraints.positive)
+        kappa = pyro.param("kappa", torch.ones(2), constraint=constraints.positive)
+        tau = pyro.param("tau", torch.tensor([-1.0, 1.0, 0.0]))
+        scale = pyro.param("scale", 0.5 * torch.ones(3), constraint=constraints.positive)
         with pyro.plate("beta_plate", 2):
-            pyro.sample("beta", dist.Beta(torch.ones(2).double(), kappa))
+            pyro.sample("beta", dist.Beta(torch.ones(2), kappa))
         with pyro.plate("mu_plate", 3):
             pyro.sample("mu", dist.Normal(tau, scale))
 
@@ -310,17 +310,17 @@ def lda_of_given_topics():
     def model(words):
         topics = pyro.param(
             "topics",
-            torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]).double(),
+            torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]),
             constraint=constraints.simplex,
         )
         with pyro.plate("documents", words.shape[1]):
-            proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2).double()))
+            proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2)))
             with pyro.plate("words", words.shape[0]):
                 z = pyro.sample("z", dist.Categorical(proportions), infer={"enumerate": "parallel"})
                 pyro.sample("doc_words", dist.Categorical(topics[z]), obs=words)
 
     def guide(words):
-        start = torch.ones(words.shape[1], 2).double()
+        start = torch.ones(words.shape[1], 2)
         alpha = pyro.param("alpha", start, constraint=constraints.positive)
         with pyro.plate("documents", words.shape[1]):
             pyro.sample("proportions", dist.Dirichlet(alpha))
@@ -343,17 +343,17 @@ WORDS = torch.tensor([[0, 1, 1], [2, 2, 1]]).T  # [words, documents]
 
 def lda(words):
     with pyro.plate("topics", 2):
-        topics = pyro.sample("topic_words", dist.Dirichlet(torch.ones(3).double()))
+        topics = pyro.sample("topic_words", dist.Dirichlet(torch.ones(3)))
     with pyro.plate("documents", words.shape[1]):
-        proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2).double()))
+        proportions = pyro.sample("proportions", dist.Dirichlet(torch.ones(2)))
         with pyro.plate("words", words.shape[0]):
             z = pyro.sample("z", dist.Categorical(proportions), infer={"enumerate": "parallel"})
             pyro.sample("doc_words", dist.Categorical(topics[z]), obs=words)
 
 
 def lda_guide(words):
-    topics = pyro.param("q_topics", 1.5 * torch.ones(2, 3).double(), constraint=constraints.positive)
-    alpha = pyro.param("q_alpha", 1.5 * torch.ones(2, 2).double(), constraint=constraints.positive)
+    topics = pyro.param("q_topics", 1.5 * torch.ones(2, 3), constraint=constraints.positive)
+    alpha = pyro.param("q_alpha", 1.5 * torch.ones(2, 2), constraint=constraints.positive)
     with pyro.plate("topics", 2):
         pyro.sample("topic_words", dist.Dirichlet(topics))
     with pyro.plate("documents", words.shape[1]):
@@ -362,7 +362,7 @@ def lda_guide(words):
 
 def lda_evidence():
     z = assignments(2, 6).reshape(-1, 3, 2)
-    total = torch.zeros(len(z)).double()
+    total = torch.zeros(len(z))
     for d in range(2):
         counts = torch.stack([(z[:, :, d] == k).sum(-1) for k in range(2)], -1)
         total = total + log_dirichlet(counts.double(), 1.0)
@@ -380,10 +380,10 @@ def lda_of_latent_topics():
 @program("enumeration", loss=enumerated(2), steps=300)
 def mixed_membership_of_answers():
     """Each answer of a person is of one of two profiles, with proportions of the person's own."""
-    answers = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]]).double()
+    answers = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]])
 
     def model(y):
-        probs = pyro.param("probs", torch.tensor([0.2, 0.8]).double(), constraint=constraints.unit_interval)
+        probs = pyro.param("probs", torch.tensor([0.2, 0.8]), constraint=constraints.unit_interval)
         with pyro.plate("people", len(y), dim=-2):
             share = pyro.sample("share", dist.Beta(2.0, 2.0))
             with pyro.plate("questions", y.shape[1], dim=-1):
@@ -391,8 +391,8 @@ def mixed_membership_of_answers():
                 pyro.sample("obs", dist.Bernoulli(probs[z.long()]), obs=y)
 
     def guide(y):
-        a = pyro.param("a", 2 * torch.ones(len(y), 1).double(), constraint=constraints.positive)
-        b = pyro.param("b", 2 * torch.ones(len(y), 1).double(), constraint=constraints.positive)
+        a = pyro.param("a", 2 * torch.ones(len(y), 1), constraint=constraints.positive)
+        b = pyro.param("b", 2 * torch.ones(len(y), 1), constraint=constraints.positive)
         with pyro.plate("people", len(y), dim=-2):
             pyro.sample("share", dist.Beta(a, b))
 
@@ -410,7 +410,7 @@ def mixed_membership_of_answers():
 @program("integral", loss=enumerated(), steps=300)
 def zero_inflated_rates_beside_enumeration():
     """A rate for each site (drawn) and whether it is empty (enumerated)."""
-    counts = torch.tensor([[0.0, 0, 0], [3, 2, 4], [0, 1, 0], [0, 0, 0]]).double()
+    counts = torch.tensor([[0.0, 0, 0], [3, 2, 4], [0, 1, 0], [0, 0, 0]])
 
     def model(y):
         with pyro.plate("sites", len(y)):
@@ -422,7 +422,7 @@ def zero_inflated_rates_beside_enumeration():
     def guide(y):
         with pyro.plate("sites", len(y)):
             a = pyro.param("a", 2 + y.sum(-1), constraint=constraints.positive)
-            b = pyro.param("b", torch.full((len(y),), 4.0).double(), constraint=constraints.positive)
+            b = pyro.param("b", torch.full((len(y),), 4.0), constraint=constraints.positive)
             pyro.sample("rate", dist.Gamma(a, b))
 
     def reference():
@@ -442,12 +442,12 @@ def zero_inflated_rates_beside_enumeration():
 @program("closed form", loss=enumerated(), scope="joint", steps=300, slack=1.0)
 def change_point_of_coal_accidents():
     """The year of the change is enumerated, the rates before and after are drawn."""
-    counts = torch.tensor([4.0, 5, 3, 6, 4, 1, 0, 2, 1, 1]).double()
+    counts = torch.tensor([4.0, 5, 3, 6, 4, 1, 0, 2, 1, 1])
 
     def model(y):
         early = pyro.sample("early", dist.Gamma(2.0, 0.5))
         late = pyro.sample("late", dist.Gamma(2.0, 0.5))
-        tau = pyro.sample("tau", dist.Categorical(torch.ones(10).double()), infer={"enumerate": "parallel"})
+        tau = pyro.sample("tau", dist.Categorical(torch.ones(10)), infer={"enumerate": "parallel"})
         with pyro.plate("years", len(y)):
             rate = torch.where(torch.arange(10) < tau, early, late)
             pyro.sample("obs", dist.Poisson(rate), obs=y)

@@ -22,7 +22,7 @@ from tests.programs.mixtures import log_dirichlet, normal
 @program("closed form", scope="joint")
 def coin_of_unknown_fairness():
     """The first program of Pyro's tutorial on SVI: a loop over flips."""
-    flips = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 0, 0]).double()
+    flips = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 0, 0])
 
     def model(data):
         f = pyro.sample("latent_fairness", dist.Beta(10.0, 10.0))
@@ -30,15 +30,15 @@ def coin_of_unknown_fairness():
             pyro.sample(f"obs_{i}", dist.Bernoulli(f), obs=data[i])
 
     def guide(data):
-        a = pyro.param("alpha_q", torch.tensor(15.0).double(), constraint=constraints.positive)
-        b = pyro.param("beta_q", torch.tensor(15.0).double(), constraint=constraints.positive)
+        a = pyro.param("alpha_q", torch.tensor(15.0), constraint=constraints.positive)
+        b = pyro.param("beta_q", torch.tensor(15.0), constraint=constraints.positive)
         pyro.sample("latent_fairness", dist.Beta(a, b))
 
     def reference():
         def log_beta(a, b):
             return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
-        return torch.tensor(log_beta(16.0, 14.0) - log_beta(10.0, 10.0)).double()
+        return torch.tensor(log_beta(16.0, 14.0) - log_beta(10.0, 10.0))
 
     return Case(model, guide, (flips,), reference)
 
@@ -50,22 +50,22 @@ def weighing_by_an_unreliable_scale():
         return pyro.sample("measurement", dist.Normal(weight, 0.75), obs=measurement)
 
     def guide(guess, measurement):
-        a = pyro.param("a", torch.tensor(8.5).double())
-        b = pyro.param("b", torch.tensor(1.0).double(), constraint=constraints.positive)
+        a = pyro.param("a", torch.tensor(8.5))
+        b = pyro.param("b", torch.tensor(1.0), constraint=constraints.positive)
         pyro.sample("weight", dist.Normal(a, b))
 
-    batch = (torch.tensor(8.5).double(), torch.tensor(9.5).double())
+    batch = (torch.tensor(8.5), torch.tensor(9.5))
     return Case(model, guide, batch, lambda: normal(batch[1], 8.5, math.sqrt(1 + 0.75**2)))
 
 
 @program("closed form")
 def counts_over_a_dirichlet():
     """Multinomials of one total each, with proportions of each row's own."""
-    counts = torch.tensor([[3.0, 1, 0], [0, 2, 2], [1, 1, 2]]).double()
+    counts = torch.tensor([[3.0, 1, 0], [0, 2, 2], [1, 1, 2]])
 
     def model(counts):
         with pyro.plate("rows", len(counts)):
-            p = pyro.sample("p", dist.Dirichlet(torch.ones(3).double()))
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
             pyro.sample("obs", dist.Multinomial(4, p), obs=counts)
 
     def guide(counts):
@@ -83,11 +83,11 @@ def counts_over_a_dirichlet():
 @program("closed form")
 def counts_of_varying_totals():
     """Multinomials as users write them where totals vary: total_count is only a bound for validation."""
-    counts = torch.tensor([[3.0, 1, 0], [0, 2, 5], [1, 1, 0]]).double()
+    counts = torch.tensor([[3.0, 1, 0], [0, 2, 5], [1, 1, 0]])
 
     def model(counts):
         with pyro.plate("documents", len(counts)):
-            p = pyro.sample("p", dist.Dirichlet(torch.ones(3).double()))
+            p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
             total = int(counts.sum(-1).max())
             pyro.sample("obs", dist.Multinomial(total, p, validate_args=False), obs=counts)
 
@@ -114,8 +114,8 @@ def likelihood_as_a_factor():
             pyro.factor("obs", -0.5 * (y - z) ** 2 - 0.5 * math.log(2 * math.pi))
 
     def guide(y):
-        slope = pyro.param("slope", torch.tensor(0.3).double())
-        scale = pyro.param("scale", torch.tensor(0.9).double(), constraint=constraints.positive)
+        slope = pyro.param("slope", torch.tensor(0.3))
+        scale = pyro.param("scale", torch.tensor(0.9), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
             pyro.sample("z", dist.Normal(slope * y, scale))
 
@@ -129,22 +129,22 @@ def measurement_error():
     y = draws(5, seed=32)
 
     def model(x, y):
-        slope = pyro.param("slope", torch.tensor(0.8).double())
+        slope = pyro.param("slope", torch.tensor(0.8))
         with pyro.plate("data", len(y)):
             truth = pyro.sample("truth", dist.Normal(0.0, 1.0))
-            readings = truth.unsqueeze(-1) * torch.ones(2).double()
+            readings = truth.unsqueeze(-1) * torch.ones(2)
             pyro.sample("x", dist.Normal(readings, 0.6).to_event(1), obs=x)
             pyro.sample("y", dist.Normal(slope * truth, 0.7), obs=y)
 
     def guide(x, y):
-        w = pyro.param("w", torch.tensor([0.3, 0.3]).double())
-        scale = pyro.param("scale", torch.tensor(0.6).double(), constraint=constraints.positive)
+        w = pyro.param("w", torch.tensor([0.3, 0.3]))
+        scale = pyro.param("scale", torch.tensor(0.6), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
             pyro.sample("truth", dist.Normal(w[0] * x.sum(-1) + w[1] * y, scale))
 
     def reference():
         b = torch.stack([torch.tensor(1.0), torch.tensor(1.0), value_of("slope")]).double()
-        cov = torch.outer(b, b) + torch.diag(torch.tensor([0.36, 0.36, 0.49]).double())
+        cov = torch.outer(b, b) + torch.diag(torch.tensor([0.36, 0.36, 0.49]))
         return torch.stack([gaussian(row, 0.0, cov) for row in torch.cat([x, y[:, None]], -1)])
 
     return Case(model, guide, (x, y), reference)
@@ -183,11 +183,11 @@ def gp_by_hand():
 
 @program("integral", scope="joint")
 def gp_regression_of_contrib():
-    kernel = gp.kernels.RBF(1, torch.tensor(1.0).double(), torch.tensor(1.0).double())
+    kernel = gp.kernels.RBF(1, torch.tensor(1.0), torch.tensor(1.0))
     kernel.lengthscale = PyroSample(dist.LogNormal(0.0, 1.0))
-    kernel.variance = torch.tensor(1.0).double()
-    gpr = gp.models.GPRegression(INPUTS, OUTPUTS, kernel, noise=torch.tensor(0.09).double(), jitter=0.0)
-    gpr.noise = torch.tensor(0.09).double()
+    kernel.variance = torch.tensor(1.0)
+    gpr = gp.models.GPRegression(INPUTS, OUTPUTS, kernel, noise=torch.tensor(0.09), jitter=0.0)
+    gpr.noise = torch.tensor(0.09)
     kernel.autoguide("lengthscale", dist.Normal)
 
     def model(x, y):
@@ -209,9 +209,9 @@ def gp_regression_of_contrib():
 
 @program("closed form", scope="joint", steps=500, rate=0.05, slack=1.0, references=("ais",), temperatures=60)
 def sparse_variational_gp_of_contrib():
-    kernel = gp.kernels.RBF(1, torch.tensor(1.0).double(), torch.tensor(0.8).double())
-    likelihood = gp.likelihoods.Gaussian(torch.tensor(0.09).double())
-    points = torch.tensor([0.2, 1.0, 1.8]).double()
+    kernel = gp.kernels.RBF(1, torch.tensor(1.0), torch.tensor(0.8))
+    likelihood = gp.likelihoods.Gaussian(torch.tensor(0.09))
+    points = torch.tensor([0.2, 1.0, 1.8])
     vsgp = gp.models.VariationalSparseGP(INPUTS, OUTPUTS, kernel, points, likelihood, jitter=1e-8)
 
     def reference():
@@ -234,11 +234,11 @@ def sparse_variational_gp_of_contrib():
 @program("integral", scope="joint")
 def log_gaussian_cox_process():
     """A latent function at two places, counts there."""
-    counts = torch.tensor([3.0, 6.0]).double()
-    tril = torch.linalg.cholesky(torch.tensor([[1.0, 0.7], [0.7, 1.0]]).double())
+    counts = torch.tensor([3.0, 6.0])
+    tril = torch.linalg.cholesky(torch.tensor([[1.0, 0.7], [0.7, 1.0]]))
 
     def model(counts):
-        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(2).double(), scale_tril=tril))
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
         pyro.sample("counts", dist.Poisson(f.exp()).to_event(1), obs=counts)
 
     def reference():
@@ -266,7 +266,7 @@ def item_logs(logits):
 @program("integral", steps=300)
 def item_response_of_one_parameter():
     def model(y):
-        difficulty = pyro.param("difficulty", torch.tensor([-0.5, 0.0, 0.5]).double())
+        difficulty = pyro.param("difficulty", torch.tensor([-0.5, 0.0, 0.5]))
         with pyro.plate("people", len(y)):
             ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
             logits = ability.unsqueeze(-1) - difficulty
@@ -301,8 +301,8 @@ def people_given(slope, difficulty):
 
 def two_parameters_evidence():
     torch.manual_seed(4)
-    slope = (0.5 * torch.randn(20000, 3).double()).exp()
-    return average(people_given(slope, torch.randn(20000, 3).double()).sum(-1))
+    slope = (0.5 * torch.randn(20000, 3)).exp()
+    return average(people_given(slope, torch.randn(20000, 3)).sum(-1))
 
 
 @program("Monte Carlo", scope="joint", steps=500, slack=1.5)
@@ -313,7 +313,7 @@ def item_response_of_two_parameters():
 @program("integral", scope="joint")
 def Bradley_Terry_of_three_players():
     first, second = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 2, 0, 0])
-    won = torch.tensor([1.0, 1, 0, 0, 1]).double()
+    won = torch.tensor([1.0, 1, 0, 0, 1])
 
     def model(first, second, won):
         with pyro.plate("players", 3):
@@ -339,7 +339,7 @@ def causal_effect_with_a_hidden_confounder():
     x, t, y = draws(5, seed=35), (draws(5, seed=36) > 0).double(), draws(5, seed=37)
 
     def model(x, t, y):
-        w = pyro.param("w", torch.tensor([0.8, 1.0, 0.7, -0.5]).double())
+        w = pyro.param("w", torch.tensor([0.8, 1.0, 0.7, -0.5]))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(w[0] * z, 0.8), obs=x)
@@ -347,8 +347,8 @@ def causal_effect_with_a_hidden_confounder():
             pyro.sample("y", dist.Normal(w[2] * z + w[3] * t, 0.9), obs=y)
 
     def guide(x, t, y):
-        w = pyro.param("v", torch.tensor([0.3, 0.1, 0.3]).double())
-        scale = pyro.param("scale", torch.tensor(0.7).double(), constraint=constraints.positive)
+        w = pyro.param("v", torch.tensor([0.3, 0.1, 0.3]))
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=constraints.positive)
         with pyro.plate("data", len(y)):
             pyro.sample("z", dist.Normal(w[0] * x + w[1] * (t - 0.5) + w[2] * y, scale))
 
@@ -372,8 +372,8 @@ def causal_effect_with_a_hidden_confounder():
 @program("closed form", scope="joint")
 def survival_with_censoring():
     """Exponential times; of those still alive only the survival counts, by a second plate of Bernoullis."""
-    times = torch.tensor([0.5, 1.2, 2.0, 0.3, 2.0, 0.9]).double()
-    dead = torch.tensor([1.0, 1, 0, 1, 0, 1]).double()
+    times = torch.tensor([0.5, 1.2, 2.0, 0.3, 2.0, 0.9])
+    dead = torch.tensor([1.0, 1, 0, 1, 0, 1])
 
     def model(times, dead):
         rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
@@ -384,8 +384,8 @@ def survival_with_censoring():
                 pyro.sample("alive", dist.Bernoulli((-rate * times).exp()), obs=1 - dead)
 
     def guide(times, dead):
-        a = pyro.param("a", torch.tensor(4.0).double(), constraint=constraints.positive)
-        b = pyro.param("b", torch.tensor(5.0).double(), constraint=constraints.positive)
+        a = pyro.param("a", torch.tensor(4.0), constraint=constraints.positive)
+        b = pyro.param("b", torch.tensor(5.0), constraint=constraints.positive)
         pyro.sample("rate", dist.Gamma(a, b))
 
     def reference():
@@ -398,18 +398,18 @@ def survival_with_censoring():
 @program("closed form", steps=300)
 def survival_with_shared_frailty():
     """A Gamma frailty for each family multiplies the hazard of its members."""
-    times = torch.tensor([[0.5, 1.2], [2.0, 0.3], [0.1, 0.2]]).double()
+    times = torch.tensor([[0.5, 1.2], [2.0, 0.3], [0.1, 0.2]])
 
     def model(times):
-        hazard = pyro.param("hazard", torch.tensor(0.8).double(), constraint=constraints.positive)
+        hazard = pyro.param("hazard", torch.tensor(0.8), constraint=constraints.positive)
         with pyro.plate("families", len(times)):
             frailty = pyro.sample("frailty", dist.Gamma(2.0, 2.0))
             rate = (hazard * frailty).unsqueeze(-1).expand(*frailty.shape, 2)
             pyro.sample("times", dist.Exponential(rate).to_event(1), obs=times)
 
     def guide(times):
-        a = pyro.param("a", 3 * torch.ones(len(times)).double(), constraint=constraints.positive)
-        b = pyro.param("b", 3 * torch.ones(len(times)).double(), constraint=constraints.positive)
+        a = pyro.param("a", 3 * torch.ones(len(times)), constraint=constraints.positive)
+        b = pyro.param("b", 3 * torch.ones(len(times)), constraint=constraints.positive)
         with pyro.plate("families", len(times)):
             pyro.sample("frailty", dist.Gamma(a, b))
 
@@ -422,7 +422,7 @@ def survival_with_shared_frailty():
 
 @program("closed form", scope="joint", eager="depends on a random draw")
 def mean_direction_on_the_circle():
-    angles = torch.tensor([0.3, 0.8, -0.2, 1.1]).double()
+    angles = torch.tensor([0.3, 0.8, -0.2, 1.1])
 
     def model(y):
         mu = pyro.sample("mu", dist.VonMises(0.0, 1.0))
@@ -430,13 +430,13 @@ def mean_direction_on_the_circle():
             pyro.sample("obs", dist.VonMises(mu, 2.0), obs=y)
 
     def guide(y):
-        loc = pyro.param("loc", torch.tensor(0.2).double())
-        kappa = pyro.param("kappa", torch.tensor(4.0).double(), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.tensor(0.2))
+        kappa = pyro.param("kappa", torch.tensor(4.0), constraint=constraints.positive)
         pyro.sample("mu", dist.VonMises(loc, kappa))
 
     def reference():
         log_i0 = lambda k: torch.special.i0e(k).log() + k  # noqa: E731
-        one, two = torch.tensor(1.0).double(), torch.tensor(2.0).double()
+        one, two = torch.tensor(1.0), torch.tensor(2.0)
         c, s = 1 + 2 * angles.cos().sum(), 2 * angles.sin().sum()
         return log_i0(torch.hypot(c, s)) - log_i0(one) - 4 * (log_i0(two) + math.log(2 * math.pi))
 
@@ -446,7 +446,7 @@ def mean_direction_on_the_circle():
 @program("closed form", steps=0)
 def uniform_with_a_pareto_prior():
     """An upper end for each row; the guide is the prior, cut where the row's largest value is."""
-    y = torch.tensor([[0.5, 1.4], [0.2, 0.3], [2.5, 1.0]]).double()
+    y = torch.tensor([[0.5, 1.4], [0.2, 0.3], [2.5, 1.0]])
 
     def model(y):
         with pyro.plate("rows", len(y)):
@@ -467,7 +467,7 @@ def uniform_with_a_pareto_prior():
 @program("integral", scope="joint")
 def truncated_normal_data():
     """Positive data of a normal cut at zero, its constant as a factor."""
-    y = torch.tensor([0.4, 1.1, 0.2, 0.9]).double()
+    y = torch.tensor([0.4, 1.1, 0.2, 0.9])
 
     def model(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -158,7 +158,7 @@ def logistic_regression():
 
 @program("integral", scope="joint")
 def Poisson_regression_with_offset():
-    exposure = torch.linspace(1.0, 3.0, 12).double()
+    exposure = torch.linspace(1.0, 3.0, 12)
     counts = torch.tensor([6, 5, 7, 6, 4, 5, 3, 2, 3, 1, 1, 0]).double()
 
     def model(x, exposure, counts):
@@ -198,7 +198,7 @@ def ordinal_regression():
     levels = torch.tensor([2, 2, 1, 2, 1, 2, 1, 0, 1, 0, 0, 0])
 
     def model(x, y):
-        cuts = torch.tensor([-0.8, 0.8]).double()
+        cuts = torch.tensor([-0.8, 0.8])
         a, b = two_coefficients_prior()
         with pyro.plate("data", len(y)):
             pyro.sample("obs", dist.OrderedLogistic(a + b * x, cuts), obs=y)
@@ -250,7 +250,7 @@ def horseshoe_regression():
             pyro.sample("obs", dist.Normal((x * beta.unsqueeze(-2)).sum(-1), 0.5), obs=y)
 
     def reference():
-        scales = torch.distributions.HalfCauchy(torch.ones(20000, 3).double()).sample()
+        scales = torch.distributions.HalfCauchy(torch.ones(20000, 3)).sample()
         scales = scales[:, :1] * scales[:, 1:]
         cov = torch.einsum("ni,ki,mi->knm", x, scales**2, x) + 0.25 * torch.eye(12)
         return average(torch.distributions.MultivariateNormal(Y * 0, cov).log_prob(Y))
@@ -269,8 +269,8 @@ def regression_with_missing_covariates():
             pyro.sample("obs", dist.Normal(0.7 - 1.2 * value, 0.5), obs=y)
 
     def guide(x, seen, y):
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
-        slope = pyro.param("slope", torch.tensor(-0.5).double())
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
+        slope = pyro.param("slope", torch.tensor(-0.5))
         with pyro.plate("data", len(y)):
             pyro.sample("x_unobserved", dist.Normal(slope * (y - 0.7), scale))
 

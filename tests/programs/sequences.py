@@ -29,9 +29,9 @@ NOTES = (draws(3, 4, 3, seed=8) > 0).double()  # sequences, steps, tones
 
 def probabilities():
     """Parameters of a chain of two states and three tones."""
-    start = torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+    start = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
     x = pyro.param("probs_x", start, constraint=constraints.simplex)
-    tones = torch.tensor([[0.2, 0.4, 0.6], [0.7, 0.5, 0.3]]).double()
+    tones = torch.tensor([[0.2, 0.4, 0.6], [0.7, 0.5, 0.3]])
     y = pyro.param("probs_y", tones, constraint=constraints.unit_interval)
     return x, y
 
@@ -96,7 +96,7 @@ def hmm_sequence_by_sequence():
 def hmm_of_notes_with_priors():
     def model(sequences, lengths):
         with poutine.mask(mask=True):
-            probs_x = pyro.sample("probs_x", dist.Dirichlet(0.9 * torch.eye(2).double() + 0.6).to_event(1))
+            probs_x = pyro.sample("probs_x", dist.Dirichlet(0.9 * torch.eye(2) + 0.6).to_event(1))
             probs_y = pyro.sample("probs_y", dist.Beta(1.5, 2.0).expand([2, 3]).to_event(2))
         num_sequences, max_length, data_dim = sequences.shape
         tones_plate = pyro.plate("tones", data_dim, dim=-1)
@@ -114,8 +114,8 @@ def hmm_of_notes_with_priors():
     def reference():
         count = 50000
         torch.manual_seed(0)
-        probs_x = torch.distributions.Dirichlet(0.9 * torch.eye(2).double() + 0.6).sample((count,))
-        probs_y = torch.distributions.Beta(torch.tensor(1.5).double(), 2.0).sample((count, 2, 3))
+        probs_x = torch.distributions.Dirichlet(0.9 * torch.eye(2) + 0.6).sample((count,))
+        probs_y = torch.distributions.Beta(torch.tensor(1.5), 2.0).sample((count, 2, 3))
         return average(notes_evidence(probs_x, probs_y).sum(-1))
 
     return Case(model, guide, (NOTES, LENGTHS), reference)
@@ -127,9 +127,9 @@ def hmm_of_second_order():
 
     @config_enumerate
     def model(y):
-        start = torch.tensor([[[0.9, 0.1], [0.4, 0.6]], [[0.5, 0.5], [0.2, 0.8]]]).double()
+        start = torch.tensor([[[0.9, 0.1], [0.4, 0.6]], [[0.5, 0.5], [0.2, 0.8]]])
         probs = pyro.param("probs", start, constraint=constraints.simplex)
-        locs = pyro.param("locs", torch.tensor([-0.5, 0.5]).double())
+        locs = pyro.param("locs", torch.tensor([-0.5, 0.5]))
         with pyro.plate("sequences", len(y)):
             before, x = 0, 0
             for t in pyro.markov(range(y.shape[1]), history=2):
@@ -154,10 +154,10 @@ def factorial_hmm():
 
     @config_enumerate
     def model(y):
-        start = torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+        start = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
         probs_w = pyro.param("probs_w", start, constraint=constraints.simplex)
         probs_x = pyro.param("probs_x", start.flip(0), constraint=constraints.simplex)
-        locs = pyro.param("locs", torch.tensor([[-1.0, 0.0], [0.3, 1.0]]).double())
+        locs = pyro.param("locs", torch.tensor([[-1.0, 0.0], [0.3, 1.0]]))
         with pyro.plate("sequences", len(y)):
             w, x = 0, 0
             for t in pyro.markov(range(y.shape[1])):
@@ -180,10 +180,10 @@ def hmm_whose_notes_feed_back():
 
     @config_enumerate
     def model(y):
-        start = torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+        start = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
         probs_x = pyro.param("probs_x", start, constraint=constraints.simplex)
         probs_y = pyro.param(
-            "probs_y", torch.tensor([[0.2, 0.5], [0.6, 0.9]]).double(), constraint=constraints.unit_interval
+            "probs_y", torch.tensor([[0.2, 0.5], [0.6, 0.9]]), constraint=constraints.unit_interval
         )
         with pyro.plate("sequences", len(y)):
             x, last = 0, torch.zeros(len(y)).long()
@@ -207,9 +207,9 @@ def DiscreteHMM_as_a_distribution():
     y = draws(3, 5, seed=12)
 
     def model(y):
-        logits = pyro.param("logits", torch.tensor([[1.0, 0.0], [-0.5, 0.5]]).double())
-        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]).double())
-        initial = torch.zeros(2).double()
+        logits = pyro.param("logits", torch.tensor([[1.0, 0.0], [-0.5, 0.5]]))
+        locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
+        initial = torch.zeros(2)
         with pyro.plate("sequences", len(y)):
             hmm = dist.DiscreteHMM(initial, logits, dist.Normal(locs, 1.0), duration=y.shape[1])
             pyro.sample("y", hmm, obs=y)
@@ -244,7 +244,7 @@ def cjs_evidence(phi, p):
 
 def cjs_history(phi, p, y):
     """Alive or dead, step by step, for animals that are all captured in the first year."""
-    z = torch.ones(len(y)).double()
+    z = torch.ones(len(y))
     for t in pyro.markov(range(1, y.shape[1])):
         z = pyro.sample(
             f"z_{t}", dist.Bernoulli(phi * z, validate_args=False), infer={"enumerate": "parallel"}
@@ -255,8 +255,8 @@ def cjs_history(phi, p, y):
 @program("closed form", loss=enumerated(1))
 def capture_recapture_by_parameters():
     def model(y):
-        phi = pyro.param("phi", torch.tensor(0.7).double(), constraint=constraints.unit_interval)
-        p = pyro.param("p", torch.tensor(0.5).double(), constraint=constraints.unit_interval)
+        phi = pyro.param("phi", torch.tensor(0.7), constraint=constraints.unit_interval)
+        p = pyro.param("p", torch.tensor(0.5), constraint=constraints.unit_interval)
         with pyro.plate("animals", len(y), dim=-1):
             cjs_history(phi, p, y)
 
@@ -282,12 +282,12 @@ def capture_recapture_with_priors():
 @program("closed form", loss=enumerated(2))
 def occupancy_of_sites():
     """A species is there or not; visits of a site find it with some probability if it is."""
-    seen = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]]).double()
+    seen = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
 
     @config_enumerate
     def model(y):
-        psi = pyro.param("psi", torch.tensor(0.6).double(), constraint=constraints.unit_interval)
-        p = pyro.param("p", torch.tensor(0.4).double(), constraint=constraints.unit_interval)
+        psi = pyro.param("psi", torch.tensor(0.6), constraint=constraints.unit_interval)
+        p = pyro.param("p", torch.tensor(0.4), constraint=constraints.unit_interval)
         with pyro.plate("sites", len(y), dim=-2):
             z = pyro.sample("z", dist.Bernoulli(psi))
             with pyro.plate("visits", y.shape[1], dim=-1):
@@ -311,23 +311,23 @@ WALK = draws(3, 5, seed=13).cumsum(-1)
 @program("closed form", steps=300)
 def local_level_by_a_loop():
     def model(y):
-        drift = pyro.param("drift", torch.tensor(0.7).double(), constraint=constraints.positive)
+        drift = pyro.param("drift", torch.tensor(0.7), constraint=constraints.positive)
         with pyro.plate("series", len(y)):
-            z = torch.zeros(len(y)).double()
+            z = torch.zeros(len(y))
             for t in range(y.shape[1]):
                 z = pyro.sample(f"z_{t}", dist.Normal(z, drift))
                 pyro.sample(f"y_{t}", dist.Normal(z, 0.5), obs=y[:, t])
 
     def guide(y):
-        gain = pyro.param("gain", torch.tensor(0.5).double(), constraint=constraints.unit_interval)
-        scale = pyro.param("scale", torch.tensor(0.5).double(), constraint=constraints.positive)
+        gain = pyro.param("gain", torch.tensor(0.5), constraint=constraints.unit_interval)
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
         with pyro.plate("series", len(y)):
-            z = torch.zeros(len(y)).double()
+            z = torch.zeros(len(y))
             for t in range(y.shape[1]):
                 z = pyro.sample(f"z_{t}", dist.Normal(z + gain * (y[:, t] - z), scale))
 
     def reference():
-        time = torch.arange(1.0, 6).double()
+        time = torch.arange(1.0, 6)
         cov = value_of("drift") ** 2 * torch.minimum(time[:, None], time) + 0.25 * torch.eye(5)
         return torch.stack([gaussian(row, 0.0, cov) for row in WALK])
 
@@ -347,7 +347,7 @@ def local_level_AutoMultivariateNormal():
             pyro.sample("y", dist.Normal(level, 0.5), obs=y)
 
     def reference():
-        time = torch.arange(1.0, 6).double()
+        time = torch.arange(1.0, 6)
         return gaussian(y, 0.0, 0.49 * torch.minimum(time[:, None], time) + 0.25 * torch.eye(5))
 
     return Case(model, autoguide.AutoMultivariateNormal(model), (y,), reference)
@@ -365,7 +365,7 @@ def on_a_grid(y, lengths, link, emit, low=-6.0, high=6.0, nodes=200):
         log_w = torch.as_tensor(np.log(weights * (high - low) / 2))
         loc, scale = link(z)
         step = normal(z[None, :], loc[:, None], scale.expand(count)[:, None])
-        loc, scale = link(torch.zeros(1).double())
+        loc, scale = link(torch.zeros(1))
         found = []
         for row, length in zip(y, lengths, strict=True):
             state = normal(z, loc, scale) + emit(z, row[0])
@@ -383,9 +383,9 @@ def stochastic_volatility():
     y = 0.3 * draws(2, 4, seed=14)
 
     def model(y):
-        phi = pyro.param("phi", torch.tensor(0.8).double(), constraint=constraints.unit_interval)
+        phi = pyro.param("phi", torch.tensor(0.8), constraint=constraints.unit_interval)
         with pyro.plate("stocks", len(y)):
-            h = torch.zeros(len(y)).double()
+            h = torch.zeros(len(y))
             for t in pyro.markov(range(y.shape[1])):
                 h = pyro.sample(f"h_{t}", dist.Normal(phi * h, 0.5))
                 pyro.sample(f"r_{t}", dist.Normal(0.0, (h / 2).exp()), obs=y[:, t])
@@ -393,7 +393,7 @@ def stochastic_volatility():
     guide = autoguide.AutoNormal(model)
 
     def reference():
-        link = lambda h: (value_of("phi") * h, torch.tensor(0.5).double())  # noqa: E731
+        link = lambda h: (value_of("phi") * h, torch.tensor(0.5))  # noqa: E731
         return on_a_grid(y, [4, 4], link, lambda h, r: normal(r, 0.0, (h / 2).exp()))
 
     return Case(model, guide, (y,), reference)
@@ -411,7 +411,7 @@ def deep_markov_model_with_masks():
     def model(y, lengths):
         pyro.module("dmm", nn.ModuleList([transition, emitter]))
         with pyro.plate("sequences", len(y)):
-            z = torch.zeros(len(y), 1).double()
+            z = torch.zeros(len(y), 1)
             for t in pyro.markov(range(y.shape[1])):
                 with poutine.mask(mask=t < lengths):
                     z = pyro.sample(f"z_{t}", dist.Normal(transition(z), 0.7).to_event(1))
@@ -421,7 +421,7 @@ def deep_markov_model_with_masks():
         pyro.module("inference", nn.ModuleList([rnn, head]))
         hidden = rnn(y.flip(1)[..., None])[0].flip(1)
         with pyro.plate("sequences", len(y)):
-            z = torch.zeros(len(y), 1).double()
+            z = torch.zeros(len(y), 1)
             for t in pyro.markov(range(y.shape[1])):
                 with poutine.mask(mask=t < lengths):
                     h = hidden[:, t].expand(*z.shape[:-1], 4)
@@ -430,7 +430,7 @@ def deep_markov_model_with_masks():
 
     @torch.no_grad()
     def reference():
-        link = lambda z: (transition(z[:, None])[:, 0], torch.tensor(0.7).double())  # noqa: E731
+        link = lambda z: (transition(z[:, None])[:, 0], torch.tensor(0.7))  # noqa: E731
         emit = lambda z, value: normal(value, emitter(z[:, None])[:, 0], 0.5)  # noqa: E731
         return on_a_grid(y, LENGTHS, link, emit)
 
@@ -443,30 +443,30 @@ def switching_linear_dynamics():
     y = draws(2, 3, seed=16)
 
     def model(y):
-        stay = torch.tensor([[0.8, 0.2], [0.2, 0.8]]).double()
-        scales = torch.tensor([0.3, 1.5]).double()
+        stay = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
+        scales = torch.tensor([0.3, 1.5])
         with pyro.plate("series", len(y)):
-            s, z = 0, torch.zeros(len(y)).double()
+            s, z = 0, torch.zeros(len(y))
             for t in pyro.markov(range(y.shape[1])):
                 s = pyro.sample(f"s_{t}", dist.Categorical(stay[s]), infer={"enumerate": "parallel"})
                 z = pyro.sample(f"z_{t}", dist.Normal(z, scales[s]))
                 pyro.sample(f"y_{t}", dist.Normal(z, 0.5), obs=y[:, t])
 
     def guide(y):
-        gain = pyro.param("gain", torch.tensor(0.5).double())
-        scale = pyro.param("scale", torch.tensor(0.6).double(), constraint=constraints.positive)
+        gain = pyro.param("gain", torch.tensor(0.5))
+        scale = pyro.param("scale", torch.tensor(0.6), constraint=constraints.positive)
         with pyro.plate("series", len(y)):
-            z = torch.zeros(len(y)).double()
+            z = torch.zeros(len(y))
             for t in pyro.markov(range(y.shape[1])):
                 z = pyro.sample(f"z_{t}", dist.Normal(z + gain * (y[:, t] - z), scale))
 
     def reference():
-        stay = torch.tensor([[0.8, 0.2], [0.2, 0.8]]).double()
-        scales = torch.tensor([0.3, 1.5]).double()
+        stay = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
+        scales = torch.tensor([0.3, 1.5])
         rows = []
         for s in assignments(2, 3):
             weight = stay[0, s[0]].log() + stay[s[0], s[1]].log() + stay[s[1], s[2]].log()
-            lower = torch.ones(3, 3).double().tril()
+            lower = torch.ones(3, 3).tril()
             cov = lower @ torch.diag(scales[s] ** 2) @ lower.T + 0.25 * torch.eye(3)
             rows.append(torch.stack([weight + gaussian(row, 0.0, cov) for row in y]))
         return torch.stack(rows).logsumexp(0)
@@ -480,7 +480,7 @@ def mixed_hmm_of_seals():
     y = draws(3, 4, seed=17)
 
     def model(y):
-        locs = pyro.param("locs", torch.tensor([-0.7, 0.7]).double())
+        locs = pyro.param("locs", torch.tensor([-0.7, 0.7]))
         with pyro.plate("animals", len(y)):
             effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
             x = torch.zeros(len(y)).long()
@@ -491,8 +491,8 @@ def mixed_hmm_of_seals():
                 pyro.sample(f"y_{t}", dist.Normal(locs[x.long()], 1.0), obs=y[:, t])
 
     def guide(y):
-        loc = pyro.param("loc", torch.zeros(len(y)).double())
-        scale = pyro.param("scale", torch.ones(len(y)).double(), constraint=constraints.positive)
+        loc = pyro.param("loc", torch.zeros(len(y)))
+        scale = pyro.param("scale", torch.ones(len(y)), constraint=constraints.positive)
         with pyro.plate("animals", len(y)):
             pyro.sample("effect", dist.Normal(loc, scale))
 
@@ -514,7 +514,7 @@ def GaussianHMM_with_a_latent_drift():
 
     def model(y):
         drift = pyro.sample("drift", dist.LogNormal(0.0, 1.0))
-        one, zero = torch.eye(1).double(), torch.zeros(1).double()
+        one, zero = torch.eye(1), torch.zeros(1)
         first = dist.MultivariateNormal(zero, 0.01 * one)
         step = dist.MultivariateNormal(zero, drift[..., None, None] ** 2 * one)
         seen = dist.MultivariateNormal(zero, 0.25 * one)
@@ -522,7 +522,7 @@ def GaussianHMM_with_a_latent_drift():
         pyro.sample("y", hmm, obs=y[:, None])
 
     def reference():
-        time = torch.arange(1.0, 6).double()
+        time = torch.arange(1.0, 6)
 
         def log_f(u):
             cov = (
