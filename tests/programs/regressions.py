@@ -131,7 +131,7 @@ def two_coefficients(log_likelihood):
         prior = -0.5 * (a**2 + b**2) - math.log(2 * math.pi)
         return prior + log_likelihood(a[:, None] + b[:, None] * X).sum(-1)
 
-    return lambda: integral(log_f, (-6.0, 6.0), (-6.0, 6.0), nodes=120)
+    return lambda: integral(log_f, (-6.0, 6.0), (-6.0, 6.0), nodes=300)
 
 
 def two_coefficients_prior():
