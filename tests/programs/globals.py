@@ -99,14 +99,14 @@ def regression_given_everything():
     return case(model, guide, (x, y), lambda latents: normal(y, latents["b"] * x, 1.0), joint)
 
 
-@program("integral", steps=500, slack=1.0, **GIVEN)
+@program("Monte Carlo", steps=500, slack=1.0, **GIVEN)
 def cell2location_given_detection():
     guide = autoguide.AutoNormal(cell2location)
     log_p = lambda latents: spots_given(latents["m_g"])  # noqa: E731
     return case(cell2location, guide, (SPOTS,), log_p, cell2location_evidence, "obs_plate")
 
 
-@program("integral", steps=500, slack=1.0, **GIVEN)
+@program("Monte Carlo", steps=500, slack=1.0, **GIVEN)
 def item_response_given_items():
     guide = autoguide.AutoNormal(two_parameters)
     log_p = lambda latents: people_given(latents["slope"], latents["difficulty"])  # noqa: E731
