@@ -49,6 +49,8 @@ def test_no_example_is_missing():
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_example(name, tmp_path, capsys):
+    if name == "sat":
+        pytest.importorskip("py_d4")
     torch.set_default_dtype(torch.float32)
     result = load(name).main(*ARGUMENTS[name](tmp_path))
     audits = result.values() if isinstance(result, dict) else [result]

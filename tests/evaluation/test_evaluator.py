@@ -16,8 +16,10 @@ from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.strategies import Loop, Plate, Repeat
 from tests.pairs import TABLE, Convolutional, Nonlinear
 
+WITHOUT_LATENTS = ("flow-continuous", "density_flow")
 
-@pytest.mark.parametrize("name", [n for n in TABLE if n != "flow-continuous"])  # it has no latents to score
+
+@pytest.mark.parametrize("name", [n for n in TABLE if n not in WITHOUT_LATENTS])
 def test_scores_agree_with_pyro_one_particle_at_a_time(name):
     make, draw = TABLE[name]
     pair, y = make().eval(), draw(4)
