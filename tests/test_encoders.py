@@ -132,6 +132,7 @@ def data(f, noise):
     return f(torch.randn(256, 2)) + noise * torch.randn(256, 1)
 
 
+@pytest.mark.slow
 def test_a_correlated_posterior_is_found_by_all_but_the_diagonal():
     """y = z_1 + z_2 + N(0, 0.3²): the posterior's correlation is -0.917, and a diagonal q cannot come nearer
     than -½ ln(1 - 0.917²) = 0.92 nats.
@@ -147,6 +148,7 @@ def test_a_correlated_posterior_is_found_by_all_but_the_diagonal():
     assert gaps["full"] < 0.05 and gaps["flow"] < 0.1 and gaps["mixture"] < gaps["diagonal"] - 0.2
 
 
+@pytest.mark.slow
 def test_a_bimodal_posterior_is_found_by_a_mixture():
     """y = |z_1| + N(0, 0.2²): a diagonal q covers one of two modes and loses about ln 2."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroelbo.evaluation.sites import Unavailable
+from pyroelbo.models.precision import exact
 from pyroelbo.nn import MLP
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import PLATE, ExactPair
@@ -112,11 +113,12 @@ class LDA(ExactPair):
                 f"counts: the exact evidence is limited to {_MOST:,}"
             )
         # All but the first topic's count: that one is what remains.
-        start = self.log_topics.new_full((len(y), *shape), -math.inf)
+        log_topics = exact(self.log_topics)
+        start = log_topics.new_full((len(y), *shape), -math.inf)
         start.reshape(len(y), -1)[:, 0] = 0.0
         order = (y < 0).long().argsort(dim=-1, stable=True)
         for word in y.gather(-1, order)[:, :longest].unbind(-1):
-            seen = self.log_topics.T[word.clamp_min(0)]  # [B, K]
+            seen = log_topics.T[word.clamp_min(0)]  # [B, K]
             expand = (slice(None), *[None] * len(shape))
             terms = [start + seen[:, 0][expand]]
             for k in range(1, self.topics):
@@ -132,14 +134,15 @@ class LDA(ExactPair):
     def _posterior_parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Concentrations α + c [B, S, K] of the posterior's components, and their ln weights [B, S]."""
         others, log_a = self._weights(y)
+        prior = exact(self.concentration)
         first = (y >= 0).sum(-1, keepdim=True) - others.sum(-1)
         counts = torch.cat([first[..., None], others.expand(len(y), *others.shape)], -1)
-        alpha = self.concentration + counts.clamp_min(0).to(self.concentration)
+        alpha = prior + counts.clamp_min(0).to(prior)
 
         def log_beta(a: Tensor) -> Tensor:
             return a.lgamma().sum(-1) - a.sum(-1).lgamma()
 
-        log_weight = log_a + log_beta(alpha) - log_beta(self.concentration)
+        log_weight = log_a + log_beta(alpha) - log_beta(prior)
         return alpha, torch.where(first >= 0, log_weight, -math.inf)
 
     def log_evidence(self, y: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class _Sleep(_Half):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self.observed is None:
-            self.observed = model.pair._observed_parts(kwargs or args)
+            self.observed = _observed(model.pair, kwargs or args)
         with torch.no_grad():
             trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
         parts = [*args, *kwargs.values()]
@@ -63,6 +63,20 @@ class _Sleep(_Half):
         kwargs = dict(zip(kwargs, parts[len(args) :], strict=True))
         guided = poutine.trace(poutine.replay(guide, trace=trace))
         return -prune_subsample_sites(guided.get_trace(*parts[: len(args)], **kwargs)).log_prob_sum()
+
+
+def _observed(pair: Pair, batch: Batch) -> dict[str, int]:
+    """The part of the batch that each observed site observes, in the order of its memory."""
+    found = pair._observed_parts(batch)
+    tensors = list(batches.parts(batch).values())
+    for name, (i, view) in found.items():
+        same = view.shape == tensors[i].shape and view.stride() == tensors[i].stride()
+        if not same and not view.is_contiguous():
+            raise ValueError(
+                f"observed site {name!r}: expected a part of the batch as it is, or reshaped, got another "
+                "view (a transposed one?), which dreams would scramble"
+            )
+    return {name: i for name, (i, _) in found.items()}
 
 
 class _Reweighted(_Half):

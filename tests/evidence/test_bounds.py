@@ -104,7 +104,7 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         monkeypatch.setattr(terms, "inner_plates", lambda site: honest(site) * 1000 / 5)
         monkeypatch.setattr(layout, "check_scale", lambda site, program: False)
     elif bug == "a forgotten mask":
-        monkeypatch.setattr(terms, "_masked", lambda log_prob, mask: log_prob)
+        monkeypatch.setattr(terms, "masked", lambda log_prob, mask: log_prob)
     else:
         monkeypatch.setattr(terms.Terms, "log_weight", property(lambda t: t.log_joint + t.log_proposal))
     with pytest.raises((AssertionError, RuntimeError)):

@@ -56,7 +56,7 @@ def test_trace_elbos_noisier_gradient_has_the_same_mean(name):
 
 
 def test_shannons_code_has_the_hard_elbo_of_its_length():
-    coding = load("coding")
+    coding = load("compress")
     for counts in ([30, 20, 15, 10, 8, 6, 5, 3, 2, 1], [1, 1], [4, 2, 1, 1], [9, 7]):
         counts = torch.tensor(counts)
         population = counts / counts.sum()
@@ -67,7 +67,7 @@ def test_shannons_code_has_the_hard_elbo_of_its_length():
 
 
 def test_the_smallest_loss_over_guides_is_the_cross_entropy():
-    coding = load("coding")
+    coding = load("compress")
     population = torch.rand(6).softmax(0)
     pair = coding.Table(6, 3, "table")
     cross = -float(population @ pair.joint().logsumexp(-1))
