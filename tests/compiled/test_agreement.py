@@ -155,6 +155,7 @@ def test_batchnorm_statistics_and_dropout():
     agree(Trace_ELBO, vae(norm=True, dropout=0.4), [(data(8, 6, seed=i),) for i in range(5)])
 
 
+@pytest.mark.slow
 def test_batchnorm_and_dropout_inductor():
     loss = agree(
         Trace_ELBO, vae(norm=True, dropout=0.4), [(data(8, 6, seed=i),) for i in range(4)], backend="inductor"

@@ -72,7 +72,7 @@ def test_enumeration_in_the_loss():
     assert run.losses[0] == pytest.approx(before)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_by_the_evidence_is_training_by_its_exact_bound(compiled):
     make, draw = TABLE["autoregressive-pixelcnn"]
     y = draw(12)
@@ -335,6 +335,7 @@ def test_compiled_training_is_eager_training_and_resumes(extras, tmp_path):
     assert all(torch.equal(v, weights(resumed)[k]) for k, v in weights(pair).items())
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_run(tmp_path):
     """kill -9 of the real command, then --resume."""
 
