@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from pyroelbo.results import Bound
 __all__ = [
     "Adapted_ELBO",
     "Objective",
+    "OneExpression",
     "Pathwise",
     "PerDatum",
     "ScaleLatents",
@@ -291,6 +293,24 @@ class PerDatum(WrappedELBO):
         model, guide = (_inside(ModelMasks(), program) for program in (model, guide))
         loss = super().differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
         return loss if self.auxiliary is None else loss + self.auxiliary(*args, **kwargs).mean()
+
+
+class OneExpression:
+    """Value and gradients of a loss that is all in its ``differentiable_loss`` (a mixin, before ``ELBO``)."""
+
+    differentiable_loss: Callable[..., Tensor]
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The objective's value, a float."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The objective's value, after its gradient has been added to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return torch_item(loss)
 
 
 class Pathwise(Objective, Trace_ELBO):

@@ -11,7 +11,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -21,7 +20,7 @@ from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import base_of, data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.objectives.base import Objective, refuse_failing
+from pyroelbo.objectives.base import Objective, OneExpression, refuse_failing
 from pyroelbo.objectives.couplings import antithetic_pair, log_odds_weight, pair_weight
 from pyroelbo.objectives.terms import per_datum
 from pyroelbo.pair import Pair
@@ -96,7 +95,7 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-class Discrete_ELBO(Objective, Trace_ELBO):
+class Discrete_ELBO(Objective, OneExpression, Trace_ELBO):
     """-ELBO of a guide with discrete latents, in nats; its gradient by a named estimator for each site.
 
     With f_k = ln p(y | z_k) + ``weight`` · (ln p(z_k) - ln q(z_k | y)) of a datum's particle k, the gradient
@@ -170,17 +169,6 @@ class Discrete_ELBO(Objective, Trace_ELBO):
         if "vimco" in self._named.values():
             return evidence.iwae(pair, y, particles=self.num_particles)
         return super().validate(pair, y)
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The objective's value, a float."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return torch_item(loss)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         plan = self._plan = self._plan or _Plan.of(guide, args, kwargs, self._named, self.num_particles)

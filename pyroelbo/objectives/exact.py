@@ -8,19 +8,18 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.enum import get_importance_trace
-from pyro.infer.util import torch_item
 from torch import Tensor
 
 from pyroelbo import evidence
 from pyroelbo.batch import Batch
-from pyroelbo.objectives.base import Objective
+from pyroelbo.objectives.base import Objective, OneExpression
 from pyroelbo.pair import ExactPair, Pair, Program
 from pyroelbo.results import Bound
 
 __all__ = ["Evidence_ELBO", "Exact_ELBO", "Hard_ELBO"]
 
 
-class Evidence_ELBO(Objective, ELBO):
+class Evidence_ELBO(Objective, OneExpression, ELBO):
     """-ln p(y), by the ``log_evidence`` of an :class:`~pyroelbo.ExactPair`, summed over the batch; no guide
     is run.
 
@@ -61,18 +60,8 @@ class Evidence_ELBO(Objective, ELBO):
             )
         return -value.sum()
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return torch_item(loss)
-
-
-class Exact_ELBO(Objective, Trace_ELBO):
+class Exact_ELBO(Objective, OneExpression, Trace_ELBO):
     """-ELBO for guides that draw from the exact posterior: only ln w is differentiated, the draws are held
     fixed.
 
@@ -90,12 +79,6 @@ class Exact_ELBO(Objective, Trace_ELBO):
             m.log_prob_sum() - g.log_prob_sum() for m, g in self._get_traces(model, guide, args, kwargs)
         )
         return -total / self.num_particles  # type: ignore[operator]
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return torch_item(loss)
 
 
 class Hard_ELBO(Objective, Trace_ELBO):

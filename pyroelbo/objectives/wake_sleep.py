@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.util import torch_item
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from pyroelbo import evidence
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import data_frame, sample_sites
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.objectives.base import Objective, Update
+from pyroelbo.objectives.base import Objective, OneExpression, Update
 from pyroelbo.objectives.exact import Exact_ELBO
 from pyroelbo.objectives.terms import per_datum
 from pyroelbo.pair import Pair
@@ -28,21 +27,11 @@ from pyroelbo.results import Bound
 __all__ = ["ReweightedWakeSleep", "WakeSleep", "generator_of"]
 
 
-class _Half(ELBO):
+class _Half(OneExpression, ELBO):
     """A loss of one differentiable expression (abstract)."""
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} has no pair of traces: use its differentiable_loss")
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return torch_item(loss)
 
 
 class _Sleep(_Half):
