@@ -23,6 +23,7 @@ from pyroelbo.nn.layers import (
     bounded,
     join,
     masked_mlp,
+    round_straight_through,
 )
 from pyroelbo.nn.unet import UNet
 
@@ -49,4 +50,5 @@ __all__ = [
     "join",
     "masked_mlp",
     "one_hot",
+    "round_straight_through",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "bounded",
     "join",
     "masked_mlp",
+    "round_straight_through",
 ]
 
 
@@ -52,6 +53,16 @@ def join(a: Tensor, b: Tensor) -> Tensor:
     """Concatenate along the last dimension, broadcasting the others: [*, m], [*, n] to [*, m + n]."""
     lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
     return torch.cat([a.expand(*lead, -1), b.expand(*lead, -1)], -1)
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """x rounded to the nearest integers, halves to the even one, with the derivative of the identity.
+
+    The value is exactly that integer: x + (round(x) - x) would differ from it by rounding errors.
+
+    Source: Bengio, Léonard and Courville (2013).
+    """
+    return x.detach().round() + (x - x.detach())
 
 
 def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> Any:
