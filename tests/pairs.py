@@ -182,6 +182,7 @@ TABLE = {
         lambda: models.BernoulliMixture(4, 3, guide="encoder"),
         lambda n: binary(n, 4),
     ),
+    "chow_liu": (lambda: models.HiddenChowLiuTree(3), lambda n: binary(n, 3)),
     "ppca-diagonal": (lambda: models.PPCA(5, 2, noise="diagonal"), lambda n: torch.randn(n, 5)),
     "hmm-categorical": (lambda: models.HMM(3, 4, steps=5), lambda n: torch.randint(4, (n, 5))),
     "hmm-gaussian": (lambda: models.HMM(3, 2, "gaussian", steps=5), lambda n: torch.randn(n, 5, 2)),

@@ -80,6 +80,7 @@ SMALL = {
     "ppca": "vectors",
     "mixture": "vectors --set components=2",
     "bernoulli_mixture": "binary --set components=2 --set guide=encoder",
+    "chow_liu": "binary --set states=3",
     "density_flow": "vectors --set layers=2 --set hidden=8",
     "hmm": "symbols --set states=2",
     "state_space": "series",
@@ -98,7 +99,7 @@ def test_every_model_trains_on_a_file_of_ones_own(model, tmp_path, capsys):
     check(model.split() + settings + ["--data", small(kind, tmp_path)], tmp_path, capsys)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "config.json").read_text())
-    closed = model.split()[0] in ("ppca", "mixture", "hmm", "state_space", "pcfg")
+    closed = model.split()[0] in ("ppca", "mixture", "chow_liu", "hmm", "state_space", "pcfg")
     assert found["data"]["kind"] == kind and found["method"] == ("em" if closed else "gradient")
     assert bool(found["data"]["scale"]) == data.KINDS[kind].units
     assert printed == ""

@@ -2,6 +2,7 @@
 
 from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.chain import Chain
+from pyroelbo.models.chow_liu import HiddenChowLiuTree
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
@@ -42,6 +43,7 @@ __all__ = [
     "Entry",
     "Flow",
     "GaussianMixture",
+    "HiddenChowLiuTree",
     "Hierarchy",
     "Ladder",
     "MaskedDiffusion",

@@ -20,6 +20,7 @@ from pyroelbo import batch as batches
 from pyroelbo.data import KINDS, Dataset, view, views
 from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive, Strings
+from pyroelbo.models.chow_liu import HiddenChowLiuTree
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
@@ -205,6 +206,12 @@ REGISTRY: dict[str, Entry] = {
         kinds={"binary": {}},
         sizes=_row,
         learning_rate=1e-2,
+    ),
+    "chow_liu": Entry(
+        "tree of finite latents found in the data, each seen through a noisy pixel, exact",
+        HiddenChowLiuTree,
+        kinds={"binary": {}},
+        sizes=_picture,
     ),
     "density_flow": Entry(
         "normalizing flow, an exact density; kind=coupling|autoregressive",
