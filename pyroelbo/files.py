@@ -20,12 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 __all__ = [
+    "PICTURES",
     "read_arrays",
     "read_json",
     "read_jsonl",
     "read_lines",
     "read_npy",
     "read_npz",
+    "read_picture",
     "read_table",
     "read_tensors",
     "replacing",
@@ -234,6 +236,29 @@ def read_lines(path: Path) -> list[str]:
     if not lines:
         raise ValueError(f"{path}: expected lines of text, got none")
     return lines
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """The picture in a file as bytes [H, W, 3] of red, green and blue, its transparency dropped.
+
+    ValueError, naming the file, for a grey one, for what is no picture, and for damaged ones.
+    """
+    from PIL import Image  # which matplotlib needs
+
+    try:
+        with Image.open(path) as opened:
+            mode = opened.mode
+            found = np.array(opened.convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the readers' own errors are of many types
+        raise _damaged(path, error) from error
+    if mode.startswith(("L", "1", "I", "F")):
+        raise ValueError(f"{path}: expected a colour picture, got a grey one (mode {mode})")
+    return found
 
 
 @contextmanager

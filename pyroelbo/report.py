@@ -235,17 +235,20 @@ def plot_layers(layers: Mapping[str, Tensor], path: str | Path) -> Path:
 def images(
     rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None
 ) -> Path:
-    """Plot rows of images, a tensor [n, H·W] in [0, 1] for each row, with a title each. Returns the path."""
+    """Plot rows of images, a tensor [n, H·W] (1 is ink) or [n, H, W, 3] (colours) in [0, 1] for each row,
+    with a title each. Returns the path."""
     columns = max(len(r) for r in rows)
-    figure, axes = _figure(0.62 * columns + 1.2, 0.72 * len(rows))
     height, width = shape
-    canvas = np.ones(((height + 1) * len(rows) - 1, (width + 1) * columns - 1))
+    each = 0.62 if rows[0].dim() == 2 else 1.6
+    figure, axes = _figure(each * columns + 1.2, (each + 0.1) * len(rows))
+    canvas = np.ones(((height + 1) * len(rows) - 1, (width + 1) * columns - 1, 3))
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row.detach().cpu().double().reshape(-1, height, width).numpy()):
-            canvas[
-                i * (height + 1) : i * (height + 1) + height, j * (width + 1) : j * (width + 1) + width
-            ] = 1 - picture
-    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        pictures = row.detach().cpu().double()
+        pictures = pictures if row.dim() == 4 else (1 - pictures).reshape(-1, height, width, 1)
+        for j, picture in enumerate(pictures.numpy()):
+            top, left = i * (height + 1), j * (width + 1)
+            canvas[top : top + height, left : left + width] = picture
+    axes.imshow(canvas, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(rows))], titles or [""] * len(rows))
     axes.tick_params(length=0)

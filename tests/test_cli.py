@@ -107,7 +107,7 @@ def test_every_model_trains_on_a_file_of_ones_own(model, tmp_path, capsys):
 
 def test_every_model_has_a_row():
     assert {model.split()[0] for model in SMALL} == set(models.REGISTRY)
-    assert {row.split()[0] for row in SMALL.values()} == set(data.KINDS)
+    assert {row.split()[0] for row in SMALL.values()} == set(data.KINDS) - {"colour", "superpixels"}
 
 
 @pytest.mark.slow

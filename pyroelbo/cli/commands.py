@@ -313,7 +313,7 @@ def _like(known: data.Dataset, options: argparse.Namespace) -> Batch:
     """Data drawn at random for their lengths, or for what is labelled, with room for a label a step."""
     found = _reloaded(known, options.data_dir)["train"]
     rows = batches.rows(found, torch.randint(batches.size(found), (options.n,)))
-    if known.about.parts[0] == "y" or not isinstance(rows, tuple):
+    if known.kind != "labelled" or not isinstance(rows, tuple):
         return rows
     x, y, *lengths = rows
     return x, y.new_full(x.shape[:2], -1), *lengths

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo import files, report
 from pyroelbo.batch import Batch
-from pyroelbo.data import Dataset
+from pyroelbo.data import Dataset, from_ycocg
 from pyroelbo.pair import Pair
 from pyroelbo.results import Run
 
@@ -94,6 +94,21 @@ def _pictures(known: Dataset, batch: Any, path: Path) -> list[Path]:
     return [report.images(rows, known.shape, path / "samples.png")]
 
 
+def _colours(known: Dataset, batch: Any, path: Path) -> list[Path]:
+    """Luma, superpixels and a draw of the colours, or the pictures alone, column by column."""
+    if known.kind == "colour":
+        rows = list(batch.unflatten(-1, known.shape)[:_LINES].div(255.0).split(_LINES))
+        return [report.images(rows, known.shape[:2], path / "samples.png")]
+    x, superpixels, _, y = (part[:_LINES] for part in batch)
+    # a border is where a pixel differs from the one above or before it
+    border = (superpixels.diff(dim=-1, prepend=superpixels[..., :1]) != 0) | (
+        superpixels.diff(dim=-2, prepend=superpixels[..., :1, :]) != 0
+    )
+    luma = (x / 255.0)[..., None].expand(*x.shape, 3)
+    rows = [luma, torch.where(border[..., None], 0.0, luma), (from_ycocg(x, y) / 255.0).clamp(0, 1)]
+    return [report.images(rows, known.shape[:2], path / "samples.png", ["luma", "superpixels", "sample"])]
+
+
 def _table(known: Dataset, batch: Any, path: Path) -> list[Path]:
     names = known.names or tuple(f"y{i}" for i in range(known.dims))
     text = io.StringIO()
@@ -148,6 +163,8 @@ _SHOWS: dict[str, Callable[[Dataset, Any, Path], list[Path]]] = {
     "binary": _pictures,
     "bytes": _pictures,
     "grey": _pictures,
+    "colour": _colours,
+    "superpixels": _colours,
     "symbols": _symbols,
     "strings": _symbols,
     "sentences": _symbols,

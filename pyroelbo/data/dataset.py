@@ -50,6 +50,14 @@ KINDS: dict[str, Kind] = {
     "binary": Kind("pictures (or rows) of 0 and 1: y [B, D]", True),
     "bytes": Kind("pictures (or rows) of integers 0 … levels-1: y [B, D]", True),
     "grey": Kind("pictures of grey levels in [0, 1], as densities: y [B, D]", False),
+    "colour": Kind("pictures of red, green and blue 0 … 255, as bytes: y [B, H·W·3]", True),
+    "superpixels": Kind(
+        "colour pictures in pieces: luma x and superpixels [B, H, W], parents [B, N] of a tree of them, "
+        "chroma y [B, H, W, 2]",
+        True,
+        ("x", "superpixels", "parents", "y"),
+        lambda x, superpixels, parents, y: torch.ones(len(y), dtype=torch.long),
+    ),
     "vectors": Kind("rows of real numbers: y [B, D]", False, units=True),
     "symbols": Kind(
         "sequences of symbols 0 … levels-1: y [B, T], lengths", True, ("y", "lengths"), _within, symbols=True
@@ -86,7 +94,7 @@ class Dataset:
     Args:
         name: as on the command line.
         kind: a key of :data:`KINDS`.
-        shape: of one datum, or of one step of a sequence: (8, 8), (13,), () for symbols.
+        shape: of one datum, or of one step of a sequence: (8, 8), (13,), (128, 128, 3), () for symbols.
         splits: batches named "train" and, perhaps, "valid" and "test".
         levels: number of symbols, grey levels or labels; 0 for real numbers.
         steps: length of the longest sequence; 1 for what is none.

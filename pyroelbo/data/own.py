@@ -1,4 +1,5 @@
-"""A user's own file as a data set: arrays (npy, npz), tables (csv), lines of text (txt)."""
+"""A user's own file as a data set: arrays (npy, npz), tables (csv), lines of text (txt), folders of
+pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, as_batch
+from pyroelbo.data.colour import pictures, read_folder
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.data.text import strings
 from pyroelbo.files import read_arrays, read_lines, read_table
@@ -30,19 +32,23 @@ def read(path: Path, columns: Sequence[str] = ()) -> Dataset:
     ========== ======================= ============================================
     [N, D]     ``vectors``             ``symbols``; padded with -1, ``strings``
     [N, T, D]  ``series``              ``counts`` (also pictures of integer levels)
+    [N,H,W,3]                          ``colour``, of uint8
     ========== ======================= ============================================
 
     An npz file has an array ``train`` and may have ``valid`` and ``test``; ``lengths`` [N] of padded
     sequences (``valid_lengths``, ``test_lengths``); ``labels``: classes [N], or the labels [N, L] from 1 on,
     padded with -1, that make series ``labelled`` (``valid_labels``, …). The lines of a txt file are
     ``strings`` of its characters; a csv file has a header and is a table of real numbers, of ``columns`` if
-    they are given. Where there is no test split, a fifth of ten rows or more is held out, and a tenth as
-    valid split, drawn by seed 0.
+    they are given. A folder holds ``colour`` pictures, cut to the middle that all have. Where there is no
+    test split, a fifth of ten rows or more is held out, and a tenth as valid split, drawn by seed 0.
 
     Raises ValueError, naming file, array, row and column, for missing or other than finite numbers and for
     shapes that do not fit; OSError for a file that cannot be read.
     """
     ending = path.suffix.lower()
+    if path.is_dir() and not columns:
+        y, size = read_folder(path)
+        return pictures(str(path), held_out(y), size)
     if ending not in FORMATS:
         raise ValueError(f"data: expected a file named {', '.join('*' + f for f in FORMATS)}, got {path}")
     if columns and ending != ".csv":
@@ -74,6 +80,8 @@ def _arrays(path: Path, columns: Sequence[str]) -> Dataset:
         what = f"got {extra[0]!r}" if extra else f"got no 'train' but {', '.join(sorted(found))}"
         raise ValueError(f"{path}: expected arrays named train, valid, test, lengths, labels, {what}")
     try:
+        if arrays["train"].ndim == 4:
+            return _colours(str(path), arrays)
         return _dataset(str(path), {k: _tensor(v, k) for k, v in arrays.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -85,6 +93,16 @@ FORMATS: dict[str, Callable[[Path, Sequence[str]], Dataset]] = {
     ".csv": _table,
     ".txt": _lines,
 }
+
+
+def _colours(name: str, arrays: Mapping[str, np.ndarray]) -> Dataset:
+    for split, y in arrays.items():
+        if split not in SPLITS or y.shape[1:] != arrays["train"].shape[1:] or y.shape[3] != 3 or not y.size:
+            raise ValueError(f"{split}: expected pictures [N, H, W, 3], all of one size, got {y.shape}")
+        if y.dtype != np.uint8:
+            raise ValueError(f"{split}: expected pictures of uint8, 0 … 255, got {y.dtype}")
+    splits = {s: torch.from_numpy(arrays[s]).flatten(1) for s in SPLITS if s in arrays}
+    return pictures(name, held_out(splits["train"], splits), arrays["train"].shape[1:3])
 
 
 def _tensor(values: np.ndarray, name: str) -> Tensor:
@@ -142,8 +160,8 @@ def _kind(y: Tensor, least: int, labelled: bool, lengths: bool) -> str:
     if y.dim() == 3 and not labelled:
         return "counts" if whole and least >= 0 else "series"
     raise ValueError(
-        f"train: expected [N, D], [N, T, D] or, with lengths, symbols [N, T] of at least 0, got "
-        f"{y.dtype} of shape {tuple(y.shape)}"
+        f"train: expected [N, D], [N, T, D] or, with lengths, symbols [N, T] of at least 0, or pictures [N, "
+        f"H, W, 3], got {y.dtype} of shape {tuple(y.shape)}"
     )
 
 

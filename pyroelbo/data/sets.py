@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyroelbo.data import handwriting, images, own, sources, tables
+from pyroelbo.data import colour, handwriting, images, own, sources, tables
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.data.views import view
 
@@ -21,6 +21,7 @@ _SETS: dict[str, Callable[[Path | None], Dataset]] = {
     "expressions": sources.expressions,
     "docstrings": sources.docstrings,
     "digit_strings": handwriting.digit_strings,
+    "scenes": colour.scenes,
     "binarized_mnist": images.binarized_mnist,
     "mnist": images.mnist,
     "omniglot": images.omniglot,
@@ -40,18 +41,20 @@ def load(
     """A data set by name, or from a file of one's own, as it is or seen as another ``kind`` of
     :data:`~pyroelbo.data.KINDS`.
 
-    Files are ``*.npy``, ``*.npz``, ``*.csv`` (of which ``columns`` may be chosen) and ``*.txt``, see
-    :func:`pyroelbo.data.own.read`. Images are rows [N, D] in row-major order. ``binarized_mnist``, ``mnist``,
-    ``omniglot`` and ``freyfaces`` are read from ``root`` or ``$PYROELBO_DATA``; the others ship with Python
-    and scikit-learn. Raises ValueError for unknown names and kinds and for files that cannot be used,
-    FileNotFoundError for missing files.
+    Files are ``*.npy``, ``*.npz``, ``*.csv`` (of which ``columns`` may be chosen) and ``*.txt``, or a folder
+    of pictures, see :func:`pyroelbo.data.own.read`. Images are rows [N, D] in row-major order.
+    ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces`` are read from ``root`` or
+    ``$PYROELBO_DATA``; the others ship with Python, scikit-learn and scikit-image. Raises ValueError for
+    unknown names and kinds and for files that cannot be used, FileNotFoundError for missing files.
     """
-    if Path(data).suffix.lower() in own.FORMATS:
+    folder = str(data) not in _SETS and Path(data).is_dir()
+    if folder or Path(data).suffix.lower() in own.FORMATS:
         found = own.read(Path(data).absolute(), columns)
     elif str(data) not in _SETS:
         files = ", ".join("*" + ending for ending in own.FORMATS)
         raise ValueError(
-            f"data: expected one of {', '.join(NAMES)}, or a file {files}, got {str(data)[:80]!r}"
+            f"data: expected one of {', '.join(NAMES)}, or a file {files}, or a folder of pictures, got "
+            f"{str(data)[:80]!r}"
         )
     else:
         found = _SETS[str(data)](None if root is None else Path(root))

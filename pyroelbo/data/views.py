@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyroelbo.data.dataset import Dataset
+from pyroelbo.data.superpixels import segmented
 
 __all__ = ["VIEWS", "view", "views"]
 
@@ -150,6 +151,7 @@ VIEWS: dict[tuple[str, str], Callable[[Dataset], Dataset]] = {
     ("bytes", "binary"): _threshold,  # at one half
     ("bytes", "grey"): _grey,
     ("bytes", "counts"): _row_by_row,
+    ("colour", "superpixels"): segmented,
     ("vectors", "binary"): _coins,
     ("symbols", "binary"): _flat("binary"),
     ("symbols", "bytes"): _flat("bytes"),

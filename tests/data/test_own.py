@@ -51,6 +51,7 @@ LABELS = np.array([[1, 3], [2, -1], [1, 1], [3, 2]])
         (npy((255 * RNG.random((4, 5, 2))).astype(np.uint8)), "counts", (2,), None, 5, 1),
         (npz(train=REAL, labels=LABELS), "labelled", (2,), 3, 5, 2),
         (npz(train=REAL, labels=LABELS, lengths=LENGTHS), "labelled", (2,), 3, 5, 3),
+        (npy(RNG.integers(0, 256, (4, 5, 6, 3), np.uint8)), "colour", (5, 6, 3), 256, 1, 1),
         (text("a,b\n1,2\n3,4.5\n", ".csv"), "vectors", (2,), 0, 1, 1),
         (text("a\n1\n", ".CSV"), "vectors", (1,), 0, 1, 1),
         (text("to be\n\nor not\n", ".txt"), "strings", (), 7, 6, 1),
@@ -62,8 +63,8 @@ def test_the_kind_follows_from_shape_and_numbers(write, kind, shape, levels, ste
     assert levels is None or found.levels == levels
     tensors = list(batches.parts(found["train"]).values())
     assert len(tensors) == parts and len({len(t) for t in tensors}) == 1
-    whole = kind in ("symbols", "strings", "counts")
-    assert tensors[0].dtype == (torch.long if whole else torch.get_default_dtype())
+    kinds = {"colour": torch.uint8} | dict.fromkeys(("symbols", "strings", "counts"), torch.long)
+    assert tensors[0].dtype == kinds.get(kind, torch.get_default_dtype())
     assert found.title.startswith("mine.") and set(found.splits) == {"train"}  # too few rows to hold some out
 
 
@@ -156,7 +157,7 @@ def test_whatever_is_wrong_is_named(write, message, tmp_path):
 def test_a_file_must_exist_and_have_a_known_ending(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.csv"):
         data.load(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, got '.*mine.pkl'"):
+    with pytest.raises(ValueError, match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, or a folder of pictures, got '.*mine.pkl'"):
         data.load(tmp_path / "mine.pkl")
     np.save(tmp_path / "x.npy", REAL)
     with pytest.raises(ValueError, match="columns: expected none for a .npy file, got a"):

@@ -15,7 +15,7 @@ def test_digits():
     assert torch.equal(own["test"], grey["test"] * 16)
     assert torch.equal(binary["test"] == 1, grey["test"] > 0.5) and binary.levels == 2 and grey.levels == 0
     assert own.labels["test"].shape == (300,)
-    names = "digits, iris, wine, breast_cancer, words, expressions, docstrings, digit_strings"
+    names = "digits, iris, wine, breast_cancer, words, expressions, docstrings, digit_strings, scenes"
     with pytest.raises(ValueError, match=f"data: expected one of {names}, .* got 'cifar'"):
         data.load("cifar")
     with pytest.raises(ValueError, match="data: expected series, got digits, bytes"):
