@@ -128,6 +128,13 @@ TABLE = {
         lambda: models.VAE(6, 2, (8,), likelihood="discretized_logistic", levels=5),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    **{
+        f"vae-{likelihood}": (
+            lambda likelihood=likelihood: models.VAE(6, 2, (8,), likelihood=likelihood, levels=5),
+            lambda n: torch.randint(5, (n, 6)).double(),
+        )
+        for likelihood in ("discretized_normal", "discretized_laplace")
+    },
     "vae-categorical": (
         lambda: models.VAE(6, 2, (8,), likelihood="categorical", levels=5),
         lambda n: torch.randint(5, (n, 6)).double(),

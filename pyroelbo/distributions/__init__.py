@@ -6,7 +6,13 @@ from pyroelbo.distributions.gaussian import Filtered, GaussianChain, LinearGauss
 from pyroelbo.distributions.grammar import PCFG, Derivation, ParseParts, ParseTree
 from pyroelbo.distributions.logic import CNF, Circuit, Models, ModelsParts, compile_formula, read_dimacs
 from pyroelbo.distributions.mixture import DiagonalMixture, GaussianStatistics, Mixture
-from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
+from pyroelbo.distributions.pixels import (
+    DiscretizedLaplace,
+    DiscretizedLogistic,
+    DiscretizedNormal,
+    l1_density,
+    l2_density,
+)
 from pyroelbo.distributions.segment import SegmentParts, SemiMarkov
 from pyroelbo.distributions.structured import StructuredDistribution
 from pyroelbo.distributions.tree import TreeCRF, TreeParts
@@ -22,7 +28,9 @@ __all__ = [
     "Circuit",
     "Derivation",
     "DiagonalMixture",
+    "DiscretizedLaplace",
     "DiscretizedLogistic",
+    "DiscretizedNormal",
     "Filtered",
     "GaussianChain",
     "GaussianStatistics",

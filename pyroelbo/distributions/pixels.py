@@ -1,6 +1,8 @@
-"""Observation models for pixels: discretized logistic, and the densities behind L1 and L2 distortions."""
+"""Observation models for pixels: densities rounded to grey levels, and those behind L1 and L2 distortions."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from pyro.distributions import Laplace, Normal, TorchDistribution
@@ -9,19 +11,18 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
-__all__ = ["DiscretizedLogistic", "l1_density", "l2_density"]
+__all__ = [
+    "DiscretizedLaplace",
+    "DiscretizedLogistic",
+    "DiscretizedNormal",
+    "l1_density",
+    "l2_density",
+]
 
 
-class DiscretizedLogistic(TorchDistribution):
-    """A logistic distribution rounded to the integers 0 … levels-1; the end levels include the tails.
-
-    P(y) = σ((y + ½ - loc)/scale) - σ((y - ½ - loc)/scale), with -∞ for the lower end at 0 and +∞ for the
-    upper at the top, so that the probabilities sum to one. ``loc`` and ``scale`` are in grey levels.
-    ``log_prob`` is ln σ(a) + ln σ(-b) + ln(1 - e^(b-a)), which is accurate where the difference of
-    the two sigmoids would cancel.
-
-    Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2.
-    """
+class _Discretized(TorchDistribution):
+    """A density of location and scale rounded to the integers 0 … levels-1; the end levels include the tails
+    (abstract: ``log_prob``, ``_quantile``)."""
 
     arg_constraints = {  # noqa: RUF012 (torch's own convention)
         "loc": constraints.real,
@@ -41,28 +42,102 @@ class DiscretizedLogistic(TorchDistribution):
     def support(self) -> constraints.Constraint:  # type: ignore[override]
         return constraints.integer_interval(0, self.levels - 1)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> DiscretizedLogistic:
-        return DiscretizedLogistic(
-            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False
-        )
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Discretized:
+        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """ln P(value), in nats, of the broadcast shape."""
+    def _edges(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The standardized edges of a level's interval, and whether the lower and the upper is infinite."""
         if self._validate_args:
             self._validate_sample(value)
         below = (value - 0.5 - self.loc) / self.scale
         above = (value + 0.5 - self.loc) / self.scale
-        inside = torch.log(-torch.expm1(-1 / self.scale))
-        lower_end, upper_end = value <= 0, value >= self.levels - 1
-        left = torch.where(upper_end, torch.zeros_like(above), logsigmoid(above))
-        right = torch.where(lower_end, torch.zeros_like(below), logsigmoid(-below))
-        return left + right + torch.where(lower_end | upper_end, torch.zeros_like(inside), inside)
+        return below, above, value <= 0, value >= self.levels - 1
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        """The quantile of the standard density at u in (0, 1)."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps)
-        return (self.loc + self.scale * (u.log() - (-u).log1p())).round().clamp(0, self.levels - 1)
+        return (self.loc + self.scale * self._quantile(u)).round().clamp(0, self.levels - 1)
+
+
+class DiscretizedLogistic(_Discretized):
+    """A logistic distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+
+    P(y) = σ((y + ½ - loc)/scale) - σ((y - ½ - loc)/scale), with -∞ for the lower end at 0 and +∞ for the
+    upper at the top, so that the probabilities sum to one. ``loc`` and ``scale`` are in grey levels.
+    ``log_prob`` is ln σ(a) + ln σ(-b) + ln(1 - e^(b-a)), which is accurate where the difference of
+    the two sigmoids would cancel.
+
+    Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln P(value), in nats, of the broadcast shape."""
+        below, above, lower_end, upper_end = self._edges(value)
+        inside = torch.log(-torch.expm1(-1 / self.scale))
+        left = torch.where(upper_end, torch.zeros_like(above), logsigmoid(above))
+        right = torch.where(lower_end, torch.zeros_like(below), logsigmoid(-below))
+        return left + right + torch.where(lower_end | upper_end, torch.zeros_like(inside), inside)
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return u.log() - (-u).log1p()
+
+
+class DiscretizedNormal(_Discretized):
+    """A normal distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+
+    P(y) = Φ(a) - Φ(b) with a = (y + ½ - loc)/scale and b = (y - ½ - loc)/scale, infinite at the ends: the L2
+    distortion as a probability. ``loc`` and ``scale`` are in grey levels. ``log_prob`` is
+    ln Φ(a) + ln(1 - Φ(b)/Φ(a)), mirrored where a + b > 0, so that far levels keep their probability.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln P(value), in nats, of the broadcast shape."""
+        below, above, lower_end, upper_end = self._edges(value)
+        mirrored = below + above > 0
+        high = torch.where(mirrored, -below, above)
+        low = torch.where(mirrored, -above, below)
+        log_high = torch.special.log_ndtr(high)
+        inside = log_high + torch.log(-torch.expm1(torch.special.log_ndtr(low) - log_high))
+        end = torch.special.log_ndtr(torch.where(lower_end, above, -below))
+        return torch.where(lower_end | upper_end, end, inside)
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return torch.special.ndtri(u)
+
+
+class DiscretizedLaplace(_Discretized):
+    """A Laplace distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+
+    P(y) = F(a) - F(b) with a = (y + ½ - loc)/scale and b = (y - ½ - loc)/scale, infinite at the ends: the L1
+    distortion as a probability. ``loc`` and ``scale`` are in grey levels. With d = |y - loc|/scale and
+    w = 1/scale, ``log_prob`` is -(d - w/2) - ln 2 + ln(1 - e^-w) for d ≥ w/2, and else the logarithm of
+    1 - ½ e^-(w/2 + d) - ½ e^-(w/2 - d).
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln P(value), in nats, of the broadcast shape."""
+        below, above, lower_end, upper_end = self._edges(value)
+        half = 0.5 / self.scale
+        distance = (0.5 * (below + above)).abs()
+        outside = distance >= half
+        far = half - distance - math.log(2) + torch.log(-torch.expm1(-2 * half))
+        near = torch.where(outside, torch.zeros_like(distance), distance)
+        within = torch.log(-0.5 * (torch.expm1(-half - near) + torch.expm1(near - half)))
+        end = _log_cdf(torch.where(lower_end, above, -below))
+        return torch.where(lower_end | upper_end, end, torch.where(outside, far, within))
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return torch.where(u < 0.5, (2 * u).log(), -(2 - 2 * u).log())
+
+
+def _log_cdf(x: Tensor) -> Tensor:
+    """ln F(x) of the standard Laplace distribution."""
+    return torch.where(x < 0, x.clamp(max=0) - math.log(2), torch.log1p(-0.5 * torch.exp(-x.clamp(min=0))))
 
 
 def l2_density(center: Tensor, weight: float | Tensor) -> Normal:

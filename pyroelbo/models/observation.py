@@ -10,7 +10,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.distributions.pixels import DiscretizedLogistic, l1_density, l2_density
+from pyroelbo.distributions.pixels import (
+    DiscretizedLaplace,
+    DiscretizedLogistic,
+    DiscretizedNormal,
+    l1_density,
+    l2_density,
+)
 
 __all__ = ["LIKELIHOODS", "Coins", "Pixels"]
 
@@ -19,9 +25,14 @@ LIKELIHOODS: dict[str, tuple[Callable[[int], int], tuple[str, ...]]] = {
     "bernoulli": (lambda levels: 1, ("binary",)),
     "discretized_logistic": (lambda levels: 1, ("bytes",)),
     "categorical": (lambda levels: levels, ("bytes",)),
+    "discretized_normal": (lambda levels: 1, ("bytes",)),
+    "discretized_laplace": (lambda levels: 1, ("bytes",)),
     "l2": (lambda levels: 1, ("grey", "vectors")),
     "l1": (lambda levels: 1, ("grey", "vectors")),
 }
+
+# Weights of an L2 or L1 distortion of pixels in [0, 1], at the start of training.
+_WEIGHTS = {"l2": 100.0, "l1": 10.0, "discretized_normal": 100.0, "discretized_laplace": 10.0}
 
 
 class Coins(dist.Bernoulli):
@@ -34,10 +45,12 @@ class Coins(dist.Bernoulli):
 class Pixels(nn.Module):
     """p(y | x) of ``dims`` pixels from a network's output ``x`` [*, outputs]; event shape [dims].
 
-    ``likelihood`` is ``bernoulli`` (0 or 1), ``discretized_logistic`` or ``categorical`` (integers 0 …
-    levels-1), or ``l2`` or ``l1`` (real pixels; normalized Gaussian and Laplace densities). The logistic's
-    inverse scale and the densities' weight are one learned number for all pixels, ``log_weight``; ``weight``
-    fixes that of the densities.
+    ``likelihood`` is ``bernoulli`` (0 or 1); ``discretized_logistic``, ``discretized_normal``,
+    ``discretized_laplace`` or ``categorical`` (integers 0 … levels-1); or ``l2`` or ``l1`` (real pixels;
+    normalized Gaussian and Laplace densities). The logistic's scale, in grey levels, is one learned number
+    for all pixels; so is the ``weight`` of an L2 or L1 distortion, unless it is given: of pixels in [0, 1],
+    σ² = 1/weight and b = 1/weight, also where they are rounded to grey levels (``discretized_normal`` and
+    ``discretized_laplace``, whose centers are kept in the range). ``log_weight`` is its logarithm.
     """
 
     def __init__(
@@ -46,9 +59,10 @@ class Pixels(nn.Module):
         super().__init__()
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood: expected one of {tuple(LIKELIHOODS)}, got {likelihood!r}")
-        if weight is not None and likelihood not in ("l1", "l2"):
+        if weight is not None and likelihood not in _WEIGHTS:
             raise ValueError(
-                f"weight: expected None for likelihood={likelihood!r}, got {weight!r}; 'l1' and 'l2' have one"
+                f"weight: expected None for likelihood={likelihood!r}, got {weight!r}; only "
+                f"{', '.join(map(repr, _WEIGHTS))} have one"
             )
         self.dims, self.likelihood, self.levels = dims, likelihood, levels
         per_pixel, kinds = LIKELIHOODS[likelihood]
@@ -56,7 +70,7 @@ class Pixels(nn.Module):
         if self.integers and levels < 2:
             raise ValueError(f"levels: expected at least two grey levels, got {levels}")
         self.per_pixel = per_pixel(levels)
-        starts = {"discretized_logistic": levels / 10, "l1": 10.0, "l2": 100.0}
+        starts = _WEIGHTS | {"discretized_logistic": levels / 10}
         if weight is not None:
             self.register_buffer("log_weight", torch.tensor(math.log(weight)))
         elif likelihood in starts:
@@ -73,11 +87,19 @@ class Pixels(nn.Module):
             return Coins(logits=x).to_event(1)
         if self.likelihood == "categorical":
             return dist.Categorical(logits=x.unflatten(-1, (self.dims, self.levels))).to_event(1)
-        if self.likelihood == "discretized_logistic":
-            center = (self.levels - 1) * torch.sigmoid(x)
-            return DiscretizedLogistic(center, self.log_weight.exp(), self.levels).to_event(1)
+        if self.integers:
+            return self._rounded(x).to_event(1)
         density = l2_density if self.likelihood == "l2" else l1_density
         return density(x, self.log_weight.exp()).to_event(1)
+
+    def _rounded(self, x: Tensor) -> dist.TorchDistribution:
+        top = self.levels - 1
+        center = top * torch.sigmoid(x)
+        if self.likelihood == "discretized_logistic":
+            return DiscretizedLogistic(center, self.log_weight.exp(), self.levels)
+        if self.likelihood == "discretized_normal":
+            return DiscretizedNormal(center, top * (-0.5 * self.log_weight).exp(), self.levels)
+        return DiscretizedLaplace(center, top * (-self.log_weight).exp(), self.levels)
 
     def check(self, y: Tensor, model: str) -> None:
         """Raise ValueError, naming the ``model``, unless y is [B, dims]."""
@@ -97,7 +119,7 @@ class Pixels(nn.Module):
         if self.likelihood == "categorical":
             grey = torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
             return (p.probs @ grey) / (self.levels - 1)
-        if self.likelihood == "discretized_logistic":
+        if self.integers:
             return p.loc / (self.levels - 1)
         return p.mean.clamp(0, 1)
 

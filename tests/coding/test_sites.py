@@ -11,7 +11,7 @@ pytest.importorskip("constriction")
 from pyroelbo import distributions as ped
 from pyroelbo import encoders, models
 from pyroelbo.coding import Grid, codec_of
-from pyroelbo.distributions.pixels import DiscretizedLogistic
+from pyroelbo.distributions.pixels import DiscretizedLaplace, DiscretizedLogistic, DiscretizedNormal
 from pyroelbo.models.autoregressive import Prefix
 from pyroelbo.priors import AutoregressivePrior
 
@@ -33,6 +33,10 @@ DISCRETE = {
     "categorical with zeros": lambda: dist.Categorical(probs=torch.eye(5) + torch.eye(5).roll(1, 0)),
     "expanded": lambda: dist.Categorical(logits=torch.randn(7)).expand([B]),
     "logistic": lambda: DiscretizedLogistic(8 * torch.rand(B, D), torch.rand(B, D) + 0.2, 9).to_event(1),
+    "rounded normal": lambda: DiscretizedNormal(8 * torch.rand(B, D), torch.rand(B, D) + 0.2, 9).to_event(1),
+    "rounded laplace": lambda: DiscretizedLaplace(8 * torch.rand(B, D), torch.rand(B, D) + 0.2, 9).to_event(
+        1
+    ),
     "binomial": lambda: dist.Binomial(torch.tensor([3.0, 9, 1]), torch.rand(3)),
     "poisson": lambda: dist.Poisson(torch.tensor([0.1, 3, 400])),
     "negative binomial": lambda: dist.NegativeBinomial(torch.tensor([2.0, 5]), torch.tensor([0.2, 0.9])),

@@ -2,33 +2,60 @@ import pytest
 import torch
 from torch.distributions import Laplace, Normal
 
-from pyroelbo.distributions import DiscretizedLogistic, l1_density, l2_density
+from pyroelbo.distributions import (
+    DiscretizedLaplace,
+    DiscretizedLogistic,
+    DiscretizedNormal,
+    l1_density,
+    l2_density,
+)
+
+# each with the distribution function of its density
+ROUNDED = {
+    DiscretizedLogistic: torch.sigmoid,
+    DiscretizedNormal: lambda x: Normal(0.0, 1.0).cdf(x),
+    DiscretizedLaplace: lambda x: Laplace(0.0, 1.0).cdf(x),
+}
 
 
 @pytest.mark.parametrize("levels", [2, 5, 256])
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 40.0])
-def test_probabilities_sum_to_one(levels, scale):
-    d = DiscretizedLogistic(torch.linspace(-3, levels + 2, 7), torch.tensor(scale), levels)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_probabilities_sum_to_one(kind, levels, scale):
+    d = kind(torch.linspace(-3, levels + 2, 7), torch.tensor(scale), levels)
     every = torch.arange(levels, dtype=torch.float64)[:, None]
     torch.testing.assert_close(d.log_prob(every).logsumexp(0), torch.zeros(7), atol=1e-9, rtol=0)
 
 
-def test_is_the_difference_of_distribution_functions():
-    loc, scale = torch.tensor(4.2), torch.tensor(1.3)
-    y = torch.arange(1.0, 8.0)
-    expected = (torch.sigmoid((y + 0.5 - loc) / scale) - torch.sigmoid((y - 0.5 - loc) / scale)).log()
-    torch.testing.assert_close(DiscretizedLogistic(loc, scale, 9).log_prob(y), expected)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_is_the_difference_of_distribution_functions(kind):
+    cdf, scale, y = ROUNDED[kind], torch.tensor(2.0), torch.arange(9.0)
+    for loc in (torch.tensor(4.2), torch.tensor(4.0), torch.tensor(3.5), torch.tensor(-2.0)):
+        above, below = cdf((y + 0.5 - loc) / scale), cdf((y - 0.5 - loc) / scale)
+        above[-1], below[0] = 1.0, 0.0
+        torch.testing.assert_close(kind(loc, scale, 9).log_prob(y), (above - below).log())
 
 
-def test_far_from_its_centre_it_stays_finite_with_gradients():
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_gradients_are_those_of_finite_differences(kind):
+    loc = torch.tensor([4.2, 4.5, -3.0, 20.0, 3.0], requires_grad=True)
+    scale = torch.tensor([1.3, 0.4, 2.0, 3.0, 0.2], requires_grad=True)
+    y = torch.tensor([0.0, 2, 4, 5, 8])[:, None]
+    assert torch.autograd.gradcheck(lambda loc, scale: kind(loc, scale, 9).log_prob(y), (loc, scale))
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_far_from_its_centre_it_stays_finite_with_gradients(kind):
     loc = torch.tensor(0.0, dtype=torch.float32, requires_grad=True)
-    log_p = DiscretizedLogistic(loc, torch.tensor(0.02), 256).log_prob(torch.tensor([0.0, 100.0, 255.0]))
+    scale = torch.tensor(0.02, requires_grad=True)
+    log_p = kind(loc, scale, 256).log_prob(torch.tensor([0.0, 100.0, 255.0]))
     log_p.sum().backward()
-    assert torch.isfinite(log_p).all() and torch.isfinite(loc.grad)
+    assert torch.isfinite(log_p).all() and torch.isfinite(loc.grad) and torch.isfinite(scale.grad)
 
 
-def test_samples_follow_the_probabilities():
-    d = DiscretizedLogistic(torch.tensor(1.4), torch.tensor(1.1), 5)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_samples_follow_the_probabilities(kind):
+    d = kind(torch.tensor(1.4), torch.tensor(1.1), 5)
     n = 50_000
     counts = torch.bincount(d.sample((n,)).long(), minlength=5).double()
     expected = n * d.log_prob(torch.arange(5.0)).exp()
@@ -42,9 +69,10 @@ def test_densities_keep_their_constants():
     torch.testing.assert_close(l1_density(center, 4.0).log_prob(y), Laplace(0.0, 0.25).log_prob(y))
 
 
-def test_validation():
-    d = DiscretizedLogistic(torch.tensor(1.0), torch.tensor(1.0), 5, validate_args=True)
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_validation(kind):
+    d = kind(torch.tensor(1.0), torch.tensor(1.0), 5, validate_args=True)
     with pytest.raises(ValueError):
         d.log_prob(torch.tensor(5.0))
     with pytest.raises(ValueError, match="levels"):
-        DiscretizedLogistic(torch.tensor(1.0), torch.tensor(1.0), 1)
+        kind(torch.tensor(1.0), torch.tensor(1.0), 1)

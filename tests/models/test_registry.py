@@ -37,6 +37,20 @@ def test_densities_keep_their_constants():
         assert "generator.log_weight" not in dict(pair.named_parameters())
 
 
+def test_rounded_distortions_weigh_pixels_in_the_unit_interval():
+    z, y = torch.randn(4, 2), torch.randint(17, (4, 6)).double()
+    for likelihood, density in (
+        ("discretized_normal", lambda m: Normal(m, 0.1)),
+        ("discretized_laplace", lambda m: Laplace(m, 0.01)),
+    ):
+        pair = VAE(6, 2, (8,), likelihood=likelihood, levels=17, weight=100.0)
+        f = density(torch.sigmoid(pair.generator.decoder(z)))
+        above, below = f.cdf((y + 0.5) / 16), f.cdf((y - 0.5) / 16)
+        expected = torch.where(y == 16, 1, above) - torch.where(y == 0, 0, below)
+        torch.testing.assert_close(pair.observation(z).log_prob(y).exp(), expected.prod(-1))
+        assert "generator.log_weight" not in dict(pair.named_parameters())
+
+
 def test_the_encoder_sees_grey_levels_between_minus_one_and_one():
     pair = VAE(6, 2, (8,), likelihood="categorical", levels=5)
     assert pair.generator.center()(torch.full((1, 6), 4), torch.float64).max() == 1
@@ -105,7 +119,7 @@ def test_initial_values_come_from_the_data():
         (lambda: VAE(4, 0), "latent: expected a positive number of dimensions, got 0"),
         (
             lambda: VAE(4, weight=2.0),
-            r"weight: expected None for likelihood='bernoulli', got 2\.0; 'l1' and 'l2' have one",
+            r"weight: expected None for likelihood='bernoulli', got 2\.0; only 'l2', 'l1', ",
         ),
         (lambda: VAE(4, 2, (0,)), r"sizes: expected at least two positive widths, got \(2, 0, 4\)"),
         (lambda: PPCA(4, 5), "latent: expected 1 to 4 dimensions, those of the data, got 5"),
@@ -137,7 +151,8 @@ def test_initial_values_come_from_the_data():
         ),
         (
             lambda: models.build("vae", DIGITS, {"likelihood": "poisson"}),
-            "likelihood: expected one of bernoulli, discretized_logistic, categorical, l2, l1, got 'poisson'",
+            "likelihood: expected one of bernoulli, discretized_logistic, categorical, discretized_normal, "
+            "discretized_laplace, l2, l1, got 'poisson'",
         ),
         (
             lambda: GaussianMixture(3).log_evidence(torch.zeros(2, 4)),
