@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.masks import ModelMasks
-from pyroelbo.evaluation.sites import summed_sites
+from pyroelbo.evaluation.sites import Unavailable, summed_sites
 from pyroelbo.pair import Pair, evaluation_mode, unregistered
 
 __all__ = ["Programs"]
@@ -55,8 +55,12 @@ class Programs:
             yield
 
     def _trace(self, program: Callable, batch: Batch) -> Any:
-        with _whole_plates() if self.whole else nullcontext():
-            return batches.call(poutine.trace(program).get_trace, batch)
+        try:
+            with _whole_plates() if self.whole else nullcontext():
+                return batches.call(poutine.trace(program).get_trace, batch)
+        except NotImplementedError as error:  # as an ImproperUniform, which only a guide can draw
+            reason = str(error).partition("\n")[0]
+            raise Unavailable(f"the model's latents cannot be sampled from their prior: {reason}") from error
 
     def traces(
         self,

@@ -268,7 +268,10 @@ def _uncovered(pair: Pair, batch: Any, scope: str) -> list[str]:
     }
     if not sites:
         return []
-    prior = Evaluator(pair, batch, with_guide=False, scope=scope)
+    try:
+        prior = Evaluator(pair, batch, with_guide=False, scope=scope)
+    except Unavailable:
+        return []
     terms = prior.sample_pass(min(64, max(1, prior.cells // prior.size)))
     seen = [term for name, term in terms.log_model.items() if name not in terms.latents]
     possible = torch.stack(seen).sum(0) > -math.inf  # elsewhere there is no posterior to miss

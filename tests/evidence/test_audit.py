@@ -1,7 +1,12 @@
+import math
+
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import constraints
 
-from pyroelbo import audit, evidence
+from pyroelbo import Pair, audit, evidence
 from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.models import PPCA, DequantizedFlow
 from pyroelbo.results import Bound
@@ -256,3 +261,24 @@ def test_what_has_no_exact_posterior_or_scope_is_refused():
         evidence.exact(PPCA(4, 2), y, scope="all")
     with pytest.raises(ValueError, match=r"reference: expected shape \(3,\), one value per datum"):
         evidence.gap(Nonlinear(), y, reference=evidence.elbo(Nonlinear(), y[:2]))
+
+
+def test_a_flat_prior_leaves_the_rows_that_need_no_prior_draws():
+    y = torch.randn(20) + 1
+
+    def model(y):
+        m = pyro.sample("m", dist.ImproperUniform(constraints.real, (), ()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    def guide(y):  # the posterior: its ELBO is the integral over m
+        pyro.sample("m", dist.Normal(y.mean(), len(y) ** -0.5))
+
+    n, spread = len(y), float((y - y.mean()).square().sum())
+    exact = -(n - 1) / 2 * math.log(2 * math.pi) - math.log(n) / 2 - spread / 2
+    result = audit(Pair.of(model, guide), y, scope="joint", particles=8)
+    for row in ("elbo", "iwae-8"):
+        assert float(result[row].value) == pytest.approx(exact, abs=1e-9)
+    assert any("ImproperUniform" in note and "prior" in note for note in result.notes)
+    with pytest.raises(Unavailable, match="cannot be sampled from their prior"):
+        audit(Pair.of(model, guide), y, scope="joint", references=("quadrature",))
