@@ -3,9 +3,10 @@
 from pyroelbo.distributions.alignment import CTC, Alignment, AlignmentParts
 from pyroelbo.distributions.chain import HMM, ChainParts, LinearChain
 from pyroelbo.distributions.gaussian import Filtered, GaussianChain, LinearGaussianChain
-from pyroelbo.distributions.grammar import PCFG, Derivation, ParseParts, ParseTree
+from pyroelbo.distributions.grammar import PCFG, Derivation
 from pyroelbo.distributions.logic import CNF, Circuit, Models, ModelsParts, compile_formula, read_dimacs
 from pyroelbo.distributions.mixture import DiagonalMixture, GaussianStatistics, Mixture
+from pyroelbo.distributions.parse_tree import ParseParts, ParseTree
 from pyroelbo.distributions.pixels import (
     DiscretizedLaplace,
     DiscretizedLogistic,

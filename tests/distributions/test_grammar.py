@@ -7,7 +7,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 from pyroelbo.distributions import PCFG, ParseTree, StructuredDistribution
-from pyroelbo.distributions import grammar as module
+from pyroelbo.distributions import parse_tree as module
 from tests.distributions.structured_contract import StructuredContract
 from tests.distributions.test_chain import nested, randn
 from tests.oracles import Listing, log_sum_exp, parse_trees
