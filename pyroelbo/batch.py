@@ -4,6 +4,7 @@ as ``model(*batch)`` or ``model(**batch)``; and the minibatches of a training se
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -83,6 +84,8 @@ def _part(value: Any, name: str, scope: str) -> Any:
 
 def _tensor(value: Any, name: str, scope: str) -> Tensor:
     if isinstance(value, (Tensor, PackedSequence)):
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            _warn_of_rounding(value, name)
         return value  # type: ignore[return-value]
     if scope == "joint" and isinstance(value, (bool, int, float)):
         return torch.tensor(value)
@@ -93,11 +96,33 @@ def _tensor(value: Any, name: str, scope: str) -> Tensor:
             raise TypeError(f"{name}: expected numbers, got an array of {value.dtype}")
         kind = _WIDER.get(value.dtype.newbyteorder("="), value.dtype.newbyteorder("="))
         tensor = torch.from_numpy(np.require(value, kind, ["C", "W"]))
+        _warn_of_rounding(tensor, name)
         return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
     raise TypeError(
         f"{name}: expected a tensor, a numpy array, a pandas frame, or a tuple or dict of them, got "
         f"{type(value).__name__}"
     )
+
+
+def _warn_of_rounding(x: Tensor, name: str) -> None:
+    """Warn where torch's default dtype cannot hold numbers: integers beyond its exact range, or columns far
+    from zero for their spread."""
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float64 or not x.numel() or x.dtype == torch.bool or x.is_complex():
+        return
+    step = torch.finfo(dtype).eps
+    wide = x.double().reshape(len(x), -1) if x.dim() else x.double().reshape(1, 1)
+    largest = wide.abs().amax(0)
+    if x.is_floating_point():
+        lost = (step / 2 * largest > 1e-3 * wide.std(0, correction=0)) & (wide != wide[:1]).any(0)
+    else:
+        lost = largest > 2 / step
+    if bool(lost.any()):
+        warnings.warn(
+            f"{name}: numbers as large as {float(largest[lost].max()):.4g} are rounded in {dtype}: subtract their "
+            "mean, or compute in float64 (torch.set_default_dtype(torch.float64), pair.double())",
+            stacklevel=2,
+        )
 
 
 # dtypes of numpy that torch lacks, or computes little with

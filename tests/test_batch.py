@@ -24,6 +24,21 @@ def test_batches_from_tensors_arrays_tuples_and_dicts():
     assert batches.call(lambda x, y: (x, y), {"y": 1, "x": 2}) == (2, 1)
 
 
+def test_numbers_that_the_default_dtype_cannot_hold_are_said():
+    far = 1e6 + np.arange(5.0)[:, None]
+    stamps = torch.arange(5) + 1_700_000_000
+    whole = np.stack([np.full(5, 3e9), np.arange(5)], 1)  # a constant column loses nothing that varies
+    batches.as_batch((far, stamps))  # float64 holds them
+    torch.set_default_dtype(torch.float32)
+    try:
+        for data in (far, stamps, stamps.numpy(), {"x": far}):
+            with pytest.warns(UserWarning, match=r"numbers as large as 1\S+ are rounded in torch.float32"):
+                batches.as_batch(data)
+        batches.as_batch((whole, np.arange(5), np.array([True, False] * 2 + [True]), far - 1e6))
+    finally:
+        torch.set_default_dtype(torch.float64)
+
+
 def test_batches_from_pandas_frames():
     frame = pandas.DataFrame({"a": [1, 2], "b": [0.5, 4.0], "c": [True, False]})
     assert batches.as_batch(frame).tolist() == [[1, 0.5, 1], [2, 4, 0]]

@@ -157,7 +157,10 @@ def test_whatever_is_wrong_is_named(write, message, tmp_path):
 def test_a_file_must_exist_and_have_a_known_ending(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.csv"):
         data.load(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, or a folder of pictures, got '.*mine.pkl'"):
+    with pytest.raises(
+        ValueError,
+        match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, or a folder of pictures, got '.*mine.pkl'",
+    ):
         data.load(tmp_path / "mine.pkl")
     np.save(tmp_path / "x.npy", REAL)
     with pytest.raises(ValueError, match="columns: expected none for a .npy file, got a"):
