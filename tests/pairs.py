@@ -258,6 +258,14 @@ TABLE = {
         lambda: models.ConvLadder((4, 4), (1, 1), 1, 4, prior="vamp", components=3),
         lambda n: binary(n, 16),
     ),
+    "style_vae": (
+        lambda: models.StyleVAE((4, 6), 2, 1, 3, 8, 2, 4, "discretized_logistic", 5),
+        lambda n: torch.randint(5, (n, 24)).double(),
+    ),
+    "style_vae-vamp": (
+        lambda: models.StyleVAE((4, 4), 2, 1, 2, 4, 1, 4, prior="vamp", components=3),
+        lambda n: binary(n, 16),
+    ),
     "autoregressive-pixelcnn": (
         lambda: models.Autoregressive((2, 3), width=4, layers=2),
         lambda n: binary(n, 6),

@@ -300,7 +300,12 @@ def sample(options: argparse.Namespace) -> int:
     pair, _, known = models.load(options.path)
     pyro.set_rng_seed(options.seed)
     like = _like(known, options) if len(known.about.parts) > 1 and options.n > 0 else None
-    latents, batch = _simulated(pair, options.n, like)
+    if options.truncation is None:
+        latents, batch = _simulated(pair, options.n, like)
+    elif "truncation" in inspect.signature(pair.simulate).parameters:
+        latents, batch = pair.simulate(options.n, truncation=options.truncation)  # type: ignore[call-arg]
+    else:
+        raise ValueError(f"truncation: expected none for a {pair.name}, got {options.truncation}")
     drawn = dict(zip(known.about.parts, batches.parts(batch).values(), strict=False))
     files.write_tensors(options.path / "samples.safetensors", drawn, {"seed": options.seed})
     written = shows.samples(pair, known, latents, batch, options.path)

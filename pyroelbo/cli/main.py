@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         "-n", "--num-samples", dest="n", metavar="N", type=int, default=64, help="number of data to draw"
     )
     sample.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    sample.add_argument(
+        "--truncation",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="of style_vae: move styles and noise to their means, all the way at 0",
+    )
     _data_dir(sample)
     sample.set_defaults(run=commands.sample)
     _coding_options(add)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.files import read_npz
 
-__all__ = ["binarize", "binarized_mnist", "digits", "freyfaces", "mnist", "omniglot"]
+__all__ = ["binarize", "binarized_mnist", "digits", "freyfaces", "mnist", "omniglot", "patches"]
 
 
 def digits(root: Path | None) -> Dataset:
@@ -29,6 +29,25 @@ def digits(root: Path | None) -> Dataset:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     cuts = {"train": order[:1297], "valid": order[1297:1497], "test": order[1497:]}
     return _pictures("digits", (8, 8), 17, _rows(x, cuts), _rows(torch.from_numpy(found.target), cuts))
+
+
+def patches(root: Path | None) -> Dataset:
+    """5,552 squares of 16x16 of six photographs of scikit-image (camera, brick, grass, gravel, coins, moon)
+    in 256 grey levels, split 4552/500/500 at random: neighbours may lie in two splits."""
+    try:
+        import skimage.data as found
+    except ImportError as error:
+        raise ImportError("the photographs ship with scikit-image: pip install 'pyroelbo[images]'") from error
+    rows = []
+    for name in ("camera", "brick", "grass", "gravel", "coins", "moon"):
+        picture = getattr(found, name)()
+        height, width = (side // 16 for side in picture.shape)
+        squares = picture[: 16 * height, : 16 * width].reshape(height, 16, width, 16)
+        rows.append(squares.swapaxes(1, 2).reshape(-1, 256))
+    x = _bytes(np.concatenate(rows))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    cuts = {"train": order[:-1000], "valid": order[-1000:-500], "test": order[-500:]}
+    return _pictures("patches", (16, 16), 256, _rows(x, cuts))
 
 
 def binarized_mnist(root: Path | None) -> Dataset:

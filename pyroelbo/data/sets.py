@@ -22,6 +22,7 @@ _SETS: dict[str, Callable[[Path | None], Dataset]] = {
     "docstrings": sources.docstrings,
     "digit_strings": handwriting.digit_strings,
     "scenes": colour.scenes,
+    "patches": images.patches,
     "binarized_mnist": images.binarized_mnist,
     "mnist": images.mnist,
     "omniglot": images.omniglot,

@@ -18,6 +18,7 @@ from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.sat import SAT
 from pyroelbo.models.state_space import StateSpace
+from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
@@ -51,6 +52,7 @@ __all__ = [
     "SigmoidBeliefNet",
     "StateSpace",
     "Strings",
+    "StyleVAE",
     "build",
     "entry",
     "load",

@@ -8,17 +8,16 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import priors
 from pyroelbo.models.hierarchy import ImageChain
 from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
-from pyroelbo.nn import Conv, ConvCell, bounded
+from pyroelbo.nn import Conv, ConvCell, bounded, doubled
 from pyroelbo.numerics import positive_count
 
-__all__ = ["ConvLadder"]
+__all__ = ["ConvLadder", "MapFeatures", "MapMerge"]
 
 
 class ConvLadder(ImageChain):
@@ -71,14 +70,14 @@ class ConvLadder(ImageChain):
         small = [min(size) < 3 for size in sizes]
 
         cells = [{**cell, "small": small[r]} for r in where]
-        doubled = [layer > 0 and where[layer - 1] != r for layer, r in enumerate(where)]
+        doubles = [layer > 0 and where[layer - 1] != r for layer, r in enumerate(where)]
         top, size = len(where) - 1, (latent, *sizes[-1])
         start = priors.build(
             prior, math.prod(size), components, self.encode_top, (pixels.dims,), f"z_{len(where)}"
         )
         super().__init__(
-            TopMap(start, size, channels, doubled[top], cells[top]),
-            [MapLink(latent, channels, doubled[i], cells[i]) for i in range(top)],
+            TopMap(start, size, channels, doubles[top], cells[top]),
+            [MapLink(latent, channels, doubles[i], cells[i]) for i in range(top)],
             PixelLink(_Image(channels, pixels, cell), pixels),
             [
                 *(MapMerge(latent, channels, cells[i]) for i in range(top)),
@@ -86,7 +85,7 @@ class ConvLadder(ImageChain):
             ],
             event=(pixels.dims,),
             order="top-down",
-            features=_Features(tuple(shape), groups, channels, pixels.center(), small, cell),
+            features=MapFeatures(tuple(shape), groups, channels, pixels.center(), small, cell),
         )
         self.shape = tuple(shape)
 
@@ -108,7 +107,7 @@ def _resolutions(shape: tuple[int, ...], groups: Sequence[int]) -> list[tuple[in
     return sizes
 
 
-class _Features(nn.Module):
+class MapFeatures(nn.Module):
     """Flat images to (d_1, …, d_N), maps of ``channels`` features, finest first."""
 
     def __init__(
@@ -144,25 +143,22 @@ class _Features(nn.Module):
 class MapPath(nn.Module):
     """h ← cell(h + W z_l), doubled in size before a finer resolution (abstract)."""
 
-    def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
+    def __init__(self, latent: int, channels: int, doubles: bool, cell: dict[str, Any]) -> None:
         super().__init__()
-        self.doubled = doubled
+        self.doubles = doubles
         self.inwards = Conv(latent, channels, 1)
         self.cell = ConvCell(channels, channels, **cell)
 
     def move(self, state: Tensor, z: Tensor) -> Tensor:
         new = self.cell(state + self.inwards(z))
-        if not self.doubled:
-            return new
-        flat = F.interpolate(new.reshape(-1, *new.shape[-3:]), scale_factor=2.0, mode="nearest")
-        return flat.reshape(*new.shape[:-3], *flat.shape[1:])
+        return doubled(new) if self.doubles else new
 
 
 class MapLink(MapPath):
     """p(z_l | h) = N(μ, diag s²) of a cell on h, and the path after z_l."""
 
-    def __init__(self, latent: int, channels: int, doubled: bool, cell: dict[str, Any]) -> None:
-        super().__init__(latent, channels, doubled, cell)
+    def __init__(self, latent: int, channels: int, doubles: bool, cell: dict[str, Any]) -> None:
+        super().__init__(latent, channels, doubles, cell)
         self.head = ConvCell(channels, 2 * latent, **cell)
 
     def forward(self, state: Tensor) -> dist.TorchDistribution:
@@ -174,9 +170,9 @@ class TopMap(MapPath):
     """p(z_N) over maps of ``size`` [c, H, W] as one vector, and the start of the path from them."""
 
     def __init__(
-        self, prior: priors.Prior, size: tuple[int, ...], channels: int, doubled: bool, cell: dict[str, Any]
+        self, prior: priors.Prior, size: tuple[int, ...], channels: int, doubles: bool, cell: dict[str, Any]
     ) -> None:
-        super().__init__(size[0], channels, doubled, cell)
+        super().__init__(size[0], channels, doubles, cell)
         self.prior, self.size, self.out = prior, size, prior.dims
         self.start = nn.Parameter(torch.zeros(channels, *size[1:]))
 

@@ -35,6 +35,7 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.state_space import StateSpace
+from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
@@ -125,6 +126,12 @@ REGISTRY: dict[str, Entry] = {
         kinds={k: v for k, v in _pixels(*LIKELIHOODS).items() if k != "vectors"},
         sizes=_picture,
         epochs=30,
+    ),
+    "style_vae": Entry(
+        "style-based generator with its inverter: a style and noise maps at several sizes; prior as vae",
+        StyleVAE,
+        kinds={k: v for k, v in _pixels(*LIKELIHOODS).items() if k != "vectors"},
+        sizes=_picture,
     ),
     "autoregressive": Entry(
         "pixels one after the other, exact; network=pixelcnn|transformer",

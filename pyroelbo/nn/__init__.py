@@ -25,6 +25,7 @@ from pyroelbo.nn.layers import (
     masked_mlp,
     round_straight_through,
 )
+from pyroelbo.nn.modulated import ModulatedConv, doubled
 from pyroelbo.nn.unet import UNet
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "GatedMLP",
     "LinearNormal",
     "MLPDenoiser",
+    "ModulatedConv",
     "PerStepLinear",
     "PixelCNN",
     "TokenConv",
@@ -47,6 +49,7 @@ __all__ = [
     "UNet",
     "Waves",
     "bounded",
+    "doubled",
     "join",
     "masked_mlp",
     "one_hot",

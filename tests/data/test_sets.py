@@ -22,6 +22,16 @@ def test_digits():
         data.load("digits", "series")
 
 
+def test_patches_are_squares_of_the_photographs():
+    skimage = pytest.importorskip("skimage.data")
+    found = data.load("patches")
+    assert {k: len(v) for k, v in found.splits.items()} == {"train": 4552, "valid": 500, "test": 500}
+    assert found.shape == (16, 16) and found.kind == "bytes" and found.levels == 256
+    every = torch.cat(list(found.splits.values()))
+    square = torch.from_numpy(skimage.camera()[32:48, 16:32].astype(float)).reshape(-1)
+    assert (every == square).all(1).sum() == 1
+
+
 def test_a_description_is_read_back_and_nothing_else_is():
     digits = data.load("digits", "grey")
     found = data.Dataset.described(json.loads(json.dumps(digits.describe())))

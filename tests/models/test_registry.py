@@ -133,7 +133,7 @@ def test_initial_values_come_from_the_data():
         ),
         (
             lambda: models.build("gan", DIGITS, {}),
-            "model: expected one of vae, hierarchy, ladder, conv_ladder, autoregressive, diffusion,",
+            "model: expected one of vae, hierarchy, ladder, conv_ladder, style_vae, autoregressive,",
         ),
         (
             lambda: models.build("vae", DIGITS, {"depth": 2}),
@@ -147,7 +147,7 @@ def test_initial_values_come_from_the_data():
         (
             lambda: models.build("ppca", data.Dataset("ones", "binary", (4,), {}, 2)),
             "data: expected grey or vectors for ppca, got ones, binary; "
-            "binary are for vae, hierarchy, ladder, conv_ladder, autoregressive, .*bernoulli_mixture",
+            "binary are for vae, hierarchy, ladder, conv_ladder, style_vae, .*bernoulli_mixture",
         ),
         (
             lambda: models.build("vae", DIGITS, {"likelihood": "poisson"}),
