@@ -73,6 +73,12 @@ def labelled_frames(n, steps=6):
     return torch.randn(n, steps, 2), y, torch.randint(4, steps + 1, (n,))
 
 
+def regressions(n):
+    """(x, y): inputs, and outputs by one line or another."""
+    x = torch.randn(n, 2)
+    return x, torch.where(x[:, :1] > 0, x, -x.flip(-1)) + 0.3 * torch.randn(n, 2)
+
+
 class Conjugate(ExactPair):
     """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal
     guide."""
@@ -322,5 +328,11 @@ EM = tuple(n for n in EXACT_GUIDE if hasattr(TABLE[n][0](), "m_step") or n.start
 # conditional pairs: what is drawn is a tuple (x, y, lengths)
 CONDITIONAL = {
     "ctc": (lambda: models.CTC(2, 3, 4, 2), labelled_frames),
+    "experts": (lambda: models.MixtureOfExperts(2, 2, 3), regressions),
+    "experts-logistic": (
+        lambda: models.MixtureOfExperts(2, 3, 2, "logistic"),
+        lambda n: (torch.randn(n, 2), torch.randint(3, (n,))),
+    ),
+    "experts-encoder": (lambda: models.MixtureOfExperts(2, 2, 3, guide="encoder"), regressions),
     "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
 }

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "masked_diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "masked")],),
     "sat": lambda tmp: (["--smoke"],),
     "topics": lambda tmp: (["--smoke"],),
+    "experts": lambda tmp: (["--smoke", "--out", str(tmp / "experts")],),
     "hidden_tree": lambda tmp: (["--smoke", "--out", str(tmp / "tree")],),
     "words": lambda tmp: (["--smoke"],),
     "your_own_pair": lambda tmp: (3,),

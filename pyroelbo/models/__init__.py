@@ -7,6 +7,7 @@ from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
 from pyroelbo.models.diffusion import Diffusion, DiscreteDiffusion
 from pyroelbo.models.discrete_vae import DiscreteVAE, SigmoidBeliefNet
+from pyroelbo.models.experts import MixtureOfExperts
 from pyroelbo.models.flow import DequantizedFlow, Flow
 from pyroelbo.models.grammar import PCFG, NeuralPCFG
 from pyroelbo.models.hierarchy import Hierarchy
@@ -48,6 +49,7 @@ __all__ = [
     "Hierarchy",
     "Ladder",
     "MaskedDiffusion",
+    "MixtureOfExperts",
     "NeuralPCFG",
     "SigmoidBeliefNet",
     "StateSpace",
