@@ -9,33 +9,13 @@ p(y) ≥ ln Ẑ - ln(1/δ). Another formula: --file my.cnf (DIMACS).
 """
 
 import argparse
-import itertools
 import math
 from pathlib import Path
 
 import torch
 
 from pyroelbo import audit, evidence, fit, models
-from pyroelbo.distributions import CNF, read_dimacs
-
-# regions of a map, and which lie beside which
-BORDERS = (
-    ("Fl", "Wa"), ("Fl", "Br"), ("Wa", "Br"), ("Wa", "Li"), ("Wa", "Lu"), ("Wa", "Na"), ("Br", "Li"),
-    ("Br", "An"), ("Li", "Lu"), ("Li", "Lx"), ("Li", "An"), ("Lu", "Na"), ("Lu", "Lx"),
-)  # fmt: skip
-
-
-def colouring(borders, colours=4):
-    """Variable (region, colour): each region has exactly one colour, neighbours have different ones."""
-    regions = sorted({r for border in borders for r in border})
-    number = {(r, c): 1 + i for i, (r, c) in enumerate(itertools.product(regions, range(colours)))}
-    clauses = []
-    for r in regions:
-        own = [number[r, c] for c in range(colours)]
-        clauses += [own, *([-a, -b] for a, b in itertools.combinations(own, 2))]
-    for a, b in borders:
-        clauses += [[-number[a, c], -number[b, c]] for c in range(colours)]
-    return CNF(len(number), clauses)
+from pyroelbo.data.formulas import colouring, read_dimacs
 
 
 def main(arguments=None):
@@ -49,7 +29,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     options = parser.parse_args(arguments)
-    formula = read_dimacs(options.file) if options.file else colouring(BORDERS)
+    formula = read_dimacs(options.file) if options.file else colouring()
     y = torch.ones(1)  # the formula holds
 
     pair = models.SAT(formula)

@@ -119,8 +119,8 @@ def _warn_of_rounding(x: Tensor, name: str) -> None:
         lost = largest > 2 / step
     if bool(lost.any()):
         warnings.warn(
-            f"{name}: numbers as large as {float(largest[lost].max()):.4g} are rounded in {dtype}: subtract their "
-            "mean, or compute in float64 (torch.set_default_dtype(torch.float64), pair.double())",
+            f"{name}: numbers as large as {float(largest[lost].max()):.4g} are rounded in {dtype}: subtract "
+            "their mean, or compute in float64 (torch.set_default_dtype(torch.float64), pair.double())",
             stacklevel=2,
         )
 

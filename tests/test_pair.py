@@ -51,7 +51,8 @@ def test_every_parameter_moves(name, way):
 
 
 def test_every_registered_model_is_in_the_table():
-    assert {n.split("-")[0] for n in (*TABLE, *CONDITIONAL)} >= set(REGISTRY)
+    # the data of "sat" are always the same: tests/models/test_sat.py
+    assert {n.split("-")[0] for n in (*TABLE, *CONDITIONAL)} | {"sat"} >= set(REGISTRY)
 
 
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "own-conv"])

@@ -238,8 +238,7 @@ def audit_(options: argparse.Namespace) -> int:
     if rates := _rates(pair, y, options.particles):
         print("\n" + rates)
     if found.about.discrete:
-        unit = "symbol" if found.about.symbols else "dim"
-        print("\n" + report.bits_table(result, found.numbers(y), unit))
+        print("\n" + shows.in_other_units(result, found, y, config["settings"]))
     run = RunDirectory(options.path)
     run.write_text("audit.json", result.to_json() + "\n")
     written = [run.path / "audit.json", report.plot(result, run.path / "audit.png")]

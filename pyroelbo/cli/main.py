@@ -151,8 +151,8 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         default=None,
         metavar="DATA",
         help=f"a data set ({', '.join(data.NAMES)}) or a file of your own: *.csv, a table with a header; "
-        "*.npy; *.npz with an array train, perhaps valid, test, lengths, labels; *.txt, a text by line; or a "
-        "folder of colour pictures. By default the model's own",
+        "*.npy; *.npz with an array train, perhaps valid, test, lengths, labels; *.txt, a text by line; "
+        "*.cnf, a formula (DIMACS); or a folder of colour pictures. By default the model's own",
     )
     train.add_argument(
         "--columns",

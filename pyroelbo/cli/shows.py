@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from pyroelbo import files, report
 from pyroelbo.batch import Batch
 from pyroelbo.data import Dataset, from_ycocg
 from pyroelbo.pair import Pair
-from pyroelbo.results import Run
+from pyroelbo.results import Audit, Run
 
-__all__ = ["configuration", "curve", "decoded", "result", "samples", "told"]
+__all__ = ["configuration", "curve", "decoded", "in_other_units", "result", "samples", "told"]
 
 _LINES = 8  # of the samples that are printed
 _SHOWN = 16  # pictures in a row
@@ -29,7 +30,8 @@ def told(found: Dataset) -> str:
     """What the data are, in one line."""
     sizes = ", ".join(f"{batches.size(batch)} {split}" for split, batch in found.splits.items())
     shape = "x".join(map(str, found.shape))
-    parts = [f"of {shape} numbers" if shape else ""]
+    parts = [f"of {shape} {'variables' if found.kind == 'formula' else 'numbers'}" if shape else ""]
+    parts += [f"{len(found.names)} clauses" if found.kind == "formula" else ""]
     parts += [f"up to {found.steps} steps" if found.steps > 1 else ""]
     parts += [f"{found.levels} {'labels' if found.kind == 'labelled' else 'values'}" if found.levels else ""]
     parts += ["standardized (audit reports nats in the data's own units)" if found.scale else ""]
@@ -46,6 +48,23 @@ def result(model: str, found: Dataset, run: Run) -> str:
     stopped = "" if run.stopped == "epochs" else f", stopped: {run.stopped}"
     scaled = " (of standardized data)" if found.scale else ""
     return f"{model} on {found.title}: loss {last['loss']:.3f} nats{bound}{scaled} after {epochs}{stopped}"
+
+
+def in_other_units(result: Audit, found: Dataset, y: Batch, settings: Mapping[str, Any]) -> str:
+    """An audit's means as their kind is counted: bits per number or symbol, the models of a formula."""
+    if found.kind == "formula":
+        return _counts(result, found.dims, float(settings.get("weights", 0.5)))
+    return report.bits_table(result, found.numbers(y), "symbol" if found.about.symbols else "dim")
+
+
+def _counts(result: Audit, variables: int, weight: float) -> str:
+    """ln p(y) + n ln 2, the logarithm of the number of models, if all assignments have the same weight."""
+    if weight != 0.5:
+        return f"ln p(y) is the logarithm of the count of models with weight {weight:g} for true"
+    lines = [f"{'method':<12}  {'kind':<8}  ln(models), {variables} ln 2 above ln p(y)"]
+    for bound in sorted(result.bounds, key=lambda b: -b.mean):
+        lines.append(f"{bound.method:<12}  {bound.kind:<8}  {bound.mean + variables * math.log(2):10.6f}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------- pictures

@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
         _padded,
         symbols=True,
     ),
+    "formula": Kind("a propositional formula (DIMACS), seen to hold: y [B] of ones", True),
     "labelled": Kind(
         "sequences of vectors with labels 1 … levels: x [B, T, D], y [B, L] padded with -1, lengths of x",
         True,
@@ -98,7 +99,7 @@ class Dataset:
         splits: batches named "train" and, perhaps, "valid" and "test".
         levels: number of symbols, grey levels or labels; 0 for real numbers.
         steps: length of the longest sequence; 1 for what is none.
-        names: of the symbols (words, characters) or of the columns.
+        names: of the symbols (words, characters) or of the columns; the clauses of a formula.
         labels: classes [N] by split, for colours in figures.
         loc, scale: of each coordinate of standardized data, y = (raw - loc) / scale; () for raw ones.
     """

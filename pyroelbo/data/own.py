@@ -1,5 +1,5 @@
-"""A user's own file as a data set: arrays (npy, npz), tables (csv), lines of text (txt), folders of
-pictures."""
+"""A user's own file as a data set: arrays (npy, npz), tables (csv), lines of text (txt), formulas
+(cnf), folders of pictures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pyroelbo import batch as batches
 from pyroelbo.batch import Batch, as_batch
 from pyroelbo.data.colour import pictures, read_folder
 from pyroelbo.data.dataset import Dataset
+from pyroelbo.data.formulas import formula_set, read_dimacs
 from pyroelbo.data.text import strings
 from pyroelbo.files import read_arrays, read_lines, read_table
 
@@ -39,8 +40,9 @@ def read(path: Path, columns: Sequence[str] = ()) -> Dataset:
     sequences (``valid_lengths``, ``test_lengths``); ``labels``: classes [N], or the labels [N, L] from 1 on,
     padded with -1, that make series ``labelled`` (``valid_labels``, …). The lines of a txt file are
     ``strings`` of its characters; a csv file has a header and is a table of real numbers, of ``columns`` if
-    they are given. A folder holds ``colour`` pictures, cut to the middle that all have. Where there is no
-    test split, a fifth of ten rows or more is held out, and a tenth as valid split, drawn by seed 0.
+    they are given. A cnf file (DIMACS) is a ``formula``. A folder holds ``colour`` pictures, cut to the
+    middle that all have. Where there is no test split, a fifth of ten rows or more is held out, and a tenth
+    as valid split, drawn by seed 0.
 
     Raises ValueError, naming file, array, row and column, for missing or other than finite numbers and for
     shapes that do not fit; OSError for a file that cannot be read.
@@ -87,11 +89,16 @@ def _arrays(path: Path, columns: Sequence[str]) -> Dataset:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _formula(path: Path, columns: Sequence[str]) -> Dataset:
+    return formula_set(str(path), read_dimacs(path))
+
+
 FORMATS: dict[str, Callable[[Path, Sequence[str]], Dataset]] = {
     ".npy": _arrays,
     ".npz": _arrays,
     ".csv": _table,
     ".txt": _lines,
+    ".cnf": _formula,
 }
 
 

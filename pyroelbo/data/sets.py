@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyroelbo.data import colour, handwriting, images, own, sources, tables
+from pyroelbo.data import colour, formulas, handwriting, images, own, sources, tables
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.data.views import view
 
@@ -23,6 +23,7 @@ _SETS: dict[str, Callable[[Path | None], Dataset]] = {
     "digit_strings": handwriting.digit_strings,
     "scenes": colour.scenes,
     "patches": images.patches,
+    "map_colouring": formulas.map_colouring,
     "binarized_mnist": images.binarized_mnist,
     "mnist": images.mnist,
     "omniglot": images.omniglot,
@@ -42,11 +43,12 @@ def load(
     """A data set by name, or from a file of one's own, as it is or seen as another ``kind`` of
     :data:`~pyroelbo.data.KINDS`.
 
-    Files are ``*.npy``, ``*.npz``, ``*.csv`` (of which ``columns`` may be chosen) and ``*.txt``, or a folder
-    of pictures, see :func:`pyroelbo.data.own.read`. Images are rows [N, D] in row-major order.
+    Files are ``*.npy``, ``*.npz``, ``*.csv`` (of which ``columns`` may be chosen), ``*.txt`` and ``*.cnf``,
+    or a folder of pictures, see :func:`pyroelbo.data.own.read`. Images are rows [N, D] in row-major order.
     ``binarized_mnist``, ``mnist``, ``omniglot`` and ``freyfaces`` are read from ``root`` or
-    ``$PYROELBO_DATA``; the others ship with Python, scikit-learn and scikit-image. Raises ValueError for
-    unknown names and kinds and for files that cannot be used, FileNotFoundError for missing files.
+    ``$PYROELBO_DATA``; the others ship with Python, scikit-learn and scikit-image, or are made. Raises
+    ValueError for unknown names and kinds and for files that cannot be used, FileNotFoundError for missing
+    files.
     """
     folder = str(data) not in _SETS and Path(data).is_dir()
     if folder or Path(data).suffix.lower() in own.FORMATS:

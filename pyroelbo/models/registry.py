@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyroelbo import batch as batches
 from pyroelbo.data import KINDS, Dataset, view, views
+from pyroelbo.data.formulas import formula_of
 from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive, Strings
 from pyroelbo.models.chow_liu import HiddenChowLiuTree
@@ -34,6 +35,7 @@ from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.sat import SAT
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
@@ -284,6 +286,19 @@ REGISTRY: dict[str, Entry] = {
         data="expressions",
         settings={"nonterminals": 5, "preterminals": 20},
         epochs=20,
+    ),
+    "sat": Entry(
+        "assignments that satisfy a formula, counted exactly by a decision diagram; guide=autoregressive "
+        "learns them",
+        SAT,
+        kinds={"formula": {}},
+        sizes=lambda data: {"formula": formula_of(data.shape[0], data.names)},
+        data="map_colouring",
+        settings={"guide": "autoregressive"},
+        epochs=200,
+        learning_rate=1e-2,
+        objective="rloo",
+        particles=64,
     ),
     "ctc": Entry(
         "labels of a sequence, summed over all alignments, exact; guide=exact|local",

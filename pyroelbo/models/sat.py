@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroelbo.distributions import CNF, Models, compile_formula
+from pyroelbo.evaluation.sites import Unavailable
 from pyroelbo.nn import masked_mlp
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["SAT"]
 
 GUIDES = ("compiled", "autoregressive")
+_NO_MODELS = "formula: expected one that can be satisfied, got one without models"
 
 
 class SAT(ExactPair):
@@ -39,8 +41,9 @@ class SAT(ExactPair):
     A sampled bound proves nothing by itself: with probability 1 - δ, ln p(y) ≥ ln Ẑ - ln(1/δ), where Ẑ is the
     mean of the importance weights (Markov's inequality); the compiled one is exact.
 
-    Raises ValueError for data other than ones, ImportError without the compiler or the solver. Values of z
-    are LongTensors [B, n]; data [B].
+    Raises ValueError for data other than ones and for draws from a formula without models, ImportError
+    without the compiler or the solver, :class:`~pyroelbo.evidence.Unavailable` for the evidence where the
+    compiler is missing or out of time. Values of z are LongTensors [B, n]; data [B].
 
     Args:
         formula: a :class:`~pyroelbo.distributions.CNF`.
@@ -86,17 +89,27 @@ class SAT(ExactPair):
     def guide(self, y: Tensor) -> None:
         with pyro.plate(PLATE, len(y)):
             if self.encoder is None:
-                pyro.sample("z", self.posterior(y))
+                pyro.sample("z", self._models(y))
             else:
                 pyro.sample("z", _Extendable(self.encoder, self._oracle(), self.log_weights, (len(y),)))
 
     def log_evidence(self, y: Tensor) -> Tensor:
-        return self.posterior(self._check(y)).log_partition
+        try:
+            return self.posterior(self._check(y)).log_partition
+        except (ImportError, TimeoutError) as error:
+            raise Unavailable(str(error)) from error
 
     def posterior(self, y: Tensor) -> Models:
         if self.__dict__["_circuit"] is None:
             self.__dict__["_circuit"] = compile_formula(self.formula, self.seconds)
         return Models(self.__dict__["_circuit"], self.log_weights).expand((len(y),))
+
+    def _models(self, y: Tensor) -> Models:
+        """The posterior, for draws."""
+        posterior = self.posterior(y)
+        if bool((posterior.log_partition == -torch.inf).any()):
+            raise ValueError(f"{_NO_MODELS}, as its decision diagram proves: ln p(y) is -inf")
+        return posterior
 
     def _oracle(self) -> _Prefixes:
         if self.__dict__["_prefixes"] is None:
@@ -104,7 +117,7 @@ class SAT(ExactPair):
         return self.__dict__["_prefixes"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_circuit": None, "_prefixes": None}
+        return {**super().__getstate__(), "_prefixes": None}
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return torch.ones(n, dtype=self.log_weights.dtype, device=self.log_weights.device)
@@ -112,7 +125,13 @@ class SAT(ExactPair):
     def simulate(self, n: int, *given: Tensor, like: Any = None) -> Any:
         """Models of the formula, drawn from the posterior, as the data are always ones."""
         y = self.placeholder(n)
-        return {"z": self.posterior(y).sample()}, y
+        return {"z": self._models(y).sample()}, y
+
+    def lines(self, latents: dict[str, Tensor], batch: Any, names: Sequence[str]) -> list[str]:
+        """Each assignment as the literals that are true, and 0, as solvers print it."""
+        signs = 2 * latents["z"].reshape(-1, self.formula.variables) - 1
+        rows = (signs * torch.arange(1, 1 + self.formula.variables, device=signs.device)).tolist()
+        return [f"v {' '.join(map(str, row))} 0" for row in rows]
 
 
 def _network(variables: int, hidden: Sequence[int]) -> nn.Module:
@@ -197,7 +216,7 @@ class _Extendable(TorchDistribution):
             drawn = torch.bernoulli(odds.sigmoid())
             allowed = torch.tensor([self.oracle.values(p) for p in prefixes])
             if not bool(allowed.any(-1).all()):
-                raise ValueError("formula: expected one that can be satisfied, got one without models")
+                raise ValueError(f"{_NO_MODELS}, as the solver proves: ln p(y) is -inf")
             rows[:, i] = torch.where(allowed.all(-1), drawn, allowed[:, 1].to(drawn)).long()
             prefixes = [
                 (*p, (i + 1) * (2 * v - 1)) for p, v in zip(prefixes, rows[:, i].tolist(), strict=True)

@@ -52,7 +52,8 @@ def probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tens
             leaves[name] = leaf
             known.add(id(leaf))
     if not leaves:
-        raise ValueError(f"pair: expected parameters to train, got none in {pair.name}")
+        exact = ", whose guide is exact as it is" if getattr(pair, "exact_guide", False) else ""
+        raise ValueError(f"pair: expected parameters to train, got none in {pair.name}{exact}")
     return leaves, full
 
 

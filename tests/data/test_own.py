@@ -159,7 +159,7 @@ def test_a_file_must_exist_and_have_a_known_ending(tmp_path):
         data.load(tmp_path / "none.csv")
     with pytest.raises(
         ValueError,
-        match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, or a folder of pictures, got '.*mine.pkl'",
+        match=r"or a file \*.npy, \*.npz, \*.csv, \*.txt, \*.cnf, or a folder of pictures, got '.*mine.pkl'",
     ):
         data.load(tmp_path / "mine.pkl")
     np.save(tmp_path / "x.npy", REAL)

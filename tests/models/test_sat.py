@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyroelbo import audit, evidence, fit, models
+from pyroelbo.cli import main
 from pyroelbo.distributions import CNF
 from tests.oracles import models_of
 
@@ -75,3 +76,75 @@ def test_what_is_refused():
         models.SAT(cnf, weights=1.0)
     with pytest.raises(ValueError, match="guide: expected one of"):
         models.SAT(cnf, "exact")
+
+
+MAP = "p cnf 4 3\n1 -2 0\n2 3 -4 0\n-1 4 0\n"  # six models
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A trained run of a formula in a file."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    (tmp_path / "f.cnf").write_text(MAP)
+    assert main(["train", "sat", "--data", "f.cnf", "--out", "r", "-n", "2", "--quiet"]) == 0
+    assert "f.cnf: formula of 4 variables, 3 clauses; 1 train" in capsys.readouterr().out
+    return tmp_path / "r"
+
+
+def test_the_command_line_counts_and_lists_models(run, capsys):
+    assert main(["audit", "r", "--particles", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [s.split()[2] for s in lines if s.startswith("exact")][-1] == f"{math.log(6):.6f}"
+    assert len([s for s in lines if s.startswith(("elbo", "iwae-8"))]) == 4
+    assert main(["sample", "r", "-n", "100"]) == 0
+    assert "v " in capsys.readouterr().out
+    cnf = CNF(4, ((1, -2), (2, 3, -4), (-1, 4)))
+    found = {tuple(map(int, s.split()[1:-1])) for s in (run / "samples.txt").read_text().splitlines()}
+    assert all([abs(x) for x in row] == [1, 2, 3, 4] for row in found)
+    assert cnf.satisfied(torch.tensor([[int(x > 0) for x in row] for row in found])).all()
+    assert len(found) == 6  # one is missed with a chance below 1e-7
+
+
+def test_weights_are_no_count(run, capsys):
+    words = ["train", "sat", "--data", "f.cnf", "--out", "w", "-n", "1", "--quiet", "--set", "weights=0.25"]
+    assert main(words) == 0
+    assert main(["audit", "w", "--particles", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "the count of models with weight 0.25 for true" in printed and "ln(models)" not in printed
+
+
+def test_without_the_compiler_the_bounds_stand_alone(run, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["audit", "r", "--particles", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "no exact value: compiling a formula needs the compiler d4: pip install" in printed
+    assert "elbo" in printed and "\nexact" not in printed
+    assert main(["sample", "r"]) == 1
+    assert capsys.readouterr().err.startswith("pyroelbo: compiling a formula needs the compiler d4: pip")
+
+
+def test_formulas_that_cannot_be_used_are_told_in_one_line(run, capsys):
+    (run.parent / "never.cnf").write_text("p cnf 1 2\n1 0\n-1 0\n")
+    (run.parent / "bad.cnf").write_text("p cnf 2 1\n\n1 3 0\n")
+    train = ["train", "sat", "--out", "x", "--quiet", "--data"]
+    for words, message in (
+        ([*train, "never.cnf"], "one without models, as the solver proves: ln p(y) is -inf"),
+        ([*train, "bad.cnf"], "bad.cnf, line 3: expected literals ±1 … ±2, got 3"),
+        ([*train, "f.cnf", "--set", "guide=compiled"], "got none in SAT, whose guide is exact as it is"),
+        ([*train, "iris"], "--data: expected formula for sat, got iris, vectors"),
+        ([*train, "f.cnf", "--columns", "a"], "--columns: expected none for a .cnf file, got a"),
+    ):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (run.parent / "x").exists()
+    (run.parent / "f.cnf").write_text(MAP.replace("-1 4", "-1 3"))
+    assert main(["audit", "r"]) == 1
+    assert "expected the data that the run was trained on, with names" in capsys.readouterr().err
+
+
+def test_the_compiled_guide_tells_that_there_is_nothing_to_draw():
+    never, y = models.SAT(CNF(1, ((1,), (-1,)))), torch.ones(1)
+    for draw in (lambda: never.guide(y), lambda: never.simulate(2)):
+        with pytest.raises(ValueError, match="one without models, as its decision diagram proves"):
+            draw()
