@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "agree",
     "bits_per_dim",
     "duration",
     "effective_sample_size",
@@ -93,3 +94,9 @@ def nats_to_bits(nats):
 def bits_per_dim(log_prob, dims: float):
     """-log₂ p per dimension, from ``log_prob`` in nats and the number of dimensions of one datum."""
     return -nats_to_bits(log_prob) / dims
+
+
+def agree(a: Tensor, b: Tensor, rtol: float, atol: float) -> bool:
+    """Whether two tensors are equal up to a tolerance, in the wider of their dtypes; NaN equals NaN."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.allclose(a.to(wide), b.to(wide), rtol=rtol, atol=atol, equal_nan=True)

@@ -90,3 +90,9 @@ def test_counts(value, good):
 def test_units():
     assert numerics.nats_to_bits(math.log(8.0)) == pytest.approx(3)
     assert numerics.bits_per_dim(-10 * math.log(2.0), 5) == pytest.approx(2)
+
+
+def test_agreement_of_different_dtypes():
+    a = torch.tensor([1.0, math.nan, -math.inf], dtype=torch.float32)
+    assert numerics.agree(a, a.double(), rtol=1e-6, atol=0.0)
+    assert not numerics.agree(a.double(), a + torch.tensor([1e-3, 0, 0]), rtol=1e-6, atol=0.0)

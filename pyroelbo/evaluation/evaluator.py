@@ -44,6 +44,7 @@ from pyroelbo.evaluation.sites import (
 )
 from pyroelbo.evaluation.strategies import Joint, Loop, Plate, Repeat, Strategy
 from pyroelbo.evaluation.supports import movable
+from pyroelbo.numerics import agree
 from pyroelbo.pair import Pair
 from pyroelbo.results import Bound, Terms
 
@@ -379,7 +380,7 @@ class Evaluator:
                 return "other dependence on enumerated latents"
             for name, value in found.items():
                 again = torch.cat([a[which][name] for a in alone])
-                if not torch.allclose(value, again, rtol=_AGREE, atol=_AGREE, equal_nan=True):
+                if not agree(value, again, rtol=_AGREE, atol=_AGREE):
                     return f"other log probabilities at site {name!r}"
         return None
 

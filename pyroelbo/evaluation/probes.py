@@ -16,6 +16,7 @@ from pyroelbo.evaluation.masks import event_mask, is_masked, log_prob_of
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import is_point, sample_sites
 from pyroelbo.evaluation.supports import movable, same_bounds, support_of
+from pyroelbo.numerics import agree
 
 __all__ = [
     "LatentReads",
@@ -150,7 +151,7 @@ def _moved(
     """A site of the model whose term differs between two values of the latents."""
     one, other = (_live_terms(programs, batch, latents) for latents in (before, after))
     for name, term in one.items():
-        if not torch.allclose(term, other[name], rtol=1e-5, atol=1e-6, equal_nan=True):
+        if not agree(term, other[name], rtol=1e-5, atol=1e-6):
             return name
     return None
 
@@ -199,7 +200,7 @@ def coupled_site(programs: Programs, batch: Batch, plate: int) -> str | None:
         after = _live_terms(programs, copies, other)
         for name, term in before.items():
             own, moved = term.select(plate, row), after[name].select(plate, row)
-            if not torch.allclose(own, moved, rtol=1e-4, atol=1e-5, equal_nan=True):
+            if not agree(own, moved, rtol=1e-4, atol=1e-5):
                 return name
     return None
 
@@ -233,7 +234,7 @@ def coupled_latents(programs: Programs, batch: Batch, plate: int) -> str | None:
 
         mixed = {name: chosen(name, both, dim) for name, dim in dims.items()}
         for name, term in _live_terms(programs, batch, mixed).items():
-            if not torch.allclose(term, chosen(name, alone, plate), rtol=1e-4, atol=1e-5, equal_nan=True):
+            if not agree(term, chosen(name, alone, plate), rtol=1e-4, atol=1e-5):
                 return name
     return None
 
@@ -287,7 +288,7 @@ def check_factors(
             expected = log_prob_of(site, latent=name in finite)
             found = _at(tables[name], trace, latents) if name in tables else log_probs[name]
             found, expected = torch.broadcast_tensors(found, expected)
-            if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True):
+            if not agree(found, expected, rtol=1e-4, atol=1e-4):
                 raise ValueError(
                     f"model site {name!r}: enumeration gives other log probabilities than the model run at "
                     "the same values (a Python branch on a latent, a sum over a plate?). Write branches with "
