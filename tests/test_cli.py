@@ -89,6 +89,7 @@ SMALL = {
     "hmm": "symbols --set states=2",
     "state_space": "series",
     "strings": "strings --set width=8 --set layers=1",
+    "sentence_vae": "sentences --set latent=2 --set width=8",
     "lda": "sentences --set topics=2 --set hidden=8",
     "pcfg": "sentences --set preterminals=3",
     "neural_pcfg": "sentences --set preterminals=3 --set width=8",
@@ -187,6 +188,10 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
         ),
         (["train", "vae", "--out", str(tmp_path / "x"), "-n", "0"], "--num-epochs: expected a positive"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--kl-warmup", "-3"], "--kl-warmup: expected"),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--kl-period", "3"],
+            "--kl-period: expected at least",
+        ),
         (
             ["train", "vae", "--out", str(tmp_path / "x"), "--set", "likelihood=foo"],
             "--set likelihood: expected one of",

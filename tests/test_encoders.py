@@ -23,7 +23,7 @@ def encoder(kind, dims, **settings):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return made
+    return made.eval()  # a density of its own only outside training, for batch-normalized means
 
 
 def square(dims, to=15.0, step=0.05):

@@ -26,6 +26,7 @@ from pyroelbo.results import Audit, Run
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.em import ClosedForm, fit_em
 from pyroelbo.training.fit import fit
+from pyroelbo.training.schedules import warmup
 from pyroelbo.training.settings import FitSettings
 
 __all__ = ["MODELS_OWN", "audit_", "compress", "decompress", "models_", "sample", "show", "train"]
@@ -75,6 +76,7 @@ def train(options: argparse.Namespace) -> int:
         "settings": settings,
         "method": method,
         "kl_warmup": options.kl_warmup,
+        "kl_period": options.kl_period,
     }
     print(shows.told(found))
     run = (
@@ -119,6 +121,11 @@ def _chosen(options: argparse.Namespace, entry: models.Entry) -> dict[str, Any]:
     """The settings of training: the user's, else the model's."""
     if options.kl_warmup < 0:
         raise ValueError(f"--kl-warmup: expected a number of epochs, got {options.kl_warmup}")
+    if options.kl_period is not None and not options.kl_period >= options.kl_warmup > 0:
+        raise ValueError(
+            f"--kl-period: expected at least the epochs of --kl-warmup, a positive number, got "
+            f"{options.kl_period} after {options.kl_warmup}"
+        )
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(FitSettings)}
     return chosen | {k: getattr(entry, k) for k in MODELS_OWN if chosen[k] is None}
 
@@ -147,9 +154,10 @@ def _gradient(
     chosen: dict[str, Any],
     config: dict[str, Any],
 ) -> Run:
-    warmup, weight = options.kl_warmup, options.kl_weight
-    if warmup > 0:
-        chosen["kl_weight"] = lambda epoch: weight * min(1.0, epoch / warmup)
+    weight = options.kl_weight
+    if options.kl_warmup > 0:
+        rise = warmup(options.kl_warmup, options.kl_period)
+        chosen["kl_weight"] = lambda epoch: weight * rise(epoch)
     if options.patience is not None and "valid" not in found.splits:
         raise ValueError(f"patience: expected data with a split 'valid', got {found.title} without one")
     return fit(
@@ -179,7 +187,7 @@ def _em(
     for name, default in defaults.items():
         if name not in known and chosen[name] != default:
             raise ValueError(f"{name}: expected none with --method em, got {chosen[name]!r}")
-    for name in (*(n for n in MODELS_OWN if n not in known), "kl_warmup"):
+    for name in (*(n for n in MODELS_OWN if n not in known), "kl_warmup", "kl_period"):
         if getattr(options, name):
             raise ValueError(f"{name}: expected none with --method em, got {getattr(options, name)!r}")
     chosen = {k: v for k, v in chosen.items() if k in known}

@@ -178,6 +178,13 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         help="increase the KL weight from 0 to its value over so many epochs",
     )
     train.add_argument(
+        "--kl-period",
+        type=float,
+        default=None,
+        metavar="EPOCHS",
+        help="begin that increase anew after so many epochs (a cyclical schedule)",
+    )
+    train.add_argument(
         "--cuda",
         dest="device",
         action="store_const",

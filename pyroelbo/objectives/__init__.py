@@ -2,11 +2,12 @@
 ``fit``.
 """
 
+from pyroelbo.objectives.aggressive import Aggressive
 from pyroelbo.objectives.base import Objective, Update, Weighted_ELBO
 from pyroelbo.objectives.discrete import ESTIMATORS, Discrete_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
-from pyroelbo.objectives.layered import Layered_ELBO
+from pyroelbo.objectives.layered import Layered_ELBO, Rate_ELBO
 from pyroelbo.objectives.order import mean_field_fault
 from pyroelbo.objectives.registry import OBJECTIVES, build
 from pyroelbo.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
@@ -15,12 +16,14 @@ __all__ = [
     "ESTIMATORS",
     "IWAE_ELBO",
     "OBJECTIVES",
+    "Aggressive",
     "Discrete_ELBO",
     "Evidence_ELBO",
     "Exact_ELBO",
     "Hard_ELBO",
     "Layered_ELBO",
     "Objective",
+    "Rate_ELBO",
     "ReweightedWakeSleep",
     "Update",
     "WakeSleep",

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
+from pyroelbo.objectives.aggressive import Aggressive
 from pyroelbo.objectives.base import Objective, adapt
 from pyroelbo.objectives.discrete import ESTIMATORS, Discrete_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
@@ -43,6 +44,7 @@ OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
     "elbo": _elbo,
     "mean_field": lambda pair, particles: TraceMeanField_ELBO(),
     "layered": lambda pair, particles: Layered_ELBO(),
+    "aggressive": lambda pair, particles: Aggressive(_elbo(pair, particles), generator_of(pair)),
     "hard": lambda pair, particles: Hard_ELBO(),
     "iwae": _iwae("plain"),
     "stl": _iwae("stl"),
