@@ -281,6 +281,11 @@ TABLE = {
         lambda n: torch.randint(4, (n, 5)),
     ),
     "strings": (lambda: models.Strings(5, 3, width=8, layers=1), lambda n: texts(n, 5, 3)),
+    "sentence_vae": (lambda: models.SentenceVAE(5, 3, 2, 8), lambda n: texts(n, 5, 3)),
+    "sentence_vae-window": (
+        lambda: models.SentenceVAE(5, 3, 2, 8, "window", skip=True, prior="vamp", components=3),
+        lambda n: texts(n, 5, 3),
+    ),
     "diffusion": (
         lambda: models.Diffusion(4, 3, 5, width=8, layers=1),
         lambda n: torch.randint(5, (n, 4)).double(),

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "chorales": lambda tmp: (["--smoke"],),
     "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
     "discrete_vae": lambda tmp: (["--smoke", "--out", str(tmp / "discrete")],),
+    "sentence_vae": lambda tmp: (["--smoke"],),
     "diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "diffusion")],),
     "vdm": lambda tmp: (["--smoke", "--out", str(tmp / "vdm")],),
     "masked_diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "masked")],),

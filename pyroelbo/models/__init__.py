@@ -18,6 +18,7 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.sat import SAT
+from pyroelbo.models.sentences import SentenceVAE
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
@@ -51,6 +52,7 @@ __all__ = [
     "MaskedDiffusion",
     "MixtureOfExperts",
     "NeuralPCFG",
+    "SentenceVAE",
     "SigmoidBeliefNet",
     "StateSpace",
     "Strings",

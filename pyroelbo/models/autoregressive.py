@@ -41,6 +41,37 @@ class CausalNetwork(Protocol):
         """The cache after appending ``token`` [*lead]."""
 
 
+def check_tokens(y: Tensor, lowest: int, highest: int) -> None:
+    """Raise ValueError, naming the token and its place, for the first that is no integer in [lowest,
+    highest]."""
+    wrong = (y < lowest) | (y > highest) | (y != y.long())
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"y: expected integers in [{lowest}, {highest}], got {float(y[row, place]):.6g} at row {row}, "
+            f"place {place}"
+        )
+
+
+def check_strings(y: Tensor, symbols: int) -> None:
+    """Raise ValueError, naming row and place, unless the rows of y [B, L] are symbols 0 … ``symbols`` - 1,
+    then -1."""
+    check_tokens(y, -1, symbols - 1)
+    late = (y[:, :-1] < 0) & (y[:, 1:] >= 0)
+    if bool(late.any()):
+        row, place = late.nonzero()[0].tolist()
+        raise ValueError(
+            f"y: expected only -1 after the first -1 of a row, got {int(y[row, place + 1])} at row {row}, "
+            f"place {place + 1}; that string ends at place {place}"
+        )
+
+
+def stopped(logits: Tensor, ended: Tensor) -> Tensor:
+    """Logits [*, symbols], with all mass on the last, the stop symbol, where ``ended`` [*]."""
+    stop = pad(logits.new_full((logits.shape[-1] - 1,), -math.inf), (0, 1))
+    return torch.where(ended[..., None], stop, logits)
+
+
 class Prefix(TorchDistribution):
     """Point mass on a sequence ``prefix`` [*, t], event shape [t]: q(z | y) when z drops the last tokens of
     y."""
@@ -257,15 +288,7 @@ class Autoregressive(ExactPair):
 
     def check_tokens(self, y: Tensor) -> None:
         """Raise ValueError, naming the token and its place, for the first unknown token."""
-        highest = self.lowest + self.symbols - 1
-        wrong = (y < self.lowest) | (y > highest) | (y != y.long())
-        if bool(wrong.any()):
-            row, place = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"y: expected integers in [{self.lowest}, {highest}], got {float(y[row, place]):.6g} at "
-                f"row {row}, "
-                f"place {place}"
-            )
+        check_tokens(y, self.lowest, self.lowest + self.symbols - 1)
 
     def number(self, y: Tensor) -> Tensor:
         """The network's symbols of tokens, 0 … symbols-1."""
@@ -386,32 +409,19 @@ class Strings(Autoregressive):
         super().__init__(length, symbols + 1, "categorical", network, width, layers, dropout)
 
     def check_tokens(self, y: Tensor) -> None:
-        super().check_tokens(y)
-        late = (y[:, :-1] < 0) & (y[:, 1:] >= 0)
-        if bool(late.any()):
-            row, place = late.nonzero()[0].tolist()
-            raise ValueError(
-                f"y: expected only -1 after the first -1 of a row, got {int(y[row, place + 1])} at row "
-                f"{row}, "
-                f"place {place + 1}; that string ends at place {place}"
-            )
+        check_strings(y, self.symbols - 1)
 
     def logits(self, y: Tensor) -> Tensor:
         ended = pad(y[..., :-1] < 0, (1, 0))
-        return self._ended(super().logits(y), ended)
+        return stopped(super().logits(y), ended)
 
     def link(self, above: Tensor, logits: Tensor) -> Append:
-        return super().link(above, self._ended(logits, above[..., -1] < 0) if above.shape[-1] else logits)
+        return super().link(above, stopped(logits, above[..., -1] < 0) if above.shape[-1] else logits)
 
     def append(self, cache: Any, z: Tensor) -> tuple[Any, Append]:
         if not torch.is_grad_enabled() and bool((z[..., -1] < 0).all()):
             return None, self.link(z, next(self.parameters()).new_zeros(self.symbols))
         return super().append(cache, z)
-
-    def _ended(self, logits: Tensor, ended: Tensor) -> Tensor:
-        """Logits [*, symbols], with all mass on the stop symbol where ``ended`` [*]."""
-        stop = pad(logits.new_full((self.symbols - 1,), -math.inf), (0, 1))
-        return torch.where(ended[..., None], stop, logits)
 
     def placeholder(self, n: int, *given: Tensor) -> Tensor:
         return torch.zeros(n, self.length, dtype=torch.long, device=self.device)

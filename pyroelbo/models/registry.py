@@ -36,6 +36,7 @@ from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
 from pyroelbo.models.sat import SAT
+from pyroelbo.models.sentences import SentenceVAE
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
@@ -260,6 +261,13 @@ REGISTRY: dict[str, Entry] = {
         sizes=lambda data: {"length": data.steps, "symbols": data.levels},
         data="words",
         epochs=20,
+    ),
+    "sentence_vae": Entry(
+        "VAE of texts, written word by word; network=gru|window, encoder and prior as vae",
+        SentenceVAE,
+        kinds={"sentences": {}},
+        sizes=lambda data: {"length": data.steps, "symbols": data.levels},
+        data="expressions",
     ),
     "lda": Entry(
         "topics of documents, the order of words aside; exact for few topics",

@@ -1,6 +1,6 @@
 """Networks for pairs. All accept any number of leading dimensions, so that particles are vectorized."""
 
-from pyroelbo.nn.causal import CausalTransformer, PixelCNN
+from pyroelbo.nn.causal import CausalGRU, CausalText, CausalTransformer, CausalWindow, PixelCNN
 from pyroelbo.nn.denoisers import (
     MLPDenoiser,
     PerStepLinear,
@@ -31,7 +31,10 @@ from pyroelbo.nn.unet import UNet
 __all__ = [
     "MLP",
     "BatchNorm",
+    "CausalGRU",
+    "CausalText",
     "CausalTransformer",
+    "CausalWindow",
     "Conv",
     "ConvCell",
     "ConvDecoder",

@@ -4,6 +4,7 @@ cache."""
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pyroelbo.numerics import positive_count
 
-__all__ = ["CausalTransformer", "PixelCNN"]
+__all__ = ["CausalGRU", "CausalText", "CausalTransformer", "CausalWindow", "PixelCNN"]
 
 
 class CausalTransformer(nn.Module):
@@ -117,6 +118,194 @@ class _Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=past is None and x.shape[1] > 1)
         x = x + self.dropout(self.outwards(mixed.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.between(x))), (key, value)
+
+
+class CausalText(nn.Module):
+    """Tokens [*, T] of 0 … symbols-1, and a context [*, context] if there is one, to logits [*, T, symbols];
+    the logits at t depend on the context and on tokens before t alone (abstract).
+
+    Subclasses turn embedded tokens into features. :meth:`begin`, :meth:`append` and :meth:`step` give the
+    same logits one token at a time.
+
+    Args:
+        symbols: number of symbols.
+        width: number of features, and of each token's embedding.
+        context: size of the context vector, 0 for none.
+        skip: the context joins every input and every output, beside where it starts.
+        dropout: probability of dropout in embeddings and features.
+        word_dropout: probability with which, in training, a token is hidden from those after it.
+
+    Sources: Bowman et al. (2016) for a context in front and for word dropout; Dieng, Kim, Rush and Blei
+    (2019) for skip connections.
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        width: int = 64,
+        context: int = 0,
+        skip: bool = False,
+        dropout: float = 0.0,
+        word_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        positive_count("width", width, "number of features")
+        for name, p in (("dropout", dropout), ("word_dropout", word_dropout)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name}: expected a probability, got {p!r}")
+        self.symbols, self.width, self.context = symbols, width, context
+        self.skip, self.word_dropout = skip and context > 0, word_dropout
+        self.embed = nn.Embedding(symbols + 1, width)  # the last row is the start
+        self.dropout = nn.Dropout(dropout)
+        beside = context if self.skip else 0
+        self.inputs = width + beside
+        self.head = nn.Linear(width + beside, symbols)
+
+    @abstractmethod
+    def features(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """What ``head`` reads, [*, T, F]: the logits before the softmax's large matrix."""
+
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.head(self.features(tokens, context))
+
+    def _rows(self, tokens: Tensor, context: Tensor | None) -> tuple[torch.Size, Tensor, Tensor | None]:
+        """Leading dimensions, inputs [n, T, inputs] with the start in front, and contexts [n, context]."""
+        lead = tokens.shape[:-1]
+        if context is not None:
+            lead = torch.broadcast_shapes(lead, context.shape[:-1])
+            context = context.expand(*lead, -1).reshape(-1, self.context)
+        rows = tokens.expand(*lead, -1).reshape(-1, tokens.shape[-1])
+        start = rows.new_full((len(rows), 1), self.symbols)
+        x = self.embed(torch.cat([start, rows[:, :-1]], 1))
+        if self.training and self.word_dropout:
+            shown = torch.rand(x.shape[:2], device=x.device) >= self.word_dropout
+            shown = torch.cat([torch.ones_like(shown[:, :1]), shown[:, 1:]], 1)
+            x = x * shown[..., None]
+        return lead, self._beside(self.dropout(x), context), context
+
+    def _beside(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Features [n, T, *] with the context at every place, if it joins them."""
+        if not self.skip:
+            return x
+        assert context is not None
+        return torch.cat([x, context[:, None].expand(*x.shape[:-1], -1)], -1)
+
+    def _alone(self, last: Tensor, context: Tensor | None) -> Tensor:
+        """The input [n, 1, inputs] of one token."""
+        return self._beside(self.dropout(self.embed(last)[:, None]), context)
+
+    def _out(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self._beside(self.dropout(x), context)
+
+    @abstractmethod
+    def begin(self, lead: torch.Size, context: Tensor | None = None) -> Any:
+        """The empty cache, for sequences of batch shape ``lead``."""
+
+    def _first(self, lead: torch.Size, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The start tokens [n] and the contexts [n, context] of sequences."""
+        start = torch.full((math.prod(lead),), self.symbols, device=self.head.weight.device)
+        if context is not None:
+            context = context.expand(*lead, -1).reshape(-1, self.context)
+        return start, context
+
+
+class CausalGRU(CausalText):
+    """A :class:`CausalText` whose features are the states of a gated recurrent network, started from the
+    context.
+
+    Cost: O(T · width²) a sequence. Source: Cho et al. (2014).
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        width: int = 64,
+        context: int = 0,
+        skip: bool = False,
+        dropout: float = 0.0,
+        word_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(symbols, width, context, skip, dropout, word_dropout)
+        self.start = nn.Linear(context, width) if context else None
+        self.gru = nn.GRU(self.inputs, width, batch_first=True)
+
+    def _state(self, rows: int, context: Tensor | None) -> Tensor:
+        if self.start is None:
+            return self.head.weight.new_zeros(1, rows, self.width)
+        assert context is not None
+        return torch.tanh(self.start(context))[None]
+
+    def features(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        lead, x, context = self._rows(tokens, context)
+        states, _ = self.gru(x, self._state(len(x), context))
+        return self._out(states, context).reshape(*lead, *states.shape[1:-1], -1)
+
+    def begin(self, lead: torch.Size, context: Tensor | None = None) -> Any:
+        last, context = self._first(lead, context)
+        return lead, last, context, self._state(len(last), context)
+
+    def append(self, cache: Any, token: Tensor) -> Any:
+        """The cache after appending ``token`` [*lead]."""
+        lead, last, context, state = cache
+        _, state = self.gru(self._alone(last, context), state)
+        return lead, token.reshape(-1), context, state
+
+    def step(self, cache: Any) -> Tensor:
+        """Logits [*lead, symbols] of the next token."""
+        lead, last, context, state = cache
+        states, _ = self.gru(self._alone(last, context), state)
+        return self.head(self._out(states, context))[:, 0].reshape(*lead, -1)
+
+
+class CausalWindow(CausalText):
+    """A :class:`CausalText` that sees no more than the last ``reach`` tokens: embeddings side by side with
+    the context, and one hidden layer. Weak on purpose: what lies further back must come through the context.
+
+    Cost: O(T · reach · width²) a sequence. Source: Bengio, Ducharme, Vincent and Jauvin (2003).
+    """
+
+    def __init__(
+        self,
+        symbols: int,
+        width: int = 64,
+        context: int = 0,
+        skip: bool = False,
+        dropout: float = 0.0,
+        word_dropout: float = 0.0,
+        reach: int = 2,
+    ) -> None:
+        super().__init__(symbols, width, context, skip, dropout, word_dropout)
+        self.reach = positive_count("reach", reach, "number of tokens")
+        beside = 0 if self.skip else context
+        self.inwards = nn.Linear(reach * self.inputs + beside, width)
+
+    def _hidden(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """[n, reach - 1 + T, inputs], zeros before the start, to features [n, T, *]."""
+        seen = x.unfold(1, self.reach, 1).flatten(2)
+        if context is not None and not self.skip:
+            seen = torch.cat([seen, context[:, None].expand(*seen.shape[:-1], -1)], -1)
+        return self._out(F.silu(self.inwards(seen)), context)
+
+    def features(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        lead, x, context = self._rows(tokens, context)
+        hidden = self._hidden(F.pad(x, (0, 0, self.reach - 1, 0)), context)
+        return hidden.reshape(*lead, *hidden.shape[1:])
+
+    def begin(self, lead: torch.Size, context: Tensor | None = None) -> Any:
+        last, context = self._first(lead, context)
+        before = self.head.weight.new_zeros(len(last), self.reach - 1, self.inputs)
+        return lead, context, torch.cat([before, self._alone(last, context)], 1)
+
+    def append(self, cache: Any, token: Tensor) -> Any:
+        """The cache after appending ``token`` [*lead]."""
+        lead, context, seen = cache
+        new = self._alone(token.reshape(-1), context)
+        return lead, context, torch.cat([seen, new], 1)[:, 1:]
+
+    def step(self, cache: Any) -> Tensor:
+        """Logits [*lead, symbols] of the next token."""
+        lead, context, seen = cache
+        return self.head(self._hidden(seen, context))[:, 0].reshape(*lead, -1)
 
 
 _GAIN = 1.5  # of a gated layer's initial weights
