@@ -42,7 +42,7 @@ def network(kind, skip):
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(2)
-    return made
+    return made.requires_grad_(False)
 
 
 @torch.no_grad()
