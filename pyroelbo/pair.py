@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
+from pyroelbo.results import CodeUsage
 
 __all__ = ["PLATE", "ExactPair", "LatentPath", "MarkovLinks", "Pair", "Stepwise", "Summed", "within_datum"]
 
@@ -331,6 +332,10 @@ class Pair(PyroModule):
 
     def reconstruct(self, *batch: Tensor) -> Tensor | None:
         """Means of the data given their codes, scaled to [0, 1], [B, D]; None for pairs that have none."""
+        return None
+
+    def usage(self, *batch: Tensor) -> CodeUsage | None:
+        """How evenly the codes of data are used; None for pairs without a codebook."""
         return None
 
     def latent_plane(self, *batch: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:

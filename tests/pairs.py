@@ -170,6 +170,16 @@ TABLE = {
         lambda: models.DiscreteVAE(6, (2,), (8,), 3, "categorical", 5),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    "vq_vae": (lambda: models.VQVAE(6, 3, 2, 2, (8,)), lambda n: binary(n, 6)),
+    "vq_vae-gradient": (
+        lambda: models.VQVAE((4, 5), 3, 2, network="conv", channels=2, codebook="gradient"),
+        lambda n: binary(n, 20),
+    ),
+    "fsq_vae": (
+        lambda: models.FSQVAE(6, (3, 2), 2, (8,), "categorical", 5),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
+    "sq_vae": (lambda: models.SQVAE(6, 3, 2, 2, (8,)), lambda n: binary(n, 6)),
     "lda": (lambda: models.LDA(7, 3, 5), lambda n: texts(n, 5, 7)),
     "sbn": (lambda: models.SigmoidBeliefNet(6, (3, 2)), lambda n: binary(n, 6)),
     "flow": (

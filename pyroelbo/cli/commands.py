@@ -245,6 +245,8 @@ def audit_(options: argparse.Namespace) -> int:
         print("Nats are those of densities in the data's own units; the model sees standardized data.")
     if rates := _rates(pair, y, options.particles):
         print("\n" + rates)
+    if usage := batches.call(pair.usage, y):
+        print(f"\n{usage}")
     if found.about.discrete:
         print("\n" + shows.in_other_units(result, found, y, config["settings"]))
     run = RunDirectory(options.path)

@@ -213,6 +213,11 @@ def codec_of(
     """
     steps = fn.stepwise() if hasattr(fn, "stepwise") else None
     if steps is not None:
+        if getattr(fn, "one_hot", False):
+            *shape, symbols = fn.shape()
+            size = (fn.batch_shape.numel(), shape[-1])
+            codes = _Reshaped(Sequential(steps, size, torch.long, grid, rows), torch.Size(shape))
+            return _OneHot(codes, symbols, dtype)
         shape = (fn.batch_shape.numel(), fn.event_shape.numel())
         return _Reshaped(Sequential(steps, shape, dtype, grid, rows), fn.shape())
     if hasattr(fn, "summed"):

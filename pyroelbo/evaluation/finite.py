@@ -16,7 +16,9 @@ __all__ = ["EnumerableVectors", "num_values"]
 
 def num_values(fn: Any) -> int | None:
     """How many values one event of a distribution can take; None for infinitely many, or where that is
-    unknown."""
+    unknown. A distribution may say it in ``num_values``."""
+    if getattr(fn, "num_values", None) is not None:
+        return fn.num_values
     if getattr(fn, "has_enumerate_support", False):
         return len(fn.enumerate_support(expand=False))
     if isinstance(fn, Independent):

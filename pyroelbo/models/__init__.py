@@ -24,17 +24,21 @@ from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
+from pyroelbo.models.vq_vae import FSQVAE, SQVAE, VQVAE
 
 __all__ = [
     "CTC",
+    "FSQVAE",
     "HMM",
     "LDA",
     "PCFG",
     "PPCA",
     "REGISTRY",
     "SAT",
+    "SQVAE",
     "VAE",
     "VDM",
+    "VQVAE",
     "Autoregressive",
     "BernoulliMixture",
     "Chain",

@@ -42,6 +42,7 @@ from pyroelbo.models.style import StyleVAE
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
+from pyroelbo.models.vq_vae import FSQVAE, SQVAE, VQVAE
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
 from pyroelbo.runs import RunDirectory, check_same, copy_into
@@ -195,6 +196,26 @@ REGISTRY: dict[str, Entry] = {
         sizes=_picture,
         objective="rloo",
         particles=4,
+    ),
+    "vq_vae": Entry(
+        "VAE whose codes are the nearest of a codebook=ema|gradient; network=mlp|conv, "
+        "prior=autoregressive|factorized|uniform",
+        VQVAE,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
+    ),
+    "fsq_vae": Entry(
+        "VAE whose codes are rounded numbers, bins=4,4,4; network and prior as vq_vae",
+        FSQVAE,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
+    ),
+    "sq_vae": Entry(
+        "VAE of codes drawn near those of a codebook; network and prior as vq_vae",
+        SQVAE,
+        kinds=_pixels(*LIKELIHOODS),
+        sizes=_picture,
+        objective="straight_through",
     ),
     "ppca": Entry(
         "probabilistic PCA, exact; guide=exact|mean_field, noise=shared|diagonal",

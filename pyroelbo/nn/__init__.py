@@ -26,6 +26,7 @@ from pyroelbo.nn.layers import (
     round_straight_through,
 )
 from pyroelbo.nn.modulated import ModulatedConv, doubled
+from pyroelbo.nn.quantizers import NoisyQuantizer, ScalarQuantizer, VectorQuantizer
 from pyroelbo.nn.unet import UNet
 
 __all__ = [
@@ -44,12 +45,15 @@ __all__ = [
     "LinearNormal",
     "MLPDenoiser",
     "ModulatedConv",
+    "NoisyQuantizer",
     "PerStepLinear",
     "PixelCNN",
+    "ScalarQuantizer",
     "TokenConv",
     "TokenMLP",
     "TokenTransformer",
     "UNet",
+    "VectorQuantizer",
     "Waves",
     "bounded",
     "doubled",

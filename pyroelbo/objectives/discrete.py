@@ -412,7 +412,7 @@ def _relaxed(fn: Any, temperature: float, hard: bool) -> Tensor:
 def _log_prob(site: Any, relaxed: bool) -> Tensor:
     """ln p of a site's value; of a relaxed one its multilinear extension."""
     fn, value = site["fn"], site["value"]
-    if not relaxed:
+    if not relaxed or getattr(fn, "multilinear", False):
         return fn.log_prob(value, *site["args"], **site["kwargs"])
     base = _base(fn)
     if type(base).__name__ == "Bernoulli":

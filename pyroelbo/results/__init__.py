@@ -14,7 +14,7 @@ from pyroelbo.results.bounds import (
     Terms,
     short,
 )
-from pyroelbo.results.codes import CodeLength
+from pyroelbo.results.codes import CodeLength, CodeUsage
 from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, SiteGaps
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Bound",
     "Calibration",
     "CodeLength",
+    "CodeUsage",
     "Decomposition",
     "Diagnostics",
     "Divergence",

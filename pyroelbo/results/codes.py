@@ -8,7 +8,7 @@ from typing import Any
 
 from pyroelbo.results.bounds import Json
 
-__all__ = ["CodeLength"]
+__all__ = ["CodeLength", "CodeUsage"]
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,33 @@ class CodeLength(Json):
                 f"{self.initial_bits / 8:,.0f} bytes, were taken from the part without it",
                 f"time: {self.seconds:.1f} s, of which the coder {self.coder_seconds:.1f} s",
             )
+        )
+
+
+@dataclass(frozen=True)
+class CodeUsage(Json):
+    """How often each of K codes was chosen: ``counts`` of length K."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def used(self) -> int:
+        """The number of codes that were chosen at all."""
+        return sum(n > 0 for n in self.counts)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-Σ_k f_k ln f_k) of the frequencies f: as many codes used evenly are as uncertain; NaN of no
+        data."""
+        total = sum(self.counts)
+        shares = [n / total for n in self.counts if n]
+        return math.exp(-sum(f * math.log(f) for f in shares)) if shares else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"counts": list(self.counts), "used": self.used, "perplexity": self.perplexity}
+
+    def __str__(self) -> str:
+        return (
+            f"codes: {self.used} of {len(self.counts)} used, perplexity {self.perplexity:.1f} "
+            f"({sum(self.counts):,} codes counted)"
         )
