@@ -11,8 +11,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pyroelbo.distributions import DiagonalMixture, Mixture
+from pyroelbo.distributions import DiagonalMixture, DiscretizedLogistics, Mixture
 from pyroelbo.distributions.corruption import Corrupted, GaussianNoise, Generated, NoisyChain
 from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
 from pyroelbo.nn import MLPDenoiser, bounded, masked_mlp
@@ -25,10 +26,17 @@ __all__ = [
     "DiffusionPrior",
     "FlowPrior",
     "GaussianMixturePrior",
+    "IntegerPrior",
+    "OrderedPrior",
     "Prior",
     "StandardNormal",
     "VampPrior",
+    "from_integers",
+    "integer_unit",
+    "logistics",
 ]
+
+_MOST = 2**20  # values of a latent that can be enumerated
 
 
 class Prior(nn.Module):
@@ -151,20 +159,42 @@ class VampPrior(Prior):
         u.copy_(drawn + self.noise * y.std(correction=0) * torch.randn_like(u))
 
 
-class AutoregressivePrior(Prior):
-    """p(z) = Π_d p(z_d | z_1 … z_{d-1}), each a mixture of ``components`` Gaussians computed by a masked
-    network.
+class OrderedPrior(Prior):
+    """p(z) = Π_d p(z_d | z_1 … z_{d-1}), every factor computed by a masked network (abstract).
 
     Cost: one pass of the network for a density, ``dims`` passes for a draw.
 
-    Source: Germain, Gregor, Murray and Larochelle (2015) for the masks; Uria, Murray and Larochelle (2013)
-    for the mixtures.
+    Source: Germain, Gregor, Murray and Larochelle (2015) for the masks.
+    """
+
+    network: Any
+    support: constraints.Constraint = constraints.real
+    values: int = 0
+    """Number of values of a coordinate, an integer 0 … values-1; 0 if it is a real number."""
+
+    @abstractmethod
+    def log_probs(self, z: Tensor) -> Tensor:
+        """ln p(z_d | z_1 … z_{d-1}) of every coordinate, [*, dims]."""
+
+    @abstractmethod
+    def coordinate(self, z: Tensor, d: int) -> Any:
+        """p(z_d | z_1 … z_{d-1}), of batch shape [*]; those of z [*, dims] from d on do not matter."""
+
+    def forward(self) -> Any:
+        return _Ordered(self)
+
+
+class AutoregressivePrior(OrderedPrior):
+    """p(z) = Π_d p(z_d | z_1 … z_{d-1}), each a mixture of ``components`` Gaussians computed by a masked
+    network.
+
+    Source: Uria, Murray and Larochelle (2013).
     """
 
     def __init__(self, dims: int, components: int = 5, hidden: Sequence[int] = (128, 128)) -> None:
         super().__init__(dims)
         positive_count("components", components, "whole number")
-        self.network: Any = masked_mlp(dims, hidden, 3 * components)
+        self.network = masked_mlp(dims, hidden, 3 * components)
         with torch.no_grad():
             start: Tensor = self.network.layers[-1].bias.view(3, components, dims)
             start[1] += torch.linspace(-1.0, 1.0, components)[:, None] if components > 1 else 0.0
@@ -174,57 +204,124 @@ class AutoregressivePrior(Prior):
         logits, loc, log_scale = self.network(z).unflatten(-2, (3, -1)).unbind(-3)
         return logits.log_softmax(-2), loc, bounded(log_scale, 7)
 
-    def forward(self) -> Any:
-        return _Autoregressive(self)
+    def log_probs(self, z: Tensor) -> Tensor:
+        logits, loc, log_scale = self.conditionals(z)
+        noise = (z.unsqueeze(-2) - loc) * (-log_scale).exp()
+        return logsumexp(logits - log_scale - 0.5 * noise.square() - 0.5 * math.log(2 * math.pi), -2)
+
+    def coordinate(self, z: Tensor, d: int) -> Any:
+        logits, loc, log_scale = (p[..., d] for p in self.conditionals(z))
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, log_scale.exp()))
 
 
-class _Autoregressive(VectorDistribution):
-    """The distribution of an :class:`AutoregressivePrior`."""
+class IntegerPrior(OrderedPrior):
+    """p(z) = Π_d p(z_d | z_1 … z_{d-1}) of integers 0 … values-1, each a mixture of ``components``
+    discretized logistics (:class:`~pyroelbo.distributions.DiscretizedLogistics`) computed by a masked
+    network.
+
+    ``log_prob`` has derivatives in z, so that an encoder that rounds with straight-through gradients learns
+    from it too. With few values in all (up to 2^20) its latent can be enumerated.
+    """
+
+    def __init__(
+        self, dims: int, values: int = 256, components: int = 5, hidden: Sequence[int] = (128, 128)
+    ) -> None:
+        super().__init__(dims)
+        positive_count("components", components, "number of logistics")
+        self.values, self.support = values, constraints.integer_interval(0, values - 1)
+        self.network = masked_mlp(dims, hidden, 3 * components)
+
+    def _outputs(self, z: Tensor) -> Tensor:
+        """Parameters of all coordinates, [*, dims, 3·components]."""
+        return self.network(from_integers(z, self.values)).movedim(-1, -2)
+
+    def log_probs(self, z: Tensor) -> Tensor:
+        return logistics(self._outputs(z), self.values).log_prob(z)
+
+    def coordinate(self, z: Tensor, d: int) -> Any:
+        return logistics(self._outputs(z)[..., d, :], self.values)
+
+
+class _Ordered(VectorDistribution):
+    """The distribution of an :class:`OrderedPrior`."""
 
     has_rsample = False
 
-    def __init__(self, prior: AutoregressivePrior) -> None:
+    def __init__(self, prior: OrderedPrior) -> None:
         self.prior = prior
         super().__init__(torch.Size(), torch.Size((prior.dims,)))
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(self.prior.support, 1)
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether there are at most 2^20 values."""
+        return 0 < self.prior.values**self.prior.dims <= _MOST
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every value, [S, 1, …, dims], or [S, *B, dims] with ``expand``."""
+        if not self.has_enumerate_support:
+            raise NotImplementedError(f"expected at most {_MOST} values to enumerate")
+        each = torch.arange(self.prior.values, dtype=self._like.dtype, device=self._like.device)
+        every = torch.cartesian_prod(*[each] * self.prior.dims)
+        every = every.reshape(-1, *[1] * len(self.batch_shape), self.prior.dims)
+        return every.expand(-1, *self.batch_shape, -1) if expand else every
+
+    @property
+    def _like(self) -> Tensor:
+        return self.prior.network.layers[0].weight
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""
         if self._validate_args:
             self._validate_sample(value)
-        logits, loc, log_scale = self.prior.conditionals(value)
-        noise = (value.unsqueeze(-2) - loc) * (-log_scale).exp()
-        joint = logits - log_scale - 0.5 * noise.square() - 0.5 * math.log(2 * math.pi)
-        log_prob = logsumexp(joint, -2).sum(-1)
+        log_prob = self.prior.log_probs(value).sum(-1)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def stepwise(self) -> Stepwise:
         """One coordinate after the other; a pass of the network each."""
-        dims = self.event_shape[0]
 
         def distribution(state: tuple[int, Tensor]) -> Any:
-            logits, loc, log_scale = (p[..., state[0]] for p in self.prior.conditionals(state[1]))
-            return dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, log_scale.exp()))
+            return self.prior.coordinate(state[1], state[0])
 
         def append(state: tuple[int, Tensor], coordinate: Tensor) -> tuple[int, Tensor]:
             place, z = state[0], state[1].clone()
             z[..., place] = coordinate
             return place + 1, z
 
-        like = self.prior.network.layers[0].weight
-        return Stepwise(lambda n: (0, like.new_zeros(n, dims)), distribution, append)
+        return Stepwise(lambda n: (0, self._like.new_zeros(n, self.prior.dims)), distribution, append)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws ``[*sample, *B, dims]``."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        like = self.prior.network.layers[0].weight
-        z = like.new_zeros(shape)
-        for d in range(shape[-1]):
-            logits, loc, log_scale = (p[..., d] for p in self.prior.conditionals(z))
-            which = torch.distributions.Categorical(logits=logits).sample().unsqueeze(-1)
-            noise = torch.randn(*shape[:-1], 1, dtype=like.dtype, device=like.device)
-            z[..., d] = (loc.gather(-1, which) + log_scale.gather(-1, which).exp() * noise).squeeze(-1)
+        z = self._like.new_zeros(self._extended_shape(torch.Size(sample_shape)))
+        for d in range(self.prior.dims):
+            z[..., d] = self.prior.coordinate(z, d).sample()
         return z
+
+
+def integer_unit(values: int) -> float:
+    """The unit in which networks read and write integers 0 … values-1, max(1, √values / 4): 4 for bytes. One
+    step of such an integer has to be visible to a network, and one step of training must not skip many."""
+    return max(1.0, math.sqrt(values) / 4)
+
+
+def from_integers(z: Tensor, values: int) -> Tensor:
+    """Integers 0 … values-1, or numbers between them, as a network reads them: from the middle of the range,
+    in units of :func:`integer_unit`."""
+    return (z - (values - 1) / 2) / integer_unit(values)
+
+
+def logistics(out: Tensor, values: int) -> DiscretizedLogistics:
+    """A mixture of discretized logistics on 0 … values-1, of batch shape [*], from a network's ``out`` [*,
+    3·M]: logits, centres and log inverse scales, in units of :func:`integer_unit` from the middle."""
+    logits, loc, sharp = out.unflatten(-1, (3, -1)).unbind(-2)
+    unit, count = integer_unit(values), loc.shape[-1]
+    start = torch.arange(count, dtype=out.dtype, device=out.device) - (count - 1) / 2
+    loc = (values - 1) / 2 + unit * (loc + start)
+    return DiscretizedLogistics(logits, loc, unit * (-bounded(sharp, 6)).exp(), values, False)
 
 
 class FlowPrior(Prior):

@@ -10,6 +10,7 @@ from pyroelbo.distributions.parse_tree import ParseParts, ParseTree
 from pyroelbo.distributions.pixels import (
     DiscretizedLaplace,
     DiscretizedLogistic,
+    DiscretizedLogistics,
     DiscretizedNormal,
     l1_density,
     l2_density,
@@ -31,6 +32,7 @@ __all__ = [
     "DiagonalMixture",
     "DiscretizedLaplace",
     "DiscretizedLogistic",
+    "DiscretizedLogistics",
     "DiscretizedNormal",
     "Filtered",
     "GaussianChain",

@@ -11,13 +11,18 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from pyroelbo.numerics import logsumexp
+
 __all__ = [
     "DiscretizedLaplace",
     "DiscretizedLogistic",
+    "DiscretizedLogistics",
     "DiscretizedNormal",
     "l1_density",
     "l2_density",
 ]
+
+_UNIFORM = 1e-6  # share of the uniform distribution in a mixture of logistics
 
 
 class _Discretized(TorchDistribution):
@@ -138,6 +143,75 @@ class DiscretizedLaplace(_Discretized):
 def _log_cdf(x: Tensor) -> Tensor:
     """ln F(x) of the standard Laplace distribution."""
     return torch.where(x < 0, x.clamp(max=0) - math.log(2), torch.log1p(-0.5 * torch.exp(-x.clamp(min=0))))
+
+
+class DiscretizedLogistics(TorchDistribution):
+    """A mixture of M discretized logistics on the integers 0 … levels-1, and a uniform share of 1e-6.
+
+    P(y) = (1 - 1e-6) Σ_m softmax(logits)_m P_m(y) + 1e-6 / levels, P_m a :class:`DiscretizedLogistic` of
+    ``loc_m`` and ``scale_m``; all three parameters are [*B, M]. ``log_prob`` continues to numbers between the
+    integers, so that it has a derivative in y. No value costs more than 13.8 nats + ln levels.
+
+    Source: Salimans, Karpathy, Chen and Kingma (2017), PixelCNN++, equation 2.
+    """
+
+    arg_constraints = {  # noqa: RUF012 (torch's own convention)
+        "logits": constraints.real_vector,
+        "loc": constraints.real_vector,
+        "scale": constraints.independent(constraints.positive, 1),
+    }
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        levels: int = 256,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.logits, self.loc, self.scale = broadcast_all(logits, loc, scale)
+        self.levels = levels
+        self._parts = DiscretizedLogistic(self.loc, self.scale, levels, False)
+        super().__init__(self.loc.shape[:-1], validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.integer_interval(0, self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[y], [*B], of the logistics before they are rounded and cut."""
+        return (self.logits.softmax(-1) * self.loc).sum(-1)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> DiscretizedLogistics:
+        shape = (*batch_shape, self.loc.shape[-1])
+        logits, loc, scale = (x.expand(shape) for x in (self.logits, self.loc, self.scale))
+        return DiscretizedLogistics(logits, loc, scale, self.levels, False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """ln P(value), in nats, of the broadcast shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        inside = logsumexp(self.logits.log_softmax(-1) + self._parts.log_prob(value.unsqueeze(-1)), -1)
+        rest = inside.new_tensor(math.log(_UNIFORM / self.levels))
+        return torch.logaddexp(inside + math.log1p(-_UNIFORM), rest)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        logits, loc, scale = (x.expand(*shape, -1) for x in (self.logits, self.loc, self.scale))
+        which = torch.distributions.Categorical(logits=logits).sample().unsqueeze(-1)
+        loc, scale = (x.gather(-1, which).squeeze(-1) for x in (loc, scale))
+        y = DiscretizedLogistic(loc, scale, self.levels, False).sample()
+        rare = torch.rand(shape, device=y.device) < _UNIFORM
+        return torch.where(rare, torch.randint(self.levels, shape, device=y.device).to(y.dtype), y)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """The values 0 … levels-1, [levels, 1, …], or [levels, *B] with ``expand``."""
+        values = torch.arange(self.levels, dtype=self.loc.dtype, device=self.loc.device)
+        values = values.reshape(-1, *[1] * len(self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values
 
 
 def l2_density(center: Tensor, weight: float | Tensor) -> Normal:
