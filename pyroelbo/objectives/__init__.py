@@ -9,6 +9,7 @@ from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
 from pyroelbo.objectives.layered import Layered_ELBO, Rate_ELBO
 from pyroelbo.objectives.order import mean_field_fault
+from pyroelbo.objectives.progressive import Progressive_ELBO
 from pyroelbo.objectives.registry import OBJECTIVES, build
 from pyroelbo.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 
@@ -23,6 +24,7 @@ __all__ = [
     "Hard_ELBO",
     "Layered_ELBO",
     "Objective",
+    "Progressive_ELBO",
     "Rate_ELBO",
     "ReweightedWakeSleep",
     "Update",

@@ -13,6 +13,7 @@ from pyroelbo.objectives.discrete import ESTIMATORS, Discrete_ELBO
 from pyroelbo.objectives.exact import Evidence_ELBO, Exact_ELBO, Hard_ELBO
 from pyroelbo.objectives.importance import IWAE_ELBO
 from pyroelbo.objectives.layered import Layered_ELBO
+from pyroelbo.objectives.progressive import Progressive_ELBO
 from pyroelbo.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep, generator_of
 from pyroelbo.pair import ExactPair, Pair
 
@@ -46,6 +47,7 @@ OBJECTIVES: dict[str, Callable[[Pair, int], Any]] = {
     "layered": lambda pair, particles: Layered_ELBO(),
     "aggressive": lambda pair, particles: Aggressive(_elbo(pair, particles), generator_of(pair)),
     "hard": lambda pair, particles: Hard_ELBO(),
+    "progressive": lambda pair, particles: Progressive_ELBO(),
     "iwae": _iwae("plain"),
     "stl": _iwae("stl"),
     "dreg": _iwae("dreg"),

@@ -58,10 +58,10 @@ def fit(
     ``"mean_field"`` (closed-form KL terms; refused where they are not the bound's), ``"layered"`` (closed
     form where it is the bound's term; see :class:`~pyroelbo.objectives.Layered_ELBO`), ``"aggressive"``
     (several updates of the encoder for each of the rest), ``"hard"`` (without the guide's entropy),
-    ``"iwae"`` (the importance-weighted bound of ``particles`` draws,
-    :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"`` (TraceEnum_ELBO), ``"evidence"`` (-ln p(y) of an
-    ExactPair, without its guide). A pair's ``auxiliary_loss(*batch)``, [B], if it has one, is added to the
-    loss (per datum) and never enters a bound.
+    ``"progressive"`` (chains layer by layer, :class:`~pyroelbo.objectives.Progressive_ELBO`), ``"iwae"`` (the
+    importance-weighted bound of ``particles`` draws, :class:`~pyroelbo.objectives.IWAE_ELBO`), ``"enum"``
+    (TraceEnum_ELBO), ``"evidence"`` (-ln p(y) of an ExactPair, without its guide). A pair's
+    ``auxiliary_loss(*batch)``, [B], if it has one, is added to the loss (per datum) and never enters a bound.
 
     Args:
         pair: the pair to train.
