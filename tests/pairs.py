@@ -180,6 +180,18 @@ TABLE = {
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
     "sq_vae": (lambda: models.SQVAE(6, 3, 2, 2, (8,)), lambda n: binary(n, 6)),
+    "byte_vae": (
+        lambda: models.ByteVAE(6, (3, 2), (8,), likelihood="bernoulli"),
+        lambda n: binary(n, 6),
+    ),
+    "byte_vae-few": (
+        lambda: models.ByteVAE(4, (2, 2), (6,), 3, "categorical", 5, components=1),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
+    "byte_vae-squared": (
+        lambda: models.ByteVAE(4, (3, 2), (8,), 256, "discretized_logistic", 5, loss="squared"),
+        lambda n: torch.randint(5, (n, 4)).double(),
+    ),
     "lda": (lambda: models.LDA(7, 3, 5), lambda n: texts(n, 5, 7)),
     "sbn": (lambda: models.SigmoidBeliefNet(6, (3, 2)), lambda n: binary(n, 6)),
     "flow": (

@@ -79,6 +79,8 @@ SMALL = {
     "fsq_vae": "vectors --set bins=3,2 --set positions=2 --set hidden=8",
     "sq_vae": "binary --set codes=4 --set positions=2 --set hidden=8",
     "sbn": "binary --set latent=3,2",
+    "byte_vae": "bytes --set latent=3,2 --set hidden=8",
+    "progressive_vae": "grey --set latent=3,2 --set hidden=8",
     "vdm": "vectors --set steps=3 --set width=8 --set layers=1",
     "diffusion": "grey --set steps=3 --set width=8 --set layers=1",
     "discrete_diffusion": "bytes --set steps=3 --set width=8 --set layers=1",

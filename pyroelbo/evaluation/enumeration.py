@@ -117,9 +117,10 @@ def _finite_latents(pair: Pair, batch: batches.Batch, scope: str) -> Evaluator:
         if site.num_values is None:
             raise Unavailable(f"latent site {name!r} has no finite set of values to sum over")
         if site.num_values > _MAX_ASSIGNMENTS:
+            many = float(min(site.num_values, 10**300))  # integers beyond have no float
             raise Unavailable(
-                f"latent site {name!r} has {float(site.num_values):.1e} values: a sum over them is limited "
-                f"to {_MAX_ASSIGNMENTS:,}"
+                f"latent site {name!r} has {many:.1e} values: a sum over them is limited to "
+                f"{_MAX_ASSIGNMENTS:,}"
             )
     evaluator.refuse_scales("enumeration")
     return evaluator

@@ -1,6 +1,7 @@
 """Models, and the registry of those that the command line trains."""
 
 from pyroelbo.models.autoregressive import Autoregressive, Strings
+from pyroelbo.models.byte_vae import ByteVAE
 from pyroelbo.models.chain import Chain
 from pyroelbo.models.chow_liu import HiddenChowLiuTree
 from pyroelbo.models.conv_ladder import ConvLadder
@@ -41,6 +42,7 @@ __all__ = [
     "VQVAE",
     "Autoregressive",
     "BernoulliMixture",
+    "ByteVAE",
     "Chain",
     "ConvLadder",
     "DequantizedFlow",

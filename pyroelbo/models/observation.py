@@ -113,15 +113,17 @@ class Pixels(nn.Module):
         """Module that maps such pixels to [-1, 1]."""
         return Center(self.levels - 1 if self.integers else 1)
 
-    def mean_image(self, distribution: Any) -> Tensor:
-        """E[y | x], scaled to [0, 1], [*, dims]."""
+    def mean(self, distribution: Any) -> Tensor:
+        """E[y | x], [*, dims]; of discretized densities before they are rounded and cut."""
         p = distribution.base_dist
         if self.likelihood == "categorical":
-            grey = torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
-            return (p.probs @ grey) / (self.levels - 1)
-        if self.integers:
-            return p.loc / (self.levels - 1)
-        return p.mean.clamp(0, 1)
+            return p.probs @ torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
+        return p.loc if self.integers else p.mean
+
+    def mean_image(self, distribution: Any) -> Tensor:
+        """E[y | x], scaled to [0, 1], [*, dims]."""
+        mean = self.mean(distribution)
+        return mean / (self.levels - 1) if self.integers else mean.clamp(0, 1)
 
 
 class Center(nn.Module):

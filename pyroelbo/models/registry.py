@@ -21,6 +21,7 @@ from pyroelbo.data import KINDS, Dataset, view, views
 from pyroelbo.data.formulas import formula_of
 from pyroelbo.encoders import ENCODERS
 from pyroelbo.models.autoregressive import Autoregressive, Strings
+from pyroelbo.models.byte_vae import ByteVAE
 from pyroelbo.models.chow_liu import HiddenChowLiuTree
 from pyroelbo.models.conv_ladder import ConvLadder
 from pyroelbo.models.ctc import CTC
@@ -216,6 +217,23 @@ REGISTRY: dict[str, Entry] = {
         kinds=_pixels(*LIKELIHOODS),
         sizes=_picture,
         objective="straight_through",
+    ),
+    "byte_vae": Entry(
+        "chain of vectors of bytes with a deterministic encoder, latent=16,8; loss=bound|squared; likelihood "
+        "as vae",
+        ByteVAE,
+        kinds=_pixels("categorical", *(name for name in LIKELIHOODS if name != "categorical")),
+        sizes=_picture,
+        learning_rate=2e-3,
+    ),
+    "progressive_vae": Entry(
+        "byte_vae of narrow codes, trained layer by layer without what is above, the prior on the top codes",
+        ByteVAE,
+        kinds=_pixels("categorical", *(name for name in LIKELIHOODS if name != "categorical")),
+        sizes=_picture,
+        settings={"latent": (6, 3), "values": 4},
+        learning_rate=2e-3,
+        objective="progressive",
     ),
     "ppca": Entry(
         "probabilistic PCA, exact; guide=exact|mean_field, noise=shared|diagonal",
