@@ -207,9 +207,9 @@ class UniformMixture(VectorDistribution):
 
     has_rsample = True
 
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
         self.loc, self.scale = loc, scale
-        super().__init__(loc.shape[:-2], loc.shape[-1:])
+        super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""

@@ -255,12 +255,17 @@ class FlowDistribution(VectorDistribution):
     has_rsample = True
 
     def __init__(
-        self, flow: SplineFlow, loc: Tensor, log_scale: Tensor, context: Tensor | None = None
+        self,
+        flow: SplineFlow,
+        loc: Tensor,
+        log_scale: Tensor,
+        context: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         self.flow, self.loc, self.log_scale, self.context = flow, loc, log_scale, context
         batch = torch.broadcast_shapes(loc.shape[:-1], log_scale.shape[:-1])
         batch = batch if context is None else torch.broadcast_shapes(batch, context.shape[:-1])
-        super().__init__(batch, loc.shape[-1:])
+        super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.evaluation.evaluator import Evaluator
-from pyroelbo.evaluation.local import FreeGuide
+from pyroelbo.evaluation.local import FreeGuide, check_climb
 from pyroelbo.evaluation.sites import Unavailable, refuse_infinite
 from pyroelbo.evidence.bounds import averaged, count_of, iwae
 from pyroelbo.evidence.exact import exact
@@ -34,9 +34,9 @@ def gap(
 
     ln p(y) - ELBO(q) = [ln p(y) - ELBO(q*)] + [ELBO(q*) - ELBO(q)]: the *approximation gap* of q*, the best
     member of the guide's family for this datum, and the *amortization gap* of the encoder against it. q* has
-    the distributions of the guide's sites with separate parameters for each datum. They are found by Adam
-    with path-derivative gradients, all data at once, from the amortized guide and from a second start far
-    from it; a note gives the number of data for which the two disagree by more than 3 standard errors and
+    the distributions of the guide's sites with separate parameters for each datum, a flow's maps included.
+    They are found by Adam with path-derivative gradients, from the amortized guide and from a second start
+    far from it; a note gives the number of data for which the two disagree by more than 3 standard errors and
     0.05 nats. For each datum the better of the two is chosen, by draws that are not used again. All ELBOs are
     means of fresh draws with their standard errors. The *estimator's gap* is what the importance-weighted
     bound of ``particles`` draws still loses. Optimization is never perfect, so against an exact reference the
@@ -60,13 +60,11 @@ def gap(
     """
     count_of(particles)
     positive_count("steps", steps)
-    positive_count("draws", draws)
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
+    check_climb(draws, learning_rate)
     evaluator = Evaluator(pair, y)
     evaluator.refuse_scales("gap")
     evaluator.refuse_empty()
-    family = FreeGuide(evaluator)
+    family = FreeGuide(evaluator, maps=True)
     anchor = _reference(pair, evaluator) if reference is None else reference
     if anchor.value.shape != (evaluator.size,):
         raise ValueError(
@@ -74,21 +72,21 @@ def gap(
             f"{tuple(anchor.value.shape)}"
         )
     starts = [family.start(), family.second_start()]
-    found = [_climb(evaluator, family, s, steps, draws, learning_rate) for s in starts]
+    found = [family.climb(s, steps, draws, learning_rate) for s in starts]
     spent = 3 * 2 * steps * draws * evaluator.size
-    trials = [_elbo(evaluator, family, f, particles) for f in found]
+    trials = [_elbo(family, f, particles) for f in found]
     apart = (trials[0].value - trials[1].value).abs()
     error = torch.hypot(trials[0].stderr, trials[1].stderr)
     disagree = int((~(apart <= 3 * error + 0.05)).sum())
     first = trials[0].value >= trials[1].value
-    best = {k: _choose(first, found[0][k], found[1][k], family.plates[k[0]]) for k in found[0]}
+    best = {k: _choose(first, found[0][k], found[1][k], family.dim(k)) for k in found[0]}
     notes = (
         (f"two starts of the local optimization disagree for {disagree} of {evaluator.size} data",)
         if disagree
         else ()
     )
-    local = _elbo(evaluator, family, best, particles, "local", spent + 3 * particles * evaluator.size, notes)
-    amortized = _elbo(evaluator, family, starts[0], particles)
+    local = _elbo(family, best, particles, "local", spent + 3 * particles * evaluator.size, notes)
+    amortized = _elbo(family, starts[0], particles)
     refuse_infinite(amortized.value)
     return Decomposition(pair.name, anchor, local, amortized, iwae(pair, evaluator.batch, particles))
 
@@ -105,51 +103,13 @@ def _reference(pair: Pair, evaluator: Evaluator) -> Bound:
     )
 
 
-def _log_weight(
-    evaluator: Evaluator, family: FreeGuide, free: dict[tuple[str, str], Tensor], count: int
-) -> Tensor:
-    """ln p(y, z) - ln q(z) of reparametrized draws, without the score term in the gradient, [K, B]."""
-    live = family.member(free)
-    held = family.member({k: v.detach() for k, v in free.items()})
-    latents = {name: q.rsample(torch.Size((count,))) for name, q in live.items()}
-    total = evaluator.log_joint(latents)
-    for name, z in latents.items():
-        log_q = held[name].log_prob(z)
-        total = total - log_q.reshape(count, -1, evaluator.size).sum(1)
-    return total
-
-
 def _choose(first: Tensor, a: Tensor, b: Tensor, plates: int) -> Tensor:
     shape = [1] * plates + [len(first)] + [1] * (a.dim() - plates - 1)
     return torch.where(first.reshape(shape), a, b)
 
 
-def _climb(
-    evaluator: Evaluator,
-    family: FreeGuide,
-    start: dict[tuple[str, str], Tensor],
-    steps: int,
-    draws: int,
-    learning_rate: float,
-) -> dict[tuple[str, str], Tensor]:
-    """Maximize each datum's ELBO over its own parameters; Adam is elementwise, so data do not interact."""
-    free = {k: v.clone().requires_grad_() for k, v in start.items()}
-    optimizer = torch.optim.Adam(free.values(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            loss = -_log_weight(evaluator, family, free, draws).mean(0).sum()
-            gradients = torch.autograd.grad(loss, list(free.values()))
-            for parameter, gradient in zip(free.values(), gradients, strict=True):
-                parameter.grad = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            optimizer.step()
-            schedule.step()
-    return {k: v.detach() for k, v in free.items()}
-
-
 @torch.no_grad()
 def _elbo(
-    evaluator: Evaluator,
     family: FreeGuide,
     free: dict[tuple[str, str], Tensor],
     particles: int,
@@ -157,7 +117,8 @@ def _elbo(
     cost: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Bound:
+    evaluator = family.evaluator
     step = max(1, min(particles, evaluator.cells // evaluator.size))
     counts = [min(step, particles - done) for done in range(0, particles, step)]
-    log_w = torch.cat([_log_weight(evaluator, family, free, count) for count in counts]).double()
+    log_w = torch.cat([family.log_weight(free, count) for count in counts]).double()
     return averaged(method, log_w, cost=cost, notes=notes)

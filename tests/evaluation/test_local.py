@@ -9,7 +9,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyroelbo import Pair, audit, evidence, fit, unamortized
-from pyroelbo.models import PPCA
+from pyroelbo.encoders import ENCODERS
+from pyroelbo.evaluation.evaluator import Evaluator
+from pyroelbo.models import PPCA, VAE
 from tests.pairs import TABLE, Nonlinear
 
 
@@ -24,11 +26,50 @@ def test_it_starts_where_the_guide_is():
     ).all()
 
 
-def test_it_reaches_the_family_gap():
-    """The best diagonal Gaussian on pPCA's posterior: ½ (Σ ln Λ_ii - ln det Λ) nats remain."""
-    pair, y = PPCA(5, 3, guide="mean_field"), torch.randn(30, 5)
+def family_gap(pair, y):
+    """What the best diagonal Gaussian loses on pPCA's posterior: ½ (Σ ln Λ_ii - ln det Λ) nats."""
     precision = pair.posterior(y).precision_matrix.detach()
-    truth = 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(precision))
+    return 0.5 * (precision.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(precision))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_family_starts_where_its_encoder_is(kind):
+    pair, y = VAE(6, 3, (8,), encoder=kind), torch.randint(2, (4, 6)).double()
+    free, data = unamortized(pair, y)
+    pyro.set_rng_seed(1)
+    value = evidence.iwae(free, data, 7).value
+    pyro.set_rng_seed(1)
+    assert (value - evidence.iwae(pair, y, 7).value).abs().max() < 1e-9
+    before = dict(pair.named_parameters())
+    assert all(
+        torch.equal(before[k.removeprefix("generator.")], v) for k, v in free.part("generator").items()
+    )
+    refined, data = unamortized(pair, y, 30, draws=8)
+    gain = evidence.elbo(refined, data, 500).mean - evidence.elbo(pair, y, 500).mean
+    assert gain > 0.05  # of some 0.3 nats of amortization gap of an untrained encoder
+
+
+@pytest.mark.parametrize("cells", [10**6, 40])
+def test_refinement_ends_at_the_best_member(monkeypatch, cells):
+    """Also where memory has room for a few data at a time only; data are not mixed up."""
+    monkeypatch.setattr(Evaluator, "cells", cells)
+    pair, y = PPCA(5, 3, guide="mean_field"), 2 * torch.randn(12, 5)
+    truth, mean = family_gap(pair, y), pair.posterior(y).mean.detach()
+    gaps = []
+    for steps in (0, 5, 200):
+        free, (index, _) = unamortized(pair, y, steps, draws=8, learning_rate=0.1)
+        q = dist.Normal(free.encoder.z_loc, free.encoder.z_scale.exp()).to_event(1)
+        full = dist.MultivariateNormal(q.base_dist.loc, scale_tril=torch.diag_embed(q.base_dist.scale))
+        gaps.append(float(dist.kl.kl_divergence(full, pair.posterior(y)).mean().detach()))
+        assert torch.equal(index, torch.arange(12))
+    assert gaps[0] > gaps[1] > gaps[2] > float(truth.mean()) - 1e-9
+    assert gaps[2] < float(truth.mean()) + 0.01 and (free.encoder.z_loc - mean).abs().max() < 0.2
+
+
+def test_it_reaches_the_family_gap():
+    """The best diagonal Gaussian on pPCA's posterior."""
+    pair, y = PPCA(5, 3, guide="mean_field"), torch.randn(30, 5)
+    truth = family_gap(pair, y)
     weight = pair.generator.weight.detach().clone()
     free, data = unamortized(pair, y)
     before = evidence.exact(pair, y).mean - evidence.elbo(pair, y, 500).mean
@@ -101,5 +142,8 @@ def test_what_it_does_not_take():
     free, (_, y) = unamortized(Nonlinear(), torch.randn(3, 4))
     with pytest.raises(ValueError, match="index: expected the rows of y"):
         evidence.elbo(free, (torch.zeros(3), y))
+    for settings in ({"steps": -1}, {"steps": True}, {"draws": 0}, {"learning_rate": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            unamortized(Nonlinear(), y, **settings)
     with pytest.raises(IndexError):
         evidence.elbo(free, (torch.tensor([0, 1, 7]), y))
