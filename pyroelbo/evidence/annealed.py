@@ -48,9 +48,10 @@ def ais(
     Particles move from f_0, the guide q(z | y) or the prior, to f_1 = p(y, z) along f_β = f_0^(1-β) f_1^β,
     with values of β that are dense at both ends (those of a sigmoid), all particles and data together. At
     each value in between, continuous latents make one Hamiltonian transition on the unconstrained latents;
-    discrete ones make 3 · ``leapfrog`` Metropolis proposals of one coordinate each, and one of all latents
-    drawn anew from f_0 (the only one for structures whose labels constrain one another, such as parses);
-    mixed ones make both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y), so that E
+    discrete ones make 3 · ``leapfrog`` Metropolis proposals of one coordinate each (a one-hot vector is one;
+    with two values they leave it at least as often as Gibbs sampling does), and one of all latents drawn anew
+    from f_0 (the only one for structures whose labels constrain one another, such as parses); mixed ones make
+    both. The weight w = Π_t f_{β_t}(z_{t-1}) / f_{β_{t-1}}(z_{t-1}) has mean p(y), so that E
     ln (1/K) Σ_k w_k ≤ ln p(y). Step sizes, one per temperature and datum, are adapted in a separate pilot run
     and then fixed: adaptation during the run would bias the weights. The standard error is the jackknife's
     over the particles; ``ess`` and ``k_hat`` are those of the weights.
@@ -82,7 +83,8 @@ def ais(
     three times as many for chains.
 
     Source: Neal (2001), equations 3 to 11; Grosse, Ghahramani and Adams (2015) for the reverse chains; Wu,
-    Burda, Salakhutdinov and Grosse (2017) for the schedule; Liu (1996) for moves to other values only.
+    Burda, Salakhutdinov and Grosse (2017) for the schedule; Peskun (1973) and Liu (1996) for moves to other
+    values only.
     """
     count_of(particles)
     if reverse not in (False, True, "chains"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import one_hot
 
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.layout import LatentSite
@@ -22,13 +23,14 @@ def is_discrete(site: LatentSite) -> bool:
 class Lattice:
     """Maps the discrete latents {site: [K, *plates, B, *event]} to k [K, B, D], LongTensor, and back.
 
-    ``moves`` is the number of coordinates that :meth:`propose` may change: those with at least two values
-    that can be combined with any others (labels of a chain can, the cells of a parse chart cannot).
+    A one-hot vector is one coordinate, the place of its one. ``moves`` is the number of coordinates that
+    :meth:`propose` may change: those with at least two values that can be combined with any others (labels of
+    a chain can, the cells of a parse chart cannot).
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
-        self._sites: dict[str, tuple[torch.Size, int]] = {}
+        self._sites: dict[str, tuple[torch.Size, int, int | None]] = {}
         self._types: dict[str, torch.dtype] = {}
         starts: list[int] = []
         sizes: list[int] = []
@@ -38,8 +40,12 @@ class Lattice:
             if not is_discrete(site):
                 continue
             shape = torch.Size((*site.plate_shape, *site.event_shape))
-            self._sites[name] = shape, len(site.plate_shape)
             start, size = _range(site.support) if site.free else (0, 1)
+            values = None
+            if _base(site.support) is constraints.one_hot:
+                shape, values, start = shape[:-1], shape[-1], 0
+                size = values if site.free else 1
+            self._sites[name] = shape, len(site.plate_shape), values
             count = shape.numel()
             starts += [start] * count
             sizes += [size] * count
@@ -54,9 +60,10 @@ class Lattice:
     def to_vector(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Latents to k [K, B, D]."""
         pieces = []
-        for name, (_, plates) in self._sites.items():
+        for name, (_, plates, values) in self._sites.items():
             value = latents[name].movedim(1 + plates, 1)
             self._types[name] = value.dtype
+            value = value if values is None else value.argmax(-1)
             pieces.append(value.reshape(*value.shape[:2], -1).long())
         if pieces:
             return torch.cat(pieces, -1)
@@ -67,8 +74,9 @@ class Lattice:
     def to_latents(self, k: Tensor) -> dict[str, Tensor]:
         """k [K, B, D] to latents, in their own dtypes."""
         latents, start = {}, 0
-        for name, (shape, plates) in self._sites.items():
+        for name, (shape, plates, values) in self._sites.items():
             piece = k[..., start : start + shape.numel()].reshape(*k.shape[:-1], *shape)
+            piece = piece if values is None else one_hot(piece, values)
             start += shape.numel()
             latents[name] = piece.movedim(1, 1 + plates).to(self._types[name])
         return latents
@@ -92,11 +100,16 @@ class Lattice:
         return k.scatter(-1, index, torch.where(size > 0, cyclic, walk))
 
 
+def _base(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
 def _range(support: Any) -> tuple[int, int]:
     """First value and number of values of each coordinate: 0 if there is no last value, 1 if it must not be
     changed."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = _base(support)
     if support is constraints.boolean:
         return 0, 2
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)

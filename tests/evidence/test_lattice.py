@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyroelbo import Pair, distributions, evidence
+from pyroelbo import Pair, audit, distributions, evidence, models
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence import annealed, lattice
 from pyroelbo.pair import ExactPair
@@ -108,6 +108,21 @@ def switching():
     return pair, y, pair.log_evidence(y)
 
 
+def enumerable(make):
+    """A pair of the library with finite latents, three of its data, and the sum over all latents."""
+
+    def case():
+        torch.manual_seed(6)
+        pair = make()
+        with torch.no_grad():
+            for parameter in pair.generator.parameters():
+                parameter.mul_(2)  # posteriors far from the prior
+        y = pair.simulate(3)[1]
+        return pair, y, evidence.exact(pair, y).value
+
+    return case
+
+
 def row(name):
     def make():
         pair, y = TABLE[name][0](), TABLE[name][1](2)
@@ -116,9 +131,14 @@ def row(name):
     return make
 
 
-CASES = {"bits": bits, "counts": counts, "switching": switching} | {
-    name: row(name) for name in ("mixture-encoder", "bernoulli_mixture-encoder", "hmm-mean-field")
-}
+CASES = (
+    {"bits": bits, "counts": counts, "switching": switching}
+    | {
+        "one-hot": enumerable(lambda: models.DiscreteVAE(6, (3, 2), (), 3)),
+        "two layers of eight": enumerable(lambda: models.SigmoidBeliefNet(10, (8, 8))),
+    }
+    | {name: row(name) for name in ("mixture-encoder", "bernoulli_mixture-encoder", "hmm-mean-field")}
+)
 
 
 def check_unbiased(make=switching, start="prior", **options):
@@ -153,6 +173,42 @@ def test_a_sandwich_of_mixed_latents_closes():
     exact = pair.log_evidence(torch.zeros(1))
     assert exact.isfinite().all() and abs(sandwich.mean_gap) < 0.3
     assert sandwich.mean_gap > -Z_LIMIT * sandwich.mean_gap_error
+
+
+@pytest.mark.parametrize("name", ["one-hot", "two layers of eight"])
+def test_reverse_chains_of_simulated_data_have_the_mean_one(name):
+    """One z a datum is an exact draw of p(z | y), so that p(y) / w of the chain backwards has mean one."""
+    pair = CASES[name]()[0]
+    drawn, simulate = [], pair.simulate
+    pair.simulate = lambda *args, **named: drawn.append(simulate(*args, **named)) or drawn[-1]
+    upper = evidence.bdmc(pair, 50, 4, 4, start="prior", leapfrog=1).upper
+    ratio = (evidence.exact(pair, drawn[0][1]).value - upper.value).exp()
+    assert abs(ratio.mean() - 1) < Z_LIMIT * ratio.std() / 50**0.5
+    assert ratio.std() > 0.01  # the chains are no exact ones
+
+
+@pytest.mark.parametrize("name", ["one-hot", "two layers of eight"])
+def test_every_coordinate_of_finite_latents_moves_alone(name):
+    pair, y, _ = CASES[name]()
+    box = lattice.Lattice(Evaluator(pair, y))
+    _, batch = pair.simulate(3)
+    latents = Evaluator(pair, batch).sample_pass(500).latents
+    k = box.to_vector(latents)
+    assert box.moves == box.dims == (5 if name == "one-hot" else 16)
+    back = box.to_latents(k)
+    assert all(
+        torch.equal(back[key], value) and back[key].dtype == value.dtype for key, value in latents.items()
+    )
+    moved = box.propose(k)
+    assert ((moved != k).sum(-1) == 1).all() and (moved != k).any((0, 1)).all()
+    assert moved.min() == 0 and moved.max() == (2 if name == "one-hot" else 1)
+
+
+def test_an_audit_sets_ais_beside_the_exact_sum():
+    pair, y, _ = CASES["one-hot"]()
+    found = audit(pair, y, references=("exact", "ais"), temperatures=4, particles=20)
+    rows = {b.method: b for b in found.bounds}
+    assert (z_scores(rows["ais-4"], rows["exact"].value).abs() < Z_LIMIT).all()
 
 
 def test_structures_move_only_as_a_whole(monkeypatch):
