@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,6 +112,7 @@ def compress(
         model_bytes=weights.size(pair, precision),
         seconds=time.perf_counter() - start,
         coder_seconds=job.seconds,
+        site_bits=dict(job.site_bits),
     )
 
 
@@ -246,6 +248,8 @@ class _Encoding:
         if as_set:  # sorted data would be an untypical start
             array = array[np.random.default_rng(0).permutation(len(array))]
         self.codec, self.template, self.as_set = codec, template, as_set
+        self.site_bits: Counter[str] = Counter() if codec is None else codec.bits
+        self.site_bits.clear()  # of the probe, or of an attempt with a smaller starter
         self.array, self.coded = array, len(array) - starter
         self.starter = _Starter.of(array[self.coded :], image)
         self.net_bits = self.initial_bits = self.seconds = 0.0
@@ -261,7 +265,9 @@ class _Encoding:
         for start in reversed(starts):
             rows = self.array[start : min(start + size, self.coded)]
             if members is not None:
+                ordered = stack.bits
                 drawn = b"".join(members.draw(stack, len(rows)))
+                self.site_bits["order"] += stack.bits - ordered
                 rows = np.frombuffer(drawn, rows.dtype).reshape(rows.shape)
             self._push(stack, rows, start)
             chunks += 1

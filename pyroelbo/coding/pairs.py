@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -28,13 +29,14 @@ class PairCodec(Codec):
     in their last bits, and both directions must compute the same numbers (abstract).
 
     ``method`` is its name, ``template`` a batch of that shape and dtype. Everything runs on the CPU in
-    evaluation mode, without gradients.
+    evaluation mode, without gradients. ``bits`` counts by site what was pushed less what was popped.
     """
 
     method: ClassVar[str]
 
     def __init__(self, pair: Pair, template: Tensor) -> None:
         self.pair, self.template = pair, template
+        self.bits: Counter[str] = Counter()
         self._programs = Programs(pair)
 
     def part(self, rows: int) -> PairCodec | None:
@@ -77,13 +79,15 @@ class Direct(PairCodec):
         self._codec, self._rows = Sequential(steps, flat, template.dtype, rows=rows), rows
 
     def part(self, rows: int) -> Direct:
-        return Direct(self.pair, self.template, rows)
+        part = Direct(self.pair, self.template, rows)
+        part.bits = self.bits
+        return part
 
     def _push(self, stack: Stack, y: Tensor) -> None:
         padded = torch.zeros_like(self.template)
         padded[: len(y)] = y
         with _naming("y"):
-            self._codec.push(stack, padded.reshape(self._codec.shape))
+            _Counted(self._codec, self.bits, "y").push(stack, padded.reshape(self._codec.shape))
 
     def _pop(self, stack: Stack) -> Tensor:
         return self._codec.pop(stack).reshape(self.template.shape)[: self._rows]
@@ -113,7 +117,8 @@ class BitsBack(PairCodec):
     def _codec(self, name: str, fn: Any, narrow: bool = False) -> Codec:
         dtype = self.template.dtype if name == self._observed else self._latents[name]
         with _naming(name):
-            return codec_of(fn, dtype, self._grids.get(name), narrow=narrow)
+            codec = codec_of(fn, dtype, self._grids.get(name), narrow=narrow)
+        return _Counted(codec, self.bits, name)
 
     def _trace(self, program: Callable, y: Tensor) -> Any:
         return prune_subsample_sites(poutine.trace(program).get_trace(y))
@@ -156,19 +161,37 @@ class Swapped(PairCodec):
 
     method = "swap"
 
-    def __init__(self, pair: Pair, template: Tensor, grids: Mapping[str, Grid]) -> None:
+    def __init__(
+        self, pair: Pair, template: Tensor, grids: Mapping[str, Grid], rows: int | None = None
+    ) -> None:
         super().__init__(pair, template)
         _checked(pair, template)
         links = pair.markov_links()
         assert links is not None
-        self._links, self._grids = (
-            links,
-            [None, *(grids.get(f"z_{i + 1}") for i in range(len(links.encoder)))],
-        )
+        self._links, self._rows = links, rows
+        self._grids = [None, *(grids.get(f"z_{i + 1}") for i in range(len(links.encoder)))]
+
+    def part(self, rows: int) -> Swapped | None:
+        """Chunks of fewer rows, for encoders that are point masses: from others, the rows beyond would be
+        popped, too."""
+        z = self.template
+        with torch.no_grad(), self._programs.quiet():
+            for link in self._links.encoder:
+                q = link(z)
+                if not is_point(q):
+                    return None
+                z = q.sample()
+        part = Swapped(self.pair, self.template, {}, rows)
+        part.bits = self.bits
+        return part
 
     def _codec(self, layer: int, fn: Any, narrow: bool = False) -> Codec:
-        with _naming(f"z_{layer}" if layer else "y"):
-            return codec_of(fn, self.template.dtype, self._grids[layer], narrow=narrow)
+        name = f"z_{layer}" if layer else "y"
+        with _naming(name):
+            codec = codec_of(fn, self.template.dtype, self._grids[layer], narrow=narrow, rows=self._rows)
+        if self._rows is not None and not hasattr(fn, "stepwise"):
+            codec = _First(codec, self._rows, fn.shape())
+        return _Counted(codec, self.bits, name)
 
     def _p(self, layer: int, above: Tensor | None) -> Codec:
         """p(z_l | z_{l+1}), z_0 = y."""
@@ -181,7 +204,8 @@ class Swapped(PairCodec):
         return self._codec(layer, self._links.encoder[layer - 1](below), narrow=True)
 
     def _push(self, stack: Stack, y: Tensor) -> None:
-        z, top = y, len(self._links.encoder)
+        z, top = torch.zeros_like(self.template), len(self._links.encoder)
+        z[: len(y)] = y
         for layer in range(1, top + 1):
             below, z = z, self._q(layer, z).pop(stack)
             with _naming(f"z_{layer - 1}" if layer > 1 else "y"):
@@ -195,13 +219,47 @@ class Swapped(PairCodec):
             above, z = z, self._p(layer - 1, z).pop(stack)
             if back:
                 self._q(layer, z).push(stack, above)
-        return z.reshape(self.template.shape)
+        return z.reshape(self.template.shape)[: self._rows]
 
     def _pop(self, stack: Stack) -> Tensor:
         return self._down(stack, back=True)
 
     def _draw(self, stack: Stack) -> Tensor:
         return self._down(stack, back=False)
+
+
+class _Counted(Codec):
+    """A codec that adds the growth of the stack to the ``bits`` of a site."""
+
+    def __init__(self, codec: Codec, bits: Counter[str], site: str) -> None:
+        self.codec, self.bits, self.site = codec, bits, site
+
+    def push(self, stack: Stack, value: Any) -> None:
+        before = stack.bits
+        self.codec.push(stack, value)
+        self.bits[self.site] += stack.bits - before
+
+    def pop(self, stack: Stack) -> Any:
+        before = stack.bits
+        value = self.codec.pop(stack)
+        self.bits[self.site] += stack.bits - before
+        return value
+
+
+class _First(Codec):
+    """A codec of ``rows`` rows for tensors of a ``shape`` with more of them, zeros beyond."""
+
+    def __init__(self, codec: Codec, rows: int, shape: torch.Size) -> None:
+        self.codec, self.rows, self.shape = codec, rows, shape
+
+    def push(self, stack: Stack, value: Tensor) -> None:
+        self.codec.push(stack, value[: self.rows])
+
+    def pop(self, stack: Stack) -> Tensor:
+        found = self.codec.pop(stack)
+        value = found.new_zeros(self.shape)
+        value[: self.rows] = found
+        return value
 
 
 class _Popping(Messenger):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyroelbo.results.bounds import Json
@@ -15,7 +15,8 @@ __all__ = ["CodeLength", "CodeUsage"]
 class CodeLength(Json):
     """The code of ``data`` data: its size in ``bytes`` and what these are.
 
-    ``net_bits`` is the growth of the stack by the ``coded`` data that the pair coded. The others,
+    ``net_bits`` is the growth of the stack by the ``coded`` data that the pair coded, and ``site_bits`` what
+    each site has of it: pushed under p less popped under q, of a layer its rate. The others,
     ``starter_data``, are coded in ``starter_bytes`` without the pair, as what bits-back pops first;
     ``frame_bytes`` describe the file. ``initial_bits`` is what the first chunk popped before it pushed.
     ``model_bytes`` is the size of the parameters, which are not in the file. ``coder_seconds`` of ``seconds``
@@ -33,6 +34,7 @@ class CodeLength(Json):
     model_bytes: int
     seconds: float
     coder_seconds: float
+    site_bits: dict[str, float] = field(default_factory=dict)
 
     @property
     def net(self) -> float:
@@ -59,6 +61,7 @@ class CodeLength(Json):
                 f"{self.bytes:,} bytes for {self.data:,} data, {self.total:.3f} nats per datum",
                 f"  by the model         {self.net_bits / 8:12,.0f} bytes for {self.coded:,} data, "
                 f"{self.net:.3f} nats per datum",
+                *self._sites(),
                 f"  without it           {self.starter_bytes:12,} bytes for {self.starter_data:,} data",
                 f"  frame                {self.frame_bytes:12,} bytes",
                 f"not in the file: the model, {self.model_bytes:,} bytes; initial bits, "
@@ -66,6 +69,16 @@ class CodeLength(Json):
                 f"time: {self.seconds:.1f} s, of which the coder {self.coder_seconds:.1f} s",
             )
         )
+
+    def _sites(self) -> list[str]:
+        """A line for each site, where there are several."""
+        if len(self.site_bits) < 2:
+            return []
+        nats = math.log(2) / self.coded
+        return [
+            f"    {site:19}{bits / 8:12,.0f} bytes, {bits * nats:.3f} nats per datum"
+            for site, bits in self.site_bits.items()
+        ]
 
 
 @dataclass(frozen=True)

@@ -329,3 +329,25 @@ def test_a_trained_pair_codes_at_its_bound(name, tmp_path):
     error = math.sqrt(float(log_w.var(0).sum()) * (1 + 1 / 64)) / found.coded
     bound = -float(log_w.mean())
     assert abs(found.net - bound) < 4.9 * error + 0.003 * bound
+
+
+@pytest.mark.parametrize("n", [8, 9, 29])
+def test_a_deterministic_encoder_needs_no_start(n, tmp_path):
+    """All data are coded by the pair, the last chunk in part, at the hard ELBO, to .1 % and 12 bits."""
+    torch.manual_seed(0)
+    pair = models.ByteVAE((3, 4), (3, 2), (8,))
+    y = images(n)
+    found = compress(pair, y, tmp_path / "code", chunk=8)
+    assert found.coded == n and found.starter_data == found.starter_bytes == found.initial_bits == 0
+    assert same(decompress(pair, tmp_path / "code"), y)
+    elbo = evidence.elbo(pair, torch.from_numpy(y).reshape(n, -1).float(), particles=1)
+    assert found.net_bits == pytest.approx(-float(elbo.value.sum()) / math.log(2), rel=1e-3, abs=12)
+    assert sum(found.site_bits.values()) == found.net_bits and set(found.site_bits) == {"y", "z_1", "z_2"}
+    assert "    z_2  " in str(found)
+    assert found.to_dict()["site_bits"] == found.site_bits
+
+
+def test_the_bits_of_sites_and_order_are_those_of_the_code(vae, tmp_path):
+    found = compress(vae, images(40), tmp_path / "code", chunk=8, as_set=True)
+    assert set(found.site_bits) == {"y", "z", "order"} and found.site_bits["order"] < 0
+    assert sum(found.site_bits.values()) == pytest.approx(found.net_bits)
