@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
 import pyro
@@ -91,8 +92,8 @@ def log_evidence_of_all(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]:
     count = math.prod(radix)
     if count > _MAX_ASSIGNMENTS:
         raise Unavailable(
-            f"the latents of all data have {float(count):.1e} joint values: summing over them one by one is "
-            f"limited to {_MAX_ASSIGNMENTS:,}"
+            f"the latents of all data have {Decimal(count):.1e} joint values: summing over them one by one "
+            f"is limited to {_MAX_ASSIGNMENTS:,}"
         )
     device = next(iter(supports.values())).device
     step, totals = max(1, evaluator.cells), []
@@ -117,10 +118,9 @@ def _finite_latents(pair: Pair, batch: batches.Batch, scope: str) -> Evaluator:
         if site.num_values is None:
             raise Unavailable(f"latent site {name!r} has no finite set of values to sum over")
         if site.num_values > _MAX_ASSIGNMENTS:
-            many = float(min(site.num_values, 10**300))  # integers beyond have no float
             raise Unavailable(
-                f"latent site {name!r} has {many:.1e} values: a sum over them is limited to "
-                f"{_MAX_ASSIGNMENTS:,}"
+                f"latent site {name!r} has {Decimal(site.num_values):.1e} values: a sum over them is limited "
+                f"to {_MAX_ASSIGNMENTS:,}"
             )
     evaluator.refuse_scales("enumeration")
     return evaluator

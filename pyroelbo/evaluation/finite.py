@@ -11,6 +11,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyroelbo.distributions import StructuredDistribution
+
 __all__ = ["EnumerableVectors", "num_values"]
 
 
@@ -25,20 +27,35 @@ def num_values(fn: Any) -> int | None:
         each = num_values(fn.base_dist)
         dims = fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - fn.reinterpreted_batch_ndims :]
         return None if each is None else each ** math.prod(dims)
+    if _labelled(fn):
+        return len(_labels(fn)) ** math.prod(fn.event_shape)
     return None
 
 
+def _labelled(fn: Any) -> bool:
+    """Whether a structure's values are all combinations of its labels (beyond a length there are none)."""
+    return isinstance(fn, StructuredDistribution) and fn.free_labels and fn.lengths is None
+
+
+def _labels(fn: Any) -> Tensor:
+    each = fn.support.base_constraint
+    return torch.arange(each.lower_bound, each.upper_bound + 1, device=fn.potentials[0].device)
+
+
 class EnumerableVectors(Messenger):
-    """Lets latents that are vectors of finite values (``Bernoulli(...).to_event(1)``) be enumerated."""
+    """Lets latents that are vectors of finite values (``Bernoulli(...).to_event(1)``, the labels of a tree)
+    be enumerated."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if not msg["is_observed"] and isinstance(fn, Independent) and num_values(fn) is not None:
+        vectors = isinstance(fn, (Independent, StructuredDistribution))
+        if not msg["is_observed"] and vectors and num_values(fn) is not None:
             msg["fn"] = _Enumerable(fn)
 
 
 class _Enumerable(TorchDistribution):
-    """An Independent over finite sets, whose support is the product of its coordinates'."""
+    """An Independent over finite sets, or a structure of free labels, whose support is the product of its
+    coordinates'."""
 
     has_enumerate_support = True
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -62,12 +79,18 @@ class _Enumerable(TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Every value, [S, 1, …, 1, *event], the last coordinate changing first."""
+        own, event = self._each()
+        count = math.prod(self.event_shape[: len(self.event_shape) - len(event)])
+        codes = torch.cartesian_prod(*[torch.arange(len(own), device=own.device)] * count).reshape(-1, count)
+        values = own[codes].reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
+        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+
+    def _each(self) -> tuple[Tensor, torch.Size]:
+        """The values of a coordinate, and the shape of one."""
+        if not isinstance(self.base_dist, Independent):
+            return _labels(self.base_dist), torch.Size()
         inner = self.base_dist.base_dist
         if isinstance(inner, Independent):
             inner = _Enumerable(inner)
         own = inner.enumerate_support(expand=False)
-        own = own.reshape(len(own), *inner.event_shape)
-        count = math.prod(self.event_shape[: len(self.event_shape) - len(inner.event_shape)])
-        codes = torch.cartesian_prod(*[torch.arange(len(own), device=own.device)] * count).reshape(-1, count)
-        values = own[codes].reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
-        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+        return own.reshape(len(own), *inner.event_shape), inner.event_shape

@@ -20,6 +20,8 @@ TREES = {
     "sparse": ([-1, 0, 0, 1], 3, False),
     "single": ([-1], 4, True),
     "uneven": ([3, 0, 0, -1, 1, 3], 2, False),
+    "own": ([[-1, 0, 0, 1, 1], [2, 2, -1, 2, 2], [1, 2, 3, 4, -1]], 2, True),
+    "own-sparse": ([[-1, 0, 0, 1], [1, -1, -1, 2], [-1, -1, -1, -1]], 3, False),
 }
 
 
@@ -27,7 +29,7 @@ TREES = {
 class TestTreeCRF(StructuredContract):
     def make(self, case, seed=0):
         parents, states, same = TREES[case]
-        nodes = len(parents)
+        nodes = torch.tensor(parents).shape[-1]
         edge = (
             randn(seed + 1, 1, states, states)
             if same
@@ -36,11 +38,13 @@ class TestTreeCRF(StructuredContract):
         return TreeCRF(torch.tensor(parents), randn(seed, 3, nodes, states), edge)
 
     def construct(self, q, potentials):
-        return TreeCRF(q.parents, *potentials)
+        rows = len(potentials[0])
+        return TreeCRF(q.parents[:rows] if q.parents.dim() > 1 and rows < 3 else q.parents, *potentials)
 
     def listing(self, q, b):
         node, edge = (nested(x.expand(3, *x.shape[1:])[b]) for x in q.potentials)
-        return Listing(labelled_trees(q.parents.tolist(), node, edge))
+        parents = q.parents[b] if q.parents.dim() > 1 else q.parents
+        return Listing(labelled_trees(parents.tolist(), node, edge))
 
 
 def test_a_path_is_a_chain():
@@ -136,3 +140,33 @@ def test_a_forest_with_an_impossible_tree_has_no_parts():
 def test_nan_stays_nan_where_nobody_checks():
     q = TreeCRF(torch.tensor([-1, 0]), torch.full((2, 3), math.nan), torch.zeros(3, 3), validate_args=False)
     assert q.log_partition.isnan()
+
+
+def test_trees_of_their_own_are_trees_alone():
+    parents = torch.tensor(TREES["own"][0])
+    node, edge = randn(0, 3, 5, 2), randn(1, 3, 5, 2, 2)
+    together = TreeCRF(parents, node, edge)
+    z = together.sample((7,))
+    for b in range(3):
+        alone = TreeCRF(parents[b], node[b], edge[b])
+        torch.testing.assert_close(together.log_partition[b], alone.log_partition)
+        torch.testing.assert_close(together.log_prob(z)[:, b], alone.log_prob(z[:, b]))
+        torch.testing.assert_close(together.entropy()[b], alone.entropy())
+        assert torch.equal(together.mode[b], alone.mode)
+    wide = TreeCRF(parents[:1], node[:1], edge[:1]).expand((2, 4))  # one tree, for four data
+    assert wide.parents.shape == (4, 5) and wide.sample().shape == (2, 4, 5)
+    torch.testing.assert_close(wide.log_partition, together.log_partition[:1].expand(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([[-1, 0, 0], [2, -1, 3]], r"expected integers in \[-1, 2\], got 3 at index \[1, 2\]"),
+        ([[-1, 0, 0], [1, 0, -1]], r"a cycle through index \[1, [01]\]"),
+        ([[[-1, 0, 0]]], r"parents, node, edge: expected shapes \[N\] or \[\*C,N\]"),
+        ([[-1, 0, 0]] * 3, "batch shapes: expected shapes that broadcast"),
+    ],
+)
+def test_wrong_trees_are_refused(parents, message):
+    with pytest.raises(ValueError, match=message):
+        TreeCRF(torch.tensor(parents), torch.zeros(2, 3, 2), torch.zeros(2, 2, 2))

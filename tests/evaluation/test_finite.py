@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyroelbo import Pair, audit, evidence, fit_em, models
+from pyroelbo.distributions import TreeCRF
 from pyroelbo.evaluation.finite import EnumerableVectors, num_values
 
 
@@ -113,3 +114,25 @@ def test_coupled_data_are_summed_over_all_values_together():
         total.append(float(prior - 0.5 * ((y - loc) ** 2).sum() - 1.5 * math.log(2 * math.pi)))
     expected = float(torch.tensor(total).logsumexp(0))
     assert float(evidence.exact(Switch(), y, scope="joint").value) == pytest.approx(expected)
+
+
+def test_the_labels_of_a_tree_are_enumerated():
+    parents = torch.tensor([[-1, 0, 0, 1], [3, 0, 1, -1]])
+    torch.manual_seed(0)
+    node, edge, seen = torch.randn(2, 4, 2), torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2)
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", TreeCRF(parents[: len(y)], node[: len(y)], edge[: len(y)]))
+            p = seen[: len(y)].expand(*z.shape, 2).gather(-1, z[..., None])[..., 0]
+            pyro.sample("y", dist.Normal(p, 1.0).to_event(1), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(torch.ones(len(y), 4, 2)).to_event(1))
+
+    y = torch.randn(2, 4)
+    emission = dist.Normal(seen, 1.0).log_prob(y[..., None])  # a tree again, whose sum is known
+    prior, posterior = (TreeCRF(parents, x, edge).log_partition for x in (node, node + emission))
+    found = evidence.exact(Pair.of(model, guide), y)
+    torch.testing.assert_close(found.value, posterior - prior)
