@@ -79,6 +79,17 @@ def regressions(n):
     return x, torch.where(x[:, :1] > 0, x, -x.flip(-1)) + 0.3 * torch.randn(n, 2)
 
 
+def coloured(n, height=4, width=6):
+    """(x, superpixels, parents, y): pictures of six superpixels, or of five, on trees of their own."""
+    square = torch.arange(height)[:, None] // 2 * 3 + torch.arange(width) // 2
+    superpixels = square.expand(n, -1, -1).clone()
+    parents = torch.tensor([[-1, 0, 1, 0, 1, 2], [1, 4, 1, 4, -1, 4]])[torch.randint(2, (n,))]
+    superpixels[0] = superpixels[0].clamp(max=4)  # the last two are one
+    parents[0] = torch.tensor([1, -1, 1, 0, 1, -1])
+    x, y = torch.randint(256, (n, height, width)), torch.randint(-60, 61, (n, height, width, 2))
+    return x, superpixels, parents, y
+
+
 class Conjugate(ExactPair):
     """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal
     guide."""
@@ -361,5 +372,10 @@ CONDITIONAL = {
         lambda n: (torch.randn(n, 2), torch.randint(3, (n,))),
     ),
     "experts-encoder": (lambda: models.MixtureOfExperts(2, 2, 3, guide="encoder"), regressions),
+    "superpixel": (lambda: models.Superpixel(2, 3, width=4), coloured),
+    "superpixel-independent": (
+        lambda: models.Superpixel(2, 3, "independent", "independent", 4),
+        coloured,
+    ),
     "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
 }

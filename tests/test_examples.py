@@ -30,6 +30,7 @@ ARGUMENTS = {
     "vdm": lambda tmp: (["--smoke", "--out", str(tmp / "vdm")],),
     "masked_diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "masked")],),
     "sat": lambda tmp: (["--smoke"],),
+    "superpixel": lambda tmp: (["--smoke", "--out", str(tmp / "superpixel")],),
     "topics": lambda tmp: (["--smoke"],),
     "experts": lambda tmp: (["--smoke", "--out", str(tmp / "experts")],),
     "hidden_tree": lambda tmp: (["--smoke", "--out", str(tmp / "tree")],),

@@ -22,6 +22,7 @@ from pyroelbo.models.sat import SAT
 from pyroelbo.models.sentences import SentenceVAE
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.style import StyleVAE
+from pyroelbo.models.superpixel import Superpixel
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
@@ -63,6 +64,7 @@ __all__ = [
     "StateSpace",
     "Strings",
     "StyleVAE",
+    "Superpixel",
     "build",
     "entry",
     "load",

@@ -40,6 +40,7 @@ from pyroelbo.models.sat import SAT
 from pyroelbo.models.sentences import SentenceVAE
 from pyroelbo.models.state_space import StateSpace
 from pyroelbo.models.style import StyleVAE
+from pyroelbo.models.superpixel import Superpixel
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
@@ -347,6 +348,17 @@ REGISTRY: dict[str, Entry] = {
         objective="rloo",
         particles=64,
     ),
+    "superpixel": Entry(
+        "colours of a grey picture by segments of superpixels; prior=tree|independent, guide as prior",
+        Superpixel,
+        kinds={"superpixels": {}},
+        sizes=lambda data: {},
+        data="scenes",
+        epochs=200,
+        learning_rate=5e-3,
+        objective="rloo",
+        particles=4,
+    ),
     "ctc": Entry(
         "labels of a sequence, summed over all alignments, exact; guide=exact|local",
         CTC,
@@ -443,7 +455,7 @@ def _remedy(kinds: Kinds, data: Dataset) -> str:
         if kind in views(data.kind)
         for key, values in needs.items()
     ]
-    others = [other for other, row in REGISTRY.items() if data.kind in row.kinds]
+    others = [other for other, row in REGISTRY.items() if set(row.kinds) & set(views(data.kind))]
     return f"use {' or '.join(ways)}" if ways else f"{data.kind} are for {', '.join(others) or 'no model'}"
 
 

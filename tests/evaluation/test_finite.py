@@ -124,7 +124,7 @@ def test_the_labels_of_a_tree_are_enumerated():
     def model(y):
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", TreeCRF(parents[: len(y)], node[: len(y)], edge[: len(y)]))
-            p = seen[: len(y)].expand(*z.shape, 2).gather(-1, z[..., None])[..., 0]
+            p = torch.where(z == 1, seen[: len(y), :, 1], seen[: len(y), :, 0])
             pyro.sample("y", dist.Normal(p, 1.0).to_event(1), obs=y)
 
     def guide(y):
