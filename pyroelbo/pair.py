@@ -24,7 +24,17 @@ from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.results import CodeUsage
 
-__all__ = ["PLATE", "ExactPair", "LatentPath", "MarkovLinks", "Pair", "Stepwise", "Summed", "within_datum"]
+__all__ = [
+    "PLATE",
+    "ExactPair",
+    "LatentPath",
+    "Lossy",
+    "MarkovLinks",
+    "Pair",
+    "Stepwise",
+    "Summed",
+    "within_datum",
+]
 
 PLATE = "data"
 _counts: Counter[str] = Counter()
@@ -102,6 +112,16 @@ class Stepwise:
     distribution: Callable[[Any], Any]
     append: Callable[[Any, Tensor], Any]
     order: Callable[[int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The codes of a pair alone, for files from which its data come back approximately: ``encode(y)`` [B, *]
+    are integers, ``decode`` gives data of them, and ``codes`` is a pair whose data they are."""
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    codes: Any
 
 
 @dataclass(frozen=True)
@@ -351,6 +371,10 @@ class Pair(PyroModule):
     def stepwise(self) -> Stepwise | None:
         """The evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); where the order is a
         latent, p(y | order) for fixed orders. None for other pairs."""
+        return None
+
+    def lossy(self) -> Lossy | None:
+        """The codes alone, as a pair of their own; None for pairs whose data are not coded with loss."""
         return None
 
     def written_out(self) -> Pair:

@@ -256,6 +256,11 @@ class _Ordered(VectorDistribution):
         return constraints.independent(self.prior.support, 1)
 
     @property
+    def num_values(self) -> int | None:
+        """How many values there are; None of real numbers."""
+        return self.prior.values**self.prior.dims or None
+
+    @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
         """Whether there are at most 2^20 values."""
         return 0 < self.prior.values**self.prior.dims <= _MOST

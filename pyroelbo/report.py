@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroelbo.numerics import bits_per_dim
-from pyroelbo.results import Audit, Bound, Decomposition, Run, Sandwich, Terms
+from pyroelbo.results import Audit, Bound, Decomposition, RatePoint, Run, Sandwich, Terms
 from pyroelbo.results.diagnostics import Calibration, Diagnostics
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "plot_latents",
     "plot_layers",
     "plot_planes",
+    "plot_rate_distortion",
     "plot_sequences",
+    "sharpness",
     "to_arviz",
 ]
 
@@ -237,10 +239,15 @@ def images(
 ) -> Path:
     """Plot rows of images, a tensor [n, H·W] (1 is ink) or [n, H, W, 3] (colours) in [0, 1] for each row,
     with a title each. Returns the path."""
-    columns = max(len(r) for r in rows)
-    height, width = shape
     each = 0.62 if rows[0].dim() == 2 else 1.6
-    figure, axes = _figure(each * columns + 1.2, (each + 0.1) * len(rows))
+    figure, axes = _figure(each * max(map(len, rows)) + 1.2, (each + 0.1) * len(rows))
+    _pictures(axes, rows, shape, titles)
+    return _save(figure, path)
+
+
+def _pictures(axes: Any, rows: Sequence[Tensor], shape: Sequence[int], titles: Sequence[str] | None) -> None:
+    height, width = shape
+    columns = max(map(len, rows))
     canvas = np.ones(((height + 1) * len(rows) - 1, (width + 1) * columns - 1, 3))
     for i, row in enumerate(rows):
         pictures = row.detach().cpu().double()
@@ -254,6 +261,61 @@ def images(
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def sharpness(pictures: Tensor, shape: Sequence[int]) -> float:
+    """The variance of the discrete Laplacian (right + left + above + below - 4 · pixel) of pictures [n, H·W],
+    over their inner pixels: small for blurred ones. Source: Pech-Pacheco et al. (2000)."""
+    y = pictures.detach().double().reshape(-1, *shape)
+    inner = y[:, 1:-1, 1:-1]
+    laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * inner
+    return float(laplacian.var(correction=0))
+
+
+def plot_rate_distortion(
+    curves: Mapping[str, Sequence[RatePoint]],
+    path: str | Path,
+    bound: tuple[Sequence[float], Sequence[float]] | None = None,
+    sharp: float | None = None,
+    rows: Sequence[Tensor] = (),
+    shape: Sequence[int] = (),
+    titles: Sequence[str] | None = None,
+) -> Path:
+    """Plot distortion against rate, a curve for each name: lines through the rates of the priors, crosses at
+    the sizes of the files. Returns the path.
+
+    Args:
+        curves: points by name, in any order.
+        path: the figure's file.
+        bound: bits per number and mean squared errors of the rate–distortion function, if it is known.
+        sharp: the sharpness of the data; with it a second panel shows that of what is decoded.
+        rows: pictures [n, H·W] in [0, 1] below the curves, a row each, with ``titles``.
+        shape: of these pictures.
+        titles: of the rows.
+    """
+    from matplotlib.figure import Figure
+
+    columns, below = 1 if sharp is None else 2, 0.6 * len(rows)
+    figure = Figure(figsize=(4.6 * columns, 3.6 + below), layout="constrained")
+    grid = figure.add_gridspec(2 if rows else 1, columns, height_ratios=[3.6, below] if rows else None)
+    panels = {"distortion": (figure.add_subplot(grid[0, 0]), "mean squared error")}
+    if bound is not None:
+        panels["distortion"][0].plot(*bound, color="black", linewidth=1, label="R(D)")
+    if sharp is not None:
+        panels["sharpness"] = figure.add_subplot(grid[0, 1]), "variance of the Laplacian"
+        panels["sharpness"][0].axhline(sharp, color="black", linewidth=1, label="data")
+    for quantity, (axis, label) in panels.items():
+        for i, (name, points) in enumerate(curves.items()):
+            ordered, colour = sorted(points, key=lambda point: point.bits), _SHADES[i % len(_SHADES)]
+            values = [getattr(point, quantity) for point in ordered]
+            axis.plot([point.bits for point in ordered], values, ".-", color=colour, label=name)
+            axis.plot([point.file_bits for point in ordered], values, "x", color=colour)
+        axis.set_xlabel("rate, bits per number (x: file)")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8)
+    panels["distortion"][0].set_yscale("log")
+    if rows:
+        _pictures(figure.add_subplot(grid[1, :]), rows, shape, titles)
     return _save(figure, path)
 
 

@@ -181,6 +181,16 @@ TABLE = {
         lambda: models.DiscreteVAE(6, (2,), (8,), 3, "categorical", 5),
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
+    "rate_distortion": (
+        lambda: models.RateDistortion(6, 2, (8,), weight=4.0, values=8),
+        lambda n: torch.randn(n, 6),
+    ),
+    "rate_distortion-straight_through": (
+        lambda: models.RateDistortion(
+            6, 2, (8,), "discretized_laplace", 5, 20.0, "straight_through", values=8
+        ),
+        lambda n: torch.randint(5, (n, 6)).double(),
+    ),
     "vq_vae": (lambda: models.VQVAE(6, 3, 2, 2, (8,)), lambda n: binary(n, 6)),
     "vq_vae-gradient": (
         lambda: models.VQVAE((4, 5), 3, 2, network="conv", channels=2, codebook="gradient"),

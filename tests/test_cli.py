@@ -76,6 +76,7 @@ SMALL = {
     "style_vae": "bytes --set scales=1 --set channels=4",
     "autoregressive": "binary --set width=4 --set layers=1",
     "discrete_vae": "bytes --set latent=3 --set hidden=8",
+    "rate_distortion": "vectors --set latent=2 --set hidden=8",
     "vq_vae": "bytes --set codes=4 --set positions=2 --set hidden=8",
     "fsq_vae": "vectors --set bins=3,2 --set positions=2 --set hidden=8",
     "sq_vae": "binary --set codes=4 --set positions=2 --set hidden=8",
@@ -452,3 +453,24 @@ def test_em_takes_what_concerns_it(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     assert main([*train, "--method", "gradient", "-lr", "0.1", "-n", "1"]) == 0
     assert "validation elbo" in capsys.readouterr().out
+
+
+def test_codes_alone_of_real_data_are_compressed_with_loss(tmp_path, capsys):
+    torch.manual_seed(0)
+    y = (torch.randn(300, 4) * torch.tensor([1.0, 20.0, 0.1, 3.0]) + 7).numpy()
+    np.save(tmp_path / "y.npy", y)
+    run, code, back = (str(tmp_path / name) for name in ("run", "y.code", "back.npy"))
+    words = ["rate_distortion", "--data", str(tmp_path / "y.npy"), "--out", run, "-n", "40", "--quiet"]
+    settings = ["--set", "latent=4", "--set", "hidden=8", "--set", "weight=50", "-lr", "0.01"]
+    assert main(["train", *words, *settings]) == 0
+    assert main(["compress", run, str(tmp_path / "y.npy"), "--out", code]) == 0
+    assert "not bit for bit" in capsys.readouterr().out
+    assert main(["decompress", run, code, "--out", back]) == 0
+    restored = np.load(back)
+    assert restored.shape == y.shape  # in the data's own units, every column
+    assert (np.square(restored - y).mean(0) < 0.8 * y.var(0)).all()
+    assert main(["decompress", run, code, "--out", back]) == 1
+    assert "exists" in capsys.readouterr().err
+    np.save(tmp_path / "wide.npy", y[:, :3])
+    assert main(["compress", run, str(tmp_path / "wide.npy"), "--out", str(tmp_path / "x")]) == 1
+    assert "expected an array of 4 numbers a datum" in capsys.readouterr().err

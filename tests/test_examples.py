@@ -25,6 +25,7 @@ ARGUMENTS = {
     "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
     "discrete_vae": lambda tmp: (["--smoke", "--out", str(tmp / "discrete")],),
     "sentence_vae": lambda tmp: (["--smoke"],),
+    "rate_distortion": lambda tmp: (["--smoke", "--out", str(tmp / "rate")],),
     "vq_vae": lambda tmp: (["--smoke", "--out", str(tmp / "vq")],),
     "diffusion": lambda tmp: (["--smoke", "--out", str(tmp / "diffusion")],),
     "vdm": lambda tmp: (["--smoke", "--out", str(tmp / "vdm")],),

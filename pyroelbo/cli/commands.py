@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
@@ -21,7 +23,7 @@ from pyroelbo.cli import shows
 from pyroelbo.distributions.grammar import TooLong
 from pyroelbo.evidence import audit
 from pyroelbo.numerics import duration
-from pyroelbo.pair import Pair
+from pyroelbo.pair import Lossy, Pair
 from pyroelbo.results import Audit, Run
 from pyroelbo.runs import RunDirectory
 from pyroelbo.training.em import ClosedForm, fit_em
@@ -353,12 +355,32 @@ def compress(options: argparse.Namespace) -> int:
     if options.path == "contexts":
         found = coding.compress_contexts(y, out, shape=options.shape)
     else:
-        pair, _, _ = models.load(options.path)
+        pair, _, known = models.load(options.path)
+        lossy = None if known.about.discrete else pair.lossy()
+        if lossy is not None:
+            pair, y = lossy.codes, _encoded(lossy, known, y)
         found = coding.compress(
             pair, y, out, chunk=options.chunk, as_set=options.as_set, precision=options.precision
         )
+        if lossy is not None:
+            print("the codes alone: decompress gives the data as they are decoded, not bit for bit")
     print(f"{found}\nwritten: {out}")
     return 0
+
+
+def _encoded(lossy: Lossy, known: data.Dataset, y: np.ndarray) -> np.ndarray:
+    """The codes of an array of data in their own units."""
+    if y.ndim < 2 or math.prod(y.shape[1:]) != known.dims or y.dtype.kind not in "fiu":
+        raise ValueError(
+            f"FILE: expected an array of {known.dims} numbers a datum, got one of shape {y.shape} and dtype "
+            f"{y.dtype}"
+        )
+    rows = torch.from_numpy(np.array(y.reshape(len(y), -1), np.float64)).to(torch.get_default_dtype())
+    if not bool(rows.isfinite().all()):
+        raise ValueError("FILE: expected finite numbers, got NaN or infinite ones")
+    rows = dataclasses.replace(known, splits={"data": rows}).standardized(known)["data"]
+    codes = lossy.encode(rows).numpy()
+    return codes.astype(np.uint8 if codes.max(initial=0) < 256 else np.int32)
 
 
 def decompress(options: argparse.Namespace) -> int:
@@ -366,8 +388,17 @@ def decompress(options: argparse.Namespace) -> int:
     if options.path == "contexts":
         coding.decompress_contexts(options.file, out)
     else:
-        pair, _, _ = models.load(options.path)
-        coding.decompress(pair, options.file, out)
+        pair, _, known = models.load(options.path)
+        lossy = None if known.about.discrete else pair.lossy()
+        if lossy is None:
+            coding.decompress(pair, options.file, out)
+        else:
+            if out.exists():
+                raise FileExistsError(f"{out} exists: choose another name, or remove it")
+            codes = torch.from_numpy(coding.decompress(lossy.codes, options.file))
+            y = known.raw(lossy.decode(codes)).reshape(len(codes), *known.shape)
+            with files.replacing(out) as file:
+                np.save(file, y.numpy())
     print(f"written: {out}")
     return 0
 

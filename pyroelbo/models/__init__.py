@@ -17,6 +17,7 @@ from pyroelbo.models.ladder import Ladder
 from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.rate_distortion import RateDistortion
 from pyroelbo.models.registry import REGISTRY, Entry, build, entry, load, matched, settings_of
 from pyroelbo.models.sat import SAT
 from pyroelbo.models.sentences import SentenceVAE
@@ -59,6 +60,7 @@ __all__ = [
     "MaskedDiffusion",
     "MixtureOfExperts",
     "NeuralPCFG",
+    "RateDistortion",
     "SentenceVAE",
     "SigmoidBeliefNet",
     "StateSpace",

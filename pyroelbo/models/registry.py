@@ -36,6 +36,7 @@ from pyroelbo.models.masked import MaskedDiffusion
 from pyroelbo.models.mixture import BernoulliMixture, GaussianMixture
 from pyroelbo.models.observation import LIKELIHOODS
 from pyroelbo.models.ppca import PPCA
+from pyroelbo.models.rate_distortion import RateDistortion
 from pyroelbo.models.sat import SAT
 from pyroelbo.models.sentences import SentenceVAE
 from pyroelbo.models.state_space import StateSpace
@@ -235,6 +236,12 @@ REGISTRY: dict[str, Entry] = {
         settings={"latent": (6, 3), "values": 4},
         learning_rate=2e-3,
         objective="progressive",
+    ),
+    "rate_distortion": Entry(
+        "autoencoder of rounded codes, weight=λ of the distortion; quantization=noise|straight_through",
+        RateDistortion,
+        kinds=_pixels("discretized_normal", "discretized_laplace", "l2", "l1"),
+        sizes=_picture,
     ),
     "ppca": Entry(
         "probabilistic PCA, exact; guide=exact|mean_field, noise=shared|diagonal",

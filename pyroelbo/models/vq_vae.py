@@ -203,7 +203,7 @@ class VQVAE(_Deterministic):
         codebook: str = "ema",
         commitment: float = 0.25,
         decay: float = 0.99,
-        reset: float = 0.1,
+        reset: float = 0.3,
         prior: str = "autoregressive",
     ) -> None:
         quantizer = VectorQuantizer(codes, width, codebook, decay, reset)

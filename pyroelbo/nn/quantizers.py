@@ -44,7 +44,7 @@ class VectorQuantizer(nn.Module):
     total: Tensor
 
     def __init__(
-        self, codes: int, width: int, learn: str = "ema", decay: float = 0.99, reset: float = 0.1
+        self, codes: int, width: int, learn: str = "ema", decay: float = 0.99, reset: float = 0.3
     ) -> None:
         super().__init__()
         if learn not in ("ema", "gradient"):

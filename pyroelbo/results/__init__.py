@@ -14,7 +14,7 @@ from pyroelbo.results.bounds import (
     Terms,
     short,
 )
-from pyroelbo.results.codes import CodeLength, CodeUsage
+from pyroelbo.results.codes import CodeLength, CodeUsage, RatePoint
 from pyroelbo.results.diagnostics import Calibration, Diagnostics, Estimate, SiteGaps
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Estimate",
     "Gap",
     "Json",
+    "RatePoint",
     "Run",
     "Sandwich",
     "SiteGaps",

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyroelbo.results.bounds import Json
 
-__all__ = ["CodeLength", "CodeUsage"]
+__all__ = ["CodeLength", "CodeUsage", "RatePoint"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,33 @@ class CodeUsage(Json):
             f"codes: {self.used} of {len(self.counts)} used, perplexity {self.perplexity:.1f} "
             f"({sum(self.counts):,} codes counted)"
         )
+
+
+@dataclass(frozen=True)
+class RatePoint(Json):
+    """A point of a rate–distortion curve, of data of ``dims`` numbers.
+
+    ``weight`` is λ, ``rate`` E[-ln p(z)] in nats per datum, ``file`` the nats per datum of a file of the
+    codes z, ``distortion`` the mean squared error of a number, and ``sharpness`` that of the decoded pictures
+    (:func:`pyroelbo.report.sharpness`), NaN for other data.
+    """
+
+    weight: float
+    dims: int
+    rate: float
+    file: float
+    distortion: float
+    sharpness: float = math.nan
+
+    @property
+    def bits(self) -> float:
+        """The rate in bits per number."""
+        return self.rate / self.dims / math.log(2)
+
+    @property
+    def file_bits(self) -> float:
+        """The file's size in bits per number."""
+        return self.file / self.dims / math.log(2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"unit": "nats", **asdict(self)}
