@@ -67,7 +67,7 @@ class HiddenChowLiuTree(ExactPair):
         if y.dim() != 2 or y.shape[-1] != self.dims:
             raise ValueError(f"y: expected shape [B, {self.dims}], got {tuple(y.shape)}")
         if torch.distributions.Distribution._validate_args:
-            bad = (y < 0) | (y >= self.levels) | (y != y.round())
+            bad = (y < 0) | (y >= self.levels) | (y != y.long())
             if bool(bad.any()):
                 first = tuple(bad.nonzero()[0].tolist())
                 raise ValueError(

@@ -187,7 +187,7 @@ class GradientSteps:
                 value = -self._expected_log_joint(statistics) / count
                 gradients = torch.autograd.grad(value, self.parameters, allow_unused=True)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.contiguous()
             value = value.detach()
             if -math.inf < float(value) < best:
                 best, kept = float(value), [p.detach().clone() for p in self.parameters]

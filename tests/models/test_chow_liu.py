@@ -57,6 +57,12 @@ def test_evidence_posterior_and_statistics_are_sums_over_all_labels(parents, lev
     torch.testing.assert_close(pair.log_evidence(y).detach(), value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_data_of_any_type(dtype):
+    pair, y = models.HiddenChowLiuTree(4), torch.randint(2, (6, 4))
+    torch.testing.assert_close(pair.log_evidence(y.to(dtype)), pair.log_evidence(y))
+
+
 def test_blocks_of_data_change_nothing(monkeypatch):
     pair, y = models.HiddenChowLiuTree(5), torch.randint(2, (7, 5)).double()
     whole = pair.e_step(y)

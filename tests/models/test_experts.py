@@ -158,6 +158,15 @@ def test_a_trained_encoder_narrows_its_gap():
     assert result.reference == "exact" and 0 < result.gaps[0].mean < 0.7 * before
 
 
+def test_em_with_a_part_held_fixed():
+    """By gradients then, some of which are transposed."""
+    make, draw = CONDITIONAL["experts"]
+    pair, batch = make(), draw(60)
+    before = pair.generator.gate.detach().clone()
+    assert_climbs(quiet(pair, batch, epochs=5, start="current", freeze=("generator.gate",)))
+    assert torch.equal(pair.generator.gate, before)
+
+
 @pytest.mark.parametrize("name", KINDS.values())
 def test_em_in_float32(name):
     torch.set_default_dtype(torch.float32)
