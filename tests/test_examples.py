@@ -23,6 +23,8 @@ ARGUMENTS = {
     "regimes": lambda tmp: (["--smoke", "--out", str(tmp / "regimes")],),
     "chorales": lambda tmp: (["--smoke"],),
     "hierarchy": lambda tmp: (["--smoke", "--out", str(tmp / "hierarchy")],),
+    "byte_vae": lambda tmp: (["--smoke", "--out", str(tmp / "bytes")],),
+    "progressive_vae": lambda tmp: (["--smoke", "--out", str(tmp / "progressive")],),
     "discrete_vae": lambda tmp: (["--smoke", "--out", str(tmp / "discrete")],),
     "sentence_vae": lambda tmp: (["--smoke"],),
     "rate_distortion": lambda tmp: (["--smoke", "--out", str(tmp / "rate")],),

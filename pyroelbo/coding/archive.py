@@ -112,7 +112,7 @@ def compress(
         model_bytes=weights.size(pair, precision),
         seconds=time.perf_counter() - start,
         coder_seconds=job.seconds,
-        site_bits=dict(job.site_bits),
+        site_bits=dict(sorted(job.site_bits.items())),
     )
 
 
