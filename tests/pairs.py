@@ -90,6 +90,11 @@ def coloured(n, height=4, width=6):
     return x, superpixels, parents, y
 
 
+def classed(levels, dims):
+    """Draws of (labels, y): one of three classes, then integers 0 … levels-1, [B, dims]."""
+    return lambda n: (torch.arange(n) % 3, torch.randint(levels, (n, dims)).double())
+
+
 class Conjugate(ExactPair):
     """A Bayesian model of the textbook: a rate with a Gamma prior, counts that it explains, a log-normal
     guide."""
@@ -388,4 +393,22 @@ CONDITIONAL = {
         coloured,
     ),
     "ctc-local": (lambda: models.CTC(2, 3, 4, 2, guide="local"), labelled_frames),
+    "diffusion-classes": (lambda: models.Diffusion(4, 3, 5, width=8, layers=1, classes=3), classed(5, 4)),
+    "diffusion-classes-written_out": (
+        lambda: models.Diffusion((4, 4), 3, 5, network="unet", width=4, layers=1, classes=3).written_out(),
+        classed(5, 16),
+    ),
+    "discrete_diffusion-classes": (
+        lambda: models.DiscreteDiffusion(3, 4, 3, width=8, layers=1, classes=3),
+        classed(4, 3),
+    ),
+    "vdm-classes": (lambda: models.VDM(4, 5, width=8, layers=1, classes=3), classed(5, 4)),
+    "masked_diffusion-classes": (
+        lambda: models.MaskedDiffusion((2, 3), 3, "categorical", "conv", 8, 1, classes=3),
+        classed(3, 6),
+    ),
+    "masked_diffusion-classes-written_out": (
+        lambda: models.MaskedDiffusion(4, 3, "categorical", "transformer", 8, 1, classes=3).written_out(),
+        classed(3, 4),
+    ),
 }

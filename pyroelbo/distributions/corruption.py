@@ -335,21 +335,22 @@ class UniformNoise(Corruption):
 
 class NoisyChain(nn.Module):
     """A corruption and the network that undoes it: ``corruption``, ``generator``, ``dims`` and ``steps``
-    (abstract)."""
+    (abstract). A conditional network is told the labels [*], of which z has as many."""
 
     corruption: Corruption
     generator: nn.Module
     dims: int
     steps: int
 
-    def observation(self, z: Tensor) -> Any:
+    def observation(self, z: Tensor, labels: Tensor | None = None) -> Any:
         """p(y | z_1), batch shape [*, D]."""
         first = torch.ones((), dtype=torch.long, device=z.device)
-        return self.corruption.observation(self.output(z, first), z)
+        return self.corruption.observation(self.output(z, first, labels), z)
 
-    def output(self, z: Tensor, t: Tensor) -> Tensor:
+    def output(self, z: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """What the network says of z_t [*, D] at steps t [*]: [*, D, outputs]."""
-        return self.generator(z, (t / self.steps).to(self.corruption.tables.dtype))
+        told = {} if labels is None else {"labels": labels}
+        return self.generator(z, (t / self.steps).to(self.corruption.tables.dtype), **told)
 
 
 def _steps(steps: int, device: torch.device, last: int = 1) -> Tensor:
@@ -368,14 +369,21 @@ class _Path(TorchDistribution):
 
 
 class Generated(_Path):
-    """p(z_T) Π_{t≥2} p(z_{t-1} | z_t)."""
+    """p(z_T) Π_{t≥2} p(z_{t-1} | z_t), given the labels [*] of a conditional network."""
 
-    def __init__(self, pair: NoisyChain, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
-        self.pair, self.corruption = pair, pair.corruption
+    def __init__(
+        self,
+        pair: NoisyChain,
+        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        labels: Tensor | None = None,
+    ) -> None:
+        self.pair, self.corruption, self.labels = pair, pair.corruption, labels
+        if labels is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, labels.shape)
         super().__init__(batch_shape, torch.Size((pair.steps, pair.dims)), validate_args=False)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> Generated:
-        return Generated(self.pair, torch.Size(batch_shape))
+        return Generated(self.pair, torch.Size(batch_shape), self.labels)
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
@@ -383,14 +391,14 @@ class Generated(_Path):
         shape = torch.Size((*sample_shape, *self.batch_shape))
         z.append(c.prior(self.pair.dims).expand((*shape, self.pair.dims)).sample())
         for t in _steps(self.pair.steps, z[0].device, 2):
-            z.append(c.reverse(self.pair.output(z[-1], t), z[-1], t).sample())
+            z.append(c.reverse(self.pair.output(z[-1], t, self.labels), z[-1], t).sample())
         return torch.stack(z, -2)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(z_T … z_1), in nats."""
         c, t = self.corruption, _steps(self.pair.steps, value.device, 2)
-        above = value[..., :-1, :]
-        links = c.reverse(self.pair.output(above, t), above, t).log_prob(value[..., 1:, :])
+        above, labels = value[..., :-1, :], None if self.labels is None else self.labels[..., None]
+        links = c.reverse(self.pair.output(above, t, labels), above, t).log_prob(value[..., 1:, :])
         top = c.prior(self.pair.dims).log_prob(value[..., 0, :])
         found = _total(links, 2) + _total(top, 1)
         return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
 from pyroelbo.distributions.corruption import (
     Corrupted,
     Corruption,
@@ -22,6 +25,7 @@ from pyroelbo.distributions.corruption import (
     NoisyChain,
     UniformNoise,
 )
+from pyroelbo.models.rows import Rows, class_count
 from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP, UNet
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, LatentPath, Pair, evaluation_mode, within_datum
@@ -90,7 +94,7 @@ class Share(TorchDistribution):
         raise NotImplementedError("one term of a bound has no draws: simulate the pair")
 
 
-class SampledTerms(Pair):
+class SampledTerms(Rows, Pair):
     """A pair whose bound has many terms, one of which is drawn for each datum and step (abstract).
 
     Sites ``time`` (uniform on [0, 1]) and ``noise`` have the same distribution in model and guide, and choose
@@ -100,12 +104,11 @@ class SampledTerms(Pair):
     evaluation they are independent.
     """
 
-    dims: int
     terms: float
     spread = True
     """Whether the times of a training batch are spread evenly."""
 
-    def term(self, y: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def term(self, y: Tensor, time: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """One term of the bound, [*] (abstract)."""
         raise NotImplementedError
 
@@ -118,43 +121,26 @@ class SampledTerms(Pair):
         """The values of one dimension of y (abstract)."""
         raise NotImplementedError
 
-    def check(self, y: Tensor) -> None:
-        """Raise ValueError unless y is [B, D]."""
-        check_rows(y, self.dims, self.name)
-
     def _choices(self) -> tuple[Tensor, Tensor]:
         like = next(self.generator.parameters())
         time = Spread(like.new_zeros(()), like.new_ones(()))
         time.coupled = self.spread and self.training
         return pyro.sample("time", time), pyro.sample("noise", self.noise_law())
 
-    def model(self, y: Tensor) -> None:
-        self.check(y)
+    def model(self, *batch: Tensor, **named: Tensor) -> None:
+        y, labels = self.split(*batch, **named)
         for name, _ in self.named_children():
             getattr(self, name)  # registers it: the term is computed after the program has ended
+        term = functools.partial(self.term, labels=labels)
         with pyro.plate(PLATE, len(y)):
             time, noise = self._choices()
             with within_datum(self.terms):
-                pyro.sample("y", Share(self.term, self.support, time, noise), obs=y)
+                pyro.sample("y", Share(term, self.support, time, noise), obs=y)
 
-    def guide(self, y: Tensor) -> None:
+    def guide(self, *batch: Tensor, **named: Tensor) -> None:
+        y, _ = self.split(*batch, **named)
         with pyro.plate(PLATE, len(y)):
             self._choices()
-
-    def placeholder(self, n: int, *given: Tensor) -> Tensor:
-        return rows_for(self.generator, n, self.dims)
-
-
-def check_rows(y: Tensor, dims: int, name: str) -> None:
-    """Raise ValueError unless y is [B, ``dims``]."""
-    if y.dim() != 2 or y.shape[-1] != dims:
-        raise ValueError(f"y: expected shape [B, {dims}] for this {name}, got {tuple(y.shape)}")
-
-
-def rows_for(network: nn.Module, n: int, dims: int) -> Tensor:
-    """Zeros [n, dims] of the network's dtype, on its device."""
-    like = next(network.parameters())
-    return torch.zeros(n, dims, dtype=like.dtype, device=like.device)
 
 
 class DiffusionPair(NoisyChain, SampledTerms):
@@ -167,12 +153,16 @@ class DiffusionPair(NoisyChain, SampledTerms):
     pair, with which importance weights, SMC and AIS are possible. One pass of the network for a term, T
     passes for a chain or a draw.
 
-    Parts: ``generator``, the network from z [*, D] and time t/T [*] to [*, D, outputs].
+    Parts: ``generator``, the network from z [*, D] and time t/T [*] to [*, D, outputs]; with ``classes`` it
+    is called with ``labels=`` [*] as well.
     """
 
-    def __init__(self, corruption: Corruption, network: nn.Module, dims: int) -> None:
+    def __init__(
+        self, corruption: Corruption, network: nn.Module, dims: int, classes: int | None = None
+    ) -> None:
         super().__init__()
-        self.dims, self.steps, self.terms = dims, corruption.steps, float(corruption.steps)
+        self.dims, self.classes = dims, classes
+        self.steps, self.terms = corruption.steps, float(corruption.steps)
         self.corruption, self.generator = corruption, network
 
     @property
@@ -182,12 +172,12 @@ class DiffusionPair(NoisyChain, SampledTerms):
     def noise_law(self) -> Any:
         return self.corruption.noise(self.dims)
 
-    def term(self, y: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def term(self, y: Tensor, time: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The t-th term of the bound for t = ⌈time · T⌉, with the prior's share 1/T of its KL."""
         t = (time * self.steps).ceil().long().clamp(1, self.steps)
         c, x = self.corruption, self.corruption.encode(y)
         z = c.corrupt(x, noise, t)
-        return self.weigh(y, x, z, self.output(z, t), t, noise) - self._top(x) / self.steps
+        return self.weigh(y, x, z, self.output(z, t, labels), t, noise) - self._top(x) / self.steps
 
     def weigh(self, y: Tensor, x: Tensor, z: Tensor, out: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """ln p(y | z_1) for t = 1, else -KL(q(z_{t-1} | z_t, y), p(z_{t-1} | z_t)), [*]."""
@@ -203,16 +193,16 @@ class DiffusionPair(NoisyChain, SampledTerms):
         return kl_divergence(c.marginal(x, last), c.prior(self.dims)).sum(-1)
 
     @torch.no_grad()
-    def layers(self, y: Tensor, draws: int = 16) -> Tensor:
+    def by_layer(self, y: Batch, draws: int = 16) -> Tensor:
         """The bound's terms by layer, mean over data and ``draws`` of z_t: [T + 1], nats; entry 0 is E ln p(y
         | z_1), entry t - 1 is -KL of the step to z_{t-1}, entry T the prior's. They sum to the ELBO."""
-        self.check(y)
+        y, labels = batches.call(self.split, batches.as_batch(y, "y"))
         top = float(self._top(self.corruption.encode(y)).mean())
         found = []
         for t in range(1, self.steps + 1):
             time = torch.full((draws, len(y)), (t - 0.5) / self.steps, device=y.device)
             noise = self.noise_law().sample(time.shape)
-            found.append(float(self.term(y, time, noise).mean()) + top / self.steps)
+            found.append(float(self.term(y, time, noise, labels).mean()) + top / self.steps)
         return torch.tensor([*found, -top], dtype=torch.float64)
 
     def written_out(self) -> WrittenOut:
@@ -220,10 +210,10 @@ class DiffusionPair(NoisyChain, SampledTerms):
         return WrittenOut(self)
 
     @torch.no_grad()
-    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Draw n data by ancestral sampling; the pair's own sites choose terms of a bound, and are not
-        drawn."""
-        return {}, self.written_out().simulate(n, like=like)[1]
+    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Batch]:
+        """Draw n data by ancestral sampling, of the labels [n] that are given if there are classes; the
+        pair's own sites choose terms of a bound, and are not drawn."""
+        return {}, self.written_out().simulate(n, *given, like=like)[1]
 
 
 class Diffusion(DiffusionPair):
@@ -250,6 +240,8 @@ class Diffusion(DiffusionPair):
         dropout: probability of dropout in it.
         loss: what is trained: ``bound``, or ``simple``, E_t ½ ‖ε - ε̂‖², with .001 of the bound for learned
             variances alone. Evaluation always has the bound.
+        classes: number of classes of a conditional pair: batches are (labels, y), bounds are on ln p(y |
+            label), and ``simulate(n, labels)`` draws by class.
 
     Source: Ho, Jain and Abbeel (2020); Nichol and Dhariwal (2021) for learned variances.
     """
@@ -267,21 +259,25 @@ class Diffusion(DiffusionPair):
         layers: int = 3,
         dropout: float = 0.0,
         loss: str = "bound",
+        classes: int | None = None,
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
+        classes = class_count(classes)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         dims = math.prod(shape)
         noise = GaussianNoise(steps, schedule, parametrization, variance, levels, dims)
         if network == "mlp":
-            network = MLPDenoiser(dims, noise.outputs, width, layers, dropout)
+            network = MLPDenoiser(dims, noise.outputs, width, layers, dropout, classes=classes)
         elif network == "unet":
-            network = UNet(shape, noise.outputs, width, layers, dropout)
+            network = UNet(shape, noise.outputs, width, layers, dropout, classes=classes)
         elif network == "linear":
+            if classes is not None:
+                raise ValueError("classes: expected none for network='linear', whose maps see no label")
             network = PerStepLinear(dims, steps, noise.outputs)
         elif not isinstance(network, nn.Module):
             raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
-        super().__init__(noise, network, dims)
+        super().__init__(noise, network, dims, classes)
         self.shape, self.loss = shape, loss
 
     def weigh(self, y: Tensor, x: Tensor, z: Tensor, out: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -293,10 +289,10 @@ class Diffusion(DiffusionPair):
         return -0.5 * error.square().sum(-1) / self.steps + _HYBRID * super().weigh(y, x, z, held, t, noise)
 
     @torch.no_grad()
-    def initialize(self, y: Tensor) -> Diffusion:
+    def initialize(self, *batch: Tensor) -> Diffusion:
         """Set the mean and scale that z_0 has its units from to those of real data [N, D]; grey levels have
         their own. Returns self."""
-        self.check(y)
+        y, _ = self.split(*batch)
         c = self.corruption
         if c.levels is None:
             spread = y.std(0, correction=0)
@@ -305,15 +301,15 @@ class Diffusion(DiffusionPair):
         return self
 
     @torch.no_grad()
-    def few_steps(self, n: int, steps: int = 20, eta: float = 0.0) -> Tensor:
+    def few_steps(self, n: int, steps: int = 20, eta: float = 0.0, labels: Tensor | None = None) -> Tensor:
         """Draws [n, D] in ``steps`` passes of the network (DDIM), in the data's units: the last ẑ_0, grey
-        levels rounded.
+        levels rounded; with classes those of the ``labels`` [n].
 
         From t to an earlier step s, z_s = √ᾱ_s ẑ_0 + √(1 - ᾱ_s - σ²) ε̂ + σ ε with σ = ``eta`` times the
         ancestral step's standard deviation. Every ``eta`` and number of steps is a sampler of its own: the
         bound is that of :meth:`simulate`'s. Source: Song, Meng and Ermon (2021), equations 12 and 16.
         """
-        positive_count("n", n, "number of draws")
+        labels = self.labels_for(n, () if labels is None else (labels,))
         if not 1 <= positive_count("steps", steps) <= self.steps:
             raise ValueError(f"steps: expected at most T = {self.steps}, got {steps}")
         c = self.corruption
@@ -323,7 +319,7 @@ class Diffusion(DiffusionPair):
             for t, s in itertools.pairwise(times):
                 left, lost, _, _ = c.at(t)
                 below, rest, _, _ = c.at(s)
-                x = c.estimate(self.output(z, t), z, t)
+                x = c.estimate(self.output(z, t, labels), z, t)
                 eps = (z - left.sqrt() * x) / lost.sqrt()
                 noise = eta * (rest / lost * (1 - left / below)).sqrt()
                 kept_noise = (rest - noise.square()).clamp_min(0).sqrt()
@@ -332,7 +328,7 @@ class Diffusion(DiffusionPair):
         return y if c.levels is None else y.round().clamp(0, c.levels - 1)
 
     @torch.no_grad()
-    def strip(self, chains: Tensor, columns: int = 8) -> Tensor:
+    def strip(self, chains: Tensor, columns: int = 8, labels: Tensor | None = None) -> Tensor:
         """What the network makes of chains [n, T, D] (``written_out().simulate(n)[0]["z"]``) at ``columns``
         steps from T to 1: the expected data, [columns, n, D], in the data's units."""
         c = self.corruption
@@ -340,7 +336,7 @@ class Diffusion(DiffusionPair):
             places = torch.linspace(0, self.steps - 1, columns, device=chains.device).round().long()
             t = self.steps - places
             z = chains[:, places].movedim(1, 0)
-            x = c.estimate(self.output(z, t[:, None]), z, t[:, None])
+            x = c.estimate(self.output(z, t[:, None], labels), z, t[:, None])
         return c.loc + c.scale * x
 
 
@@ -359,6 +355,7 @@ class DiscreteDiffusion(DiffusionPair):
         width: number of features of the MLP.
         layers: number of its layers.
         dropout: probability of dropout in it.
+        classes: as of :class:`Diffusion`.
     """
 
     def __init__(
@@ -371,18 +368,19 @@ class DiscreteDiffusion(DiffusionPair):
         width: int = 128,
         layers: int = 3,
         dropout: float = 0.0,
+        classes: int | None = None,
     ) -> None:
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape, classes = (shape,) if isinstance(shape, int) else tuple(shape), class_count(classes)
         dims = math.prod(shape)
         if network == "mlp":
-            network = TokenMLP(dims, levels, levels, width, layers, dropout)
+            network = TokenMLP(dims, levels, levels, width, layers, dropout, classes=classes)
         elif not isinstance(network, nn.Module):
             raise ValueError(f"network: expected 'mlp' or a module, got {network!r}")
-        super().__init__(UniformNoise(steps, schedule, levels), network, dims)
+        super().__init__(UniformNoise(steps, schedule, levels), network, dims, classes)
         self.shape = shape
 
 
-class WrittenOut(NoisyChain, Pair):
+class WrittenOut(Rows, NoisyChain, Pair):
     """The evidence form of a :class:`DiffusionPair`: the latent ``z`` is the chain, [B, T, D], z_T first.
 
     ln p(y, z) - ln q(z | y) has no closed-form pieces, and its mean is the same ELBO. Cost: T passes of the
@@ -392,29 +390,27 @@ class WrittenOut(NoisyChain, Pair):
     def __init__(self, pair: DiffusionPair) -> None:
         super().__init__()
         self.corruption, self.generator = pair.corruption, pair.generator
-        self.dims, self.steps, self.label = pair.dims, pair.steps, f"{pair.name}, written out"
+        self.dims, self.classes, self.steps = pair.dims, pair.classes, pair.steps
+        self.label = f"{pair.name}, written out"
 
     @property
     def name(self) -> str:
         return self.label
 
-    def check(self, y: Tensor) -> None:
-        """Raise ValueError unless y is [B, D]."""
-        check_rows(y, self.dims, self.name)
-
-    def model(self, y: Tensor) -> None:
-        self.check(y)
+    def model(self, *batch: Tensor, **named: Tensor) -> None:
+        y, labels = self.split(*batch, **named)
         with pyro.plate(PLATE, len(y)):
-            z = pyro.sample("z", Generated(self))
-            pyro.sample("y", self.observation(z[..., -1, :]).to_event(1), obs=y)
+            z = pyro.sample("z", Generated(self, labels=labels))
+            pyro.sample("y", self.observation(z[..., -1, :], labels).to_event(1), obs=y)
 
-    def guide(self, y: Tensor) -> None:
-        self.check(y)
+    def guide(self, *batch: Tensor, **named: Tensor) -> None:
+        y, _ = self.split(*batch, **named)
         with pyro.plate(PLATE, len(y)):
             pyro.sample("z", Corrupted(self.corruption, self.corruption.encode(y)))
 
-    def latent_path(self, y: Tensor) -> LatentPath:
+    def latent_path(self, *batch: Tensor, **named: Tensor) -> LatentPath:
         """z_T, then each q(z_{t-1} | z_t, y) and p(z_{t-1} | z_t); only the last step sees y."""
+        y, labels = self.split(*batch, **named)
         c, x, steps = self.corruption, self.corruption.encode(y), self.steps
 
         def at(step: int) -> Tensor:
@@ -423,7 +419,7 @@ class WrittenOut(NoisyChain, Pair):
         def prior(step: int, past: Tensor | None) -> Any:
             if past is None:
                 return c.prior(self.dims).to_event(1)
-            return c.reverse(self.output(past, at(step)), past, at(step)).to_event(1)
+            return c.reverse(self.output(past, at(step), labels), past, at(step)).to_event(1)
 
         def guide(step: int, past: Tensor | None) -> Any:
             found = c.marginal(x, at(1)) if past is None else c.backwards(x, past, at(step))
@@ -432,18 +428,16 @@ class WrittenOut(NoisyChain, Pair):
         def emission(step: int, z: Tensor) -> Tensor:
             if step < steps - 1:
                 return torch.zeros(z.shape[:-1], device=z.device)
-            return self.observation(z).to_event(1).log_prob(y)
+            return self.observation(z, labels).to_event(1).log_prob(y)
 
         return LatentPath(steps, prior, guide, emission)
 
-    def placeholder(self, n: int, *given: Tensor) -> Tensor:
-        return rows_for(self.generator, n, self.dims)
-
     @torch.no_grad()
-    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Draw n chains and data by ancestral sampling, T passes of the network."""
-        positive_count("n", n, "number of draws")
+    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Batch]:
+        """Draw n chains and data by ancestral sampling, T passes of the network, of the labels [n] that are
+        given if there are classes."""
+        labels = self.labels_for(n, given, like)
         with evaluation_mode(self):
-            z = Generated(self, torch.Size((n,))).sample()
-            y = self.observation(z[:, -1]).sample()
-        return {"z": z}, y.to(self.placeholder(1).dtype)
+            z = Generated(self, torch.Size((n,)), labels).sample()
+            y = self.observation(z[:, -1], labels).sample()
+        return {"z": z}, self.joined(y.to(next(self.generator.parameters()).dtype), labels)

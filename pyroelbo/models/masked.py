@@ -14,9 +14,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyroelbo.batch import Batch
 from pyroelbo.evaluation.sites import Unavailable
-from pyroelbo.models.diffusion import SampledTerms, check_rows, rows_for
+from pyroelbo.models.diffusion import SampledTerms
 from pyroelbo.models.precision import exact_dtype
+from pyroelbo.models.rows import Rows, class_count
 from pyroelbo.nn import TokenConv, TokenMLP, TokenTransformer, bounded
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import PLATE, ExactPair, LatentPath, Stepwise, evaluation_mode
@@ -42,10 +44,21 @@ class _Tokens(nn.Module):
         """The values of one token."""
         return constraints.integer_interval(0, self.levels - 1)
 
-    def log_probs(self, y: Tensor, masked: Tensor) -> Tensor:
+    def log_probs(self, y: Tensor, masked: Tensor, labels: Tensor | None = None) -> Tensor:
         """ln p(y_i = v | the tokens that are not masked), [*, D, levels], for every i; only those of masked
         places mean anything."""
-        out = self.generator(torch.where(masked, self.levels, y.long()))
+        told = {} if labels is None else {"labels": labels}
+        return self._normalized(self.generator(torch.where(masked, self.levels, y.long()), **told))
+
+    def by_step(self, y: Tensor, order: Tensor, labels: Tensor | None = None) -> Tensor:
+        """ln p(y_σ(k) | y_σ(<k)), [*, D], k = 0 … D-1, of the place of step k in ``order`` [*, D]."""
+        if not isinstance(self.generator, TokenMLP):
+            return torch.stack([_reveal(self, y, labels, order, k) for k in range(self.dims)], -1)
+        y, places = y.long().expand(order.shape), order.argsort(-1)
+        found = self._normalized(self.generator.one_by_one(y, places, labels))
+        return found.gather(-1, y.gather(-1, places).unsqueeze(-1)).squeeze(-1)
+
+    def _normalized(self, out: Tensor) -> Tensor:
         if self.likelihood == "discretized_logistic":
             return ordinal(out, self.levels)
         return out.log_softmax(-1)
@@ -73,6 +86,8 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         layers: number of its layers.
         dropout: probability of dropout in it.
         components: number of logistics.
+        classes: number of classes of a conditional pair: batches are (labels, y), bounds are on ln p(y |
+            label), ``simulate(n, labels)`` draws by class, and the network is called with ``labels=`` [*].
 
     Source: Uria, Murray and Larochelle (2014) for orders; Hoogeboom et al. (2022), equations 3 to 5; Shi et
         al.
@@ -89,8 +104,10 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         layers: int = 3,
         dropout: float = 0.0,
         components: int = 5,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
+        self.classes = class_count(classes)
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood: expected one of {LIKELIHOODS}, got {likelihood!r}")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -110,34 +127,36 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         if isinstance(network, nn.Module):
             return network
         if network == "mlp":
-            return TokenMLP(self.dims, symbols, outputs, width, layers, dropout, timed=False)
+            return TokenMLP(self.dims, symbols, outputs, width, layers, dropout, False, self.classes)
         if network == "transformer":
-            return TokenTransformer(self.dims, symbols, outputs, width, layers, dropout=dropout)
+            return TokenTransformer(self.dims, symbols, outputs, width, layers, 4, dropout, self.classes)
         if network == "conv":
             if len(self.shape) != 2:
                 raise ValueError(f"shape: expected (height, width) for network='conv', got {self.shape}")
-            return TokenConv(self.shape, symbols, outputs, width, layers, dropout)
+            return TokenConv(self.shape, symbols, outputs, width, layers, dropout, self.classes)
         raise ValueError(f"network: expected one of {NETWORKS} or a module, got {network!r}")
 
     def noise_law(self) -> Any:
         like = next(self.generator.parameters())
         return dist.Uniform(like.new_zeros(self.dims), 1.0).to_event(1)
 
-    def term(self, y: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def term(self, y: Tensor, time: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """1/k Σ_masked ln p(y_i | the others), k = ⌈time · D⌉ places with the least noise masked; [*]."""
         count = (time * self.dims).ceil().long().clamp(1, self.dims)[..., None]
         masked = noise.argsort(-1).argsort(-1) < count
         y = y.long().expand(masked.shape)
-        found = self.log_probs(y, masked).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        found = self.log_probs(y, masked, labels).gather(-1, y.unsqueeze(-1)).squeeze(-1)
         return torch.where(masked, found, found.new_zeros(())).sum(-1) / count.squeeze(-1)
 
     def written_out(self) -> Orders:
         """The pair whose latent is the order in which tokens are revealed, with the same parameters."""
         return Orders(self)
 
-    def stepwise(self) -> Stepwise:
+    def stepwise(self) -> Stepwise | None:
         """ln p(y | order) token by token, in an order of its own for each row, from a fixed seed: on average
-        over orders the bound. D passes of the network."""
+        over orders the bound. D passes of the network. None for conditional pairs."""
+        if self.classes is not None:
+            return None
 
         def order(n: int) -> Tensor:
             generator = torch.Generator().manual_seed(0)
@@ -161,15 +180,17 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         return Stepwise(begin, distribution, append, order)
 
     @torch.no_grad()
-    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Draw n data in random orders, D passes of the network."""
-        _, y = self.written_out().simulate(n)
-        assert isinstance(y, Tensor)
-        return {}, y
+    def simulate(self, n: int, *given: Tensor, like: Any = None) -> tuple[dict[str, Tensor], Batch]:
+        """Draw n data in random orders, D passes of the network, of the labels [n] that are given if there
+        are classes."""
+        return {}, self.written_out().simulate(n, *given, like=like)[1]
 
     @torch.no_grad()
-    def inpaint(self, y: Tensor, known: Tensor, steps: int | None = None) -> Tensor:
-        """Draws of the tokens where ``known`` [*, D] is False, given the others, [*, D].
+    def inpaint(
+        self, y: Tensor, known: Tensor, steps: int | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Draws of the tokens where ``known`` [*, D] is False, given the others and, if there are classes,
+        ``labels`` [*]; [*, D].
 
         Places are revealed in random order, one at a time, or all in ``steps`` passes of the network: tokens
         of one pass are drawn independently, so that few steps sample another model.
@@ -183,7 +204,7 @@ class MaskedDiffusion(_Tokens, SampledTerms):
             for step in range(min(steps, int(hidden.max()))):
                 until = (hidden * (step + 1) / steps).ceil()
                 chosen = masked & (rank < (until if steps < self.dims else step + 1))
-                drawn = dist.Categorical(logits=self.log_probs(x, masked)).sample()
+                drawn = dist.Categorical(logits=self.log_probs(x, masked, labels)).sample()
                 x, masked = torch.where(chosen, drawn, x), masked & ~chosen
         return x.to(y.dtype)
 
@@ -207,7 +228,7 @@ def ordinal(out: Tensor, levels: int) -> Tensor:
     return (below.diff(dim=-1).clamp_min(0) * (1 - 1e-7) + 1e-7 / levels).log()
 
 
-class Orders(_Tokens, ExactPair):
+class Orders(Rows, _Tokens, ExactPair):
     """The evidence form of a :class:`MaskedDiffusion`: the latent ``order`` [B, D] says at which step 0 … D-1
     each token is revealed.
 
@@ -221,32 +242,31 @@ class Orders(_Tokens, ExactPair):
     def __init__(self, pair: MaskedDiffusion) -> None:
         super().__init__()
         self.generator, self.label = pair.generator, f"{pair.name}, written out"
+        self.classes = pair.classes
         self.dims, self.levels, self.likelihood = pair.dims, pair.levels, pair.likelihood
 
     @property
     def name(self) -> str:
         return self.label
 
-    def check(self, y: Tensor) -> None:
-        """Raise ValueError unless y is [B, D]."""
-        check_rows(y, self.dims, self.name)
-
-    def model(self, y: Tensor) -> None:
-        self.check(y)
+    def model(self, *batch: Tensor, **named: Tensor) -> None:
+        y, labels = self.split(*batch, **named)
         with pyro.plate(PLATE, len(y)):
             order = pyro.sample("order", self._orders())
-            pyro.sample("y", _Revealed(self, order), obs=y)
+            pyro.sample("y", _Revealed(self, order, labels), obs=y)
 
-    def guide(self, y: Tensor) -> None:
+    def guide(self, *batch: Tensor, **named: Tensor) -> None:
+        y, _ = self.split(*batch, **named)
         with pyro.plate(PLATE, len(y)):
             pyro.sample("order", self._orders())
 
     def _orders(self) -> _Uniform:
         return _Uniform(self.dims, next(self.generator.parameters()).device)
 
-    def latent_path(self, y: Tensor) -> LatentPath:
+    def latent_path(self, *batch: Tensor, **named: Tensor) -> LatentPath:
         """The places revealed so far, [K, B, D], with their steps and D elsewhere: one more a step,
         uniform."""
+        y, labels = self.split(*batch, **named)
 
         def choose(step: int, past: Tensor | None) -> Any:
             if past is None:
@@ -254,23 +274,22 @@ class Orders(_Tokens, ExactPair):
             return _Next(past, step)
 
         def emission(step: int, z: Tensor) -> Tensor:
-            return _reveal(self, y, z, step)
+            return _reveal(self, y, labels, z, step)
 
         return LatentPath(self.dims, choose, choose, emission)
 
-    def log_evidence(self, y: Tensor) -> Tensor:
+    def log_evidence(self, *batch: Tensor, **named: Tensor) -> Tensor:
         """ln p(y), [B], in nats, by the dynamic program; :class:`Unavailable` for D > 16."""
-        return self._tables(y)[1][:, 0]
+        return self._tables(*self.split(*batch, **named))[1][:, 0]
 
-    def posterior(self, y: Tensor) -> _Posterior:
+    def posterior(self, *batch: Tensor, **named: Tensor) -> _Posterior:
         """p(order | y); :class:`Unavailable` for D > 16."""
-        return _Posterior(*self._tables(y))
+        return _Posterior(*self._tables(*self.split(*batch, **named)))
 
-    def _tables(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """ln p(y_i | y_S) [B, 2^D, D], -inf for i in S, and ln p(y_rest | y_S) [B, 2^D], for all sets S of
         revealed tokens, as bits."""
-        self.check(y)
-        dims = self.dims
+        dims, told = self.dims, None if labels is None else labels[:, None]
         if dims > _MOST:
             raise Unavailable(f"the 2^D sets of revealed tokens are summed for D ≤ {_MOST}, got D = {dims}")
         sets = torch.arange(2**dims, device=y.device)
@@ -278,7 +297,8 @@ class Orders(_Tokens, ExactPair):
         links = []
         for some in shown.split(max(1, _CELLS // (len(y) * dims))):
             rows = y.long()[:, None].expand(-1, len(some), -1)
-            found = self.log_probs(rows, ~some.expand(rows.shape)).gather(-1, rows.unsqueeze(-1)).squeeze(-1)
+            found = self.log_probs(rows, ~some.expand(rows.shape), told)
+            found = found.gather(-1, rows.unsqueeze(-1)).squeeze(-1)
             links.append(found.masked_fill(some, -math.inf).to(exact_dtype(found)))
         link = torch.cat(links, 1)
         size = shown.sum(1)
@@ -296,15 +316,12 @@ class Orders(_Tokens, ExactPair):
         order = torch.cat([(size == k).nonzero()[:, 0] for k in range(dims + 1)])
         return link, value.index_copy(1, order, by_size)
 
-    def placeholder(self, n: int, *given: Tensor) -> Tensor:
-        return rows_for(self.generator, n, self.dims)
 
-
-def _reveal(pair: _Tokens, y: Tensor, order: Tensor, step: int) -> Tensor:
+def _reveal(pair: _Tokens, y: Tensor, labels: Tensor | None, order: Tensor, step: int) -> Tensor:
     """ln p(y_i | tokens of earlier steps) of the place i with ``order`` = step, [*]."""
     y = y.long().expand(order.shape)
     place = (order == step).long().argmax(-1, keepdim=True)
-    log_probs = pair.log_probs(y, order >= step)
+    log_probs = pair.log_probs(y, order >= step, labels)
     own = log_probs.gather(-2, place.unsqueeze(-1).expand(*place.shape, log_probs.shape[-1])).squeeze(-2)
     return own.gather(-1, y.gather(-1, place)).squeeze(-1)
 
@@ -344,8 +361,8 @@ class _Revealed(TorchDistribution):
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
 
-    def __init__(self, pair: _Tokens, order: Tensor) -> None:
-        self.pair, self.order = pair, order
+    def __init__(self, pair: _Tokens, order: Tensor, labels: Tensor | None) -> None:
+        self.pair, self.order, self.labels = pair, order, labels
         super().__init__(order.shape[:-1], order.shape[-1:], validate_args=False)
 
     @property
@@ -353,20 +370,20 @@ class _Revealed(TorchDistribution):
         return constraints.independent(self.pair.support, 1)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Revealed:
-        return _Revealed(self.pair, self.order.expand(*batch_shape, -1))
+        return _Revealed(self.pair, self.order.expand(*batch_shape, -1), self.labels)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Σ_k ln p(y_σ(k) | y_σ(<k)), in nats."""
         order = self.order.expand(*torch.broadcast_shapes(value.shape[:-1], self.batch_shape), -1)
-        links = [_reveal(self.pair, value, order, step) for step in range(order.shape[-1])]
-        return torch.stack(links, -1).sum(-1, dtype=exact_dtype(links[0]))
+        links = self.pair.by_step(value, order, self.labels)
+        return links.sum(-1, dtype=exact_dtype(links))
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         order = self.order.expand(*sample_shape, *self.order.shape)
         y = torch.zeros_like(order)
         for step in range(order.shape[-1]):
-            drawn = dist.Categorical(logits=self.pair.log_probs(y, order >= step)).sample()
+            drawn = dist.Categorical(logits=self.pair.log_probs(y, order >= step, self.labels)).sample()
             y = torch.where(order == step, drawn, y)
         return y
 

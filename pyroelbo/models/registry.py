@@ -96,7 +96,11 @@ def _picture(data: Dataset) -> dict[str, Any]:
 
 
 def _levels(data: Dataset) -> dict[str, Any]:
-    return {"shape": data.shape, "levels": data.levels or None}
+    return {"shape": data.shape, "levels": data.levels or None, "classes": None}
+
+
+def _symbols(data: Dataset) -> dict[str, Any]:
+    return {**_picture(data), "classes": None}
 
 
 def _row(data: Dataset) -> dict[str, Any]:
@@ -167,7 +171,7 @@ REGISTRY: dict[str, Entry] = {
         "diffusion of symbols by uniform noise in steps=T, a bound; schedule=cosine|linear",
         DiscreteDiffusion,
         kinds={"bytes": {}, "binary": {}},
-        sizes=_picture,
+        sizes=_symbols,
         epochs=100,
     ),
     "masked_diffusion": Entry(
@@ -175,7 +179,7 @@ REGISTRY: dict[str, Entry] = {
         "likelihood=discretized_logistic|categorical|bernoulli",
         MaskedDiffusion,
         kinds=_pixels("discretized_logistic", "categorical", "bernoulli"),
-        sizes=_picture,
+        sizes=_symbols,
         epochs=100,
     ),
     "flow": Entry(

@@ -13,6 +13,7 @@ from pyroelbo.numerics import positive_count
 
 __all__ = [
     "Attend",
+    "Condition",
     "MLPDenoiser",
     "PerStepLinear",
     "TokenConv",
@@ -41,6 +42,32 @@ class Waves(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         angle = time.to(self.rates.dtype)[..., None] * self.rates
         return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class Condition(nn.Module):
+    """Features [*, size] of what a network is told beside its input: the :class:`Waves` of a time [*], and of
+    a label [*] in 0 … ``classes``-1 which one it is; None without ``timed`` and ``classes``."""
+
+    rows: Tensor
+
+    def __init__(self, timed: bool = True, classes: int | None = None) -> None:
+        super().__init__()
+        self.waves = Waves() if timed else None
+        self.register_buffer("rows", torch.eye(classes or 0), persistent=False)
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return len(self.rows) + (0 if self.waves is None else self.waves.size)
+
+    def forward(self, time: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        found = [] if self.waves is None or time is None else [self.waves(time)]
+        if labels is not None:
+            found.append(nn.functional.embedding(labels, self.rows))
+        if len(found) < 2:
+            return found[0] if found else None
+        shape = torch.broadcast_shapes(*(f.shape[:-1] for f in found))
+        return torch.cat([f.expand(*shape, -1) for f in found], -1)
 
 
 def one_hot(z: Tensor, symbols: int) -> Tensor:
@@ -80,8 +107,9 @@ class PerStepLinear(nn.Module):
 class MLPDenoiser(nn.Module):
     """z [*, D] at time t in [0, 1] to [*, D, outputs]: residual layers, each shifted by features of the time.
 
-    x ← x + W SiLU(V norm(x) + U φ(t)), with φ the :class:`Waves`; without ``timed`` there is no φ. The
-    input is z, with sine and cosine of 2^j π z for each j of ``fourier``. Outputs start near 0."""
+    x ← x + W SiLU(V norm(x) + U φ), with φ the :class:`Condition`: the time, if ``timed``, and the label, if
+    there are ``classes``. The input is z, with sine and cosine of 2^j π z for each j of ``fourier``. Outputs
+    start near 0."""
 
     def __init__(
         self,
@@ -92,24 +120,28 @@ class MLPDenoiser(nn.Module):
         dropout: float = 0.0,
         timed: bool = True,
         fourier: Sequence[int] = (),
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.dims, self.outputs, self.fourier = dims, outputs, tuple(fourier)
-        self.waves = Waves() if timed else None
+        self.condition = Condition(timed, classes)
         self.inwards = nn.Linear(dims * (1 + 2 * len(self.fourier)), width)
-        size = self.waves.size if self.waves is not None else 0
-        self.blocks = nn.ModuleList(_Residual(width, size, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Residual(width, self.condition.size, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.outwards = nn.Linear(width, dims * outputs)
         start_small(self.outwards)
 
-    def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
-        when = None if self.waves is None or time is None else self.waves(time)
+    def forward(self, z: Tensor, time: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        when = self.condition(time, labels)
         angles = [math.pi * 2.0**j * z for j in self.fourier]
         x = self.inwards(torch.cat([z, *(f(a) for a in angles for f in (torch.sin, torch.cos))], -1))
+        return self.outwards(self.body(x, when)).unflatten(-1, (self.dims, self.outputs))
+
+    def body(self, x: Tensor, when: Tensor | None) -> Tensor:
+        """What lies between the first layer and the last."""
         for block in self.blocks:
             x = block(x, when)
-        return self.outwards(self.norm(x)).unflatten(-1, (self.dims, self.outputs))
+        return self.norm(x)
 
 
 class TokenMLP(MLPDenoiser):
@@ -124,21 +156,41 @@ class TokenMLP(MLPDenoiser):
         layers: int = 3,
         dropout: float = 0.0,
         timed: bool = True,
+        classes: int | None = None,
     ) -> None:
-        super().__init__(dims, outputs, width, layers, dropout, timed)
+        super().__init__(dims, outputs, width, layers, dropout, timed, classes=classes)
         self.symbols = symbols
         self.inwards = nn.Linear(dims * symbols, width)
 
-    def forward(self, z: Tensor, time: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, time: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         one = one_hot(z, self.symbols).flatten(-2)
-        return super().forward(one.to(self.inwards.weight.dtype), time)
+        return super().forward(one.to(self.inwards.weight.dtype), time, labels)
+
+    def one_by_one(self, z: Tensor, places: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Outputs [*, D, outputs] at the place ``places[..., k]`` given the symbols z [*, D] at
+        ``places[..., :k]``, the last symbol (the mask) elsewhere, for k = 0 … D-1.
+
+        A step changes the first layer by one column, and only one place's outputs are computed: the cost of
+        D passes without those two layers.
+        """
+        columns = self.inwards.weight.T.unflatten(0, (self.dims, self.symbols))
+        rows = self.outwards.weight.unflatten(0, (self.dims, self.outputs))
+        biases = self.outwards.bias.view(self.dims, self.outputs)
+        when, found = self.condition(None, labels), []
+        x = (self.inwards.bias + columns[:, -1].sum(0)).expand(*z.shape[:-1], -1)
+        for k in range(self.dims):
+            place = places[..., k]
+            found.append((rows[place] @ self.body(x, when).unsqueeze(-1)).squeeze(-1) + biases[place])
+            token = z.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+            x = x + columns[place, token] - columns[place, -1]
+        return torch.stack(found, -2)
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int, waves: int, dropout: float) -> None:
+    def __init__(self, width: int, told: int, dropout: float) -> None:
         super().__init__()
         self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
-        self.when = nn.Linear(waves, width, bias=False) if waves else None
+        self.when = nn.Linear(told, width, bias=False) if told else None
         self.outer = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -150,16 +202,24 @@ class _Residual(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """Features [n, D, width] of symbols [n, D]: an embedding of each plus one of its place; and the head from
-    features to [n, D, outputs]."""
+    """Features [n, D, width] of symbols [n, D]: an embedding of each plus one of its place, and of the label
+    if there are ``classes``; and the head from features to [n, D, outputs]."""
 
-    def __init__(self, dims: int, symbols: int, outputs: int, width: int) -> None:
+    def __init__(self, dims: int, symbols: int, outputs: int, width: int, classes: int | None) -> None:
         super().__init__()
         self.embed = nn.Embedding(symbols, width)
+        self.label = None if classes is None else nn.Embedding(classes, width)
         self.places = nn.Parameter(0.02 * torch.randn(dims, width))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
         self.bias = nn.Parameter(torch.zeros(dims, outputs))
         start_small(self.head)
+
+    def features(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Those of symbols [*, D] and labels [*], as one batch."""
+        x = self.embed(z.reshape(-1, z.shape[-1])) + self.places
+        if self.label is None:
+            return x
+        return x + self.label(labels).expand(*z.shape[:-1], -1).reshape(len(x), 1, -1)
 
 
 class TokenTransformer(_Tokens):
@@ -174,6 +234,7 @@ class TokenTransformer(_Tokens):
         layers: number of blocks.
         heads: attention heads of each block.
         dropout: probability of dropout in the blocks.
+        classes: number of labels, if it is told one.
     """
 
     def __init__(
@@ -185,12 +246,13 @@ class TokenTransformer(_Tokens):
         layers: int = 3,
         heads: int = 4,
         dropout: float = 0.0,
+        classes: int | None = None,
     ) -> None:
-        super().__init__(dims, symbols, outputs, width)
+        super().__init__(dims, symbols, outputs, width, classes)
         self.blocks = nn.ModuleList(Attend(width, heads, dropout) for _ in range(layers))
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.embed(z.reshape(-1, z.shape[-1])) + self.places
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.features(z, labels)
         for block in self.blocks:
             x = block(x)
         return (self.head(self.norm(x)) + self.bias).reshape(*z.shape, -1)
@@ -237,13 +299,14 @@ class TokenConv(_Tokens):
         width: int = 48,
         layers: int = 6,
         dropout: float = 0.0,
+        classes: int | None = None,
     ) -> None:
-        super().__init__(math.prod(shape), symbols, outputs, width)
+        super().__init__(math.prod(shape), symbols, outputs, width, classes)
         self.shape = shape
         self.blocks = nn.ModuleList(_ConvResidual(width, dropout) for _ in range(layers))
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.embed(z.reshape(-1, z.shape[-1])) + self.places
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.features(z, labels)
         x = x.transpose(1, 2).unflatten(-1, self.shape)
         for block in self.blocks:
             x = block(x)

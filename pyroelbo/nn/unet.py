@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.nn.denoisers import Attend, Waves, start_small
+from pyroelbo.nn.denoisers import Attend, Condition, start_small
 from pyroelbo.numerics import positive_count
 
 __all__ = ["UNet"]
@@ -18,7 +18,8 @@ class UNet(nn.Module):
     """Flat images z [*, H·W] at times [*] in [0, 1] to [*, H·W, outputs].
 
     Each resolution has ``layers`` residual blocks down and ``layers`` + 1 up, joined by skip connections;
-    blocks are shifted by features of the time; the coarsest resolution attends over all its places. Halving
+    blocks are shifted by features of the time, and of the label if there are
+    ``classes``; the coarsest resolution attends over all its places. Halving
     is a strided convolution, doubling the nearest neighbour and a convolution. Outputs start near 0.
 
     Args:
@@ -28,6 +29,7 @@ class UNet(nn.Module):
         layers: residual blocks of each resolution.
         dropout: probability of dropout in the blocks.
         growth: channels of each resolution, in units of ``width``, full resolution first.
+        classes: number of labels, if it is told one beside the time.
 
     Raises ValueError for sides that cannot be halved ``len(growth)`` - 1 times.
 
@@ -42,6 +44,7 @@ class UNet(nn.Module):
         layers: int = 1,
         dropout: float = 0.0,
         growth: Sequence[int] = (1, 2, 2),
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         positive_count("layers", layers, "number of blocks")
@@ -55,10 +58,10 @@ class UNet(nn.Module):
             )
         if width % 4:
             raise ValueError(f"width: expected a multiple of 4, the attention's heads, got {width}")
-        self.shape, self.waves = tuple(shape), Waves()
+        self.shape, self.condition = tuple(shape), Condition(True, classes)
         time = 4 * width
         self.when = nn.Sequential(
-            nn.Linear(self.waves.size, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU()
+            nn.Linear(self.condition.size, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU()
         )
         self.inwards = nn.Conv2d(1, width, 3, padding=1)
         sizes, kept = [g * width for g in growth], [width]
@@ -90,8 +93,12 @@ class UNet(nn.Module):
         self.norm, self.outwards = nn.GroupNorm(1, channels), nn.Conv2d(channels, outputs, 3, padding=1)
         start_small(self.outwards)
 
-    def forward(self, z: Tensor, time: Tensor) -> Tensor:
-        when = self.when(self.waves(time)).expand(*z.shape[:-1], -1).reshape(math.prod(z.shape[:-1]), -1)
+    def forward(self, z: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        when = (
+            self.when(self.condition(time, labels))
+            .expand(*z.shape[:-1], -1)
+            .reshape(math.prod(z.shape[:-1]), -1)
+        )
         x = self.inwards(z.reshape(-1, 1, *self.shape))
         kept = [x]
         for i, blocks in enumerate(self.downwards):

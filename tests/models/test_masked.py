@@ -10,7 +10,7 @@ from torch import nn
 
 from pyroelbo import audit, data, evidence, fit, models
 from pyroelbo.evidence import Unavailable
-from pyroelbo.models.masked import ordinal
+from pyroelbo.models.masked import _reveal, ordinal
 
 
 class Free(nn.Module):
@@ -126,6 +126,18 @@ def test_simulated_data_and_filled_in_tokens_follow_the_evidence():
     seen = torch.bincount(2 * at_once[:, 1] + at_once[:, 2], minlength=4) / 20000
     wanted = (first[1][:, None] * first[2]).flatten()
     assert ((seen - wanted).abs() < 5 * (wanted * (1 - wanted) / 20000).sqrt()).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("likelihood", ["categorical", "discretized_logistic"])
+def test_steps_by_columns_are_passes_of_the_network(likelihood):
+    pair = models.MaskedDiffusion(5, 4, likelihood, width=8, layers=2, classes=2).eval()
+    for p in pair.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    y, labels = torch.randint(4, (6, 5)), torch.arange(6) % 2
+    order = torch.rand(3, 6, 5).argsort(-1)
+    passes = [_reveal(pair, y, labels, order, step) for step in range(5)]
+    torch.testing.assert_close(pair.by_step(y, order, labels), torch.stack(passes, -1))
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv", "transformer"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyroelbo import audit, evidence, fit, models
+from pyroelbo import ExactPair, audit, evidence, fit, models
 from pyroelbo.distributions import PCFG, Derivation
 from pyroelbo.objectives import Exact_ELBO
 from tests.oracles import alignments, parse_trees
@@ -31,7 +31,7 @@ def test_the_exact_guides_objective_is_the_evidence(name, dtype):
     assert bound.stderr.max() < 10 * value
 
 
-@pytest.mark.parametrize("name", CONDITIONAL)
+@pytest.mark.parametrize("name", [n for n, (make, _) in CONDITIONAL.items() if isinstance(make(), ExactPair)])
 def test_conditional_pairs_are_audited_against_their_evidence(name):
     make, draw = CONDITIONAL[name]
     result = audit(make(), draw(5), particles=100)

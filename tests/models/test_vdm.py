@@ -93,7 +93,7 @@ def test_a_network_learns():
     bound = evidence.elbo(pair, y, 100)
     true = torch.distributions.MultivariateNormal(torch.ones(2), 9 * s).log_prob(y).mean()
     assert float(true) - 0.3 < bound.mean < float(true) + 0.1
-    found = pair.layers(y, 20)
+    found = pair.by_layer(y, 20)
     assert found.shape == (22,) and abs(float(found.sum()) - bound.mean) < 0.3
 
 
@@ -126,8 +126,78 @@ def test_grey_levels_are_told_apart_at_time_zero():
         ({"levels": 1}, "levels: expected at least two"),
         ({"network": "unet2"}, "network: expected 'mlp', 'unet' or a module"),
         ({"steps": 0}, "steps: expected a positive number of steps"),
+        ({"parametrization": "eps"}, "parametrization: expected one of"),
+        ({"parametrization": "levels", "levels": None}, "parametrization: expected 'v' for real data"),
     ],
 )
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         models.VDM(3, **settings)
+
+
+# ------------------------------------------------------------------------------------ probability flow
+
+
+def test_the_probability_flow_of_gaussian_data():
+    """Its eigendirections are scaled: z_0 ~ N(0, (α_0² s + σ_0²)/(α_1² s + σ_1²)); z-tests at 5, 1e-5 in
+    all."""
+    s = covariance(4)
+    pair, y = optimal("learned", s), torch.randn(8, 4) @ torch.linalg.cholesky(s).T
+    with torch.no_grad():
+        first, last = (torch.sigmoid(-pair.encoder(t)[0]) for t in (torch.zeros(()), torch.ones(())))
+        eye = torch.eye(4)
+        start, end = (power * s + (1 - power) * eye for power in (first, last))
+        law = torch.distributions.MultivariateNormal(torch.zeros(4), start @ torch.linalg.inv(end))
+        # the mean over z_0 ~ N(α_0 y, σ_0²), whose density is that of p(y | z_0) but for α_0^D
+        wanted = law.log_prob(first.sqrt() * y) + 2 * first.log()
+        wanted = wanted - 0.5 * (1 - first) * law.precision_matrix.trace()
+    found = pair.probability_flow(y, steps=60, draws=16)
+    assert found.kind == "estimate" and "another model" in found.notes[0]
+    assert (found.resolution < 5e-4).all()
+    assert ((found.value - wanted).abs() < 5 * found.stderr + found.resolution).all()
+    coarse = pair.probability_flow(y, steps=6)
+    assert (coarse.resolution > 1e-3).all() and coarse.stderr.isnan().all()
+    rough = pair.probability_flow(y, steps=20, draws=400, probes=1)
+    assert ((rough.value - wanted).abs() < 5 * rough.stderr + rough.resolution).all()
+    assert (rough.stderr > 2 * found.stderr / 5).all()
+
+
+@pytest.mark.parametrize("settings", [{"levels": None}, {"levels": 3, "parametrization": "levels"}])
+def test_the_density_of_a_flow_is_one(settings):
+    """The integral of p(z_0) of a network with random weights, by the trapezoidal rule."""
+    torch.manual_seed(0)
+    pair = models.VDM(1, width=8, layers=1, classes=2, **settings).eval()
+    for p in pair.generator.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    z = torch.linspace(-6, 6, 2001)[:, None]
+    labels = torch.ones(len(z), dtype=torch.long)
+    density = pair._flow(z, 40, labels, torch.ones(1, 1, 1)[0]).exp()
+    assert float(torch.trapezoid(density, z[:, 0])) == pytest.approx(1, abs=2e-3)
+
+
+def test_refused_flows():
+    pair = models.VDM(3, 5, width=8, layers=1)
+    with pytest.raises(ValueError, match="steps: expected an even number, got 7"):
+        pair.probability_flow(torch.zeros(2, 3), 7)
+    with pytest.raises(ValueError, match="probes: expected a positive"):
+        pair.probability_flow(torch.zeros(2, 3), 4, probes=0)
+
+
+# ------------------------------------------------------------------------------------- grey levels
+
+
+@torch.no_grad()
+def test_a_logit_for_each_level_means_the_posterior_mean():
+    """With the true marginal's logits and independent pixels ε̂ is optimal: x̂ by Bayes' rule, by hand."""
+    pair = models.VDM(2, 3, width=8, layers=1, parametrization="levels").eval()
+    share = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    for p in pair.generator.parameters():
+        p.zero_()
+    pair.generator.outwards.bias.copy_(share.log().flatten())
+    time, z = torch.tensor([0.4]), torch.tensor([[0.3, -0.7]])
+    level, _, s = pair.encoder(time)
+    alpha, sigma = torch.sigmoid(-level).sqrt(), torch.sigmoid(level).sqrt()
+    x = torch.tensor([-1.0, 0.0, 1.0])
+    weight = share * torch.distributions.Normal(alpha * x, sigma).log_prob(z[0, :, None]).exp()
+    wanted = (z - alpha * (weight * x).sum(-1) / weight.sum(-1)) / sigma
+    torch.testing.assert_close(pair.predict(z, level, s, time), wanted)
