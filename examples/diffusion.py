@@ -61,7 +61,7 @@ def main(arguments=None):
     print(result)
     smc = evidence.smc(pair.written_out(), test, particles=16, filters=4)
     print(f"{smc.method}: {smc.mean:.3f} ± {smc.mean_error:.3f} nats per datum, a lower bound")
-    layers = pair.layers(digits["test"], draws=1 if options.smoke else 16)
+    layers = pair.by_layer(digits["test"], draws=1 if options.smoke else 16)
     print(
         f"of {-layers.sum():.2f} nats per digit, {-layers[0]:.2f} are the grey levels given z_1 and "
         f"{-layers[-1]:.4f} the prior's"

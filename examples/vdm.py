@@ -73,7 +73,7 @@ def main(arguments=None):
     result = audit(pairs["learned"], digits["test"][:some], particles=64)
     print(f"\n{result}")
     _, drawn = pairs["learned"].simulate(12)
-    named = {k: p.layers(digits["test"][:some], 4) for k, p in pairs.items()}
+    named = {k: p.by_layer(digits["test"][:some], 4) for k, p in pairs.items()}
     pictures = [
         report.plot_curve(run, out / "curve.png"),
         report.plot_layers(named, out / "layers.png"),

@@ -358,6 +358,11 @@ class Pair(PyroModule):
         """How evenly the codes of data are used; None for pairs without a codebook."""
         return None
 
+    def by_layer(self, y: Batch, draws: int = 16) -> Tensor | None:
+        """The terms of a bound that is a sum over many layers, means over data and ``draws``, [L], nats: the
+        data's first, the prior's last; None for pairs whose latent sites are the layers."""
+        return None
+
     def latent_plane(self, *batch: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         """The codes [B, 2] of the data and the map that decodes a code as :meth:`reconstruct` does; None
         where the latent has other dimensions."""

@@ -215,7 +215,7 @@ def plot_layers(layers: Mapping[str, Tensor], path: str | Path) -> Path:
     """Plot a diffusion's bound by layer: minus the terms of each pair against their place, data left, prior
     right, and below their sum from the left.
 
-    ``layers`` are the results of a pair's ``layers``, [T + 1], nats per datum, by name. Returns the path.
+    ``layers`` are the results of a pair's ``by_layer``, [T + 1], nats per datum, by name. Returns the path.
     """
     figure, axes = _figure(6.4, 5.0, rows=2)
     for i, (name, terms) in enumerate(layers.items()):

@@ -162,6 +162,10 @@ def check(words, folder, capsys):
         "conv_ladder": True,
         "style_vae": True,
         "strings": True,
+        "diffusion": True,
+        "vdm": True,
+        "discrete_diffusion": True,
+        "masked_diffusion": False,
         "vae": False,
         "hmm": False,
     }

@@ -245,15 +245,20 @@ def audit_(options: argparse.Namespace) -> int:
     print(result)
     if found.scale:
         print("Nats are those of densities in the data's own units; the model sees standardized data.")
-    if rates := _rates(pair, y, options.particles):
+    run = RunDirectory(options.path)
+    terms, written = pair.by_layer(y, min(options.particles, _DRAWS)), [run.path / "audit.json"]
+    if terms is not None:
+        terms[0] -= found.log_scale(y).mean() if found.scale else 0.0
+        print(f"\n{_terms(terms, min(options.particles, _DRAWS))}")
+        written.append(report.plot_layers({pair.name: terms}, run.path / "layers.png"))
+    elif rates := _rates(pair.written_out(), y, options.particles):
         print("\n" + rates)
     if usage := batches.call(pair.usage, y):
         print(f"\n{usage}")
     if found.about.discrete:
         print("\n" + shows.in_other_units(result, found, y, config["settings"]))
-    run = RunDirectory(options.path)
     run.write_text("audit.json", result.to_json() + "\n")
-    written = [run.path / "audit.json", report.plot(result, run.path / "audit.png")]
+    written.append(report.plot(result, run.path / "audit.png"))
     written += shows.decoded(pair, found, y, labels, run.path)
     print(f"\nwritten: {', '.join(map(str, written))}")
     return 0
@@ -284,6 +289,16 @@ def _subset(found: data.Dataset, split: str, count: int, seed: int) -> tuple[Bat
 
 
 _MOST_SITES = 16  # of which the rates are shown
+_DRAWS = 16  # of a bound by layer, at most
+
+
+def _terms(terms: torch.Tensor, draws: int) -> str:
+    """The bound of a pair of many layers, in three parts."""
+    return (
+        f"The ELBO by layer ({draws} other draws), nats per datum: {float(terms.sum()):.3f} = reconstruction "
+        f"{float(terms[0]):.3f}, {len(terms) - 2} layers {float(terms[1:-1].sum()):.3f}, prior "
+        f"{float(terms[-1]):.3f}"
+    )
 
 
 def _rates(pair: Pair, y: Batch, particles: int) -> str | None:
