@@ -267,6 +267,12 @@ class Pair(PyroModule):
         # parameters get unique names.
         return name if name in self._pyro_samples else super()._pyro_get_fullname(name)
 
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__.get("_parameters", {}).get(name)
+        if own is not None and not own.requires_grad and not name.endswith("_unconstrained"):
+            return own  # Pyro's store would thaw a frozen one
+        return super().__getattr__(name)
+
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
             # Pyro's store leaves a weak reference on each, which cannot be pickled; it is set

@@ -19,7 +19,6 @@ from pyroelbo.models.links import PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP, ConvCell, ModulatedConv, doubled
 from pyroelbo.numerics import positive_count
-from pyroelbo.pair import evaluation_mode
 
 __all__ = ["StyleVAE"]
 
@@ -161,13 +160,17 @@ class StyleVAE(ImageChain):
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation: expected a number from 0 to 1, got {truncation!r}")
         latents, y = super().simulate(n, *given, like=like)
-        if truncation == 1:
-            return latents, y
-        with evaluation_mode(self):
-            mean = self.mean_style()
-            w = mean + truncation * (self.style(latents[self.sites[0]]) - mean)
-            y = self.observation(w, [truncation * latents[site] for site in self.sites[1:]]).sample()
+        if truncation < 1:
+            y = self.observation(*self.truncated(latents, truncation)).sample()
         return latents, y
+
+    @torch.no_grad()
+    def truncated(self, latents: dict[str, Tensor], truncation: float) -> tuple[Tensor, list[Tensor]]:
+        """The styles and noise maps, coarsest first, of ``latents`` by site, moved to their means as by
+        :meth:`simulate`."""
+        mean = self.mean_style()
+        w = mean + truncation * (self.style(latents[self.sites[0]]) - mean)
+        return w, [truncation * latents[site] for site in self.sites[1:]]
 
 
 def _sizes(shape: tuple[int, ...], scales: int) -> list[tuple[int, ...]]:

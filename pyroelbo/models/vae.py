@@ -136,4 +136,4 @@ class VAE(Pair):
         return torch.zeros(n, self.dims, dtype=self._dtype(), device=self.device)
 
     def _dtype(self) -> torch.dtype:
-        return next(self.encoder.parameters()).dtype
+        return next(self.generator.decoder.parameters()).dtype

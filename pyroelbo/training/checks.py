@@ -31,8 +31,11 @@ def probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tens
     program lacks, masked latents that are in use, data outside a site's support, no data plate, and global
     sites that minibatches would count repeatedly.
     """
+    frozen = [p for p in pair.parameters() if not p.requires_grad]
     with poutine.trace(param_only=True) as captured:
         guide, model = _run_once(pair, batch)
+    for p in frozen:
+        p.requires_grad_(False)  # which Pyro's store has set, if modules register their parameters
     sites = {k: s for k, s in model.nodes.items() if s["type"] == "sample"}
     drawn = {k: s for k, s in guide.nodes.items() if s["type"] == "sample"}
     _check_sites(sites, drawn)

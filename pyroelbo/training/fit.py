@@ -103,8 +103,10 @@ def fit(
         start = chosen.kl_weight(0.0) if callable(chosen.kl_weight) else chosen.kl_weight
         objective = objective.weighted(start)
     first = batches.to(loader.first(), place)
-    leaves, full_size = probe(pair, first, loader)
-    objective.check(pair, first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was not registered in the param store because requires_grad")
+        leaves, full_size = probe(pair, first, loader)
+        objective.check(pair, first)
     sequence = _updates(pair, objective, chosen, leaves, full_size)
     stored = {
         **(config or {}),

@@ -122,52 +122,6 @@ def test_frozen_parts_stay():
         quiet(pair, y, freeze="encoder")
 
 
-def test_fixed_encoder_training_reaches_the_entropy_of_data_and_code():
-    """With the encoder fixed and universal parts, the least loss of E[-ln p(z) p(y|z)] is H(y, z) under
-    Pop·enc."""
-    population = torch.tensor([0.5, 0.3, 0.2])
-    code = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
-
-    class Tables(Pair):
-        def __init__(self):
-            super().__init__()
-            self.prior = torch.nn.Parameter(torch.zeros(2))
-            self.generator = torch.nn.Parameter(torch.zeros(2, 3))
-            self.encoder = torch.nn.Parameter(code.log())
-
-        def model(self, y):
-            with pyro.plate("data", len(y)):
-                z = pyro.sample("z", dist.Categorical(logits=self.prior))
-                pyro.sample("y", dist.Categorical(logits=self.generator[z]), obs=y)
-
-        def guide(self, y):
-            with pyro.plate("data", len(y)):
-                pyro.sample("z", dist.Categorical(logits=self.encoder[y]))
-
-    pair = Tables()
-    y = torch.arange(3).repeat_interleave((population * 200).long())
-    fit(
-        pair,
-        y,
-        epochs=600,
-        batch_size=100,
-        learning_rate=0.05,
-        schedule="cosine",
-        particles=8,
-        freeze=("encoder",),
-        progress=False,
-    )
-    joint = population[:, None] * code
-    torch.testing.assert_close(pair.encoder.detach(), code.log())
-    model = pair.prior.log_softmax(0)[None] + pair.generator.log_softmax(1).T
-    loss = -(joint * model.detach()).sum()
-    entropy = -(joint * joint.log()).sum()
-    assert 0 <= float(loss - entropy) < 2e-3
-    torch.testing.assert_close(
-        evidence.exact(pair, torch.arange(3)).value.exp(), population, atol=0.03, rtol=0
-    )
-
-
 def test_schedules_of_rate_and_kl():
     seen = []
     quiet(

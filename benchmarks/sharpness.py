@@ -1,0 +1,146 @@
+"""Why are the samples of variational autoencoders blurry: L2 instead of L1, a scale that is fixed too wide,
+or the generator?
+
+    PYROELBO_DATA=... python -m benchmarks.sharpness freyfaces --epochs 40
+    PYROELBO_DATA=... python -m benchmarks.sharpness mnist --epochs 6 --num-train 8000
+
+Sharpness is the variance of an image's Laplacian (4 y - its four neighbours, inside the image), averaged
+over images, as a share of that of the test images: 1 is as sharp as data, and more is noise. It is
+measured on test images decoded from their codes, on means of p(y | z) at draws of the prior (what is
+commonly shown), and on draws of y itself.
+
+One convolutional generator under four observation models: L2 and L1 distortions, ½λ(y - ŷ)² and λ|y - ŷ|
+of pixels in [0, 1], with a fixed weight (a variance of ½ for both) and with a learned one; and the style-
+based generator under the learned two. All are rounded to the 256 grey levels, so that probabilities are
+compared, in bits: of the latents E[log2 q(z | y) - log2 p(z)], of the residual E[-log2 p(y | z)], 16
+draws a test image. One seed; Adam, batches of 64, a cosine on the learning rate, no augmentation.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch.nn.functional import conv2d
+
+from pyroelbo import data, evidence, fit, models, report
+
+LIKELIHOODS = {"L2": "discretized_normal", "L1": "discretized_laplace"}
+KINDS = ("fixed weight", "learned weight", "learned, style")
+FIXED = 2.0
+KERNEL = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+
+
+def systems(shape):
+    rows = {}
+    for name, likelihood in LIKELIHOODS.items():
+        common = {"likelihood": likelihood, "levels": 256}
+        conv = {"latent": 16, "hidden": (16,), "network": "conv", "channels": 16, **common}
+        rows[f"{name}, fixed weight"] = lambda conv=conv: models.VAE(shape, weight=FIXED, **conv)
+        rows[f"{name}, learned weight"] = lambda conv=conv: models.VAE(shape, **conv)
+        rows[f"{name}, learned, style"] = lambda common=common: models.StyleVAE(
+            shape, 3, 1, 16, 32, 2, 16, **common
+        )
+    return {f"{name}, {kind}": rows[f"{name}, {kind}"] for kind in KINDS for name in LIKELIHOODS}
+
+
+def laplacian_variance(y, shape):
+    """Of images [n, D] in [0, 1]: the variance of each one's Laplacian, their mean."""
+    edges = conv2d(y.reshape(-1, 1, *shape), KERNEL.to(y)[None, None])
+    return float(edges.flatten(1).var(1).mean())
+
+
+@torch.no_grad()
+def images_of(pair, test, n, seed):
+    """Decoded test images, means at draws of the prior, and draws of y; all in [0, 1]."""
+    torch.manual_seed(seed)
+    latents, drawn = pair.simulate(n)
+    if isinstance(pair, models.StyleVAE):
+        means = pair.pixels.mean_image(pair.observation(*pair.truncated(latents, 1.0)))
+    else:
+        means = pair.mean_image(latents["z"])
+    return pair.reconstruct(test[:n]), means, drawn / 255
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", choices=("freyfaces", "mnist", "patches"))
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--num-train", type=int, default=0, help="0: all")
+    parser.add_argument("--num-test", type=int, default=200, help="test images at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/sharpness"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = data.load(options.data)
+    train = found["train"][: options.num_train or None]
+    order = torch.randperm(len(found["test"]), generator=torch.Generator().manual_seed(options.seed))
+    test = found["test"][order[: options.num_test]]
+    sharp = laplacian_variance(test / 255, found.shape)
+    table, pictures = [], {}
+    for name, make in systems(found.shape).items():
+        torch.manual_seed(options.seed)
+        pair = make()
+        fit(
+            pair,
+            train,
+            epochs=options.epochs,
+            batch_size=64,
+            learning_rate=2e-3,
+            schedule="cosine",
+            clip_norm=500.0,
+            objective="layered" if isinstance(pair, models.StyleVAE) else "elbo",
+            seed=options.seed,
+            progress=False,
+        )
+        kinds = images_of(pair, test, len(test), options.seed)
+        torch.manual_seed(options.seed)
+        terms = evidence.terms(pair, test, 16)
+        rate = sum((terms.log_guide[s] - terms.log_model[s]).mean(0) for s in terms.log_guide).double()
+        residual = -sum(terms.log_model[s].mean(0) for s in terms.observed).double()
+        pixels = pair.pixels if isinstance(pair, models.StyleVAE) else pair.generator
+        weight = float(pixels.log_weight.detach().exp())
+        deviation = weight**-0.5 if name.startswith("L2") else math.sqrt(2) / weight
+        total = (rate + residual) / math.log(2)
+        row = {
+            "data": found.name,
+            "system": name,
+            "parameters": sum(p.numel() for p in pair.parameters()),
+            "deviation": round(255 * deviation, 1),
+            "latent_bits": round(float(rate.mean()) / math.log(2), 1),
+            "residual_bits": round(float(residual.mean()) / math.log(2), 1),
+            "bits_per_dim": round(float(total.mean()) / found.dims, 4),
+            "error": round(float(total.std()) / math.sqrt(len(test)) / found.dims, 4),
+            **{
+                kind: round(laplacian_variance(y, found.shape) / sharp, 3)
+                for kind, y in zip(("decoded", "means", "draws"), kinds, strict=True)
+            },
+        }
+        table.append(row)
+        pictures[f"{name}: decoded"], pictures[f"{name}: means"] = kinds[0][:12], kinds[1][:12]
+        print(json.dumps(row | {"cores": os.cpu_count()}), flush=True)
+    pictures = {"data": test[:12] / 255, **pictures}
+    if options.data != "mnist":  # 1 is white there
+        pictures = {k: v.reshape(-1, *found.shape, 1).expand(-1, -1, -1, 3) for k, v in pictures.items()}
+
+    print(
+        f"\n{found.name}, {len(train)} training and {len(test)} test images, {options.epochs} epochs, seed "
+        f"{options.seed}\n{'system':22}{'σ, levels':>10}{'latent':>9}{'residual':>10}{'bits/dim':>10}"
+        f"{'error':>8}{'decoded':>9}{'means':>7}{'draws':>7}"
+    )
+    for row in table:
+        print(
+            f"{row['system']:22}{row['deviation']:10.1f}{row['latent_bits']:9.1f}{row['residual_bits']:10.1f}"
+            f"{row['bits_per_dim']:10.3f}{row['error']:8.3f}{row['decoded']:9.2f}{row['means']:7.2f}"
+            f"{row['draws']:7.2f}"
+        )
+    file = options.out / f"{found.name}.png"
+    print("picture:", report.images(list(pictures.values()), found.shape, file, list(pictures)))
+
+
+if __name__ == "__main__":
+    main()
