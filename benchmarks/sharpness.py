@@ -4,10 +4,9 @@ or the generator?
     PYROELBO_DATA=... python -m benchmarks.sharpness freyfaces --epochs 40
     PYROELBO_DATA=... python -m benchmarks.sharpness mnist --epochs 6 --num-train 8000
 
-Sharpness is the variance of an image's Laplacian (4 y - its four neighbours, inside the image), averaged
-over images, as a share of that of the test images: 1 is as sharp as data, and more is noise. It is
-measured on test images decoded from their codes, on means of p(y | z) at draws of the prior (what is
-commonly shown), and on draws of y itself.
+Sharpness is the variance of the Laplacian (`report.sharpness`) as a share of that of the test images: 1 is as
+sharp as data, and more is noise. It is measured on test images decoded from their codes, on means of p(y | z)
+at draws of the prior (what is commonly shown), and on draws of y itself.
 
 One convolutional generator under four observation models: L2 and L1 distortions, ½λ(y - ŷ)² and λ|y - ŷ|
 of pixels in [0, 1], with a fixed weight (a variance of ½ for both) and with a learned one; and the style-
@@ -23,14 +22,12 @@ import os
 from pathlib import Path
 
 import torch
-from torch.nn.functional import conv2d
 
-from pyroelbo import data, evidence, fit, models, report
+from pyroelbo import data, evidence, files, fit, models, report
 
 LIKELIHOODS = {"L2": "discretized_normal", "L1": "discretized_laplace"}
 KINDS = ("fixed weight", "learned weight", "learned, style")
 FIXED = 2.0
-KERNEL = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
 
 
 def systems(shape):
@@ -46,12 +43,6 @@ def systems(shape):
     return {f"{name}, {kind}": rows[f"{name}, {kind}"] for kind in KINDS for name in LIKELIHOODS}
 
 
-def laplacian_variance(y, shape):
-    """Of images [n, D] in [0, 1]: the variance of each one's Laplacian, their mean."""
-    edges = conv2d(y.reshape(-1, 1, *shape), KERNEL.to(y)[None, None])
-    return float(edges.flatten(1).var(1).mean())
-
-
 @torch.no_grad()
 def images_of(pair, test, n, seed):
     """Decoded test images, means at draws of the prior, and draws of y; all in [0, 1]."""
@@ -64,6 +55,56 @@ def images_of(pair, test, n, seed):
     return pair.reconstruct(test[:n]), means, drawn / 255
 
 
+def measured(name, make, options, found, train, test):
+    """The row of a system, and pictures [2, 12, D], decoded and drawn, read from the folder if there."""
+    key = f"{found.name}-{name}-{options.epochs}-{len(train)}-{len(test)}-{options.seed}".replace(", ", "-")
+    file = options.out / f"{key.replace(' ', '-')}.safetensors"
+    if file.exists():
+        tensors, row = files.read_tensors(file)
+        return row, tensors["pictures"]
+    torch.manual_seed(options.seed)
+    pair = make()
+    style = isinstance(pair, models.StyleVAE)
+    fit(
+        pair,
+        train,
+        epochs=options.epochs,
+        batch_size=64,
+        learning_rate=2e-3,
+        schedule="cosine",
+        clip_norm=500.0,
+        objective="layered" if style else "elbo",
+        seed=options.seed,
+        progress=False,
+    )
+    kinds = images_of(pair, test, len(test), options.seed)
+    torch.manual_seed(options.seed)
+    terms = evidence.terms(pair, test, 16)
+    rate = sum((terms.log_guide[s] - terms.log_model[s]).mean(0) for s in terms.log_guide).double()
+    residual = -sum(terms.log_model[s].mean(0) for s in terms.observed).double()
+    weight = float((pair.pixels if style else pair.generator).log_weight.detach().exp())
+    deviation = weight**-0.5 if name.startswith("L2") else math.sqrt(2) / weight
+    total, sharp = (rate + residual) / math.log(2), report.sharpness(test / 255, found.shape)
+    row = {
+        "data": found.name,
+        "system": name,
+        "parameters": sum(p.numel() for p in pair.parameters()),
+        "deviation": round(255 * deviation, 1),
+        "latent_bits": round(float(rate.mean()) / math.log(2), 1),
+        "residual_bits": round(float(residual.mean()) / math.log(2), 1),
+        "bits_per_dim": round(float(total.mean()) / found.dims, 4),
+        "error": round(float(total.std()) / math.sqrt(len(test)) / found.dims, 4),
+        **{
+            kind: round(report.sharpness(y, found.shape) / sharp, 3)
+            for kind, y in zip(("decoded", "means", "draws"), kinds, strict=True)
+        },
+    }
+    pictures = torch.stack([kinds[0][:12], kinds[1][:12]]).float()
+    files.write_tensors(file, {"pictures": pictures}, row)
+    print(json.dumps(row | {"cores": os.cpu_count()}), flush=True)
+    return row, pictures
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,57 +114,22 @@ def main(arguments=None):
     parser.add_argument("--num-train", type=int, default=0, help="0: all")
     parser.add_argument("--num-test", type=int, default=200, help="test images at random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/sharpness"))
+    parser.add_argument("--only", default="", help="train systems whose names contain it")
+    parser.add_argument("--out", type=Path, default=Path("runs/sharpness"), help="keeps what is trained")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
     found = data.load(options.data)
     train = found["train"][: options.num_train or None]
     order = torch.randperm(len(found["test"]), generator=torch.Generator().manual_seed(options.seed))
     test = found["test"][order[: options.num_test]]
-    sharp = laplacian_variance(test / 255, found.shape)
-    table, pictures = [], {}
-    for name, make in systems(found.shape).items():
-        torch.manual_seed(options.seed)
-        pair = make()
-        fit(
-            pair,
-            train,
-            epochs=options.epochs,
-            batch_size=64,
-            learning_rate=2e-3,
-            schedule="cosine",
-            clip_norm=500.0,
-            objective="layered" if isinstance(pair, models.StyleVAE) else "elbo",
-            seed=options.seed,
-            progress=False,
-        )
-        kinds = images_of(pair, test, len(test), options.seed)
-        torch.manual_seed(options.seed)
-        terms = evidence.terms(pair, test, 16)
-        rate = sum((terms.log_guide[s] - terms.log_model[s]).mean(0) for s in terms.log_guide).double()
-        residual = -sum(terms.log_model[s].mean(0) for s in terms.observed).double()
-        pixels = pair.pixels if isinstance(pair, models.StyleVAE) else pair.generator
-        weight = float(pixels.log_weight.detach().exp())
-        deviation = weight**-0.5 if name.startswith("L2") else math.sqrt(2) / weight
-        total = (rate + residual) / math.log(2)
-        row = {
-            "data": found.name,
-            "system": name,
-            "parameters": sum(p.numel() for p in pair.parameters()),
-            "deviation": round(255 * deviation, 1),
-            "latent_bits": round(float(rate.mean()) / math.log(2), 1),
-            "residual_bits": round(float(residual.mean()) / math.log(2), 1),
-            "bits_per_dim": round(float(total.mean()) / found.dims, 4),
-            "error": round(float(total.std()) / math.sqrt(len(test)) / found.dims, 4),
-            **{
-                kind: round(laplacian_variance(y, found.shape) / sharp, 3)
-                for kind, y in zip(("decoded", "means", "draws"), kinds, strict=True)
-            },
-        }
-        table.append(row)
-        pictures[f"{name}: decoded"], pictures[f"{name}: means"] = kinds[0][:12], kinds[1][:12]
-        print(json.dumps(row | {"cores": os.cpu_count()}), flush=True)
-    pictures = {"data": test[:12] / 255, **pictures}
+    chosen = {name: make for name, make in systems(found.shape).items() if options.only in name}
+    runs = {name: measured(name, make, options, found, train, test) for name, make in chosen.items()}
+    if options.only:
+        return
+    pictures = {"data": test[:12] / 255}
+    for name, (_, (decoded, means)) in runs.items():
+        pictures |= {f"{name}: decoded": decoded, f"{name}: drawn": means}
     if options.data != "mnist":  # 1 is white there
         pictures = {k: v.reshape(-1, *found.shape, 1).expand(-1, -1, -1, 3) for k, v in pictures.items()}
 
@@ -132,7 +138,7 @@ def main(arguments=None):
         f"{options.seed}\n{'system':22}{'σ, levels':>10}{'latent':>9}{'residual':>10}{'bits/dim':>10}"
         f"{'error':>8}{'decoded':>9}{'means':>7}{'draws':>7}"
     )
-    for row in table:
+    for row, _ in runs.values():
         print(
             f"{row['system']:22}{row['deviation']:10.1f}{row['latent_bits']:9.1f}{row['residual_bits']:10.1f}"
             f"{row['bits_per_dim']:10.3f}{row['error']:8.3f}{row['decoded']:9.2f}{row['means']:7.2f}"
