@@ -73,9 +73,7 @@ class Superpixel(Pair):
         self.segments, self.colours = segments, colours
         self.prior = _Labels(FEATURES, segments, prior == "tree", width)
         self.generator = _Generator(colours, width)
-        self.encoder = _Labels(FEATURES + 4, segments, guide == "tree", width)
-        self.encoder.register_parameter("anchors", nn.Parameter(torch.randn(segments, 2)))
-        self.encoder.register_parameter("log_precision", nn.Parameter(torch.zeros(())))
+        self.encoder = _Anchored(FEATURES + 4, segments, guide == "tree", width)
 
     def _check(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> None:
         shapes = [tuple(part.shape) for part in (x, superpixels, parents, y)]
@@ -114,12 +112,9 @@ class Superpixel(Pair):
     def guide(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> None:
         self._check(x, superpixels, parents, y)
         seen = _Pieces.of(x, superpixels, parents, self.generator.palette.dtype)
-        chroma = y.to(seen.features.dtype) / _UNIT
-        mean, spread = seen.moments(chroma)
-        apart = (mean.unsqueeze(-2) - self.encoder.anchors).square().sum(-1)
-        start = -self.encoder.log_precision.exp() * apart
+        mean, spread = seen.moments(y.to(seen.features.dtype) / _UNIT)
         with pyro.plate(PLATE, len(x)):
-            pyro.sample("z", self.encoder(torch.cat([seen.features, mean, spread], -1), seen, start))
+            pyro.sample("z", self.encoder(torch.cat([seen.features, mean, spread], -1), seen, mean))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> Superpixel:
@@ -195,6 +190,12 @@ class _Pieces:
     def real(self) -> Tensor:
         return self.size > 0
 
+    def above(self, values: Tensor) -> Tensor:
+        """The values [B, N, F] of each superpixel's parent; its own at a root."""
+        own = torch.arange(values.shape[1], device=values.device)
+        index = torch.where(self.parents < 0, own, self.parents)
+        return values.gather(1, index[..., None].expand_as(values))
+
     def total(self, values: Tensor) -> Tensor:
         """Sums over the pixels of each superpixel, [B, N, F] of [B, H, W, F] or [B, P, F]."""
         flat = values.reshape(len(self.index), -1)
@@ -214,7 +215,7 @@ class _Labels(nn.Module):
     """A distribution of labels [N] of superpixels from features [B, N, F]: independent, or a CRF on the tree.
 
     Networks see a superpixel's features, its parent's, and their mean over the picture. They start near
-    nothing: labels are about uniform, or those of the logits ``start`` [B, N, S].
+    nothing: labels are about uniform.
     """
 
     def __init__(self, features: int, segments: int, tree: bool, width: int) -> None:
@@ -226,18 +227,50 @@ class _Labels(nn.Module):
             nn.init.normal_(network[-1].weight, std=0.01)
             nn.init.zeros_(network[-1].bias)
 
-    def forward(self, features: Tensor, seen: _Pieces, start: Tensor | float = 0.0) -> Any:
-        real = seen.real[..., None]
-        index = torch.where(seen.parents < 0, torch.arange(features.shape[1]).to(seen.parents), seen.parents)
-        above = features.gather(1, index[..., None].expand_as(features))
+    def forward(self, features: Tensor, seen: _Pieces) -> Any:
+        return self.labels(features, seen, 0.0, 0.0)
+
+    def labels(
+        self, features: Tensor, seen: _Pieces, node_start: Tensor | float, edge_start: Tensor | float
+    ) -> Any:
+        """The distribution whose log potentials are the networks' plus these [B, N, S], [B, N, S, S]."""
+        real, above = seen.real[..., None], seen.above(features)
         picture = (features * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        node = start + self.node(torch.cat([features, above, picture.expand_as(features)], -1))
+        node = node_start + self.node(torch.cat([features, above, picture.expand_as(features)], -1))
         first = torch.arange(self.segments, device=node.device) == 0
         node = torch.where(real, node, torch.where(first, 0.0, -torch.inf).to(node))
         if self.edge is None:
             return dist.Categorical(logits=node).to_event(1)
         edge = self.edge(torch.cat([features, above, (features - above).abs()], -1))
-        return TreeCRF(seen.parents, node, edge.unflatten(-1, (self.segments, self.segments)))
+        edge = edge_start + edge.unflatten(-1, (self.segments, self.segments))
+        return TreeCRF(seen.parents, node, edge)
+
+
+class _Anchored(_Labels):
+    """Labels that start from the distances of the superpixels' mean chroma [B, N, 2] to an anchor for each
+    label: logits a_n = -precision · |chroma_n - anchors|².
+
+    Nodes have the log potentials ``lean`` · a_n, and the edge from u to v has (1 - ``lean``) · ln P(s_n -
+    s_parent = v - u modulo S) of labels s drawn by the logits a. ``lean`` is learned, from 1 on. At 0 labels
+    are only given by how neighbours' differ: S orders of the labels at once, where their order is free.
+    """
+
+    def __init__(self, features: int, segments: int, tree: bool, width: int) -> None:
+        super().__init__(features, segments, tree, width)
+        self.anchors = nn.Parameter(torch.randn(segments, 2))
+        self.log_precision = nn.Parameter(torch.zeros(()))
+        self.lean = nn.Parameter(torch.ones(())) if tree else None
+
+    def forward(self, features: Tensor, seen: _Pieces, chroma: Tensor) -> Any:  # type: ignore[override]
+        apart = (chroma.unsqueeze(-2) - self.anchors).square().sum(-1)
+        logits = -self.log_precision.exp() * apart
+        if self.lean is None:
+            return self.labels(features, seen, logits, 0.0)
+        p, label = logits.softmax(-1), torch.arange(self.segments, device=logits.device)
+        after = p[..., (label + label[:, None]) % self.segments]  # [s, k]: of label s + k
+        shift = (seen.above(p).unsqueeze(-2) @ after).squeeze(-2)
+        edge = (shift + 1e-6).log()[..., (label - label[:, None]) % self.segments]
+        return self.labels(features, seen, self.lean * logits, (1 - self.lean) * edge)
 
 
 class Palette(nn.Module):

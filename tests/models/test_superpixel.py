@@ -216,3 +216,32 @@ def test_bad_batches_are_refused(make, message):
 def test_bad_settings_and_data_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_guide_on_a_tree_may_leave_the_order_of_the_labels_free():
+    torch.manual_seed(0)
+    pair, batch = models.Superpixel(3, 4, width=4), coloured(2)
+    pair.initialize(*batch)
+    for network in (pair.encoder.node, pair.encoder.edge):
+        torch.nn.init.zeros_(network[-1].weight)
+    z = torch.cartesian_prod(*[torch.arange(3)] * 6)[:, None]
+    turned = (z + 1) % 3
+    with torch.no_grad():
+        pair.encoder.lean.fill_(1.0)
+        settled = site(pair.guide, batch, "z")["fn"]
+        logits = -pair.encoder.log_precision.exp() * (
+            site_chroma(batch).unsqueeze(-2) - pair.encoder.anchors
+        ).square().sum(-1)
+        alone = pyro.distributions.Categorical(logits=logits[1]).to_event(1)
+        torch.testing.assert_close(settled.log_prob(z)[:, 1], alone.log_prob(z[:, 0]))
+        pair.encoder.lean.fill_(0.0)
+        free = site(pair.guide, batch, "z")["fn"]
+        torch.testing.assert_close(free.log_prob(turned)[:, 1], free.log_prob(z)[:, 1])
+        assert free.log_prob(z)[:, 1].logsumexp(0).abs() < 1e-9
+
+
+def site_chroma(batch):
+    """Mean chroma of the superpixels, in units of 32 levels, [B, 6, 2]."""
+    _, superpixels, _, y = batch
+    own = torch.nn.functional.one_hot(superpixels.flatten(1), 6).double()
+    return (own.mT @ y.flatten(1, 2).double()) / own.sum(1).clamp_min(1)[..., None] / 32

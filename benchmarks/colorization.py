@@ -1,0 +1,322 @@
+"""What do segments of superpixels save of a picture's colours, and how tight is each guide over them?
+
+- ``leave``: eight photographs of 128x128, each held out in turn; bits per chroma value of the held-out one,
+  given its luma (two values a pixel, in a space that is reversible on integers, so that these are bits of
+  lossless colours). Rows: pixels alone, from their own luma or also from their superpixel's features;
+  one segment; superpixels alone, each with a colour of its own; segments of superpixels (a bound: the latent
+  cannot be summed out), with independent labels and on a tree. All have the same palette and the same
+  training. Differences are paired over the pictures. JPEG XL, lossless, if its plug-in for Pillow is there:
+  (bytes of the colour picture - bytes of its luma) in bits per chroma value.
+- ``guides``: guides on one frozen generator and a uniform prior, fitted to crops of 32x32 with 8 … 10
+  superpixels, where the evidence is exact; beside ln S!, as the labels' order is free.
+- ``em``: exact EM (3 segments, at most 8 superpixels: 6,561 segmentations), audits at 4^8 and one at 4^10.
+- ``speed``: a training step on one full picture of about 200 superpixels.
+
+    python -m benchmarks.colorization [--only leave] [--epochs 60] [--segments 8] [--colours 32]
+"""
+
+import argparse
+import importlib.util
+import io
+import itertools
+import json
+import math
+import statistics
+import time
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyroelbo import data, evidence, fit, fit_em, models
+from pyroelbo.models.superpixel import Palette, superpixel_features
+from pyroelbo.nn import MLP
+
+FEATURES = 7
+SEGMENTED = ("segments, independent", "segments, tree")
+
+
+def pictures() -> Tensor:
+    """The eight scenes, [8, 128, 128, 3]."""
+    found = data.load("scenes")
+    return torch.cat([found["train"], found["test"]]).unflatten(-1, found.shape)
+
+
+def rows(batch: tuple, index) -> tuple:
+    return tuple(part[index] for part in batch)
+
+
+def values(batch: tuple) -> float:
+    """ln 2 times the chroma values of a picture: what turns nats of a picture into bits per value."""
+    return batch[3][0].numel() * math.log(2)
+
+
+class Alone(nn.Module):
+    """ln P(y | x) without a latent: pixels (``by="pixel"``, ``"features"``) or superpixels alone, each with a
+    colour of the palette, drawn given features of the luma and summed out."""
+
+    def __init__(self, by: str, colours: int, width: int = 32) -> None:
+        super().__init__()
+        self.by, self.palette = by, Palette(colours, width)
+        inputs = {"pixel": 1, "features": 1 + 2 * FEATURES, "superpixel": 2 * FEATURES}[by]
+        self.network = MLP((inputs, width, width, colours))
+        nn.init.normal_(self.network[-1].weight, std=0.01)
+
+    def forward(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> Tensor:
+        each = self.palette.log_prob(x.long(), y).flatten(1, 2)
+        luma, index = x.flatten(1)[..., None] / 127.5 - 1, superpixels.flatten(1)
+        features = superpixel_features(x, superpixels, parents)
+        real = torch.zeros(parents.shape).scatter_(1, index, 1.0)
+        picture = (features * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None]
+        features = torch.cat([features, picture.expand_as(features)], -1)
+        if self.by == "superpixel":
+            total = each.new_zeros(*parents.shape, each.shape[-1])
+            total = total.scatter_add(1, index[..., None].expand_as(each), each)
+            return (torch.logsumexp(self.network(features).log_softmax(-1) + total, -1) * real).sum(-1)
+        if self.by == "features":
+            own = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+            luma = torch.cat([luma, own], -1)
+        return torch.logsumexp(self.network(luma).log_softmax(-1) + each, -1).sum(-1)
+
+
+def trained_alone(by: str, train: tuple, options) -> Alone:
+    torch.manual_seed(options.seed)
+    start = models.Superpixel(1, options.colours).initialize(*train)
+    network = Alone(by, options.colours)
+    network.palette.load_state_dict(start.generator.palette.state_dict())
+    count, optimizer = len(train[0]), torch.optim.Adam(network.parameters(), options.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * count)
+    for _ in range(options.epochs):
+        for i in torch.randperm(count):
+            optimizer.zero_grad()
+            (-network(*rows(train, i[None])).sum()).backward()
+            optimizer.step()
+            schedule.step()
+    return network
+
+
+def trained(structure: str, segments: int, train: tuple, options) -> models.Superpixel:
+    torch.manual_seed(options.seed)
+    pair = models.Superpixel(segments, options.colours, structure, structure).initialize(*train)
+    fit(
+        pair,
+        train,
+        objective="rloo",
+        particles=4,
+        epochs=options.epochs,
+        batch_size=1,
+        learning_rate=options.learning_rate,
+        schedule="cosine",
+        seed=options.seed,
+        progress=False,
+    )
+    return pair
+
+
+def held_out_bits(name: str, train: tuple, test: tuple, options) -> float:
+    by = {"pixels, own luma": "pixel", "pixels, superpixel's features": "features"}
+    by["superpixels alone"] = "superpixel"
+    if name in by:
+        network = trained_alone(by[name], train, options)
+        with torch.no_grad():
+            return -float(network(*test)) / values(test)
+    if name == "one segment":
+        return -float(evidence.exact(trained("independent", 1, train, options), test).value) / values(test)
+    pair = trained(name.split(", ")[1], options.segments, train, options)
+    return -float(evidence.iwae(pair, test, particles=64).value) / values(test)
+
+
+def jpeg_xl_bits(rgb: Tensor) -> float:
+    import pillow_jxl  # noqa: F401
+    from PIL import Image
+
+    def size(array) -> int:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "jxl", lossless=True, effort=9)
+        return len(file.getvalue())
+
+    luma = data.to_ycocg(rgb)[0].to(torch.uint8)
+    return (size(rgb.numpy()) - size(luma.numpy())) * 8 / (2 * luma.numel())
+
+
+def leave(options) -> dict:
+    rgb = pictures()
+    batch = data.superpixels(rgb)
+    names = ["pixels, own luma", "pixels, superpixel's features", "one segment", "superpixels alone"]
+    names += options.rows
+    chosen = [i for i, scene in enumerate(data.SCENES) if scene in options.scenes]
+    bits: dict[str, list[float]] = {name: [] for name in names}
+    print(f"| held out | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    for i in chosen:
+        others = torch.tensor([j for j in range(len(rgb)) if j != i])
+        train, test = rows(batch, others), rows(batch, torch.tensor([i]))
+        for name in names:
+            bits[name].append(held_out_bits(name, train, test, options))
+        cells = [f"{bits[name][-1]:.3f}" for name in names]
+        print(f"| {data.SCENES[i]} | {' | '.join(cells)} |", flush=True)
+    print(f"| mean | {' | '.join(f'{statistics.mean(bits[name]):.3f}' for name in names)} |")
+    for name, other in itertools.product(options.rows, names[:4]):
+        less = [a - b for a, b in zip(bits[name], bits[other], strict=True)]
+        error = statistics.stdev(less) / math.sqrt(len(less)) if len(less) > 1 else math.nan
+        print(f"{name} minus {other}: {statistics.mean(less):+.3f} ± {error:.3f} bits per chroma value")
+    if importlib.util.find_spec("pillow_jxl"):
+        bits["JPEG XL"] = [jpeg_xl_bits(rgb[i]) for i in chosen]
+        print(f"JPEG XL: {statistics.mean(bits['JPEG XL']):.3f}")
+    return {"scenes": [data.SCENES[i] for i in chosen], "bits": bits}
+
+
+def crops(rgb: Tensor, most: int, least: int, count: int | None, limit: int) -> tuple:
+    """Crops of 32x32 of ``least`` to ``most`` superpixels."""
+    tiles = rgb.unflatten(2, (4, 32)).unflatten(1, (4, 32)).transpose(2, 3).reshape(-1, 32, 32, 3)
+    x, superpixels, parents, y = data.superpixels(tiles, count)
+    number = superpixels.flatten(1).max(-1).values + 1
+    keep = ((number >= least) & (number <= most)).nonzero()[:, 0]
+    keep = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))[:limit]]
+    return x[keep], superpixels[keep], parents[keep][:, :most], y[keep]
+
+
+def site(program, batch: tuple, name: str, z: Tensor | None = None):
+    """The distribution at a site, given labels."""
+    program = program if z is None else poutine.condition(program, data={"z": z})
+    return poutine.trace(program).get_trace(*batch).nodes[name]["fn"]
+
+
+def fitted_gap(pair: models.Superpixel, batch: tuple, z: Tensor, log_posterior: Tensor, steps: int) -> Tensor:
+    """KL(q, p(z | x, y)) of each crop [B], after so many steps of Adam on it, summed over all z [V, 1, N]."""
+    optimizer = torch.optim.Adam(pair.encoder.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps + 1):
+        log_q = site(pair.guide, batch, "z").log_prob(z).clamp_min(-1e4)  # no label for what a crop lacks
+        gap = (log_q.exp() * (log_q - log_posterior)).sum(0)
+        if step < steps:
+            optimizer.zero_grad()
+            gap.mean().backward()
+            optimizer.step()
+            schedule.step()
+    return gap.detach()
+
+
+def guides(options) -> dict:
+    """Each guide fitted to a few crops, without sampling noise, under one frozen generator with a uniform
+    prior: the gap is the family's, not that of a network on new data."""
+    record: dict = {}
+    print("| segments S, superpixels | ln S! | guide | gap, nats a crop | largest |\n|---|---|---|---|---|")
+    for segments, least, most, count in ((2, 8, 10, 11), (3, 8, 8, 8)):
+        batch = crops(pictures()[:-1], most, least, count, 8)
+        torch.manual_seed(options.seed)
+        base = models.Superpixel(segments, 4, "independent", "independent").initialize(*batch)
+        for parameter in base.prior.parameters():
+            nn.init.zeros_(parameter)
+        settings = {"objective": "rloo", "particles": 8, "batch_size": 8, "learning_rate": 5e-3}
+        fit(base, batch, epochs=100, freeze=("prior",), seed=options.seed, progress=False, **settings)
+        z = torch.cartesian_prod(*[torch.arange(segments)] * batch[2].shape[1])[:, None]
+        with torch.no_grad():
+            log_joint = torch.cat(
+                [
+                    site(base.model, batch, "z").log_prob(part)
+                    + site(base.model, batch, "y", part).log_prob(batch[3])
+                    for part in z.split(4096)
+                ]
+            )
+            log_posterior = (log_joint - log_joint.double().logsumexp(0)).clamp_min(-1e4).to(log_joint)
+        orders = math.log(math.factorial(segments))
+        for name in ("independent", "tree", "tree, order left free"):
+            torch.manual_seed(options.seed)
+            structure = name.split(",")[0]
+            pair = models.Superpixel(segments, 4, "independent", structure).initialize(*batch)
+            pair.encoder.log_precision.data.zero_()  # labels that are not settled yet
+            if name.endswith("free"):
+                pair.encoder.lean.data.zero_()
+            gap = fitted_gap(pair, batch, z, log_posterior, options.guide_steps)
+            record[f"{segments}, {name}"] = gap.tolist()
+            cells = f"{segments}, {least} … {most} | {orders:.3f} | {name}"
+            print(f"| {cells} | {float(gap.mean()):.3f} | {float(gap.max()):.3f} |", flush=True)
+        alone, tree = (
+            sum(record[f"{segments}, {name}"]) for name in ("independent", "tree, order left free")
+        )
+        record[f"{segments}, closed"] = 1 - tree / alone
+        print(f"of the independent guide's gap the tree closes {1 - tree / alone:.0%}")
+    return record
+
+
+def em(options) -> dict:
+    rgb, record = pictures(), {}
+    train = crops(rgb[:-2], 8, 6, 8, 8)
+    torch.manual_seed(options.seed)
+    pair = models.Superpixel(3, 4, "tree", "tree", 8).initialize(*train)
+    run = fit_em(pair, train, epochs=options.em_epochs, gradient_steps=5, start="current", progress=False)
+    losses, per_value = run.losses, values(train)
+    rise = max(b - a for a, b in itertools.pairwise(losses))
+    first, last = losses[0] / per_value, losses[-1] / per_value
+    print(
+        f"EM on {len(train[0])} crops, 3^8 segmentations: {first:.4f} to {last:.4f} bits per chroma value in "
+        f"{len(losses) - 1} steps, the largest change {rise:.2e} nats; {run.seconds:.0f} s"
+    )
+    record["em"] = {"losses": losses, "seconds": run.seconds}
+    for segments, most, count, limit in ((4, 8, 8, 4), (4, 10, 11, 1)):
+        test = crops(rgb, most, most, count, limit)
+        torch.manual_seed(options.seed)
+        pair = models.Superpixel(segments, 4, "tree", "tree", 8).initialize(*test)
+        settings = {"objective": "rloo", "particles": 8, "learning_rate": 5e-3, "progress": False}
+        fit(pair, test, epochs=100, batch_size=limit, seed=options.seed, **settings)
+        started = time.perf_counter()
+        exact = evidence.exact(pair, test)
+        seconds = time.perf_counter() - started
+        bound = evidence.elbo(pair, test, particles=400)
+        gap = exact.value - bound.value
+        record[f"{segments}^{most}"] = {"gap": gap.tolist(), "seconds": seconds}
+        orders = math.log(math.factorial(segments))
+        print(
+            f"{segments}^{most} = {segments**most:,} segmentations, {len(gap)} crops: exact "
+            f"{float(exact.value.mean()):.3f}, ELBO {float(bound.value.mean()):.3f} nats a crop, gap "
+            f"{float(gap.mean()):.3f} (ln {segments}! = {orders:.3f}), {seconds:.1f} s"
+        )
+    return record
+
+
+def speed(options) -> dict:
+    batch = rows(data.superpixels(pictures()), torch.tensor([7]))
+    record = {"superpixels": int(batch[1].max()) + 1}
+    for structure in ("independent", "tree"):
+        pair = models.Superpixel(options.segments, options.colours, structure, structure).initialize(*batch)
+        times: list[tuple[float, float]] = []
+
+        def tick(row: dict, times: list = times) -> None:
+            times.append((time.perf_counter(), time.process_time()))
+
+        fit(pair, batch, objective="rloo", particles=4, epochs=30, progress=False, callbacks=(tick,))
+        steps = [[1000 * (b[k] - a[k]) for a, b in itertools.pairwise(times)] for k in range(2)]
+        wall, cpu = (statistics.median(s) for s in steps)
+        record[structure] = {"ms": wall, "cpu_ms": cpu}
+        count = record["superpixels"]
+        print(f"{structure}: {wall:.0f} ms a step, {cpu:.0f} ms of processor time, {count} superpixels")
+    return record
+
+
+PARTS = {"leave": leave, "guides": guides, "em": em, "speed": speed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--scenes", nargs="+", choices=data.SCENES, default=list(data.SCENES))
+    parser.add_argument("--rows", nargs="+", choices=SEGMENTED, default=list(SEGMENTED))
+    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument("--colours", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--guide-steps", type=int, default=300)
+    parser.add_argument("--em-epochs", type=int, default=5)
+    parser.add_argument("-lr", "--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    record: dict[str, object] = {"benchmark": "colorization", **vars(options)}
+    for part in options.only:
+        print(f"\n{part}")
+        record[part] = PARTS[part](options)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
