@@ -217,7 +217,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("usage", "bounds", "speed"))
+    parser.add_argument("what", nargs="?", default="bounds", choices=("usage", "bounds", "speed"))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=60, help="of `bounds`")
     parser.add_argument("--steps", type=int, default=3000, help="of 512 patches, at least")

@@ -3,7 +3,8 @@
 An autoencoder rounds its codes, z = round(x(y)), and a learned prior p(z) says what they cost: the rate
 E[-ln p(z)]. The distortion is a density: L2 with weight λ is a Gaussian of variance 1/λ. Then minus the ELBO
 is rate + distortion + ln Z, and λ is the exchange rate between them. For each λ the codes of held-out digits
-are written to a file, and its size stands beside the rate that the model claims.
+are written to a file, and its size (without the fixed part that describes it) stands beside the rate that the
+model claims.
 
 The figure answers the question why pictures of autoencoders are blurred: at a low rate the decoder gives the
 mean of everything that has the same code, whatever the distortion. The variance of the Laplacian, which is
@@ -51,8 +52,9 @@ def measure(pair, y, path, shape=None):
     restored = lossy.decode(torch.from_numpy(coding.decompress(lossy.codes, path)))
     assert torch.equal(restored, lossy.decode(z))
     error = float((y - restored).square().mean())
+    file = (code.bytes - code.frame_bytes) * 8 * LN2 / len(y)  # without the frame, a fixed part
     sharp = math.nan if shape is None else report.sharpness(restored, shape)
-    return RatePoint(pair.weight, y.shape[1], float(pair.rate(y).mean()), code.total, error, sharp), restored
+    return RatePoint(pair.weight, y.shape[1], float(pair.rate(y).mean()), file, error, sharp), restored
 
 
 def digits(options, epochs):

@@ -119,7 +119,7 @@ class RateDistortion(Pair):
     def guide(self, y: Tensor) -> None:
         x = self.vectors(y)
         if self._noisy:
-            q = dist.Uniform(x - 0.5, x + 0.5, validate_args=False).to_event(1)
+            q: TorchDistribution = _Noise(x)
         else:
             q = dist.Delta(round_straight_through(x), event_dim=1)
         with pyro.plate(PLATE, len(y)):
@@ -209,3 +209,34 @@ class _Blurred(TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         z = self.base.sample(sample_shape)
         return z + torch.rand_like(z) - 0.5
+
+
+class _Noise(TorchDistribution):
+    """x + U(-½, ½) in each coordinate of x [*, d], event shape [d].
+
+    torch's Uniform has density zero at its upper end, which rounding in float32 reaches: at x = 127 once in
+    some 10^5 draws.
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
+    has_rsample = True
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        super().__init__(x.shape[:-1], x.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.real_vector
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Noise:
+        return _Noise(self.x.expand(*batch_shape, -1))
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        x = self.x.expand(*sample_shape, *self.x.shape)
+        return x + (torch.rand_like(x) - 0.5)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """0 within ½ of x, up to rounding, else -inf."""
+        within = ((value - self.x).detach().abs() < 0.501).all(-1)
+        return torch.where(within, 0.0, -math.inf).to(value.dtype)

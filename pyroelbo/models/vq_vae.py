@@ -104,16 +104,27 @@ class _Coded(Pair):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> _Coded:
-        """Start the codebook from data [N, D], by k-means on the encoder's vectors; returns self."""
+        """Start the codebook from data [N, D], by k-means on the encoder's vectors; without a codebook, scale
+        the encoder's last layer so that each number has mean 0 and variance 1. Returns self."""
         self.generator.check(y, type(self).__name__)
-        if hasattr(self.quantizer, "start"):
-            y = y[torch.randperm(len(y))[:_MOST]].to(self.device)
-            with evaluation_mode(self):
-                x = torch.cat([self.vectors(rows) for rows in y.split(_ROWS)])
+        y = y[torch.randperm(len(y))[:_MOST]].to(self.device)
+        with evaluation_mode(self):
+            x = torch.cat([self.vectors(rows) for rows in y.split(_ROWS)])
+        if isinstance(self.quantizer, ScalarQuantizer):
+            self._standardize(x)
+        else:
             centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
             count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
             self.quantizer.start(centres, count)
         return self
+
+    def _standardize(self, x: Tensor) -> None:
+        """Scale the encoder's last layer, whose outputs are x [N, G, d]: of a map, the same at all places."""
+        last: Any = [m for m in self.encoder.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+        out = x.flatten(1) if isinstance(last, nn.Linear) else x.flatten(0, 1)
+        mean, scale = out.mean(0), out.std(0, correction=0).clamp_min(1e-6)
+        last.bias.copy_((last.bias - mean) / scale)
+        last.weight.div_(scale.reshape(-1, *[1] * (last.weight.dim() - 1)))
 
     @torch.no_grad()
     def reconstruct(self, y: Tensor) -> Tensor:
@@ -182,7 +193,7 @@ class VQVAE(_Deterministic):
         codebook: ``ema`` or ``gradient``, see :class:`~pyroelbo.nn.VectorQuantizer`.
         commitment: weight of the term that holds x near its codes.
         decay: of the codebook's moving averages.
-        reset: share of an even count below which a code is moved to another place; 0 for never.
+        reset: share of the mean count below which a code is moved to another place; 0 for never.
         prior: ``autoregressive``, ``factorized`` or ``uniform``, see
             :class:`~pyroelbo.models.codes.CodePrior`.
 

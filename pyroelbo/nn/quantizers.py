@@ -20,12 +20,14 @@ class VectorQuantizer(nn.Module):
 
     ``learn="ema"``: the codebook is a buffer, moving averages of the vectors that chose each code, e_k = m_k
     / n_k. It moves in training mode only, where gradients are on, and not while the attribute ``fixed`` is
-    True. ``learn="gradient"``: a parameter, which has the derivative of the vectors, beside that of
-    the codebook's term in :meth:`penalty`.
+    True. ``learn="gradient"``: a parameter, which has the derivative of the vectors, beside that of the
+    codebook's term in :meth:`penalty`.
 
-    A code is dead whose average count n_k has fallen below ``reset`` times that of a code used evenly. With
-    ``"ema"`` it is moved to a vector of the batch, drawn with probability proportional to the squared
-    distance to its nearest code (the seeding of k-means++), so that copies of a common vector are not drawn.
+    A code is dead whose average count n_k has fallen below ``reset`` times the mean count of all codes but
+    the commonest (which may have most of the vectors: those of blank patches), or times a tenth of an even
+    share if that mean is less. With ``"ema"`` it is moved to a vector of the batch, drawn with probability
+    proportional to the squared distance to its nearest code (the seeding of k-means++), so that copies of a
+    common vector are not drawn.
 
     Cost: O(n · K · d) for n vectors.
 
@@ -34,7 +36,7 @@ class VectorQuantizer(nn.Module):
         width: d.
         learn: ``ema`` or ``gradient``.
         decay: of the moving averages.
-        reset: share of an even count below which a code is dead; 0 for never.
+        reset: share of that mean below which a code is dead; 0 for never.
 
     Sources: van den Oord, Vinyals and Kavukcuoglu (2017), equations 3 and 6 to 8; Razavi, van den Oord and
     Vinyals (2019) for the averages; Dhariwal et al. (2020) for dead codes; Arthur and Vassilvitskii (2007).
@@ -102,9 +104,11 @@ class VectorQuantizer(nn.Module):
         if self.reset:
             mass = distance.clamp_min(0).cumsum(0)
             at = torch.searchsorted(mass, mass[-1] * torch.rand_like(self.count)).clamp_max(len(rows) - 1)
-            dead = self.count < self.reset
-            self.count.copy_(torch.where(dead, 1.0, self.count))
-            self.total.copy_(torch.where(dead[:, None], rows[at], self.total))
+            even = (self.count.sum() - self.count.max()) / max(1, self.codes - 1)
+            even = even.clamp_min(0.1)
+            dead = self.count < self.reset * even
+            self.count.copy_(torch.where(dead, even, self.count))
+            self.total.copy_(torch.where(dead[:, None], even * rows[at], self.total))
         self.codebook.copy_(self.total / self.count.clamp_min(1e-5)[:, None])
 
 

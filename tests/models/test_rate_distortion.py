@@ -10,6 +10,7 @@ from torch import nn
 
 from pyroelbo import coding, evidence, fit, models
 from pyroelbo.distributions import DiscretizedNormal
+from pyroelbo.models.rate_distortion import _Noise
 from pyroelbo.priors import integer_unit
 
 LN2 = math.log(2)
@@ -100,6 +101,12 @@ def test_noise_in_training_is_a_density_and_evaluation_rounds():
     # without the tails at the ends, where the last integers' probabilities begin
     mass = torch.trapezoid(fn.log_prob(z).exp(), z[:, 0])
     assert 0.99 < mass < 1 + 1e-4
+    x = torch.full((1000, 100), 126.7, dtype=torch.float32)  # where rounding reaches both ends of the noise
+    noise = _Noise(x)
+    for _ in range(10):
+        drawn = noise.rsample()
+        assert (noise.log_prob(drawn) == 0).all() and abs(float(drawn.double().mean()) - 126.7) < 0.01
+    assert (noise.log_prob(x + 0.6) == -math.inf).all()
     rounded = evidence.terms(pair, y, 3).latents["z"]  # in evaluation mode
     assert torch.equal(rounded, rounded.round()) and torch.equal(rounded[0], rounded[2])
     assert torch.equal(rounded[0], pair.codes(y).to(rounded.dtype))

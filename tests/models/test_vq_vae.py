@@ -11,9 +11,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from pyroelbo import audit, coding, evidence, fit, models
+from pyroelbo.compiled import CompiledStep
 from pyroelbo.models.codes import CodePrior
 from pyroelbo.nn import NoisyQuantizer, ScalarQuantizer, VectorQuantizer
+from pyroelbo.objectives.base import PerDatum, adapt
+from pyroelbo.pair import unregistered
 from pyroelbo.results import CodeUsage
+from pyroelbo.training.step import EagerStep
 
 MAKE = {
     "vq": lambda **more: models.VQVAE(6, 3, 2, 2, (8,), **more),
@@ -117,7 +121,7 @@ def test_dead_codes_move_to_vectors_far_from_every_code():
     quantizer.start(torch.tensor([[0.0, 0.0], [90.0, 0.0], [91.0, 0.0], [92.0, 0.0]]), torch.ones(4))
     common, far = torch.zeros(60, 2), torch.tensor([[10.0, 10.0], [-10.0, 10.0]]).repeat(2, 1)
     x = torch.cat([common, far]).requires_grad_()
-    for _ in range(4):
+    for _ in range(20):
         quantizer(x)
     assert len(set(quantizer.eval()(x)[0].tolist())) == 3  # what is common has one code only
     found = quantizer(x)[1]
@@ -286,6 +290,25 @@ def test_training_raises_the_bound(name):
     assert sum(usage.counts) == 512 and (name == "sq" or usage.perplexity > 1.5)
 
 
+@pytest.mark.parametrize("name", ["vq", "gradient", "fsq"])
+def test_a_compiled_step_is_an_eager_one(name):
+    batches, ends = pixels(3 * 20).split(20), []
+    for make in (EagerStep, lambda *parts, **more: CompiledStep(*parts, **more, backend="eager")):
+        torch.manual_seed(0)
+        pair = MAKE[name](reset=0.3) if name == "vq" else MAKE[name]()
+        loss = PerDatum(adapt(Trace_ELBO()), float, getattr(pair, "auxiliary_loss", None))
+        with unregistered():
+            step = make(loss, pair.model, pair.guide, dict(pair.named_parameters()), lr=1e-2)
+            losses = []
+            for y in batches * 2:
+                torch.manual_seed(len(losses))
+                losses.append(step(y))
+        ends.append({**pair.state_dict(), "losses": torch.stack(losses)})
+    assert (step.counters.compiled_calls, step.counters.fallbacks) == (6, 0)
+    for key, value in ends[0].items():
+        assert torch.allclose(value, ends[1][key], rtol=1e-9, atol=1e-12), key
+
+
 def test_usage():
     usage = CodeUsage((3, 0, 1))
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
@@ -300,6 +323,16 @@ def test_k_means_starts_the_codebook_where_the_encoders_vectors_are():
     pair.initialize(y)
     after = (wide - pair.quantizer.embed(pair.codes(y))[:, 0]).square().sum(-1).mean()
     assert after < 0.1 * min(before, wide.var(0).sum())
+
+
+def test_scalar_codes_start_from_standardized_numbers():
+    y = pixels(400, 20)
+    for more in ({"positions": 3, "hidden": (8,)}, {"network": "conv", "channels": 2}):
+        pair = models.FSQVAE((4, 5), (4, 4), **more).initialize(y)
+        x = pair.vectors(y)
+        x = x if "positions" in more else x.flatten(0, 1)
+        assert torch.allclose(x.mean(0), torch.zeros(()), atol=1e-8)
+        assert torch.allclose(x.std(0, correction=0), torch.ones(()), atol=1e-6)
 
 
 @pytest.mark.parametrize(
