@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch.distributions import Transform, constraints, transform_to
 from torch.func import functional_call, vmap
 
 from pyroelbo import batch as batches
@@ -43,6 +44,30 @@ _MAPS_RATE = 0.1  # learning rate of such weights, in units of that of the other
 
 _Key = tuple[str, str]
 _Free = dict[_Key, Tensor]
+
+
+class _RelativeCholesky(Transform):
+    """x -> diag(s) (I + A / √D), s the exponentials of the diagonal of x and A what is below it: steps of one
+    size in all of x move a draw by about as many standard deviations, however many entries A has."""
+
+    domain = constraints.independent(constraints.real, 2)
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        below = x.tril(-1) / math.sqrt(x.shape[-1])
+        scale = x.diagonal(dim1=-2, dim2=-1).exp()
+        return torch.diag_embed(scale) + scale.unsqueeze(-1) * below
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        scale = y.diagonal(dim1=-2, dim2=-1)
+        below = math.sqrt(y.shape[-1]) * y.tril(-1) / scale.unsqueeze(-1)
+        return below + torch.diag_embed(scale.log())
+
+
+def _onto(space: Any) -> Any:
+    """The map from unconstrained numbers onto a space."""
+    return _RelativeCholesky() if space is constraints.lower_cholesky else transform_to(space)
 
 
 _OWN = "maps."  # begins the names of weights of a datum's own maps
@@ -164,7 +189,7 @@ class FreeGuide:
     def start(self) -> _Free:
         """The amortized guide's parameters, unconstrained, by site and name."""
         return {
-            (name, key): transform_to(site.spaces[key]).inv(value)
+            (name, key): _onto(site.spaces[key]).inv(value)
             for name, site in self.sites.items()
             for key, value in site.parameters.items()
         }
@@ -177,7 +202,7 @@ class FreeGuide:
         """The distributions by site for unconstrained parameters."""
         out = {}
         for name, site in self.sites.items():
-            arguments = {key: transform_to(space)(free[name, key]) for key, space in site.spaces.items()}
+            arguments = {key: _onto(space)(free[name, key]) for key, space in site.spaces.items()}
             out[name] = site.make(**arguments).to_event(site.reinterpreted)
         return out
 

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 from pyroelbo import Pair, audit, evidence, fit, unamortized
@@ -64,6 +65,25 @@ def test_refinement_ends_at_the_best_member(monkeypatch, cells):
         assert torch.equal(index, torch.arange(12))
     assert gaps[0] > gaps[1] > gaps[2] > float(truth.mean()) - 1e-9
     assert gaps[2] < float(truth.mean()) + 0.01 and (free.encoder.z_loc - mean).abs().max() < 0.2
+
+
+def test_steps_of_a_full_covariance_do_not_grow_with_its_entries():
+    """66 entries beside the diagonal, all of which Adam moves by its step size at first."""
+    torch.manual_seed(1)
+    pair, y = PPCA(16, 12), torch.randn(4, 16)
+    posterior = pair.posterior(y)
+    mean, tril = posterior.mean.detach(), posterior.scale_tril.detach()
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.MultivariateNormal(mean + 0.3, scale_tril=tril))
+
+    gaps = []
+    for steps in (0, 10):
+        free, data = unamortized(Pair.of(pair.model, guide), y, steps, learning_rate=0.1)
+        q = poutine.trace(free.guide).get_trace(*data).nodes["z"]["fn"]
+        gaps.append(float(dist.kl.kl_divergence(q, posterior).mean().detach()))
+    assert gaps[1] < 0.25 * gaps[0]
 
 
 def test_it_reaches_the_family_gap():

@@ -101,7 +101,9 @@ def test_families_that_hold_correlations(context, most):
             pyro.sample("z", q)
 
     reference = evidence.exact(pair, y)
-    found = evidence.gap(Pair.of(pair.model, guide), y, reference=reference, steps=120, draws=8)
+    found = evidence.gap(
+        Pair.of(pair.model, guide), y, reference=reference, steps=120, draws=8, learning_rate=0.1
+    )
     assert found.approximation.mean < most * float(truth.mean())
     assert found.approximation.mean > -4.5 * found.approximation.mean_error  # false alarms: 3e-6
 
