@@ -74,6 +74,23 @@ LADDER = {
 }
 
 
+# K grows by phases, in a short budget; DReG-50 starts where IWAE-50 does and sees the same batches:
+# $P vae-200; $P iwae-5 --start $R/vae-200; $P iwae-50 --start $R/iwae-5; $P dreg-50 --start $R/iwae-5
+def vae_200(epochs, rate, tail, **settings):
+    return System(
+        "VAE 784-200-200-50" + (f", {settings['objective']}-{settings['particles']}" if settings else ""),
+        started(models.VAE, (28, 28), latent=50, hidden=(200, 200)),
+        {
+            "batch_size": 100,
+            "epochs": epochs,
+            "learning_rate": rate,
+            "warmup": 1,
+            "tail": (tail, epochs - tail) if tail < epochs else None,
+            **settings,
+        },
+    )
+
+
 class HalfPixelCNN(PixelCNN):
     """In training bfloat16 convolutions (twice as fast where the processor has them), float32 weights; else
     float32.
@@ -94,6 +111,10 @@ def pixelcnn(train):
 # --train --start runs/static_mnist/vamp-100
 SYSTEMS = {
     "vae": System("VAE 784-300-300-40, gated, N(0, I)", gated_vae(), {"batch_size": 100}),
+    "vae-200": vae_200(40, 1e-3, 40),
+    "iwae-5": vae_200(10, 5e-4, 10, objective="iwae", particles=5),
+    "iwae-50": vae_200(4, 5e-4, 1, objective="iwae", particles=50),
+    "dreg-50": vae_200(4, 5e-4, 1, objective="dreg", particles=50),
     "vamp-100": System(
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
