@@ -158,7 +158,7 @@ def exp_of(x, out, spare):
 
 @compiled
 def _copied(matrices, u, workspace, panel):
-    size, padded = workspace.shape
+    size, padded = matrices.shape[-1], workspace.shape[1]
     flat = workspace.reshape(-1)
     for start in range(0, padded, panel):
         width, stride = min(panel, size - start), min(panel, padded - start)
@@ -172,16 +172,18 @@ def _copied(matrices, u, workspace, panel):
 
 @compiled
 def laid_out(matrices, u, workspace, panel):
-    """``matrices[u]`` laid out: copied to ``workspace [S, padded]``, or itself if it is laid out already."""
-    if workspace.shape[0] == workspace.shape[1] and panel >= workspace.shape[0]:
+    """``matrices[u]`` laid out: copied to ``workspace``, at least S rows of padded columns, or itself if it is
+    laid out already.
+    """
+    if matrices.shape[-1] == workspace.shape[1] and panel >= workspace.shape[1]:
         return matrices[u]
     return _copied(matrices, u, workspace, panel)
 
 
 @compiled
 def exp_laid_out(matrix, workspace, panel, spare):
-    """``exp_of`` of a matrix [S,S], laid out in ``workspace [S, padded]``; returns the top."""
-    size, padded = workspace.shape
+    """``exp_of`` of a matrix [S,S], laid out in ``workspace``; returns the top."""
+    size, padded = matrix.shape[0], workspace.shape[1]
     flat, top, differences = workspace.reshape(-1), _top(matrix.reshape(-1)), 0.0
     for start in range(0, padded, panel):
         width, stride = min(panel, size - start), min(panel, padded - start)

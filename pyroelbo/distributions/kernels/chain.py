@@ -22,7 +22,7 @@ exp(observation - top) are computed at once:
     workspace.weight    [group · stride]  row r of the group: chunk · S weights at r · stride, then zeros
     workspace.previous  [4, padded]       alpha of the last step; in the backward pass what goes back a step
     workspace.moved     [4, padded]       the product with the matrix; updated in place
-    workspace.matrix    [S, padded]       the matrix, laid out (see ``arithmetic``)
+    workspace.matrix    [S + 3, padded]   the matrix, laid out (see ``arithmetic``), then rows that add nothing
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ def workspace_for(layout, chunk, size, like):
     # in this order: what is written must not lie a multiple of a page from what is read
     rows = aligned(12 + size + 3, layout.padded, like)
     rows[:] = 0
-    return Workspace(
-        weight, aligned(1, PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12 : 12 + size]
-    )
+    return Workspace(weight, aligned(1, PIECE, like)[0], rows[:4], rows[4:8], rows[8:12], rows[12:])
 
 
 @compiled

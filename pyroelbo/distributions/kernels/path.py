@@ -96,7 +96,7 @@ def _best_log_weights(first, matrix, transition, seen, longest, layout, workspac
     padding.
     """
     group, padded, panel, single = layout
-    size, kind, far = workspace.matrix.shape[0], delta.dtype.type, delta.shape[1]
+    size, kind, far = transition.shape[-1], delta.dtype.type, delta.shape[1]
     moved, stride, tops = workspace.moved, seen.shape[1], np.zeros(4, delta.dtype)
     for t in range(longest):
         if t == 0:
