@@ -104,18 +104,17 @@ class _Coded(Pair):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> _Coded:
-        """Start the codebook from data [N, D], by k-means on the encoder's vectors; without a codebook, scale
-        the encoder's last layer so that each number has mean 0 and variance 1. Returns self."""
+        """Scale the encoder's last layer so that the numbers of its vectors have mean 0 and variance 1 on
+        data [N, D], as a decoder can tell apart, and start the codebook by k-means on them; returns self."""
         self.generator.check(y, type(self).__name__)
         y = y[torch.randperm(len(y))[:_MOST]].to(self.device)
         with evaluation_mode(self):
-            x = torch.cat([self.vectors(rows) for rows in y.split(_ROWS)])
-        if isinstance(self.quantizer, ScalarQuantizer):
-            self._standardize(x)
-        else:
-            centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
-            count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
-            self.quantizer.start(centres, count)
+            self._standardize(torch.cat([self.vectors(rows) for rows in y.split(_ROWS)]))
+            if hasattr(self.quantizer, "start"):
+                x = torch.cat([self.vectors(rows) for rows in y.split(_ROWS)])
+                centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
+                count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
+                self.quantizer.start(centres, count)
         return self
 
     def _standardize(self, x: Tensor) -> None:
@@ -290,8 +289,9 @@ class SQVAE(_Coded):
         levels: number of grey levels, for integer pixels.
         network: ``mlp`` or ``conv``.
         channels: channels of the first convolution of ``conv``.
-        prior: ``autoregressive``, ``factorized`` or ``uniform``, see
-            :class:`~pyroelbo.models.codes.CodePrior`.
+        prior: ``uniform``, ``factorized`` or ``autoregressive``, see
+            :class:`~pyroelbo.models.codes.CodePrior`. Trained along, the latter two draw the encoder to the
+            codes that they know: on digits all data came to have the same ones.
 
     Source: Takida et al. (2022).
     """
@@ -307,7 +307,7 @@ class SQVAE(_Coded):
         levels: int = 256,
         network: str = "mlp",
         channels: int = 32,
-        prior: str = "autoregressive",
+        prior: str = "uniform",
     ) -> None:
         quantizer = NoisyQuantizer(codes, width)
         super().__init__(
