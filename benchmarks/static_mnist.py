@@ -175,6 +175,22 @@ SYSTEMS = {
             "compile": False,
         },
     ),
+    # IW-K averages K orders of 784 steps: --evaluate --num-data 50 --num-ais 0
+    "masked": System(
+        "masked diffusion, MLP of 2 residual layers of 512",
+        lambda train: models.MaskedDiffusion((28, 28), width=512, layers=2),
+        {
+            "epochs": 60,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "clip_norm": 50.0,
+            "warmup": 1,
+            "tail": (0, 60),
+            "bf16": True,
+            "compile": False,
+        },
+        samples=128,
+    ),
 }
 DEFAULTS = {
     "epochs": 2000,
@@ -309,7 +325,7 @@ def load(pair, folder):
     tensors, _ = run.load_weights()
     if not (folder / "weights.safetensors").exists():
         checkpoint, _ = run.load_checkpoint()
-        tensors = tensors | group(group(checkpoint, "step/"), "ema.") | group(checkpoint, "best/")
+        tensors = tensors | group(group(checkpoint, "step/loss/"), "ema.") | group(checkpoint, "best/")
     own = {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
     inputs, size = tensors.get("prior.pseudo_inputs"), len(own.get("prior.pseudo_inputs", ()))
     if inputs is not None and len(inputs) != size:
@@ -379,7 +395,7 @@ def evaluate(options, system, images, folder):
         return
     name = "elbo" if system.draws == 16 else f"elbo-{system.draws}"
     elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
-    iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair, y, particles=K))
+    iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair.written_out(), y, particles=K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
     # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn
     # images, added to the ELBO of all, estimates the mean of IW-K over all.

@@ -201,3 +201,23 @@ def test_a_logit_for_each_level_means_the_posterior_mean():
     weight = share * torch.distributions.Normal(alpha * x, sigma).log_prob(z[0, :, None]).exp()
     wanted = (z - alpha * (weight * x).sum(-1) / weight.sum(-1)) / sigma
     torch.testing.assert_close(pair.predict(z, level, s, time), wanted)
+
+
+@torch.no_grad()
+def test_the_bound_of_independent_levels_is_their_entropy():
+    """With the true marginal's logits, by Legendre's rule in time and the trapezoidal one in noise; what is
+    left is of the schedule's ends."""
+    pair = models.VDM(1, 3, "linear", width=8, layers=1, parametrization="levels").eval()
+    share = torch.tensor([0.5, 0.3, 0.2])
+    for p in pair.generator.parameters():
+        p.zero_()
+    pair.generator.outwards.bias.copy_(share.log())
+    time, weight = (torch.tensor(a) / 2 for a in np.polynomial.legendre.leggauss(200))
+    noise = torch.linspace(-7, 7, 281)
+    y = torch.arange(3.0).expand(200, 281, 3).unsqueeze(-1)
+    when = (time + 0.5)[:, None, None].expand(200, 281, 3)
+    terms = pair.term(y, when, noise[:, None, None].expand(200, 281, 3, 1)) @ share
+    density = torch.distributions.Normal(0.0, 1.0).log_prob(noise).exp()
+    bound = float(weight @ torch.trapezoid(terms * density, noise, dim=-1))
+    entropy = float(-(share * share.log()).sum())
+    assert 0 < -bound - entropy < 0.01
