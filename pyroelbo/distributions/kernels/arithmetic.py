@@ -172,8 +172,8 @@ def _copied(matrices, u, workspace, panel):
 
 @compiled
 def laid_out(matrices, u, workspace, panel):
-    """``matrices[u]`` laid out: copied to ``workspace``, at least S rows of padded columns, or itself if it is
-    laid out already.
+    """``matrices[u]`` laid out: copied to ``workspace``, S rows or more of padded columns, or itself if it
+    is laid out already.
     """
     if matrices.shape[-1] == workspace.shape[1] and panel >= workspace.shape[1]:
         return matrices[u]

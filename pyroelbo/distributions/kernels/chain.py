@@ -22,7 +22,7 @@ exp(observation - top) are computed at once:
     workspace.weight    [group · stride]  row r of the group: chunk · S weights at r · stride, then zeros
     workspace.previous  [4, padded]       alpha of the last step; in the backward pass what goes back a step
     workspace.moved     [4, padded]       the product with the matrix; updated in place
-    workspace.matrix    [S + 3, padded]   the matrix, laid out (see ``arithmetic``), then rows that add nothing
+    workspace.matrix    [S + 3, padded]   the matrix, laid out (see ``arithmetic``), then rows of zeros
 """
 
 from __future__ import annotations
