@@ -27,7 +27,7 @@ from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
 __all__ = ["enumerate_latents", "log_evidence_of_all", "log_evidence_of_each"]
 
 _MAX_ASSIGNMENTS = 2**20
-_AT_ONCE = 2**18  # values of one site times data
+_AT_ONCE = 2**18  # values of two sites times data
 
 
 def enumerate_latents(
@@ -65,7 +65,8 @@ def log_evidence_of_each(pair: Pair, batch: batches.Batch) -> tuple[Tensor, int]
     Raises as :func:`enumerate_latents`.
     """
     evaluator, size = _finite_latents(pair, batch, "datum"), batches.size(batch)
-    widest = max((site.num_values or 1 for site in evaluator.latents.values()), default=1)
+    counts = sorted(site.num_values or 1 for site in evaluator.latents.values())
+    widest = math.prod(counts[-2:])  # a factor may join the two sites of most values
     step = max(1, _AT_ONCE // widest) if evaluator.sliceable else size
     values, states, depth = [], 0, None
     for start in range(0, size, step):

@@ -63,7 +63,7 @@ class ByteVAE(ImageChain):
     def __init__(
         self,
         shape: int | Sequence[int],
-        latent: Sequence[int] = (16,),
+        latent: Sequence[int] = (8,),
         hidden: Sequence[int] = (200,),
         values: int = 256,
         likelihood: str = "bernoulli",
