@@ -11,6 +11,8 @@ noise, falls like 1/√K (Rainforth et al., 2018). Three gradients of the same l
             K > 1 (Roeder, Wu and Duvenaud, 2017)
     dreg    doubly reparametrized: unbiased, and its signal to noise does not fall (Tucker et al., 2019)
 
+Both statements are about large K; for small K the ratio of plain can rise first, as draws are averaged.
+
 The example trains a VAE by the ELBO for a while and measures the three on one batch; from there it goes on by
 the ELBO of 32 draws and by IW-32 with each of them, and audits the results.
 
