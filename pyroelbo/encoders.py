@@ -78,7 +78,8 @@ class BatchNormEncoder(Encoder):
 
     Over the batch E KL(q, N(0, I)) ≥ ½ Σ_d (γ² + β_d²) up to the normalization's epsilon, so that the
     posterior cannot collapse onto the prior. In training q(z | y) depends on the batch; evaluation mode takes
-    running averages, and bounds are those of that encoder.
+    running averages, and bounds are those of that encoder. A VampPrior would normalize its pseudo-inputs as a
+    batch of their own: use another prior with it.
 
     Source: Zhu, Bi, Liu, Ma, Li and Wu (2020).
     """

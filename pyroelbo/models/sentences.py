@@ -52,21 +52,21 @@ class Written(TorchDistribution):
         """ln p of each word given those before it, and of the stop, [*, length], in nats; 0 after the
         stop."""
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        live = ~pad(value[..., :-1] < 0, (1, 0))
-        late = (value >= 0) & ~live
-        tokens = value.long() % self.network.symbols
+        live, words = ~pad(value[..., :-1] < 0, (1, 0)), value.long()
+        wrong = (words != value) | (words < -1) | (words > self.network.symbols - 2) | ((words >= 0) & ~live)
+        tokens = words % self.network.symbols
         if captured():
             log_probs = self.network(tokens, self.context).log_softmax(-1)
             found = log_probs.gather(-1, tokens.expand(*lead, -1)[..., None]).squeeze(-1)
-            return torch.where(late, -math.inf, torch.where(live, found, 0.0))
+            return torch.where(wrong, -math.inf, torch.where(live, found, 0.0))
         longest = int(live.reshape(-1, self.length).any(0).sum())
         features = self.network.features(tokens[..., :longest], self.context)
         where = live[..., :longest].expand(*lead, -1)
         logits = self.network.head(features[where])
         picked = tokens[..., :longest].expand(*lead, -1)[where]
-        words = -nn.functional.cross_entropy(logits, picked, reduction="none")
-        found = words.new_zeros(where.shape).masked_scatter(where, words)
-        return pad(found, (0, self.length - longest)).masked_fill(late, -math.inf)
+        log_probs = -nn.functional.cross_entropy(logits, picked, reduction="none")
+        found = log_probs.new_zeros(where.shape).masked_scatter(where, log_probs)
+        return pad(found, (0, self.length - longest)).masked_fill(wrong, -math.inf)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """ln p(value), in nats, of the broadcast shape."""

@@ -69,7 +69,8 @@ def test_all_texts_together_have_probability_one_word_by_word(kind, skip):
     torch.testing.assert_close(log_p, expected)
     torch.testing.assert_close(p.by_word(EVERY).sum(-1), log_p)
     assert (p.by_word(torch.tensor([[0, -1, -1]]))[..., 2] == 0).all()
-    assert (p.log_prob(torch.tensor([[-1, 1, -1]])) == -math.inf).all()
+    for row in ([-1, 1, -1], [0, 2, -1], [-2, -1, -1], [0, 0.5, -1]):  # no text, or none of these words
+        assert (p.log_prob(torch.tensor([row])) == -math.inf).all()
 
 
 @pytest.mark.parametrize(("kind", "skip"), KINDS)
