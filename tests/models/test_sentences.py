@@ -48,7 +48,7 @@ def network(kind, skip):
 @torch.no_grad()
 def by_hand(net, row, z):
     """ln p of a text by the network's steps, in plain Python."""
-    cache, total = net.begin(torch.Size([1]), z[None]), 0.0
+    cache, total = net.begin(torch.Size([1]), None if z is None else z[None]), 0.0
     for place in range(LENGTH):
         word = int(row[place])
         total += float(net.step(cache).log_softmax(-1)[0, word])
@@ -93,6 +93,15 @@ def test_texts_are_coded_word_by_word(kind, skip):
     p = Written(net, z, LENGTH)
     bits = round_trip(codec_of(p, torch.long), EVERY)
     assert bits == pytest.approx(-float(p.log_prob(EVERY).sum()) / math.log(2), abs=40)  # of one word
+
+
+@pytest.mark.parametrize("make", [CausalGRU, CausalWindow])
+def test_without_a_context_it_is_a_language_model(make):
+    torch.manual_seed(3)
+    net = make(SYMBOLS + 1, 4, skip=True)
+    log_p = models.Strings(LENGTH, SYMBOLS, net).log_evidence(EVERY).detach()
+    assert float(log_p.exp().sum()) == pytest.approx(1)
+    torch.testing.assert_close(log_p, torch.tensor([by_hand(net, row, None) for row in EVERY]))
 
 
 def small(**settings):
