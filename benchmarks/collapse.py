@@ -2,9 +2,9 @@
 
 One Gaussian latent of 32 numbers, a gated recurrent decoder of 96 features, English sentences (Universal
 Dependencies EWT, its own split) of 2 … 20 lower-cased words; words seen fewer than 5 times in the training
-split are one word <unk>. Each row differs from `plain` in one thing, and has the same budget: `--passes`
-evaluations of the loss on each training sentence (an aggressive step, of several, counts as several; last
-weights are kept).
+split are one word <unk>. Each row differs from `plain` in one thing (the last in two), and has the same
+budget: `--passes` evaluations of the loss on each training sentence (an aggressive step counts as several;
+the last weights are kept).
 
 Of 500 test sentences, drawn by seed 0, per sentence and in nats: KL(q(z|y), p(z)); the information I_q(y; z),
 of the sentence's index and the latent, at most ln 500 = 6.2 (its estimate may be negative); active units; -ln
