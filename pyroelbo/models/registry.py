@@ -161,7 +161,7 @@ REGISTRY: dict[str, Entry] = {
     ),
     "vdm": Entry(
         "Gaussian diffusion in continuous time, a bound; network=mlp|unet, "
-        "schedule=learned|per_dimension|linear|cosine",
+        "schedule=learned|per_dimension|linear|cosine, parametrization=v|levels",
         VDM,
         kinds={"bytes": {}, "binary": {}, "vectors": {}, "grey": {}},
         sizes=_levels,
