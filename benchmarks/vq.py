@@ -223,7 +223,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3000, help="of 512 patches, at least")
     parser.add_argument("--num-data", type=int, default=100_000, help="training patches, at random")
     parser.add_argument("--codebook", default="ema")
-    parser.add_argument("--reset", type=float, default=0.3)
+    parser.add_argument("--reset", type=float, default=0.1)
     parser.add_argument("--only", default="", help="of `usage`: part of a row's name")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)

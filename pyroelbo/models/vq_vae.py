@@ -213,7 +213,7 @@ class VQVAE(_Deterministic):
         codebook: str = "ema",
         commitment: float = 0.25,
         decay: float = 0.99,
-        reset: float = 0.3,
+        reset: float = 0.1,
         prior: str = "autoregressive",
     ) -> None:
         quantizer = VectorQuantizer(codes, width, codebook, decay, reset)

@@ -46,7 +46,7 @@ class VectorQuantizer(nn.Module):
     total: Tensor
 
     def __init__(
-        self, codes: int, width: int, learn: str = "ema", decay: float = 0.99, reset: float = 0.3
+        self, codes: int, width: int, learn: str = "ema", decay: float = 0.99, reset: float = 0.1
     ) -> None:
         super().__init__()
         if learn not in ("ema", "gradient"):
