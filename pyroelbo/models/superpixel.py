@@ -77,7 +77,7 @@ class Superpixel(Pair):
 
     def _check(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> None:
         shapes = [tuple(part.shape) for part in (x, superpixels, parents, y)]
-        fits = x.dim() == 3 and superpixels.shape == x.shape and y.shape == (*x.shape, 2)
+        fits = x.dim() == 3 and x.numel() and superpixels.shape == x.shape and y.shape == (*x.shape, 2)
         if not fits or parents.dim() != 2 or len(parents) != len(x):
             raise ValueError(
                 "x, superpixels, parents, y: expected shapes [B, H, W], [B, H, W], [B, N] and [B, H, W, 2], "
