@@ -83,7 +83,9 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-train", type=int, default=0, help="0: all")
     parser.add_argument("--num-test", type=int, default=200, help="test images at random; 0: all")
-    parser.add_argument("--longer", type=float, default=7.0, help="epochs of conv, longer, as a multiple")
+    parser.add_argument(
+        "--longer", type=float, default=7.0, help="epochs of conv, longer, as a multiple; 0: none"
+    )
     parser.add_argument(
         "--only", nargs=2, metavar=("SYSTEM", "SEED"), help="train one; a later call prints all"
     )
@@ -96,8 +98,9 @@ def main(arguments=None):
     train = images["train"][: options.num_train or None]
     order = torch.randperm(len(images["test"]), generator=torch.Generator().manual_seed(0))
     test = images["test"][order[: options.num_test or None]]
-    epochs = dict.fromkeys(("style", "conv", "conv, longer"), options.epochs)
-    epochs["conv, longer"] = round(options.longer * options.epochs)
+    epochs = dict.fromkeys(("style", "conv"), options.epochs)
+    if options.longer:
+        epochs["conv, longer"] = round(options.longer * options.epochs)
     if options.only:
         name, seed = options.only[0], int(options.only[1])
         measured(name, seed, epochs[name], images, train, test, options.out)
