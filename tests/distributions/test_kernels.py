@@ -436,7 +436,7 @@ PLANTED = {
     "inside": ("inside_outside", "relative[0, 1], child, 0, wide)", "child, 0,", "child, 1,"),
     "outside": ("inside_outside", "out.two[i, b] = flow", "[i,", "[i + 1,"),
     "kalman_filter": ("kalman", "states.mean[row, t + 1, i] = x", "t + 1", "t + 2"),
-    "kalman_adjoint": ("kalman", "by_innovation = by_y[row, t]", "t]", "t + 1]"),
+    "kalman_adjoint": ("kalman", "by_y[row, t, i] = s", "t,", "t + 1,"),
     "e_step": ("mixture", "store(counts, r * size + j,", "j,", "j + 1,"),
 }
 
@@ -477,7 +477,7 @@ def test_the_check_of_lengths_alone():
 
 def test_compiling_is_announced_once(caplog):
     def start(function):
-        dispatcher = SimpleNamespace(py_func=function, stats=SimpleNamespace(cache_path="cache"))
+        dispatcher = SimpleNamespace(py_func=function)
         notice.on_start(SimpleNamespace(data={"dispatcher": dispatcher}))
 
     notice = gate._Notice()

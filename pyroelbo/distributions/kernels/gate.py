@@ -52,10 +52,9 @@ class _Notice(event.Listener):
         dispatcher = event.data["dispatcher"]
         if not self.told and dispatcher.py_func.__module__.startswith(__package__):
             self.told = True
-            kept = dispatcher.stats.cache_path
             logging.getLogger(__package__).warning(
-                "compiling kernels for their first use, which takes up to two minutes; %s",
-                f"later runs load them from {kept}" if kept else "no folder to keep them in could be written",
+                "compiling kernels for their first use, which takes up to two minutes; later runs load them "
+                "from NUMBA_CACHE_DIR or __pycache__"
             )
 
     def on_end(self, event: Any) -> None:
