@@ -20,7 +20,8 @@ def row(name):
 
 
 CASES = CONTINUOUS | DISCRETE | {n: row(n) for n in ("vae-bernoulli", "vae-conv", "own-conv")}
-OUTSIDE = ("hmm-mean-field",)  # a chain's kernels leave torch
+# a chain's kernels leave torch, the parents of a tree are read, and so is whether a code is one-hot
+OUTSIDE = ("hmm-mean-field", "tree", "one-hot")
 
 
 def annealer_of(pair, y, start="guide"):
