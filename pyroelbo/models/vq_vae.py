@@ -105,7 +105,8 @@ class _Coded(Pair):
     @torch.no_grad()
     def initialize(self, y: Tensor) -> _Coded:
         """Scale the encoder's last layer so that the numbers of its vectors have mean 0 and variance 1 on
-        data [N, D], as a decoder can tell apart, and start the codebook by k-means on them; returns self."""
+        data [N, D], as a decoder can tell apart, start the codebook by k-means on them, and the biases of
+        the last layer of an ``mlp`` decoder with what suits all data best; returns self."""
         self.generator.check(y, type(self).__name__)
         y = y[torch.randperm(len(y))[:_MOST]].to(self.device)
         with evaluation_mode(self):
@@ -115,6 +116,11 @@ class _Coded(Pair):
                 centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
                 count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
                 self.quantizer.start(centres, count)
+            last: Any = [
+                m for m in self.generator.decoder.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+            ][-1]
+            if isinstance(last, nn.Linear):
+                last.bias.copy_(self.generator.constant(y))
         return self
 
     def _standardize(self, x: Tensor) -> None:

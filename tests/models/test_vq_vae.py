@@ -362,3 +362,11 @@ def test_many_codes_are_not_summed():
         evidence.exact(pair, pixels(2))
     assert audit(pair, pixels(3), particles=2)["elbo"].kind == "lower"
     pyro.clear_param_store()
+
+
+def test_a_decoder_starts_with_the_mean_of_the_data():
+    y = (torch.rand(500, 6) < torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.99])).double()
+    pair = models.FSQVAE(6, (4, 4), positions=2, hidden=(8,)).initialize(y)
+    last = [m for m in pair.generator.decoder.modules() if isinstance(m, torch.nn.Linear)][-1]
+    error = (last.bias.sigmoid() - y.mean(0)).abs()
+    assert error[:-1].max() < 1e-6 and error[-1] < 0.01  # a pixel that is nearly always on takes more steps
