@@ -73,6 +73,7 @@ def main(arguments=None):
         print(results[name])
         file = options.out / f"{name.replace(', ', '_')}.code"
         y = test[:num_data].numpy().astype("uint8")
+        file.unlink(missing_ok=True)
         code = coding.compress(pair, y, file)
         assert (coding.decompress(pair, file) == y).all()
         print(f"as a file: {code.net:.2f} nats per datum that the pair coded, decoded bit for bit")
