@@ -110,16 +110,19 @@ def _warn_of_rounding(x: Tensor, name: str) -> None:
     dtype = torch.get_default_dtype()
     if dtype == torch.float64 or not x.numel() or x.dtype == torch.bool or x.is_complex():
         return
-    step = torch.finfo(dtype).eps
-    wide = x.double().reshape(len(x), -1) if x.dim() else x.double().reshape(1, 1)
-    largest = wide.abs().amax(0)
+    step, largest = torch.finfo(dtype).eps, 0.0
     if x.is_floating_point():
-        lost = (step / 2 * largest > 1e-3 * wide.std(0, correction=0)) & (wide != wide[:1]).any(0)
-    else:
-        lost = largest > 2 / step
-    if bool(lost.any()):
+        wide = x.double().reshape(len(x), -1) if x.dim() else x.double().reshape(1, 1)
+        tops = wide.abs().amax(0)
+        lost = (step / 2 * tops > 1e-3 * wide.std(0, correction=0)) & (wide != wide[:1]).any(0)
+        if bool(lost.any()):
+            largest = float(tops[lost].max())
+    elif torch.iinfo(x.dtype).max > 2 / step:  # bytes need not be looked at
+        found = max(abs(int(x.min())), abs(int(x.max())))
+        largest = float(found) if found > 2 / step else 0.0
+    if largest:
         warnings.warn(
-            f"{name}: numbers as large as {float(largest[lost].max()):.4g} are rounded in {dtype}: subtract "
+            f"{name}: numbers as large as {largest:.4g} are rounded in {dtype}: subtract "
             "their mean, or compute in float64 (torch.set_default_dtype(torch.float64), pair.double())",
             stacklevel=2,
         )

@@ -55,12 +55,8 @@ class Programs:
             yield
 
     def _trace(self, program: Callable, batch: Batch) -> Any:
-        try:
-            with _whole_plates() if self.whole else nullcontext():
-                return batches.call(poutine.trace(program).get_trace, batch)
-        except NotImplementedError as error:  # as an ImproperUniform, which only a guide can draw
-            reason = str(error).partition("\n")[0]
-            raise Unavailable(f"the model's latents cannot be sampled from their prior: {reason}") from error
+        with _whole_plates() if self.whole else nullcontext():
+            return batches.call(poutine.trace(program).get_trace, batch)
 
     def traces(
         self,
@@ -80,8 +76,15 @@ class Programs:
         drawn = poutine.Trace()
         if self.with_guide if with_guide is None else with_guide:
             drawn = self._trace(guide, batch)
-            model = poutine.replay(model, trace=drawn)
-        seen = self._trace(model, batch)
+            seen = self._trace(poutine.replay(model, trace=drawn), batch)
+        else:
+            try:
+                seen = self._trace(model, batch)
+            except NotImplementedError as error:  # as an ImproperUniform, which only a guide can draw
+                reason = str(error).partition("\n")[0]
+                raise Unavailable(
+                    f"the model's latents cannot be sampled from their prior: {reason}"
+                ) from error
         return prune_subsample_sites(drawn), prune_subsample_sites(seen)
 
     def again(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import one_hot
 
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evaluation.layout import LatentSite
@@ -76,7 +75,8 @@ class Lattice:
         latents, start = {}, 0
         for name, (shape, plates, values) in self._sites.items():
             piece = k[..., start : start + shape.numel()].reshape(*k.shape[:-1], *shape)
-            piece = piece if values is None else one_hot(piece, values)
+            if values is not None:  # by comparison, which reads no value and can be recorded
+                piece = piece[..., None] == torch.arange(values, device=piece.device)
             start += shape.numel()
             latents[name] = piece.movedim(1, 1 + plates).to(self._types[name])
         return latents

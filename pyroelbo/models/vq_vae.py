@@ -116,16 +116,14 @@ class _Coded(Pair):
                 centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
                 count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
                 self.quantizer.start(centres, count)
-            last: Any = [
-                m for m in self.generator.decoder.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-            ][-1]
+            last = _last(self.generator.decoder)
             if isinstance(last, nn.Linear):
                 last.bias.copy_(self.generator.constant(y))
         return self
 
     def _standardize(self, x: Tensor) -> None:
         """Scale the encoder's last layer, whose outputs are x [N, G, d]: of a map, the same at all places."""
-        last: Any = [m for m in self.encoder.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+        last = _last(self.encoder)
         out = x.flatten(1) if isinstance(last, nn.Linear) else x.flatten(0, 1)
         mean, scale = out.mean(0), out.std(0, correction=0).clamp_min(1e-6)
         last.bias.copy_((last.bias - mean) / scale)
@@ -147,6 +145,12 @@ class _Coded(Pair):
 
 
 _MOST = 20_000  # data that k-means is run on
+
+
+def _last(network: nn.Module) -> Any:
+    """The last layer with weights."""
+    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    return [m for m in network.modules() if isinstance(m, layers)][-1]
 
 
 class _Deterministic(_Coded):

@@ -241,19 +241,21 @@ class CausalGRU(CausalText):
         return self._out(states, context).reshape(*lead, *states.shape[1:-1], -1)
 
     def begin(self, lead: torch.Size, context: Tensor | None = None) -> Any:
-        last, context = self._first(lead, context)
-        return lead, last, context, self._state(len(last), context)
+        start, context = self._first(lead, context)
+        return self._enter(lead, context, self._state(len(start), context), start)
+
+    def _enter(self, lead: torch.Size, context: Tensor | None, state: Tensor, token: Tensor) -> Any:
+        states, state = self.gru(self._alone(token, context), state)
+        return lead, context, state, states
 
     def append(self, cache: Any, token: Tensor) -> Any:
         """The cache after appending ``token`` [*lead]."""
-        lead, last, context, state = cache
-        _, state = self.gru(self._alone(last, context), state)
-        return lead, token.reshape(-1), context, state
+        lead, context, state, _ = cache
+        return self._enter(lead, context, state, token.reshape(-1))
 
     def step(self, cache: Any) -> Tensor:
         """Logits [*lead, symbols] of the next token."""
-        lead, last, context, state = cache
-        states, _ = self.gru(self._alone(last, context), state)
+        lead, context, _, states = cache
         return self.head(self._out(states, context))[:, 0].reshape(*lead, -1)
 
 

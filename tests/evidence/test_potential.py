@@ -20,8 +20,7 @@ def row(name):
 
 
 CASES = CONTINUOUS | DISCRETE | {n: row(n) for n in ("vae-bernoulli", "vae-conv", "own-conv")}
-# a chain's kernels leave torch, the parents of a tree are read, and so is whether a code is one-hot
-OUTSIDE = ("hmm-mean-field", "tree", "one-hot")
+OUTSIDE = ("hmm-mean-field", "tree")  # a chain's kernels leave torch, the parents of a tree are read
 
 
 def annealer_of(pair, y, start="guide"):
