@@ -34,14 +34,12 @@ class Estimator:
     """What an estimator is and which sites it takes.
 
     Args:
-        about: name and source in one line.
         kind: the part of :class:`Discrete_ELBO` that computes it.
         families: the distributions that it takes, or None for all.
         least: the fewest particles.
         step: what divides the number of particles.
     """
 
-    about: str
     kind: str = "score"
     families: tuple[str, ...] | None = None
     least: int = 1
@@ -72,26 +70,17 @@ def _masked(fn: Any) -> bool:
 _VECTORS = ("Bernoulli", "OneHotCategorical")
 
 ESTIMATORS: dict[str, Estimator] = {
-    "score_function": Estimator("score function (Williams, 1992)"),
-    "baseline": Estimator("score function, the pair's learned baseline (Mnih and Gregor, 2014)"),
-    "rloo": Estimator("score function, leave-one-out baselines (Kool et al., 2019)", least=2),
-    "double_cv": Estimator(
-        "leave-one-out with slopes as control variates (after Titsias and Shi, 2022)", "score", _VECTORS, 2
-    ),
-    "vimco": Estimator("the IW-K bound, leave-one-out (Mnih and Rezende, 2016)", "vimco", None, 2),
-    "disarm": Estimator("antithetic pairs (Dong et al., 2020)", "coupled", ("Bernoulli",), 2, 2),
-    "coupled": Estimator(
-        "antithetic pairs of categories (after Dimitriev and Zhou, 2021)",
-        "coupled",
-        ("Bernoulli", "Categorical", "OneHotCategorical"),
-        2,
-        2,
-    ),
-    "enumerate": Estimator("the sum over all values", "enumerate"),
-    "gumbel": Estimator("relaxed draws, biased (Jang et al., 2017)", "relaxed", _VECTORS),
-    "straight_through": Estimator(
-        "hard draws, relaxed slopes, biased (Jang et al., 2017)", "relaxed", _VECTORS
-    ),
+    "score_function": Estimator(),  # Williams, 1992
+    "baseline": Estimator(),  # Mnih and Gregor, 2014
+    "rloo": Estimator(least=2),  # Kool et al., 2019
+    "double_cv": Estimator("score", _VECTORS, 2),  # after Titsias and Shi, 2022
+    "vimco": Estimator("vimco", least=2),  # Mnih and Rezende, 2016
+    "disarm": Estimator("coupled", ("Bernoulli",), 2, 2),  # Dong et al., 2020
+    # after Dimitriev and Zhou, 2021
+    "coupled": Estimator("coupled", ("Bernoulli", "Categorical", "OneHotCategorical"), 2, 2),
+    "enumerate": Estimator("enumerate"),
+    "gumbel": Estimator("relaxed", _VECTORS),  # Jang et al., 2017
+    "straight_through": Estimator("relaxed", _VECTORS),
 }
 
 
