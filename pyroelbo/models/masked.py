@@ -61,6 +61,10 @@ class _Tokens(nn.Module):
     def _normalized(self, out: Tensor) -> Tensor:
         if self.likelihood == "discretized_logistic":
             return ordinal(out, self.levels)
+        if out.shape[-1] == 2:  # torch's softmax of two is slow
+            out = out.to(torch.promote_types(out.dtype, torch.float32))
+            logit = out[..., 1] - out[..., 0]
+            return torch.stack([nn.functional.logsigmoid(-logit), nn.functional.logsigmoid(logit)], -1)
         return out.log_softmax(-1)
 
 
@@ -68,10 +72,11 @@ class MaskedDiffusion(_Tokens, SampledTerms):
     """Absorbing diffusion of symbols 0 … levels-1 without a limit of steps, trained by *count*. Data [B, D],
     integers of any dtype.
 
-    k is uniform on 1 … D, k places drawn at random are masked, and a term of the bound is D/k Σ_masked ln
-    p(y_i | the others). Its mean is the continuous-time bound E_t[1/t Σ_masked ln p(y_i | z_t)], whatever the
-    schedule, and the average of ln p(y | σ) = Σ_k ln p(y_σ(k) | y_σ(<k)) over all orders σ, because the
-    network is not told the time. :meth:`written_out` has the order as latent.
+    Every place is masked with probability t ~ U(0, 1), so that the number k of masked places is uniform on 0
+    … D, and a term of the bound is (D + 1)/k Σ_masked ln p(y_i | the others). Its mean is the continuous-time
+    bound E_t[1/t Σ_masked ln p(y_i | z_t)], whatever the schedule, and the average of ln p(y | σ) = Σ_k ln
+    p(y_σ(k) | y_σ(<k)) over all orders σ, because the network is not told the time. :meth:`written_out` has
+    the order as latent.
 
     Part: ``generator``, a network from tokens [*, D], ``levels`` at masked places, to [*, D, outputs]. Raises
     ValueError, naming the place, for tokens outside 0 … levels-1.
@@ -116,7 +121,7 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         positive_count("components", components, "number of logistics")
         if self.levels < 2:
             raise ValueError(f"levels: expected at least two symbols, got {levels}")
-        self.terms = float(self.dims)
+        self.terms = self.dims + 1.0
         outputs = 3 * components if likelihood == "discretized_logistic" else self.levels
         self.generator = self._network(network, outputs, width, layers, dropout)
 
@@ -127,7 +132,7 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         if isinstance(network, nn.Module):
             return network
         if network == "mlp":
-            return TokenMLP(self.dims, symbols, outputs, width, layers, dropout, False, self.classes)
+            return TokenMLP(self.dims, self.levels, outputs, width, layers, dropout, False, self.classes)
         if network == "transformer":
             return TokenTransformer(self.dims, symbols, outputs, width, layers, 4, dropout, self.classes)
         if network == "conv":
@@ -141,12 +146,13 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         return dist.Uniform(like.new_zeros(self.dims), 1.0).to_event(1)
 
     def term(self, y: Tensor, time: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """1/k Σ_masked ln p(y_i | the others), k = ⌈time · D⌉ places with the least noise masked; [*]."""
-        count = (time * self.dims).ceil().long().clamp(1, self.dims)[..., None]
-        masked = noise.argsort(-1).argsort(-1) < count
+        """1/k Σ_masked ln p(y_i | the others), [*], places with ``noise`` below ``time`` masked; zero for k =
+        0."""
+        masked = noise < time[..., None]
         y = y.long().expand(masked.shape)
         found = self.log_probs(y, masked, labels).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        return torch.where(masked, found, found.new_zeros(())).sum(-1) / count.squeeze(-1)
+        total = torch.where(masked, found, found.new_zeros(())).sum(-1)
+        return total / masked.sum(-1).clamp_min(1)
 
     def written_out(self) -> Orders:
         """The pair whose latent is the order in which tokens are revealed, with the same parameters."""

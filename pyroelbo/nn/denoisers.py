@@ -145,7 +145,8 @@ class MLPDenoiser(nn.Module):
 
 
 class TokenMLP(MLPDenoiser):
-    """An :class:`MLPDenoiser` of symbols z [*, D], integers 0 … symbols-1, one-hot at the input."""
+    """An :class:`MLPDenoiser` of symbols z [*, D], integers 0 … symbols-1, one-hot at the input; the integer
+    ``symbols``, the mask of masked diffusion, is all zeros."""
 
     def __init__(
         self,
@@ -168,21 +169,21 @@ class TokenMLP(MLPDenoiser):
 
     def one_by_one(self, z: Tensor, places: Tensor, labels: Tensor | None = None) -> Tensor:
         """Outputs [*, D, outputs] at the place ``places[..., k]`` given the symbols z [*, D] at
-        ``places[..., :k]``, the last symbol (the mask) elsewhere, for k = 0 … D-1.
+        ``places[..., :k]``, the mask elsewhere, for k = 0 … D-1.
 
-        A step changes the first layer by one column, and only one place's outputs are computed: the cost of
-        D passes without those two layers.
+        A step adds one column to the first layer, and only one place's outputs are computed: the cost of D
+        passes without those two layers.
         """
-        columns = self.inwards.weight.T.unflatten(0, (self.dims, self.symbols))
+        columns = self.inwards.weight.T.contiguous()
         rows = self.outwards.weight.unflatten(0, (self.dims, self.outputs))
         biases = self.outwards.bias.view(self.dims, self.outputs)
+        column = places * self.symbols + z.gather(-1, places)
         when, found = self.condition(None, labels), []
-        x = (self.inwards.bias + columns[:, -1].sum(0)).expand(*z.shape[:-1], -1)
+        x = self.inwards.bias.expand(*z.shape[:-1], -1)
         for k in range(self.dims):
             place = places[..., k]
-            found.append((rows[place] @ self.body(x, when).unsqueeze(-1)).squeeze(-1) + biases[place])
-            token = z.gather(-1, place.unsqueeze(-1)).squeeze(-1)
-            x = x + columns[place, token] - columns[place, -1]
+            found.append((rows[place] * self.body(x, when).unsqueeze(-2)).sum(-1) + biases[place])
+            x = x + nn.functional.embedding(column[..., k], columns)
         return torch.stack(found, -2)
 
 
