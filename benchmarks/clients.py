@@ -155,13 +155,13 @@ def pictures() -> list[tuple[tuple, dict]]:
     return [((part,), {}) for part in x.split(100)]
 
 
-def ivae() -> Client:
-    vae = pyroved().iVAE((GENES,), latent_dim=2, invariances=["t"])
+def ivae(invariances: list[str] | None) -> Client:
+    vae = pyroved().iVAE((GENES,), latent_dim=2, invariances=invariances)
     return Client(vae.model, vae.guide, pictures(), Trace_ELBO(), {"lr": 1e-3})
 
 
-def jivae() -> Client:
-    vae = pyroved().jiVAE((GENES,), latent_dim=2, discrete_dim=3, invariances=["t"])
+def jivae(invariances: list[str] | None) -> Client:
+    vae = pyroved().jiVAE((GENES,), latent_dim=2, discrete_dim=3, invariances=invariances)
     guide = pyro.infer.config_enumerate(vae.guide, "parallel", expand=True)
     loss = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
     return Client(vae.model, guide, pictures(), loss, {"lr": 1e-3})
@@ -204,8 +204,10 @@ CLIENTS: dict[str, Callable[[], Client]] = {
     "scvi-tools Decipher": decipher,
     "scvi-tools RESOLVI": resolvi,
     "scvi-tools RESOLVI, downsample_counts=False": lambda: resolvi(downsample_counts=False),
-    "pyroved iVAE": ivae,
-    "pyroved jiVAE": jivae,
+    "pyroved iVAE": lambda: ivae(None),
+    "pyroved jiVAE": lambda: jivae(None),
+    "pyroved iVAE, shifted": lambda: ivae(["t"]),
+    "pyroved jiVAE, shifted": lambda: jivae(["t"]),
     "chirho, twin worlds": chirho,
 }
 

@@ -2,11 +2,12 @@
 
     python benchmarks/pyro_suite.py --pyro DIR [tests/infer/test_gradient.py ...]
 
-DIR is a checkout of Pyro (its tests are not part of the wheel). Each file runs twice in a process of its own:
-as it is, and with ``loss``, ``loss_and_grads`` and ``differentiable_loss`` of all of Pyro's ELBOs going
-through ``CompiledELBO`` from the first call on, without Inductor. Prints passed, failed and compiled calls
-for each file, and every test that fails only compiled. Tests that expect a warning of Pyro are counted apart:
-a graph repeats none (``CompiledELBO`` leaves them to its first, eager call).
+DIR is a checkout of Pyro (its tests are not part of the wheel). Each file runs in a process of its own with
+``loss``, ``loss_and_grads`` and ``differentiable_loss`` of all of Pyro's ELBOs going through ``CompiledELBO``
+from the first call on, without Inductor; the tests that fail run again as they are. Prints passed, failed and
+compiled calls for each file, and every test that fails only compiled. Counted apart are tests that expect a
+warning of Pyro, since a graph repeats none (``CompiledELBO`` leaves them to its first, eager call), and tests
+that ``--seconds`` cut off.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 FILES = [
     "valid_models",
@@ -32,24 +36,43 @@ FILES = [
 ]
 _RESULTS = "PYROELBO_SUITE_RESULTS"
 _COMPILED = "PYROELBO_SUITE_COMPILED"
+_SECONDS = "PYROELBO_SUITE_SECONDS"
+_SLOW = "cut off by --seconds"
 
 
 def pytest_configure(config):
     """Wrap the losses; this module is the plugin of the inner runs."""
     config._suite = {"passed": 0, "failed": [], "calls": 0, "reasons": {}}
+    signal.signal(signal.SIGALRM, _cut)
     if os.environ[_COMPILED] == "1":
         _wrap(config._suite)
 
 
+def _cut(*_):
+    pytest.fail(_SLOW)  # no Exception: nothing between here and pytest catches it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    signal.alarm(int(os.environ[_SECONDS]))
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
 def pytest_runtest_logreport(report):
-    silent = report.outcome == "failed" and "No warnings were raised" in str(report.longrepr)
-    _REPORTS.append((report.nodeid, report.when, "silent" if silent else report.outcome))
+    outcome, text = report.outcome, str(report.longrepr)
+    if outcome == "failed":
+        outcome = "silent" if "No warnings were raised" in text else "slow" if _SLOW in text else outcome
+    _REPORTS.append((report.nodeid, report.when, outcome))
 
 
 def pytest_unconfigure(config):
     suite = config._suite
     suite["failed"] = sorted({node for node, _, outcome in _REPORTS if outcome == "failed"})
     suite["silent"] = sum(outcome == "silent" for _, _, outcome in _REPORTS)
+    suite["slow"] = sum(outcome == "slow" for _, _, outcome in _REPORTS)
     suite["passed"] = sum(when == "call" and outcome == "passed" for _, when, outcome in _REPORTS)
     Path(os.environ[_RESULTS]).write_text(json.dumps(suite))
 
@@ -96,17 +119,18 @@ def _wrap(suite):
                     route(cls, name)
 
 
-def run(pyro: str, file: str, compiled: bool, options: list[str]) -> dict:
+def run(pyro: str, tests: list[str], compiled: bool, seconds: int, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         here = Path(__file__).resolve()
         environment = dict(os.environ) | {
             _RESULTS: str(results),
             _COMPILED: str(int(compiled)),
+            _SECONDS: str(seconds),
             "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent), pyro]),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "pyro_suite", "-W", "ignore", "-c", os.devnull]
-        command += ["--rootdir", pyro, "-p", "no:cacheprovider", *options, file]
+        command += ["--rootdir", pyro, "-p", "no:cacheprovider", *options, *tests]
         log = subprocess.run(command, cwd=pyro, env=environment, capture_output=True, text=True)
         if not results.exists():
             raise SystemExit(log.stdout[-2000:] + log.stderr[-2000:])
@@ -119,18 +143,21 @@ def main() -> None:
     )
     parser.add_argument("--pyro", required=True, help="a checkout of Pyro")
     parser.add_argument("-k", help="pytest's selection")
+    parser.add_argument("--seconds", type=int, default=0, help="limit for one test (0: none)")
     parser.add_argument("files", nargs="*", default=[f"tests/infer/test_{name}.py" for name in FILES])
     arguments = parser.parse_args()
     options = ["-k", arguments.k] if arguments.k else []
     bad = 0
     for file in arguments.files:
-        plain, compiled = (run(arguments.pyro, file, on, options) for on in (False, True))
-        new = sorted(set(compiled["failed"]) - set(plain["failed"]))
+        compiled = run(arguments.pyro, [file], True, arguments.seconds, options)
+        failed = compiled["failed"]
+        plain = run(arguments.pyro, failed, False, 0, [])["failed"] if failed else []
+        new = sorted(set(failed) - set(plain))
         bad += len(new)
         print(
-            f"{file}: {plain['passed']} pass, {len(plain['failed'])} fail;"
-            f" compiled {compiled['passed']} pass, {compiled['calls']} compiled calls,"
-            f" {compiled['silent']} miss a warning, {len(new)} fail that passed",
+            f"{file}: {compiled['passed']} pass, {compiled['calls']} compiled calls;"
+            f" {len(plain)} fail also as they are, {compiled['silent']} miss a warning,"
+            f" {compiled['slow']} cut off, {len(new)} fail only compiled",
             flush=True,
         )
         for node in new:

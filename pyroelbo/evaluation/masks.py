@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.distributions import Independent
 from pyroelbo.evaluation.supports import movable, spread, support_of
 
 __all__ = ["ModelMasks", "event_mask", "is_masked", "log_prob_of", "masked"]
+
+_SHARED = "_shared_latent"
 
 
 class ModelMasks(Messenger):
@@ -30,13 +33,27 @@ class ModelMasks(Messenger):
 
     It must be inside ``poutine.trace`` and ``poutine.replay``: wrap the programs, not the loss. Whether a
     masked entry is unused is for :func:`~pyroelbo.evaluation.probes.check_masks` to find out.
+
+    ``NeuTraReparam`` masks its latent z, the site ``<x>_shared_latent`` with the base density b(z), and puts
+    the whole density f into the observed ``Delta`` site ``<x>``. As f = b · f / b, the latent gets its prior
+    b back, and the Delta gets f / b.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shared: dict[str, Any] = {}
+
     def _pyro_sample(self, msg: Any) -> None:
-        fn, mask = msg["fn"], msg["mask"]
+        fn, mask, name = msg["fn"], msg["mask"], msg["name"]
+        if name in self._shared and msg["is_observed"] and isinstance(fn, Delta):
+            msg["fn"] = _without(self._shared.pop(name), fn, name)
+            return
         while isinstance(fn, MaskedDistribution) and not msg["is_observed"]:
             mask = fn._mask if mask is None else _both(mask, fn._mask)
             fn = fn.base_dist
+        if mask is False and name.endswith(_SHARED) and _reparametrized():
+            self._shared[name.removesuffix(_SHARED)] = msg
+            mask = None
         msg["fn"], msg["mask"] = fn, mask
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -47,6 +64,22 @@ class ModelMasks(Messenger):
                     node = frame.trace.nodes.get(drawn)
                     if node is not None and (drawn == name or node["infer"].get("is_auxiliary")):
                         node["mask"] = msg["mask"]
+
+
+def _reparametrized() -> bool:
+    return any(isinstance(frame, ReparamMessenger) for frame in _PYRO_STACK)
+
+
+def _without(latent: Any, delta: Delta, name: str) -> Delta:
+    """The factor ``delta`` divided by the density of ``latent``."""
+    prior = latent["fn"].log_prob(latent["value"])
+    if delta.log_density.numel() > prior.numel():
+        raise ValueError(
+            f"model site {name!r}: expected a first latent outside all plates, got one inside a plate: "
+            "NeuTraReparam counts its Jacobian for each element of that plate, and no bound follows. Audit "
+            "the model without NeuTraReparam, with the guide that it was made from"
+        )
+    return Delta(delta.v, delta.log_density - prior, event_dim=delta.event_dim)
 
 
 def _both(a: Any, b: Any) -> Any:

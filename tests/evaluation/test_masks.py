@@ -1,14 +1,19 @@
 """Masks that differ between model and guide: the model's decide, entry by entry."""
 
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.reparam import NeuTraReparam
+from pyro.nn import PyroParam
+from torch import nn
 
 from pyroelbo import Pair, evidence
 from pyroelbo.evaluation.masks import ModelMasks
@@ -180,6 +185,48 @@ def test_an_automatic_guide_of_one_site_for_all_latents_cannot_leave_some_out():
     pair = Pair.of(model, AutoDiagonalNormal(model))
     with pytest.raises(ValueError, match="a separate site for 'y_unobserved'"):
         evidence.elbo(pair, (torch.zeros(4), SEEN), scope="joint")
+
+
+def neural_transport(inside=False):
+    """N(0, 1) -> N(m, 1), its latent transported by the posterior: N(0, 1) is the right guide."""
+    y = torch.tensor([0.3, -1.0, 0.5])
+
+    def model(y):
+        with pyro.plate("groups", 2) if inside else nullcontext():
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(m.sum(), 1.0), obs=y)
+
+    made_from = AutoDiagonalNormal(model)
+    made_from(y)
+    size = len(made_from.loc)
+    made_from.loc = nn.Parameter((y.sum() / 4).expand(size).clone())
+    made_from.scale = PyroParam(torch.full((size,), 0.5), constraints.positive)
+
+    def guide(y):
+        pyro.sample("m_shared_latent", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+    transported = NeuTraReparam(made_from).reparam(model)
+    truth = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(y)
+    return Pair.of(transported, guide), y, truth
+
+
+def test_neural_transport_keeps_the_evidence():
+    pair, y, truth = neural_transport()
+    draws = evidence.terms(pair, y, 20, scope="joint").log_weight
+    torch.testing.assert_close(draws, truth.expand_as(draws), rtol=0, atol=1e-5)
+    found = evidence.quadrature(pair, y, scope="joint").value
+    torch.testing.assert_close(found.reshape(()), truth, rtol=0, atol=1e-4)
+    loss = Trace_ELBO()
+    wrapped = [ModelMasks()(program) for program in (pair.model, pair.guide)]
+    for mine in (wrapped, (pair.model, pair.guide)):  # as Pyro trains it
+        assert loss.loss(*mine, y) == pytest.approx(-float(truth), abs=1e-5)
+
+
+def test_neural_transport_of_a_latent_inside_a_plate_counts_its_jacobian_twice():
+    pair, y, _ = neural_transport(inside=True)
+    with pytest.raises(ValueError, match=r"'m': expected a first latent outside .* Audit the model without"):
+        evidence.elbo(pair, y, scope="joint")
 
 
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO])
