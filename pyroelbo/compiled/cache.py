@@ -403,6 +403,7 @@ class GraphCache:
         if not plan.environment.holds():
             changed = plan.environment.forgive()
             if changed is not None:
+                plan.environment.restore()
                 raise Untraceable(f"running the model changes the Python value {changed!r}")
         self.counters.checks += 1
         self.counters.capture_time += time.perf_counter() - start

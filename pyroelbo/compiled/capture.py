@@ -16,8 +16,8 @@ import torch.fx as fx
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance
 from torch import Tensor
 
-from pyroelbo.compiled.eager import Call, Place, quiet, restored, source_states, unhooked
-from pyroelbo.compiled.environment import Environment, Untraceable
+from pyroelbo.compiled.eager import Call, Place, quiet, restored, rewind_sources, source_states, unhooked
+from pyroelbo.compiled.environment import Environment, Untraceable, at
 from pyroelbo.compiled.interception import (
     FRESH,
     Census,
@@ -99,34 +99,43 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment, Census]:
     values = [t for t in environment.kept if isinstance(t, Tensor) and not t.requires_grad]
     tensors = [t.clone() for t in call.tensors]
     versions = [t._version for t in tensors]
-    with restored(list({id(t): t for t in values}.values())), census:
-        run(Interception(census), tensors, call.floats)
-        drawn = census.drawn()
-    if [t._version for t in tensors] != versions:
-        raise Untraceable("the model changes its arguments in place; let it work on a copy")
-    if drawn is not None:
-        raise Untraceable(f"the model draws from {drawn}; draw with torch instead")
+    try:
+        with restored(list({id(t): t for t in values}.values())), census:
+            run(Interception(census), tensors, call.floats)
+            drawn = census.drawn()
+        if [t._version for t in tensors] != versions:
+            raise Untraceable("the model changes its arguments in place; let it work on a copy")
+        if drawn is not None:
+            raise Untraceable(f"the model draws from {drawn}; draw with torch instead")
+        _check_unchanged(environment, census)
+    except Exception:
+        environment.restore()
+        census.rewind()
+        raise
+    environment = Environment(call.roots)
+    own = {id(t) for t in tensors}
+    free = Plan.order([t for i, t in census.free.items() if i not in own], environment)
+    return free, environment, census
+
+
+def _check_unchanged(environment: Environment, census: Census) -> None:
+    """Refuse a run that has changed Python values, replaced tensors that it reads, or reads gradients."""
     changed = environment.forgive()
     if changed is not None:
         raise Untraceable(
             f"running the model changes the Python value {changed!r}, which a compiled call would not do;"
             " keep it in a tensor"
         )
-    own = {id(t) for t in tensors}
     leaves = [*environment.kept, *pyro.get_param_store()._params.values()]
     gradients = {id(t.grad) for t in leaves if isinstance(t, Tensor) and t.is_leaf and t.grad is not None}
-    for i in census.free:
-        if i in gradients:
-            raise Untraceable("the model reads the .grad of a parameter")
-        container, key = environment.tensors.get(i, (None, None))
-        if container is not None and Place(container, key).get() is not census.free[i]:
+    if not gradients.isdisjoint(census.free):
+        raise Untraceable("the model reads the .grad of a parameter")
+    for tensor, container, key in environment.spots:
+        if id(tensor) in census.free and at(container, key) is not tensor:
+            name = environment.tensor_names[id(tensor)]
             raise Untraceable(
-                f"running the model replaces the tensor {environment.tensor_names[i]!r} that it reads;"
-                " change it in place"
+                f"running the model replaces the tensor {name!r} that it reads; change it in place"
             )
-    environment = Environment(call.roots)
-    free = Plan.order([t for i, t in census.free.items() if i not in own], environment)
-    return free, environment, census
 
 
 class _Counted(Census):
@@ -139,6 +148,10 @@ class _Counted(Census):
         """The generator outside torch's seed that has moved, or None."""
         after = source_states(self._environment)
         return next((name for (name, a), (_, b) in zip(self._before, after, strict=True) if a != b), None)
+
+    def rewind(self) -> None:
+        """Put back the states of the model's own generators."""
+        rewind_sources(self._environment, self._before)
 
 
 class _Tracer:

@@ -30,6 +30,7 @@ __all__ = [
     "gradient_hooks",
     "quiet",
     "restored",
+    "rewind_sources",
     "source_states",
     "unhooked",
 ]
@@ -206,6 +207,21 @@ def source_states(environment: Environment) -> list[tuple[str, bytes]]:
             state = source.get_state()
         states.append((f"a private {type(source).__module__}.{type(source).__name__}", pickle.dumps(state)))
     return states
+
+
+def rewind_sources(environment: Environment, states: list[tuple[str, bytes]]) -> None:
+    """Put back the states of the environment's generators, as ``source_states`` gave them."""
+    first = len(states) - len(environment.sources)
+    for source, (_, saved) in zip(environment.sources, states[first:], strict=True):
+        state = pickle.loads(saved)
+        if isinstance(source, random.Random):
+            source.setstate(state)
+        elif isinstance(source, torch.Generator):
+            source.set_state(torch.from_numpy(state))
+        elif isinstance(source, np.random.Generator):
+            source.bit_generator.state = state
+        else:
+            source.set_state(state)
 
 
 def autocasting() -> bool:

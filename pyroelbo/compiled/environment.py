@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import array
+import contextvars
 import functools
 import math
 import os
@@ -11,8 +12,9 @@ import site
 import sys
 import sysconfig
 import types
+import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import getitem, is_
 from typing import Any
 
@@ -32,7 +34,9 @@ _LIBRARIES = {"torch", "pyro", "numpy", "opt_einsum", "scipy"} | sys.stdlib_modu
 _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_pyro_context", "_non_persistent_buffers_set"}
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
-_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_BUILTINS = (dict, list, deque, tuple, set, frozenset)
+# Modules of the standard library whose objects hold values of their users in attributes.
+_HOLDERS = {"argparse", "collections", "configparser", "types", "weakref", "_thread", "_threading_local"}
 _MAX_EDGES = 50_000
 _MAX_ITEMS = 2_000
 _MAX_BYTES = 2**20
@@ -74,8 +78,10 @@ class Environment:
     first, then the globals that their code names. Code of installed packages is entered only for packages
     that define a module or function among the roots' own objects, never for torch, pyro, numpy or scipy;
     of other packages it watches the scalars and small containers that the model's code names.
-    Tensors are kept apart (``tensors``: id to place): they are inputs of the graph, not constants.
-    ``sources`` are the random number generators in sight.
+    Iterators are refused where the code calls ``next``.
+    Tensors are kept apart (``tensors``: id to place): they are inputs of the graph, not constants. Where one
+    is at several places, they must go on to hold one and the same tensor.
+    ``spots`` are all places of tensors, ``sources`` the random number generators in sight.
 
     Raises ``Untraceable`` beyond 50,000 values. Not seen: values inside C extensions, and changes in place of
     numpy arrays over 1 MiB that leave 4,096 evenly spaced elements as they are.
@@ -96,7 +102,12 @@ class Environment:
         self._size_names: list[str] = []
         self._empty: list[dict] = []
         self._sets: list[tuple[Any, frozenset, str]] = []
-        self._arrays: list[tuple[np.ndarray, Any, str]] = []
+        self._arrays: list[tuple[Any, Any, str]] = []
+        self._spaces: dict[int, type] = {}
+        self._iterators: list[str] = []
+        self._advances = False
+        self._twins: list[tuple[tuple[Any, Any], tuple[Any, Any], str]] = []
+        self.spots: list[tuple[Tensor, Any, Any]] = []
         self.tensors: dict[int, tuple[Any, Any]] = {}
         self.tensor_names: dict[int, str] = {}
         self.sources: list[Any] = []
@@ -116,6 +127,11 @@ class Environment:
                     f"the model can see more than {_MAX_EDGES:,} Python values, among them {name!r};"
                     " keep large objects out of its attributes and globals"
                 )
+        if self._iterators and self._advances:
+            raise Untraceable(
+                f"the model can take the next item of the iterator {self._iterators[0]!r}, which a compiled"
+                " call would not do; take it outside, and keep it in a tensor"
+            )
         del self._near, self._code, self._seen
 
     def _edge(self, container: Any, key: Any, value: Any, name: str) -> None:
@@ -129,7 +145,10 @@ class Environment:
         self._later(value, name)
 
     def _tensor(self, value: Tensor, place: tuple[Any, Any], name: str) -> None:
-        self.tensors.setdefault(id(value), place)
+        first = self.tensors.setdefault(id(value), place)
+        if first is not place:
+            self._twins.append((place, first, name))
+        self.spots.append((value, *place))
         self.tensor_names.setdefault(id(value), name)
         self.kept.append(value)
 
@@ -150,7 +169,7 @@ class Environment:
             else:
                 self._class(thing)
             return
-        if id(thing) in self._seen or isinstance(thing, (*_SCALARS, Tensor, types.ModuleType)):
+        if id(thing) in self._seen or isinstance(thing, (*_SCALARS, Tensor)):
             return
         self._seen.add(id(thing))
         self.kept.append(thing)
@@ -170,14 +189,29 @@ class Environment:
             self._near.append((thing.__func__, name))
         elif isinstance(thing, property):
             self._later(thing.fget, name)
-        elif isinstance(thing, dict):
-            self._items(thing, thing.items(), name)
-        elif isinstance(thing, (list, deque)):
-            self._items(thing, enumerate(thing), name)
-        elif isinstance(thing, (tuple, set, frozenset)):
-            self._members(thing, name)
+        elif isinstance(thing, types.ModuleType):
+            self._namespace(thing, name)
+        elif isinstance(thing, _BUILTINS):
+            if isinstance(thing, dict):
+                self._items(thing, thing.items(), name)
+            elif isinstance(thing, (list, deque)):
+                self._items(thing, enumerate(thing), name)
+            else:
+                self._members(thing, name)
+            if type(thing) not in _BUILTINS:
+                self._object(thing, name)
         elif isinstance(thing, np.ndarray):
             self._array(thing, name)
+        elif isinstance(thing, (array.array, bytearray, contextvars.ContextVar)):
+            self._arrays.append((thing, _fingerprint(thing), name))
+        elif isinstance(thing, types.MappingProxyType):
+            self._items(thing, thing.items(), name)
+        elif isinstance(thing, types.BuiltinMethodType):
+            self._later(thing.__self__, name)
+        elif isinstance(thing, weakref.ref):
+            self._later(thing(), name)
+        elif _iterates(thing):
+            self._iterators.append(name)
         elif isinstance(thing, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)):
             self.sources.append(thing)
         else:
@@ -200,9 +234,10 @@ class Environment:
 
     def _object(self, thing: Any, name: str) -> None:
         cls = type(thing)
-        if cls.__name__ == "Trace" or (
-            _top(cls.__module__) in sys.stdlib_module_names and not isinstance(thing, _NAMESPACES)
-        ):
+        if cls.__name__ == "Trace":
+            return
+        if _top(cls.__module__) in sys.stdlib_module_names and cls.__module__ not in _HOLDERS:
+            self._later(getattr(thing, "__wrapped__", None), name)  # of functools.lru_cache
             return
         own = getattr(thing, "__dict__", None)
         if isinstance(own, dict):
@@ -265,9 +300,10 @@ class Environment:
                 continue
             self.kept.append(base)
             space = vars(base)
+            self._spaces[id(space)] = base
             self._size(space, base.__name__)
             for key, value in list(space.items()):
-                if not (key.startswith("__") and key not in ("__call__", "__init__")):
+                if not key.startswith("__") or isinstance(value, types.FunctionType):
                     self._edge(space, key, value, f"{base.__name__}.{key}")
 
     def _function(self, function: types.FunctionType, name: str) -> None:
@@ -294,21 +330,40 @@ class Environment:
             self._globals(function)
 
     def _globals(self, function: types.FunctionType) -> None:
-        space = function.__globals__
-        names = _code_names(function.__code__)
+        space, names = function.__globals__, _code_names(function.__code__)
+        self._advances |= not names.isdisjoint(("next", "__next__"))
+        if not names.isdisjoint(("environ", "getenv")):
+            self._later(os.environ._data, "os.environ")  # type: ignore[attr-defined]
+        modules = []
         for key in names:
-            if key not in space:
-                continue
-            value = space[key]
-            if isinstance(value, types.ModuleType):
-                foreign = self._foreign(value.__name__)
-                if _top(value.__name__) not in _LIBRARIES:
-                    inner = vars(value)
-                    for attribute in names & inner.keys():
-                        if not foreign or _small(inner[attribute]):
-                            self._global(inner, attribute, inner[attribute], f"{key}.{attribute}")
+            if key in space:
+                value = space[key]
             else:
+                value = sys.modules.get(key)  # of an import inside the function
+            if isinstance(value, types.ModuleType):
+                modules.append((value, key))
+            elif key in space:
                 self._global(space, key, value, key)
+        seen = set()
+        while modules:
+            module, name = modules.pop()
+            if _top(module.__name__) in _LIBRARIES or module in seen:
+                continue
+            seen.add(module)
+            foreign, inner = self._foreign(module.__name__), vars(module)
+            for attribute in names & inner.keys():
+                value = inner[attribute]
+                if isinstance(value, types.ModuleType):
+                    modules.append((value, f"{name}.{attribute}"))
+                elif not foreign or _small(value):
+                    self._global(inner, attribute, value, f"{name}.{attribute}")
+
+    def _namespace(self, module: types.ModuleType, name: str) -> None:
+        """A module that is the value of an attribute or a variable: its code may be asked for any name."""
+        if not self._foreign(module.__name__):
+            for key, value in list(vars(module).items()):
+                if not key.startswith("__") and not isinstance(value, types.ModuleType):
+                    self._global(vars(module), key, value, f"{name}.{key}")
 
     def _global(self, space: dict[str, Any], key: str, value: Any, name: str) -> None:
         if isinstance(value, types.ModuleType):
@@ -345,6 +400,9 @@ class Environment:
             return next(n for n, c, k in self._containers() if len(c) != k), None, None
         if any(self._empty):
             return "a module's hooks", None, None
+        for place, first, name in self._twins:
+            if at(*place) is not at(*first):
+                return name, None, None
         return self._rare() if self._slots or self._sets or self._arrays else None
 
     def _rare(self) -> tuple[str, Any, Any] | None:
@@ -355,8 +413,8 @@ class Environment:
         for members, before, name in self._sets:
             if members != before:
                 return name, None, None
-        for array, fingerprint, name in self._arrays:
-            if fingerprint != _fingerprint(array):
+        for values, fingerprint, name in self._arrays:
+            if fingerprint != _fingerprint(values):
                 return name, None, None
         return None
 
@@ -366,25 +424,54 @@ class Environment:
         A module that stores its last activations, or a guide that makes its plates anew, is harmless; one
         that counts its calls is not, since a compiled call does not run its Python code.
         """
+        replaced = []
         for i in range(len(self._keys) - 1, -1, -1):
-            try:
-                now = self._holders[i][self._keys[i]]
-            except (KeyError, IndexError):
-                now = _MISSING
-            old = self._values[i]
+            now, old = at(self._holders[i], self._keys[i]), self._values[i]
             if now is old or _same(old, now):
                 continue
             if isinstance(old, _SCALARS) and isinstance(now, _SCALARS) and old is not None:
                 return self._names[i]
-            self._drop(i)
+            replaced.append(i)
         for name, container, size in self._containers():
             if len(container) > size and isinstance(container, (list, deque)):
                 return name
+        for i in replaced:
+            self._drop(i)
+        self._twins = [twin for twin in self._twins if at(*twin[0]) is at(*twin[1])]
         kept = [entry for entry in self._containers() if len(entry[1]) == entry[2]]
         self._size_names, self._sized, self._sizes = (
             (list(part) for part in zip(*kept, strict=True)) if kept else ([], [], [])
         )
         return self.changed()
+
+    def restore(self) -> None:
+        """Put back what a run that is refused has changed, so that eager goes on as if it had not been."""
+        for container, size in zip(self._sized, self._sizes, strict=True):
+            if isinstance(container, (list, deque)):
+                while len(container) > size:
+                    container.pop()
+        for i, value in enumerate(self._values):
+            if at(self._holders[i], self._keys[i]) is not value:
+                self._put(self._holders[i], self._keys[i], value)
+        for tensor, container, key in self.spots:
+            if at(container, key) is tensor:
+                continue
+            if isinstance(container, types.CellType):
+                container.cell_contents = tensor
+            else:
+                self._put(container, key, tensor)
+        for cell, value in zip(self._cells, self._cell_values, strict=True):
+            cell.cell_contents = value
+        for thing, slot, value, _ in self._slots:
+            if getattr(thing, slot, _MISSING) is not value:
+                setattr(thing, slot, value)
+
+    def _put(self, container: Any, key: Any, value: Any) -> None:
+        owner = self._spaces.get(id(container))
+        if owner is not None:
+            setattr(owner, key, value)
+        elif not isinstance(container, types.MappingProxyType):
+            container[key] = value
 
     def _containers(self) -> list[tuple[str, Any, int]]:
         return list(zip(self._size_names, self._sized, self._sizes, strict=True))
@@ -422,23 +509,43 @@ class Environment:
 _MISSING = object()
 
 
+def at(container: Any, key: Any) -> Any:
+    """What is at a place: an item of a container, or the content of a closure cell (``key`` is None)."""
+    try:
+        return container.cell_contents if isinstance(container, types.CellType) else container[key]
+    except (KeyError, IndexError, ValueError):
+        return _MISSING
+
+
 def _small(value: Any) -> bool:
     """True for what is watched in installed packages: scalars and small containers."""
     return isinstance(value, _SCALARS) or (isinstance(value, (dict, list)) and len(value) <= _MAX_ITEMS)
 
 
-def _fingerprint(array: np.ndarray) -> tuple:
-    if array.nbytes > _MAX_BYTES:
-        step = max(1, array.size // _SAMPLED)
-        return array.shape, array.dtype, array.reshape(-1)[::step].tobytes()
-    return array.shape, array.dtype, array.tobytes()
+def _iterates(thing: Any) -> bool:
+    """True for generators and for iterators of Python itself."""
+    return isinstance(thing, Iterator) and type(thing).__module__ in ("builtins", "itertools")
+
+
+def _fingerprint(values: Any) -> Any:
+    if isinstance(values, contextvars.ContextVar):
+        return values.get(None)
+    if not isinstance(values, np.ndarray):
+        return bytes(values)
+    if values.nbytes > _MAX_BYTES:
+        step = max(1, values.size // _SAMPLED)
+        return values.shape, values.dtype, values.reshape(-1)[::step].tobytes()
+    return values.shape, values.dtype, values.tobytes()
 
 
 def _code_names(code: types.CodeType) -> set[str]:
+    """The names in a function's code; its short strings count, as in ``getattr(settings, "level")``."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names |= _code_names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
     return names
 
 

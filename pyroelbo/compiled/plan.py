@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from pyroelbo.compiled.eager import FLOATS, Place
-from pyroelbo.compiled.environment import Environment
+from pyroelbo.compiled.environment import Environment, at
 from pyroelbo.compiled.interception import Read
 
 __all__ = ["Change", "Plan"]
@@ -90,6 +90,13 @@ class Plan:
         self._fixed = [t for t in state if self._kind(t, names, environment) == 2]
         self._cells = [place[0] for place in self._placed if place[1] is None and isinstance(place[0], _CELL)]
         self._mapped = [place for place in self._placed if not isinstance(place[0], _CELL)]
+        # A parameter may be replaced in its module and not in the store, or the other way round.
+        self._elsewhere = [
+            (i, container, key)
+            for i, t in enumerate(state[: len(self._stored)])
+            for tensor, container, key in environment.spots
+            if tensor is t
+        ]
         self._shapes = [_layout(t) for t in state]
         self._pointers = [t.data_ptr() for t in state]
         self._last = list(state)
@@ -147,6 +154,8 @@ class Plan:
         try:
             params = pyro.get_param_store()._params
             now = [params[name] for name in self._stored]
+            if any(at(container, key) is not now[i] for i, container, key in self._elsewhere):
+                return None
             now += [container[key] for container, key in self._mapped]
             now += [cell.cell_contents for cell in self._cells]
         except (KeyError, IndexError, ValueError):
