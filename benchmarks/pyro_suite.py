@@ -37,6 +37,7 @@ FILES = [
 _RESULTS = "PYROELBO_SUITE_RESULTS"
 _COMPILED = "PYROELBO_SUITE_COMPILED"
 _SECONDS = "PYROELBO_SUITE_SECONDS"
+_EVERY = "PYROELBO_SUITE_EVERY"
 _SLOW = "cut off by --seconds"
 
 
@@ -46,6 +47,10 @@ def pytest_configure(config):
     signal.signal(signal.SIGALRM, _cut)
     if os.environ[_COMPILED] == "1":
         _wrap(config._suite)
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = items[:: int(os.environ[_EVERY])]
 
 
 def _cut(*_):
@@ -119,7 +124,9 @@ def _wrap(suite):
                     route(cls, name)
 
 
-def run(pyro: str, tests: list[str], compiled: bool, seconds: int, options: list[str]) -> dict:
+def run(
+    pyro: str, tests: list[str], compiled: bool, options: list[str], seconds: int = 0, every: int = 1
+) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         here = Path(__file__).resolve()
@@ -127,6 +134,7 @@ def run(pyro: str, tests: list[str], compiled: bool, seconds: int, options: list
             _RESULTS: str(results),
             _COMPILED: str(int(compiled)),
             _SECONDS: str(seconds),
+            _EVERY: str(every),
             "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent), pyro]),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "pyro_suite", "-W", "ignore", "-c", os.devnull]
@@ -144,14 +152,15 @@ def main() -> None:
     parser.add_argument("--pyro", required=True, help="a checkout of Pyro")
     parser.add_argument("-k", help="pytest's selection")
     parser.add_argument("--seconds", type=int, default=0, help="limit for one test (0: none)")
+    parser.add_argument("--every", type=int, default=1, help="run the first of each so many tests")
     parser.add_argument("files", nargs="*", default=[f"tests/infer/test_{name}.py" for name in FILES])
     arguments = parser.parse_args()
     options = ["-k", arguments.k] if arguments.k else []
     bad = 0
     for file in arguments.files:
-        compiled = run(arguments.pyro, [file], True, arguments.seconds, options)
+        compiled = run(arguments.pyro, [file], True, options, arguments.seconds, arguments.every)
         failed = compiled["failed"]
-        plain = run(arguments.pyro, failed, False, 0, [])["failed"] if failed else []
+        plain = run(arguments.pyro, failed, False, [])["failed"] if failed else []
         new = sorted(set(failed) - set(plain))
         bad += len(new)
         print(
