@@ -393,6 +393,11 @@ class Pair(PyroModule):
         sites carry a scale within the datum (one step of a diffusion drawn among T)."""
         return self
 
+    def unpadded(self, *batch: Any, **named: Any) -> Sequence[Batch]:
+        """The batch in parts whose losses add up to its own: itself, unless sequences are padded, which are
+        cheaper in groups of similar length."""
+        return [named or batch]
+
     def lines(self, latents: dict[str, Tensor], batch: Batch, names: Sequence[str]) -> list[str] | None:
         """Simulated data with their latents, a line of text each, with the ``names`` of the symbols; None for
         pairs whose latents have no such form."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
+from pyroelbo.batch import Batch
 from pyroelbo.models.emissions import EMISSIONS, AnyGaussian, Categorical, log_shares
 from pyroelbo.models.precision import exact
-from pyroelbo.models.sequences import captured, check_lengths, each_group, within
+from pyroelbo.models.sequences import captured, check_lengths, each_group, unpadded, within
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import PLATE, ExactPair, LatentPath, Stepwise
 
@@ -112,6 +114,9 @@ class HMM(ExactPair):
         local = self.encoder(seen.to(self.encoder.weight.dtype))
         flat = local.new_zeros(self.states, self.states)
         return ped.LinearChain(flat[:1], flat[None], local, lengths)
+
+    def unpadded(self, y: Tensor, lengths: Tensor | None = None) -> Sequence[Batch]:
+        return unpadded(y, lengths)
 
     def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
         """ln p(y), [B], in nats, by the forward recursion; float64 without gradients."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["captured", "check_lengths", "each_group", "within"]
+__all__ = ["captured", "check_lengths", "each_group", "unpadded", "within"]
 
 _WASTE = 0.1  # padding allowed in a group, relative to its steps
 _STEPS = 2000  # padding that costs less than another group
@@ -58,27 +58,33 @@ def each_group(
     """
     if lengths is None or captured():
         return run(y, lengths, torch.arange(len(y), device=y.device))
-    order = lengths.argsort(descending=True, stable=True)
-    parts, total = [], None
-    for rows in _groups(order, lengths[order].tolist()):
-        longest = int(lengths[rows[0]])
+    parts, total, order = [], None, []
+    for rows, longest in _groups(lengths):
         value, found = run(y[rows, :longest], lengths[rows], rows)
         parts.append(value)
+        order.append(rows)
         total = found if total is None else {k: total[k] + v for k, v in found.items()}
     assert total is not None
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return torch.cat(parts, -1)[..., back], total
+    return torch.cat(parts, -1)[..., torch.cat(order).argsort()], total
 
 
-def _groups(order: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Successive rows of ``order``, whose ``lengths`` fall, split where padding would cost more than a new
+def unpadded(y: Tensor, lengths: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+    """The batch in groups of sequences of similar length, each cut to its longest."""
+    if lengths is None:
+        return [(y,)]
+    return [(y[rows, :longest], lengths[rows]) for rows, longest in _groups(lengths)]
+
+
+def _groups(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows of similar length with the longest of each group, split where padding would cost more than a new
     group."""
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
     cuts, first, steps = [], 0, 0
-    for i, length in enumerate(lengths):
-        waste = lengths[first] * (i + 1 - first) - steps - length
-        if waste > max(_WASTE * (steps + length), _STEPS):
+    for i, size in enumerate(sizes):
+        waste = sizes[first] * (i + 1 - first) - steps - size
+        if waste > max(_WASTE * (steps + size), _STEPS):
             cuts.append(i)
             first, steps = i, 0
-        steps += length
-    return list(order.tensor_split(cuts))
+        steps += size
+    return list(zip(order.tensor_split(cuts), (sizes[i] for i in [0, *cuts]), strict=True))

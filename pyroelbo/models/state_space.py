@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyroelbo import distributions as ped
+from pyroelbo.batch import Batch
 from pyroelbo.models.precision import Floor, exact_dtype, regress
-from pyroelbo.models.sequences import check_lengths, each_group, within
+from pyroelbo.models.sequences import check_lengths, each_group, unpadded, within
 from pyroelbo.nn import LinearNormal
 from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, ExactPair, LatentPath
@@ -123,6 +124,9 @@ class StateSpace(ExactPair):
                 return
             local = self.encoder.distribution(y.to(self.encoder.weight.dtype))
             pyro.sample("z", local.mask(within(y, lengths)[..., None]).to_event(2))
+
+    def unpadded(self, y: Tensor, lengths: Tensor | None = None) -> Sequence[Batch]:
+        return unpadded(y, lengths)
 
     def log_evidence(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
         """ln p(y), [B], in nats, by the Kalman filter; float64 without gradients."""

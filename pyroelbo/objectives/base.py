@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -274,7 +275,7 @@ class Weighted_ELBO(Objective, WrappedELBO):
 
 class PerDatum(WrappedELBO):
     """Another ELBO divided by ``count(rows)``, its nats per datum, plus the mean of ``auxiliary(*batch)`` [B]
-    if given.
+    if given; summed over the ``parts(*batch)`` of a batch (:meth:`~pyroelbo.Pair.unpadded`) if given.
 
     Latents that the model masks are masked in the guide too (:class:`~pyroelbo.evaluation.masks.ModelMasks`).
     """
@@ -284,14 +285,21 @@ class PerDatum(WrappedELBO):
         inner: ELBO,
         count: Callable[[int], float],
         auxiliary: Callable[..., Tensor] | None = None,
+        parts: Callable[..., Sequence[Batch]] | None = None,
     ) -> None:
         super().__init__(inner)
-        self.count, self.auxiliary = count, auxiliary
+        self.count, self.auxiliary, self.parts = count, auxiliary, parts
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         rows = batches.size((*args, *kwargs.values()))
         model, guide = (_inside(ModelMasks(), program) for program in (model, guide))
-        loss = super().differentiable_loss(model, guide, *args, **kwargs) / self.count(rows)
+        one = super().differentiable_loss
+        if self.parts is None:
+            loss = one(model, guide, *args, **kwargs)
+        else:
+            run = partial(one, model, guide)
+            loss = sum(batches.call(run, part) for part in self.parts(*args, **kwargs))
+        loss = loss / self.count(rows)
         return loss if self.auxiliary is None else loss + self.auxiliary(*args, **kwargs).mean()
 
 

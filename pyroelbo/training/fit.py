@@ -165,7 +165,7 @@ def _updates(
     steps: dict[str, TrainingStep] = {}
     for name, parameters in owned.items():
         steps[name] = make(
-            _per_datum(updates[name], pair, full_size),
+            _per_datum(updates[name], pair, full_size, None if settings.compile else pair.unpadded),
             pair.model,
             pair.guide,
             parameters,
@@ -176,13 +176,15 @@ def _updates(
     return UpdateSequence(steps, {name: updates[name].times for name in steps})
 
 
-def _per_datum(update: Update, pair: Pair, full_size: int | None) -> PerDatum:
+def _per_datum(
+    update: Update, pair: Pair, full_size: int | None, parts: Callable[..., Sequence[Batch]] | None
+) -> PerDatum:
     scaled = full_size is not None and adapt(update.loss).scales_subsamples
 
     def count(rows: int) -> float:
         return full_size if scaled else float(rows)  # type: ignore[return-value]
 
-    return PerDatum(update.loss, count, getattr(pair, "auxiliary_loss", None))
+    return PerDatum(update.loss, count, getattr(pair, "auxiliary_loss", None), parts)
 
 
 class _Job:

@@ -216,6 +216,29 @@ def test_sequences_of_very_different_lengths_are_evaluated_apart(name, monkeypat
     torch.testing.assert_close(pair.log_evidence(y, lengths).detach(), value)  # with gradients, in one piece
 
 
+@pytest.mark.parametrize("name", ["hmm", "state_space"])
+def test_a_step_takes_sequences_of_very_different_lengths_apart(name, monkeypatch):
+    """The exact guide's ELBO is the evidence for every draw, so that the parts' losses are the whole's."""
+    from pyro.infer import Trace_ELBO
+
+    from pyroelbo.models import sequences
+    from pyroelbo.objectives.base import PerDatum, adapt
+
+    make, draw = WEIGHTED[name]
+    pair, batch = make(), draw(12)
+    monkeypatch.setattr(sequences, "_STEPS", 2)
+    parts = pair.unpadded(*batch)
+    assert len(parts) > 2 and all(y.shape[1] == int(lengths.max()) for y, lengths in parts)
+    assert sorted(n for _, lengths in parts for n in lengths.tolist()) == sorted(batch[1].tolist())
+    loss = PerDatum(adapt(Trace_ELBO()), float, None, pair.unpadded)
+    found = loss.differentiable_loss(pair.model, pair.guide, *batch)
+    torch.testing.assert_close(found, -pair.log_evidence(*batch).mean())
+    named = dict(zip(("y", "lengths"), batch, strict=True))
+    torch.testing.assert_close(loss.differentiable_loss(pair.model, pair.guide, **named), found)
+    (alone,) = pair.unpadded(batch[0])
+    assert len(alone) == 1 and alone[0] is batch[0]
+
+
 def test_a_list_of_sequences_is_a_batch():
     items = [torch.randn(4, 2), torch.randn(7, 2), torch.randn(1, 2)]
     y, lengths = data.sequences(items)
