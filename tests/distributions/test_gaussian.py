@@ -433,3 +433,17 @@ def test_bad_parts_are_named():
         LinearGaussianChain(flat, torch.eye(1), one, torch.eye(1), one)
     with pytest.raises(ValueError, match="lengths: expected .*got a list"):
         LinearGaussianChain(one, torch.eye(1), one, torch.eye(1), one, lengths=[2])
+
+
+def test_time_major_data_are_those_of_contiguous_ones():
+    chain = LinearGaussianChain(
+        dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        0.5 * torch.eye(2),
+        dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        torch.randn(3, 2),
+        dist.Normal(torch.zeros(3), 1.0).to_event(1),
+    )
+    y = torch.randn(6, 4, 3).transpose(0, 1)
+    torch.testing.assert_close(chain.log_prob(y), chain.log_prob(y.contiguous()))
+    one = torch.randn(3, 6).T  # a single series, its coordinates first
+    torch.testing.assert_close(chain.log_prob(one), chain.log_prob(one.contiguous()))

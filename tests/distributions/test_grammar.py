@@ -401,3 +401,10 @@ def test_expand_and_plates():
         value = pyro.sample("y", d)
     assert value.shape == (2, 3, 300)
     assert isinstance(d.mask(torch.tensor([True, False, True])), dist.MaskedDistribution)
+
+
+def test_one_closed_root_of_a_batch_is_refused():
+    root = torch.zeros(2, 2)
+    root[1] = -math.inf
+    with pytest.raises(ValueError, match=r"root: expected a finite logit, got none at batch index"):
+        PCFG(root, torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 3), validate_args=True)

@@ -439,3 +439,17 @@ def test_draws_without_their_latents_are_the_same_draws():
         found.append(evaluator.sample(5, latents=latents))
     assert torch.equal(found[0].log_weight, found[1].log_weight)
     assert set(found[0].latents) == {"z"} and not found[1].latents
+
+
+def test_a_pair_of_integers_alone_is_evaluated_in_the_default_type():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("y", dist.Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[z]), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+
+    evaluator = Evaluator(Pair.of(model, guide), torch.tensor([0, 1, 1]))
+    assert evaluator.layout.dtype == torch.get_default_dtype()

@@ -282,3 +282,24 @@ def test_a_flat_prior_leaves_the_rows_that_need_no_prior_draws():
     assert any("ImproperUniform" in note and "prior" in note for note in result.notes)
     with pytest.raises(Unavailable, match="cannot be sampled from their prior"):
         audit(Pair.of(model, guide), y, scope="joint", references=("quadrature",))
+
+
+def test_a_part_that_the_guide_misses_is_seen_with_one_datum():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Uniform(-1.5, 8.0))  # 7 % of the prior are missing
+
+    for seed in range(3):  # 64 draws see it with a probability of .99 each
+        pyro.set_rng_seed(seed)
+        result = audit(Pair.of(model, guide), torch.zeros(1), particles=4)
+        assert any("the guide cannot draw" in note for note in result.notes)
+
+
+def test_an_audit_without_progress_prints_nothing(capsys):
+    audit(Nonlinear(), torch.randn(3, 4), particles=4, progress=False)
+    assert capsys.readouterr().err == ""

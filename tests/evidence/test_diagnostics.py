@@ -9,6 +9,7 @@ import torch
 
 from pyroelbo import Pair, evidence, models
 from pyroelbo.evidence import pareto_k_hat
+from pyroelbo.evidence.diagnostics import _activity, _fit_tail
 from tests.pairs import TABLE, Convolutional
 
 
@@ -334,3 +335,17 @@ def test_calibration_refuses_what_makes_no_bins():
         evidence.calibration(pair, 0)
     with pytest.raises(TypeError, match="placeholder is not defined"):
         evidence.calibration(Pair.of(pair.model, pair.guide))
+
+
+def test_the_error_of_activity_does_not_depend_on_where_the_latents_lie():
+    z = torch.randn(4, 30, 2) + torch.randn(30, 2)
+    here, there = _activity(z), _activity(z + 100)
+    torch.testing.assert_close(here.value, there.value)
+    torch.testing.assert_close(here.stderr, there.stderr)
+
+
+def test_a_tail_whose_profile_has_a_hole_is_fitted():
+    """With 100 exceedances of which three quarters tie, the third point of the grid is b = 0, where k = 0 and
+    the profile 0 / 0."""
+    x = torch.cat([torch.linspace(0.1, 0.9, 24), torch.ones(76)])[:, None]
+    assert _fit_tail(x).isfinite().all()

@@ -269,3 +269,22 @@ def test_finite_chains_by_enumeration(order):
     assert ((bound.value - elbo) / bound.stderr).abs().max() < 4.5
     with pytest.raises(ValueError, match="'z_[12]': expected a reparametrized distribution, got Categorical"):
         Layered_ELBO().differentiable_loss(chain.model, chain.guide, y)
+
+
+def test_mean_field_is_allowed_where_the_models_link_is_not_the_guides():
+    """The model's b stands on a; the guide draws a after b, but not from it, and c from b."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + b + c, 1.0), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", len(y)):
+            b = pyro.sample("b", dist.Normal(y, 1.0))
+            pyro.sample("c", dist.Normal(b, 1.0))
+            pyro.sample("a", dist.Normal(y, 1.0))
+
+    assert mean_field_fault(model, guide, torch.randn(3)) is None

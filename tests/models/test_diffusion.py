@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 
 from pyroelbo import audit, evidence, fit, models
 from pyroelbo.compiled import CompiledStep
-from pyroelbo.distributions.corruption import Corrupted, Generated, kept
+from pyroelbo.distributions.corruption import Corrupted, GaussianNoise, Generated, kept
 from pyroelbo.evidence import Unavailable
 from pyroelbo.training.step import EagerStep
 from tests.pairs import TABLE as PAIR_TABLE
@@ -421,3 +421,14 @@ def test_a_training_step_is_one_graph(name):
     assert graph.counters.compiled_calls == 4 and graph.counters.fallbacks == 0
     for p, q in zip(pair.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("parametrization", ["eps", "x0", "v"])
+def test_the_true_output_estimates_the_data(parametrization):
+    """z_t = √a x + √(1-a) e, of which the network gives e, x, or √a e - √(1-a) x."""
+    noise, t = GaussianNoise(6, "cosine", parametrization, "beta", None, 3), torch.tensor([1, 3, 6])
+    left, lost, _, _ = noise.at(t)
+    x, e = torch.randn(3, 3), torch.randn(3, 3)
+    z = left.sqrt() * x + lost.sqrt() * e
+    out = {"eps": e, "x0": x, "v": left.sqrt() * e - lost.sqrt() * x}[parametrization]
+    torch.testing.assert_close(noise.estimate(out[..., None], z, t), x)

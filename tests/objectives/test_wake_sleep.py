@@ -2,10 +2,13 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
-from pyroelbo import evidence, fit, models
+from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.objectives import OBJECTIVES, ReweightedWakeSleep, WakeSleep
 from tests.objectives.test_discrete import make
 
@@ -80,3 +83,25 @@ def test_pairs_whose_sides_share_parameters_are_refused():
     pair, y = make(("value", "value"))
     with pytest.raises(ValueError, match="at least 2 to be weighted"):
         OBJECTIVES["reweighted_wake_sleep"](pair, 1)
+
+
+@pytest.mark.parametrize("name", ["wake_sleep", "reweighted_wake_sleep"])
+def test_a_guide_that_reads_the_generator_is_refused(name):
+    class Shared(Pair):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+
+        def model(self, y):
+            with pyro.plate("data", len(y)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("y", dist.Normal(self.generator(z), 1.0).to_event(1), obs=y)
+
+        def guide(self, y):
+            with pyro.plate("data", len(y)):
+                loc = self.encoder(y) + y @ self.generator.weight
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    pair, y = Shared(), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="whose guide reads|reads"):
+        OBJECTIVES[name](pair, 2).check(pair, y)

@@ -859,3 +859,11 @@ def test_impossible_data_are_left_out_on_request():
     assert_climbs(run)
     with pytest.raises(ValueError, match="impossible: expected 'error' or 'skip'"):
         quiet(pair, y, impossible="drop")
+
+
+def test_checkpoints_are_written_between_steps(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", lambda self, *rest, **named: saved.append(1))
+    settings = {"epochs": 5, "tolerance": 0.0, "checkpoint_seconds": 0.0, "out": tmp_path / "run"}
+    quiet(models.GaussianMixture(2, 3), torch.randn(30, 2), **settings)
+    assert len(saved) >= 5

@@ -1,5 +1,7 @@
 """Expected counts of M-steps by gradients, and starts that are kept."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,3 +28,16 @@ def test_the_first_of_several_starts_is_the_current_one(side_by_side, monkeypatc
     at_start = -float(pair.log_evidence(y).detach().mean())
     run = fit_em(pair, y, start="current", restarts=3, epochs=1, progress=False)
     assert at_start == pytest.approx(run.metrics[0]["loss"])
+
+
+def test_an_m_step_that_is_never_finite_leaves_the_parameters(monkeypatch):
+    pair, y = models.GaussianMixture(2, 3), torch.randn(5, 2)
+    steps = GradientSteps(pair, False, 5, frozenset())
+    _, statistics = steps.expect(y)
+    before = [p.detach().clone() for p in pair.parameters()]
+    monkeypatch.setattr(
+        steps, "_expected_log_joint", lambda _: math.nan * sum(p.sum() for p in steps.parameters)
+    )
+    steps.maximize(statistics)
+    for old, new in zip(before, pair.parameters(), strict=True):
+        assert torch.equal(old, new)
