@@ -130,9 +130,6 @@ def main(arguments=None):
     pictures = {"data": test[:12] / 255}
     for name, (_, (decoded, means)) in runs.items():
         pictures |= {f"{name}: decoded": decoded, f"{name}: drawn": means}
-    if options.data != "mnist":  # 1 is white there
-        pictures = {k: v.reshape(-1, *found.shape, 1).expand(-1, -1, -1, 3) for k, v in pictures.items()}
-
     print(
         f"\n{found.name}, {len(train)} training and {len(test)} test images, {options.epochs} epochs, seed "
         f"{options.seed}\n{'system':22}{'σ, levels':>10}{'latent':>9}{'residual':>10}{'bits/dim':>10}"
@@ -145,7 +142,7 @@ def main(arguments=None):
             f"{row['draws']:7.2f}"
         )
     file = options.out / f"{found.name}.png"
-    print("picture:", report.images(list(pictures.values()), found.shape, file, list(pictures)))
+    print("picture:", report.images(list(pictures.values()), found.shape, file, list(pictures), found.light))
 
 
 if __name__ == "__main__":

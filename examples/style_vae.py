@@ -108,9 +108,8 @@ def main(arguments=None):
         for share in (1.0, 0.7, 0.4):
             # pair.simulate(SHOWN, truncation=share) draws the pixels as well; here are their means
             rows[f"truncated by {share}"] = decoded(*pair.truncated(latents, share))
-    if options.data in ("freyfaces", "patches"):  # 1 is white there
-        rows = {name: row.reshape(-1, *images.shape, 1).expand(-1, -1, -1, 3) for name, row in rows.items()}
-    print("picture:", report.images(list(rows.values()), images.shape, out / "style.png", list(rows)))
+    figure = report.images(list(rows.values()), images.shape, out / "style.png", list(rows), images.light)
+    print("picture:", figure)
     return result
 
 

@@ -235,14 +235,22 @@ def plot_layers(layers: Mapping[str, Tensor], path: str | Path) -> Path:
 
 
 def images(
-    rows: Sequence[Tensor], shape: Sequence[int], path: str | Path, titles: Sequence[str] | None = None
+    rows: Sequence[Tensor],
+    shape: Sequence[int],
+    path: str | Path,
+    titles: Sequence[str] | None = None,
+    light: bool = False,
 ) -> Path:
-    """Plot rows of images, a tensor [n, H·W] (1 is ink) or [n, H, W, 3] (colours) in [0, 1] for each row,
-    with a title each. Returns the path."""
+    """Plot rows of images, a tensor [n, H·W] (1 is ink, or ``light``) or [n, H, W, 3] (colours) in [0, 1] for
+    each row, with a title each. Returns the path."""
     each = 0.62 if rows[0].dim() == 2 else 1.6
     figure, axes = _figure(each * max(map(len, rows)) + 1.2, (each + 0.1) * len(rows))
-    _pictures(axes, rows, shape, titles)
+    _pictures(axes, _as_ink(rows, light), shape, titles)
     return _save(figure, path)
+
+
+def _as_ink(rows: Sequence[Tensor], light: bool) -> list[Tensor]:
+    return [1 - row if light and row.dim() == 2 else row for row in rows]
 
 
 def _pictures(axes: Any, rows: Sequence[Tensor], shape: Sequence[int], titles: Sequence[str] | None) -> None:

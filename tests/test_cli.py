@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyroelbo import data, fit, models
+from pyroelbo import data, files, fit, models
 from pyroelbo.cli import commands, main
 
 
@@ -187,7 +187,34 @@ def check(words, folder, capsys):
     assert words[0] in shown and "last audit:" in shown and "audit.json" in shown and "epoch" in shown
 
 
+@pytest.mark.parametrize(
+    ("model", "kind"), [("diffusion", "vectors"), ("vdm", "vectors"), ("masked_diffusion", "bytes")]
+)
+def test_a_run_given_classes(model, kind, tmp_path, capsys):
+    torch.set_default_dtype(torch.float32)
+    file, out = small(kind, tmp_path), str(tmp_path / "run")
+    if kind == "bytes":
+        arrays = dict(np.load(file)) | {"labels": np.arange(12) % 3}
+        np.savez(file, **arrays)
+    sizes = ["--set", "width=8", "--set", "layers=1"]
+    words = ["train", model, "--conditional", "--data", file, "--out", out, "-n", "1", "--quiet", *sizes]
+    assert main([*words, *(["--set", "steps=3"] if model != "masked_diffusion" else [])]) == 0
+    assert "given one of 3 classes" in capsys.readouterr().out
+    assert main(["audit", out, "--particles", "2", "--num-data", "3"]) == 0
+    assert main(["show", out]) == 0
+    assert "given one of 3 classes" in capsys.readouterr().out
+    for words, wanted in (([], [0, 1, 2, 0]), (["--class", "1"], [1] * 4)):
+        assert main(["sample", out, "-n", "4", *words]) == 0
+        drawn, _ = files.read_tensors(tmp_path / "run" / "samples.safetensors")
+        assert drawn["class"].tolist() == wanted and drawn["y"].shape[0] == 4
+    capsys.readouterr()
+    assert main(["sample", out, "--class", "3"]) == 1
+    assert "--class: expected one of 0 to 2, got 3" in capsys.readouterr().err
+
+
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
+    rows = tmp_path / "y.npy"
+    np.save(rows, np.random.default_rng(0).normal(size=(12, 3)))
     cases = [
         (["train", "gan", "--out", str(tmp_path / "x")], "MODEL: expected one of vae"),
         (["train", "vae", "--out", str(run)], "not empty"),
@@ -222,6 +249,23 @@ def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):
         (["sample", str(run), "-n", "0"], "--num-samples: expected a positive"),
         (["show", str(tmp_path / "none")], "holds no run"),
         (["train", "vae", "--out", str(tmp_path / "x"), "--data", "cifar"], "--data: expected one of digits"),
+        (
+            ["train", "vae", "--out", str(tmp_path / "x"), "--conditional"],
+            "--conditional: expected a model of classes, diffusion, vdm, discrete_diffusion, masked",
+        ),
+        (
+            [
+                "train",
+                "vdm",
+                "--out",
+                str(tmp_path / "x"),
+                "--conditional",
+                "--data",
+                str(tmp_path / "y.npy"),
+            ],
+            "--conditional: expected data with a class for each datum, got y.npy, vectors without classes",
+        ),
+        (["sample", str(run), "--class", "1"], "--class: expected none of a run that is not conditional"),
     ]
     if not torch.cuda.is_available():
         cases.append((["train", "vae", "--out", str(tmp_path / "x"), "--cuda"], "no CUDA device"))

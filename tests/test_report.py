@@ -44,6 +44,20 @@ def test_pictures_are_written(result, tmp_path):
     assert all(is_picture(p) for p in paths)
 
 
+def test_large_values_are_ink_or_light(tmp_path):
+    """The same picture from ink, from light, and from colours."""
+    y = torch.linspace(0, 1, 24).reshape(2, 12)
+    rows = {"ink": [1 - y], "light": [y], "colours": [y.reshape(2, 3, 4, 1).expand(-1, -1, -1, 3)]}
+    seen = {}
+    for name, row in rows.items():
+        axes = Figure().subplots()
+        report._pictures(axes, report._as_ink(row, name == "light"), (3, 4), None)
+        seen[name] = axes.images[0].get_array()
+    np.testing.assert_allclose(seen["ink"], seen["light"])
+    np.testing.assert_allclose(seen["ink"], seen["colours"])
+    assert seen["light"][0, 0, 0] == 0 and seen["ink"][2, 3, 0] == pytest.approx(float(y[0, -1]))
+
+
 def test_the_axis_of_data_counts_them(result):
     axis = Figure().subplots()
     report._each_datum(axis, result, [b for b in result.bounds if b.method != "exact"])

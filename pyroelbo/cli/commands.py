@@ -65,6 +65,7 @@ def train(options: argparse.Namespace) -> int:
     found = data.load(options.data or entry.data, columns=options.columns, root=options.data_dir)
     found, settings = models.matched(options.model, found, _settings(options.settings))
     found = found.standardized()
+    found = found.conditional() if options.conditional else found
     if options.resume:
         _check_resumed(options, found)
     chosen = _chosen(options, entry)
@@ -268,6 +269,7 @@ def _reloaded(known: data.Dataset, root: Path | None) -> data.Dataset:
     """The data of a run as it was trained on them; ValueError if they have changed since."""
     columns = known.names if known.name.lower().endswith(".csv") else ()
     found = data.load(known.name, known.kind, columns=columns, root=root).standardized(known)
+    found = found.conditional() if known.classes else found
     now, before = found.describe(), known.describe()
     changed = next((k for k in now if now[k] != before[k]), None)
     if changed is not None:
@@ -326,18 +328,30 @@ def sample(options: argparse.Namespace) -> int:
     pair, _, known = models.load(options.path)
     pyro.set_rng_seed(options.seed)
     like = _like(known, options) if len(known.about.parts) > 1 and options.n > 0 else None
+    given = _given(known, options)
     if options.truncation is None:
-        latents, batch = _simulated(pair, options.n, like)
+        latents, batch = _simulated(pair, options.n, given, like)
     elif "truncation" in inspect.signature(pair.simulate).parameters:
         latents, batch = pair.simulate(options.n, truncation=options.truncation)  # type: ignore[call-arg]
     else:
         raise ValueError(f"truncation: expected none for a {pair.name}, got {options.truncation}")
-    drawn = dict(zip(known.about.parts, batches.parts(batch).values(), strict=False))
+    drawn = dict(zip(known.parts, batches.parts(batch).values(), strict=False))
     files.write_tensors(options.path / "samples.safetensors", drawn, {"seed": options.seed})
     written = shows.samples(pair, known, latents, batch, options.path)
     sizes = ", ".join(f"{name} {tuple(part.shape)}" for name, part in drawn.items())
     print(f"written: {options.path / 'samples.safetensors'} ({sizes})" + "".join(f", {p}" for p in written))
     return 0
+
+
+def _given(known: data.Dataset, options: argparse.Namespace) -> tuple[torch.Tensor, ...]:
+    """The classes of the draws of a conditional pair: all in turn, or the one asked for."""
+    one, many = options.label, known.classes
+    if one is not None and not 0 <= one < many:
+        wanted = f"one of 0 to {many - 1}" if many else "none of a run that is not conditional"
+        raise ValueError(f"label: expected {wanted}, got {one}")
+    if not many or options.n < 1:
+        return ()
+    return (torch.arange(options.n) % many if one is None else torch.full((options.n,), one),)
 
 
 def _like(known: data.Dataset, options: argparse.Namespace) -> Batch:
@@ -350,10 +364,12 @@ def _like(known: data.Dataset, options: argparse.Namespace) -> Batch:
     return x, y.new_full(x.shape[:2], -1), *lengths
 
 
-def _simulated(pair: Pair, n: int, like: Batch | None) -> tuple[dict[str, torch.Tensor], Batch]:
+def _simulated(
+    pair: Pair, n: int, given: tuple[torch.Tensor, ...], like: Batch | None
+) -> tuple[dict[str, torch.Tensor], Batch]:
     """Draws of the pair; of a grammar, those that end within its longest sentence."""
     with suppress(TooLong):
-        return pair.simulate(n, like=like)
+        return pair.simulate(n, *given, like=like)
     drawn: list[Any] = []
     for tried in range(1, 50 * n + 1):
         with suppress(TooLong):

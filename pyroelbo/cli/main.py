@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of style_vae: move styles and noise to their means, all the way at 0",
     )
+    sample.add_argument(
+        "--class",
+        dest="label",
+        type=int,
+        default=None,
+        metavar="CLASS",
+        help="of a conditional run: draw this class; by default all in turn",
+    )
     _data_dir(sample)
     sample.set_defaults(run=commands.sample)
     _coding_options(add)
@@ -162,6 +170,11 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         help="columns of a csv file; by default all",
     )
     _data_dir(train)
+    train.add_argument(
+        "--conditional",
+        action="store_true",
+        help="learn p(y | class) of data that have classes, by a model of classes, such as a diffusion",
+    )
     train.add_argument(
         "--method",
         choices=("em", "gradient"),

@@ -34,6 +34,7 @@ def told(found: Dataset) -> str:
     parts += [f"{len(found.names)} clauses" if found.kind == "formula" else ""]
     parts += [f"up to {found.steps} steps" if found.steps > 1 else ""]
     parts += [f"{found.levels} {'labels' if found.kind == 'labelled' else 'values'}" if found.levels else ""]
+    parts += [f"given one of {found.classes} classes" if found.classes else ""]
     parts += ["standardized (audit reports nats in the data's own units)" if found.scale else ""]
     return f"{found.title}: {found.kind} " + ", ".join(p for p in parts if p) + f"; {sizes}"
 
@@ -70,7 +71,7 @@ def _counts(result: Audit, variables: int, weight: float) -> str:
 # ----------------------------------------------------------------------------------------------- pictures
 
 
-def _brightness(found: Dataset, y: Tensor) -> Tensor:
+def _scaled(found: Dataset, y: Tensor) -> Tensor:
     """Pictures of the data set's kind in [0, 1]."""
     return (y / max(found.levels - 1, 1)).clamp(0, 1)
 
@@ -82,8 +83,8 @@ def decoded(pair: Pair, found: Dataset, y: Batch, labels: Tensor | None, path: P
     written, pictures = [], len(found.shape) == 2
     means = pair.reconstruct(y[:_SHOWN])
     if means is not None and pictures:
-        rows = [_brightness(found, y[:_SHOWN]), means]
-        written.append(report.images(rows, found.shape, path / "reconstructions.png", ["data", "decoded"]))
+        rows, file = [_scaled(found, y[:_SHOWN]), means], path / "reconstructions.png"
+        written.append(report.images(rows, found.shape, file, ["data", "decoded"], found.light))
     plane = pair.latent_plane(y)
     if plane is not None:
         codes, decode = plane
@@ -91,6 +92,8 @@ def decoded(pair: Pair, found: Dataset, y: Batch, labels: Tensor | None, path: P
         grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
         with torch.no_grad():
             tiles = decode(grid) if pictures else None
+        if tiles is not None and found.light:
+            tiles = 1 - tiles
         written.append(report.plot_latents(codes, labels, tiles, found.shape, 2.5, path / "latents.png"))
     return written
 
@@ -103,14 +106,16 @@ def samples(pair: Pair, known: Dataset, latents: dict[str, Tensor], batch: Batch
     lines = pair.lines(latents, batch, known.names)
     if lines is not None:
         return _text(lines, path)
-    return _SHOWS.get(known.kind, _table)(known, batch, path)
+    y: Any = batch[1] if known.classes else batch  # type: ignore[index]
+    return _SHOWS.get(known.kind, _table)(known, y, path)
 
 
 def _pictures(known: Dataset, batch: Any, path: Path) -> list[Path]:
     if len(known.shape) != 2:
         return _table(known, batch, path)
-    rows = list(_brightness(known, batch).split(min(_SHOWN, len(batch))))
-    return [report.images(rows, known.shape, path / "samples.png")]
+    each = min(known.classes or _SHOWN, _SHOWN, len(batch))  # of classes in turn a column each
+    rows = list(_scaled(known, batch).split(each))
+    return [report.images(rows, known.shape, path / "samples.png", light=known.light)]
 
 
 def _colours(known: Dataset, batch: Any, path: Path) -> list[Path]:

@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
 class Dataset:
     """Batches of one kind by split, and what a model must know of them.
 
-    ``dataset["train"]`` is a batch: a tensor, or a tuple in the order of ``KINDS[kind].parts``. The splits
+    ``dataset["train"]`` is a batch: a tensor, or a tuple in the order of :attr:`parts`. The splits
     may be left out (``splits={}``): :meth:`describe` gives all the rest, which a run stores.
 
     Args:
@@ -100,8 +100,10 @@ class Dataset:
         levels: number of symbols, grey levels or labels; 0 for real numbers.
         steps: length of the longest sequence; 1 for what is none.
         names: of the symbols (words, characters) or of the columns; the clauses of a formula.
-        labels: classes [N] by split, for colours in figures.
+        labels: classes [N] by split, for colours in figures and for :meth:`conditional`.
         loc, scale: of each coordinate of standardized data, y = (raw - loc) / scale; () for raw ones.
+        light: whether large values of pictures are light, as in photographs; else they are ink on paper.
+        classes: number of classes of data given their class, whose batches begin with it; 0 for other data.
     """
 
     name: str
@@ -114,6 +116,8 @@ class Dataset:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     loc: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
+    light: bool = False
+    classes: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -128,6 +132,11 @@ class Dataset:
     def about(self) -> Kind:
         """The row of its kind."""
         return KINDS[self.kind]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a batch's tensors."""
+        return ("class", *self.about.parts) if self.classes else self.about.parts
 
     @property
     def title(self) -> str:
@@ -156,6 +165,22 @@ class Dataset:
             found = replace(self, loc=like.loc, scale=like.scale)
         return replace(found, splits={k: found._scaled(batch) for k, batch in self.splits.items()})
 
+    def conditional(self) -> Dataset:
+        """The data given their classes, for conditional pairs: batches (labels, y), labels in 0 … classes-1.
+
+        Raises ValueError for data without a class for each datum, or whose batches are more than y."""
+        labels, splits = self.labels, self.splits
+        if self.parts != ("y",) or not splits or any(s not in labels for s in splits):
+            raise ValueError(
+                f"conditional: expected data with a class for each datum, got {self.title}, {self.kind}"
+                + ("" if self.labels else " without classes")
+            )
+        every = torch.cat([labels[s] for s in splits])
+        if bool((every < 0).any()):
+            raise ValueError(f"conditional: expected classes from 0 on, got {int(every.min())}")
+        given = {s: (labels[s].long(), y) for s, y in splits.items()}
+        return replace(self, splits=given, classes=int(every.max()) + 1)
+
     def _scaled(self, batch: Any) -> Any:
         y, *rest = batch if isinstance(batch, tuple) else (batch,)
         scaled = ((y.double() - y.new_tensor(self.loc).double()) / y.new_tensor(self.scale).double()).to(y)
@@ -167,13 +192,16 @@ class Dataset:
 
     def numbers(self, batch: Batch) -> float:
         """The mean number of symbols, or of other numbers, that a datum consists of."""
-        return float(call(self.about.steps, batch).double().mean()) * (1 if self.about.symbols else self.dims)
+        return float(self._steps(batch).double().mean()) * (1 if self.about.symbols else self.dims)
 
     def log_scale(self, batch: Batch) -> Tensor:
         """ln |d raw / d y| of each datum of a standardized batch, [B], in nats: Σ ln scale over its
         coordinates and steps. A density in the data's own units is lower by it."""
-        steps = call(self.about.steps, batch).double()
-        return steps * sum(map(math.log, self.scale))
+        return self._steps(batch).double() * sum(map(math.log, self.scale))
+
+    def _steps(self, batch: Batch) -> Tensor:
+        """The number of steps of each datum, [B]."""
+        return call(self.about.steps, batch[1] if self.classes else batch)  # type: ignore[index]
 
     def describe(self) -> dict[str, Any]:
         """All but splits and labels, as JSON; ``Dataset.described`` reads it."""
@@ -184,6 +212,7 @@ class Dataset:
     def described(cls, content: Mapping[str, Any]) -> Dataset:
         """A data set without splits, from what :meth:`describe` gave; ValueError for anything else."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        plain = {"light": False, "classes": 0} | plain  # which the first runs did not store
         for key, kind in _STORED.items():
             value = plain.get(key)
             each = value if isinstance(value, tuple) else (value,)
@@ -192,7 +221,7 @@ class Dataset:
         if plain.keys() != _STORED.keys():
             raise ValueError(f"data: expected {', '.join(_STORED)}, got {', '.join(plain)}"[:200])
         found = cls(splits={}, **plain)
-        sizes = (*found.shape, found.levels, found.steps, found.dims)
+        sizes = (*found.shape, found.levels, found.steps, found.dims, found.classes)
         if not all(0 <= size <= _LARGEST for size in sizes):
             raise ValueError(f"data: expected sizes of at most {_LARGEST}, got {sizes}"[:200])
         if {len(found.loc), len(found.scale)} - {0, found.dims} or not all(x > 0 for x in found.scale):
@@ -213,6 +242,8 @@ _STORED = {"name": str, "kind": str, "shape": int, "levels": int, "steps": int} 
     "names": str,
     "loc": float,
     "scale": float,
+    "light": bool,
+    "classes": int,
 }
 _MANY = ("shape", "names", "loc", "scale")
 _LARGEST = 10**7

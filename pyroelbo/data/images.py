@@ -47,7 +47,7 @@ def patches(root: Path | None) -> Dataset:
     x = _bytes(np.concatenate(rows))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     cuts = {"train": order[:-1000], "valid": order[-1000:-500], "test": order[-500:]}
-    return _pictures("patches", (16, 16), 256, _rows(x, cuts))
+    return _pictures("patches", (16, 16), 256, _rows(x, cuts), light=True)
 
 
 def binarized_mnist(root: Path | None) -> Dataset:
@@ -91,7 +91,7 @@ def freyfaces(root: Path | None) -> Dataset:
     x = _bytes(read_npz(_find(root, "freyfaces.npz"), {"x": ("u", (None, 28, 20))})["x"])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     cuts = {"train": order[:1565], "valid": order[1565:1765], "test": order[1765:]}
-    return _pictures("freyfaces", (28, 20), 256, _rows(x, cuts))
+    return _pictures("freyfaces", (28, 20), 256, _rows(x, cuts), light=True)
 
 
 def _bytes(values: np.ndarray) -> Tensor:
@@ -102,8 +102,10 @@ def _rows(x: Tensor, cuts: Mapping[str, Any]) -> dict[str, Tensor]:
     return {split: x[rows] for split, rows in cuts.items()}
 
 
-def _pictures(name: str, shape: tuple[int, int], levels: int, splits: Any, labels: Any = ()) -> Dataset:
-    return Dataset(name, "bytes", shape, splits, levels, labels=dict(labels))
+def _pictures(
+    name: str, shape: tuple[int, int], levels: int, splits: Any, labels: Any = (), light: bool = False
+) -> Dataset:
+    return Dataset(name, "bytes", shape, splits, levels, labels=dict(labels), light=light)
 
 
 def _find(root: Path | None, name: str) -> Path:

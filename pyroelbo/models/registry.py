@@ -96,11 +96,11 @@ def _picture(data: Dataset) -> dict[str, Any]:
 
 
 def _levels(data: Dataset) -> dict[str, Any]:
-    return {"shape": data.shape, "levels": data.levels or None, "classes": None}
+    return {"shape": data.shape, "levels": data.levels or None, "classes": data.classes or None}
 
 
 def _symbols(data: Dataset) -> dict[str, Any]:
-    return {**_picture(data), "classes": None}
+    return {**_picture(data), "classes": data.classes or None}
 
 
 def _row(data: Dataset) -> dict[str, Any]:
@@ -401,8 +401,9 @@ def own(name: str) -> Entry:
     is imported.
 
     The arguments ``shape``, ``dims``, ``levels`` and ``steps`` of its constructor, as far as it has them, are
-    those of the data (:class:`~pyroelbo.data.Dataset`); its others are settings. It is given data of any kind
-    as they are, or as one of the ``kinds`` that the class names in an attribute.
+    those of the data (:class:`~pyroelbo.data.Dataset`), and so is ``classes`` of data given their classes;
+    its others are settings. It is given data of any kind as they are, or as one of the ``kinds`` that the
+    class names in an attribute.
     """
     module, _, title = name.partition(":")
     path = Path(f"{module}.py").absolute()
@@ -418,7 +419,11 @@ def own(name: str) -> Entry:
         f"from {path}",
         made,
         kinds={kind: {} for kind in getattr(made, "kinds", KINDS)},
-        sizes=lambda data: {key: getattr(data, key) for key in _FROM_DATA if key in takes},
+        sizes=lambda data: {
+            key: getattr(data, key)
+            for key in (*_FROM_DATA, *(("classes",) if data.classes else ()))
+            if key in takes
+        },
     )
 
 
@@ -475,6 +480,10 @@ def build(name: str, data: Dataset, settings: Mapping[str, Any] | None = None) -
     has one and the pair can be."""
     row = entry(name)
     data, settings = matched(name, data, settings or {})
+    if data.classes and "classes" not in row.sizes(data):
+        blank = Dataset("none", "bytes", (1, 1), {})
+        able = ", ".join(k for k, other in REGISTRY.items() if "classes" in other.sizes(blank))
+        raise ValueError(f"conditional: expected a model of classes, {able}, got {name}")
     pair = row.pair(**row.sizes(data), **{**row.settings, **settings})
     if "train" in data.splits and hasattr(pair, "initialize"):
         batches.call(pair.initialize, data["train"])

@@ -49,6 +49,33 @@ def test_a_description_is_read_back_and_nothing_else_is():
             data.Dataset.described(damaged)
 
 
+def test_a_description_without_later_fields_is_read():
+    digits = data.load("digits")
+    early = {k: v for k, v in digits.describe().items() if k not in ("light", "classes")}
+    assert data.Dataset.described(early) == dataclasses.replace(digits, splits={}, labels={})
+
+
+def test_data_given_their_classes():
+    wine = data.load("wine").standardized()
+    given = wine.conditional()
+    assert given.classes == 3 and given.parts == ("class", "y") and wine.parts == ("y",)
+    for split, (labels, y) in given.splits.items():
+        assert torch.equal(labels, wine.labels[split]) and torch.equal(y, wine[split])
+    torch.testing.assert_close(given.log_scale(given["test"]), wine.log_scale(wine["test"]))
+    assert given.numbers(given["test"]) == wine.numbers(wine["test"]) == 13
+    assert data.Dataset.described(given.describe()).classes == 3
+    negative = dataclasses.replace(wine, labels={k: v - 1 for k, v in wine.labels.items()})
+    for wrong, message in (
+        (data.load("words"), "got words, strings without classes"),
+        (data.load("digit_strings"), "a class for each datum, got digit_strings"),
+        (dataclasses.replace(wine, labels={"train": wine.labels["train"]}), "a class for each datum"),
+        (given, "a class for each datum"),
+        (negative, "classes from 0 on, got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"conditional: .*{message}"):
+            wrong.conditional()
+
+
 def test_files_are_read_by_path(tmp_path, monkeypatch):
     bits = (np.arange(784) % 3 == 0).astype(np.uint8)
     np.savez(
