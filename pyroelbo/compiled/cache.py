@@ -264,12 +264,8 @@ class GraphCache:
         for i, (before, now) in enumerate(zip(pending.floats, floats, strict=True)):
             if before != now:
                 self._lift(key, i)
-        while (found := pending.environment.difference()) is not None:
-            _, container, attribute = found
-            if container is None or not self._lift_place(
-                key, pending.environment, Place(container, attribute)
-            ):
-                break
+        for container, attribute in pending.environment.differences():
+            self._lift_place(key, pending.environment, Place(container, attribute))
         if pending.environment.holds() or pending.environment.forgive() is None:
             pending.stable += 1
             return True

@@ -227,6 +227,7 @@ class _Tracer:
             graph = make_fx(whole)(call.tensors, lifted, self._free)
         graph.graph.set_codegen(fx.graph.CodeGen())
         _tidy(graph)
+        _hoist(graph)
         guards, kept = _split_reads(graph, len(self._reads))
         first = len(call.tensors) + len(lifted)
         used = _prune([graph, guards] if kept else [graph], first, len(self._free))
@@ -331,6 +332,35 @@ def _tidy(graph: fx.GraphModule) -> None:
     for node in reversed(list(graph.graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.graph.erase_node(node)
+
+
+_COSTLY = (torch.ops.aten.lgamma.default, torch.ops.aten.digamma.default)
+
+
+def _hoist(graph: fx.GraphModule) -> None:
+    """Costly functions of an expanded tensor are computed once for each of its own elements.
+
+    Pyro expands a distribution's parameters to its batch: the 200 rates of a negative binomial to 100,000
+    counts. ``as_strided`` puts the values into memory; otherwise Inductor computes them again for each use.
+    """
+    aten = torch.ops.aten
+    for node in [node for node in graph.graph.nodes if node.target in _COSTLY]:
+        inner = node.args[0]
+        while inner.target is aten.expand.default:
+            inner = inner.args[0]
+        small, shape = inner.meta.get("val"), node.meta["val"].shape
+        if not isinstance(small, Tensor) or 2 * small.numel() > shape.numel():
+            continue
+        like = node.target(torch.empty_strided(small.shape, small.stride(), dtype=small.dtype, device="meta"))
+        with graph.graph.inserting_before(node):
+            made = graph.graph.call_function(node.target, (inner,))
+            held = graph.graph.call_function(
+                aten.as_strided.default, (made, list(like.shape), like.stride(), 0)
+            )
+            whole = graph.graph.call_function(aten.expand.default, (held, list(shape)))
+        whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.graph.erase_node(node)
 
 
 def _split_reads(graph: fx.GraphModule, reads: int) -> tuple[fx.GraphModule, list[int]]:

@@ -331,6 +331,7 @@ class Environment:
 
     def _globals(self, function: types.FunctionType) -> None:
         space, names = function.__globals__, _code_names(function.__code__)
+        by_name = names | _words(function.__code__) if "getattr" in names else names
         self._advances |= not names.isdisjoint(("next", "__next__"))
         if not names.isdisjoint(("environ", "getenv")):
             self._later(os.environ._data, "os.environ")  # type: ignore[attr-defined]
@@ -351,7 +352,7 @@ class Environment:
                 continue
             seen.add(module)
             foreign, inner = self._foreign(module.__name__), vars(module)
-            for attribute in names & inner.keys():
+            for attribute in by_name & inner.keys():
                 value = inner[attribute]
                 if isinstance(value, types.ModuleType):
                     modules.append((value, f"{name}.{attribute}"))
@@ -404,6 +405,14 @@ class Environment:
             if at(*place) is not at(*first):
                 return name, None, None
         return self._rare() if self._slots or self._sets or self._arrays else None
+
+    def differences(self) -> list[tuple[Any, Any]]:
+        """The places of all items and closure cells that differ."""
+        edges = zip(self._holders, self._keys, self._values, strict=True)
+        cells = zip(self._cells, self._cell_values, strict=True)
+        places = [*edges, *((cell, None, value) for cell, value in cells)]
+        found = [(c, k, old, at(c, k)) for c, k, old in places]
+        return [(c, k) for c, k, old, now in found if now is not old and not _same(old, now)]
 
     def _rare(self) -> tuple[str, Any, Any] | None:
         for thing, slot, value, name in self._slots:
@@ -539,14 +548,17 @@ def _fingerprint(values: Any) -> Any:
 
 
 def _code_names(code: types.CodeType) -> set[str]:
-    """The names in a function's code; its short strings count, as in ``getattr(settings, "level")``."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _code_names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
-    return names
+    return set(code.co_names).union(*map(_code_names, _inner(code)))
+
+
+def _words(code: types.CodeType) -> set[str]:
+    """The strings in a function's code that may be names of attributes."""
+    own = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    return own.union(*map(_words, _inner(code)))
+
+
+def _inner(code: types.CodeType) -> list[types.CodeType]:
+    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -66,15 +66,17 @@ def reference(plan: Plan, call: Call, case: Case) -> list[Tensor | None]:
         if extra and call.kind != "loss":
             raise Mismatch("eager finds a gradient that the graph lacks")
         gradients = [None if t.grad is None else t.grad.clone() for t in leaves]
-        loss = detach_provenance(torch.as_tensor(value)).detach().to(_exact(value))
-        return [loss, *gradients, *after]
+        return [_exact(value), *gradients, *after]
     finally:
         for t, g in zip(trained, saved, strict=True):
             t.grad = g
 
 
-def _exact(value: object) -> torch.dtype:
-    return torch.float32 if isinstance(value, Tensor) and value.device.type == "mps" else torch.float64
+def _exact(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64)
+    value = detach_provenance(value).detach()
+    return value if value.device.type == "mps" else value.double()
 
 
 def cases(plan: Plan, call: Call, thorough: bool) -> Iterator[Case]:
@@ -152,7 +154,7 @@ def _compared(plan: Plan, call: Call, runner: Callable[..., list], case: Case, l
         torch.manual_seed(case.seed)
         outputs = list(runner(*inputs))
         outputs = [t.detach().clone() for t in (*outputs, *others)]
-    return difference(expected, outputs, 1 + len(plan.leaves), least, plan.output_name)
+    return difference(expected, outputs, 1 + len(plan.leaves), least, plan.output_name, inputs)
 
 
 def difference(
@@ -161,11 +163,13 @@ def difference(
     gradients: int,
     least: float = 0.0,
     name: Callable[[int], str] = "output {}".format,
+    inputs: Sequence[Tensor] = (),
 ) -> str:
     """A sentence about the first output that differs in norm, or "" where all agree.
 
-    Gradients (outputs 1 to ``gradients`` − 1) are compared relative to their own norm and a hundredth of the
-    whole gradient's. ``least`` bounds all tolerances from below.
+    The loss, which Pyro sums in float64, is as exact as the least exact gradient or input. Gradients (outputs
+    1 to ``gradients`` − 1) are compared relative to their own norm and a hundredth of the whole gradient's.
+    ``least`` bounds all tolerances from below.
     """
     whole = sum(float(g.detach().double().norm()) ** 2 for g in expected[1:gradients] if g is not None) ** 0.5
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
@@ -175,7 +179,10 @@ def difference(
             continue
         tolerance = TOLERANCE.get(b.dtype, LOOSE)
         if i == 0:
-            tolerance = max(TOLERANCE.get(t.dtype, LOOSE) for t in found[:gradients] if t is not None)
+            others = [
+                t.dtype for t in (*found[1:gradients], *inputs) if t is not None and t.is_floating_point()
+            ]
+            tolerance = max(TOLERANCE.get(t, LOOSE) for t in others or [torch.get_default_dtype()])
         tolerance = max(tolerance, least)
         x, y = a.detach().double(), b.detach().double()
         if not torch.equal(x.isfinite(), y.isfinite()) or not torch.equal(x.isposinf(), y.isposinf()):

@@ -300,6 +300,25 @@ def test_masks_and_checks_inside_torch_do_not_stop_a_capture(make_model):
     agree(Trace_ELBO, make, [(data(12, 3, seed=i),) for i in range(4)])
 
 
+def test_costly_functions_of_expanded_parameters_run_once_for_each_parameter():
+    def counts(y):
+        shape = pyro.param("shape", torch.tensor([[0.5, 2.0, 3.0]]).T, constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.GammaPoisson(shape.T.squeeze(0), 1.5).to_event(1), obs=y)
+
+    def nothing(y):
+        pass
+
+    batches = [(data(8, 3, seed=i).abs().mul(3).floor(),) for i in range(4)]
+    loss = agree(Trace_ELBO, lambda: (counts, nothing, None), batches)
+    (graph,) = next(iter(loss._cache.graphs.values()))
+    aten = torch.ops.aten
+    for function in (aten.lgamma.default, aten.digamma.default):
+        found = graph.plan.graph.graph.find_nodes(op="call_function", target=function)
+        assert len(found) >= 2
+        assert all(node.args[0].target is not aten.expand.default for node in found)
+
+
 def test_autocast_is_part_of_the_graph():
     torch.set_default_dtype(torch.float32)
     module, y = VAE(), data(8, 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyroelbo.compiled import CompiledELBO, CompiledStep, CompileWarning, FusedOptim
@@ -220,3 +221,39 @@ def test_a_model_without_sites(kind):
     """Its loss is a plain float in all of Pyro's methods."""
     loss = follow(nothing, nothing, [()] * 4, kind=kind)
     assert loss.counters.compiled_calls == 3
+
+
+def test_the_loss_alone_compiles_in_single_precision():
+    """Pyro sums it in float64 from parts in float32."""
+    torch.set_default_dtype(torch.float32)
+    pyro.clear_param_store()
+    y = data(5)
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = AutoNormal(model)
+    guide(y)
+    loss = follow(model, guide, [(y,)] * 5, kind="loss", rel=1e-6)
+    assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
+
+
+def test_a_weight_is_followed_though_evaluations_replace_objects_of_the_guide():
+    pyro.clear_param_store()
+    weight, y = {"kl": 1.0}, data(5)
+
+    def model(y):
+        with pyro.poutine.scale(scale=weight["kl"]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):  # AutoNormal makes its plates anew in every run
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = AutoNormal(model)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    for i in range(4):
+        weight["kl"] = 0.1 * (1 + i)
+        loss.loss_and_grads(model, guide, y)
+        Trace_ELBO().loss(model, guide, y)
+    assert (loss.counters.compiled_calls, loss.counters.captures) == (3, 1)
