@@ -189,6 +189,8 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _Selection in types and func is not Tensor.__setitem__:
+            args, kwargs = pytree.tree_map_only(_Selection, _Selection.made, (args, kwargs))
         if func is Tensor.backward:
             return self._backward(args[0], *args[1:], **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
@@ -249,8 +251,13 @@ class Interception(TorchFunctionMode):
                 else self._number(i)
                 for i in index
             )
+        if _masks(index, args[0]):
+            if func is Tensor.__getitem__:
+                return _Selection.of(args[0], index)
+            if isinstance(args[2], _Selection):
+                return args[2].write_to(args[0], index)
         value = tuple(x._tensor if isinstance(x, Number) else x for x in args[2:])
-        return func(args[0], index, *value)
+        return func(args[0], index, *pytree.tree_map_only(_Selection, _Selection.made, value))
 
     def _factory(self, func: Any, args: tuple, kwargs: dict) -> Any:
         place_of_data = _FACTORIES[func]
@@ -291,6 +298,37 @@ class Interception(TorchFunctionMode):
         for leaf, g in zip(leaves, found, strict=True):
             if g is not None:
                 self.gradients[leaf] = self.gradients[leaf] + g if leaf in self.gradients else g
+
+
+class _Selection(Tensor):
+    """``source[mask]``, not made yet: ``x[mask] = source[mask]`` needs no shape that depends on values."""
+
+    source: Tensor
+    mask: Tensor
+    versions: tuple[int, int]
+
+    @staticmethod
+    def of(source: Tensor, mask: Tensor) -> _Selection:
+        with _disable_current_modes():
+            found = torch.empty(0).as_subclass(_Selection)
+        found.source, found.mask, found.versions = source, mask, (source._version, mask._version)
+        return found
+
+    def made(self) -> Tensor:
+        return self.source[self.mask]
+
+    def write_to(self, x: Tensor, mask: Tensor) -> None:
+        now = self.source._version, self.mask._version
+        if mask is not self.mask or now != self.versions or x.shape != self.source.shape:
+            x[mask] = self.made()
+        else:
+            x.copy_(torch.where(mask, self.source, x))
+
+
+def _masks(index: Any, x: Tensor) -> bool:
+    return (
+        isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() > 0 and index.shape == x.shape
+    )
 
 
 def _kept_in_graph(func: Any, t: Tensor, frame: FrameType) -> Any:

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,3 +301,57 @@ def test_memory_of_a_draw_that_is_used_again_is_no_draw():
         for _ in range(20):
             torch.randn(3) * 2
             assert census.taint(torch.tensor([2, 3, 4])) is None
+
+
+def where_positive(z):
+    x, mask = torch.zeros_like(z), z > 0
+    x[mask] = z[mask]
+    return x
+
+
+def doubled_where_positive(z):
+    x, mask = z * 1.0, z > 0
+    x[mask] = 2 * x[mask]
+    return x
+
+
+def changed_between(z):
+    x, source, mask = z * 1.0, z * 3.0, z > 0
+    selected = source[mask]
+    source += 1.0
+    x[mask] = selected
+    return x
+
+
+def another_mask(z):
+    x = z * 1.0
+    x[z > 0] = z[z > 0]
+    return x
+
+
+def length(z):
+    return z + len(z[z > 0])
+
+
+@pytest.mark.parametrize(
+    "change, compiled",
+    [
+        *((where_positive, 5), (doubled_where_positive, 0), (changed_between, 0), (another_mask, 0)),
+        *((length, 0), (T.Spline(6, count_bins=3, bound=1.0), 5)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pyroelbo.compiled.CompileWarning")
+def test_a_selection_that_is_only_copied_needs_no_shape(change, compiled):
+    """Splines of Pyro copy what lies outside their interval."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(change(z), 1.0).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.full((6,), 0.1)), 1.0).to_event(1))
+
+    loss = follow(model, guide, [(data(6, seed=i),) for i in range(6)])
+    assert loss.counters.compiled_calls == compiled
+    if not compiled:
+        assert "shape of index" in loss.counters.reasons[0]
