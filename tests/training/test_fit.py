@@ -1,6 +1,7 @@
 """`fit`: that it learns, that it resumes bit for bit, and what it refuses before it starts."""
 
 import functools
+import inspect
 import math
 import os
 import signal
@@ -600,3 +601,9 @@ def test_skipped_steps_are_counted_in_the_metrics():
     assert 0 < run.metrics[0]["skipped"] <= run.metrics[1]["skipped"] <= 4
     with pytest.raises(ValueError, match="skip_norm: expected a positive number"):
         fit(Nonlinear(), y, skip_norm=0.0)
+
+
+def test_the_documentation_of_fit_lists_its_settings():
+    for name in inspect.signature(fit).parameters:
+        assert f"\n    {name}: " in fit.__doc__, name
+    assert "{settings}" not in fit.__doc__
