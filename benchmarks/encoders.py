@@ -6,9 +6,9 @@
     python -m benchmarks.encoders --rates       # the ELBO of validation images by the size of the few steps
 
 A VAE is trained once, and its generator then frozen. Each family of q(z | y) is fitted to it with the same
-number of steps, on the same data; all start from the hidden layers of the VAE's own encoder, with a last
-layer (and maps) of their own. On test images drawn at
-random:
+number of steps, on the same data. All start from the VAE's own encoder: from its hidden layers, and from its
+Gaussian, around which maps begin as the identity, covariances as diagonal ones and components near one
+another. On test images drawn at random:
 
 - ln p(y): one AIS bound for all rows, with the gap of BDMC on data that the generator simulated.
 - ELBO of q*: the best member of the family for each image, free parameters from two starts; of the flow the
@@ -40,12 +40,14 @@ FAMILIES = {
     "diagonal": "diagonal",
     "full": "full",
     "flow": partial(encoders.FlowEncoder, layers=4, hidden=(64, 64), context=32),
+    "iaf": partial(encoders.IAFEncoder, layers=2, hidden=(64,), context=32),
     "mixture": "mixture",
 }
 ABOUT = {
     "diagonal": "diagonal Gaussian",
     "full": "full covariance",
     "flow": "coupling spline flow, 4 maps",
+    "iaf": "inverse autoregressive splines, 2 maps",
     "mixture": "4 diagonal Gaussians, equal weights",
 }
 
@@ -63,6 +65,7 @@ def train(options, splits):
         if name != "generator":
             load(pair.generator, options.out / "generator", "generator.")
             load(pair.encoder[:-2], options.out / "generator", "encoder.")
+            begin(pair, options)
         folder = options.out / name
         if (folder / "weights.safetensors").exists():
             continue
@@ -86,6 +89,22 @@ def train(options, splits):
         minutes = (time.process_time() - began) / 60
         print(f"{name}: {len(run.metrics)} epochs, {minutes:.1f} minutes of processor time", flush=True)
         (folder / "minutes.json").write_text(json.dumps(minutes))
+
+
+@torch.no_grad()
+def begin(pair, options):
+    """The last layer of the first encoder as the Gaussian of another, with what else there is near zero."""
+    first, own = make("diagonal", options), pair.encoder[-2]
+    load(first, options.out / "generator")
+    own.weight.mul_(0.01)
+    own.bias.zero_()
+    head = pair.encoder[-1]
+    if hasattr(head, "components"):
+        head.loc.mul_(0.1)
+    size = 2 * options.latent
+    times = getattr(head, "components", 1)
+    own.weight[: times * size] = first.encoder[-2].weight.repeat(times, 1)
+    own.bias[: times * size] = first.encoder[-2].bias.repeat(times)
 
 
 def load(module, folder, prefix=""):

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.flows import FlowDistribution, SplineFlow, VectorDistribution
+from pyroelbo.flows import FlowDistribution, Reversed, SplineFlow, VectorDistribution
 from pyroelbo.nn import BatchNorm, bounded
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import Summed
@@ -24,6 +24,7 @@ __all__ = [
     "Encoder",
     "FlowEncoder",
     "FullEncoder",
+    "IAFEncoder",
     "MixtureEncoder",
     "UniformMixture",
     "build",
@@ -153,9 +154,12 @@ class FlowEncoder(Encoder):
     ) -> None:
         super().__init__(dims, bound)
         positive_count("context", context, "number of conditioning numbers")
-        self.flow = SplineFlow(
-            dims, "coupling" if dims > 1 else "autoregressive", layers, hidden, bins, context
-        )
+        self.flow = self._make(dims, layers, hidden, bins, context)
+
+    def _make(
+        self, dims: int, layers: int, hidden: Sequence[int], bins: int, context: int
+    ) -> SplineFlow | Reversed:
+        return SplineFlow(dims, "coupling" if dims > 1 else "autoregressive", layers, hidden, bins, context)
 
     @property
     def num_inputs(self) -> int:
@@ -167,6 +171,21 @@ class FlowEncoder(Encoder):
         if base is not None:
             loc, log_scale = base.loc + base.scale * loc, base.scale.log() + log_scale
         return FlowDistribution(self.flow, loc, log_scale, context)
+
+
+class IAFEncoder(FlowEncoder):
+    """A :class:`FlowEncoder` by inverse autoregressive maps: each coordinate of z is moved given all those of
+    the noise before it.
+
+    A draw costs one pass of each masked network, its density ``dims`` passes.
+
+    Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), with splines for affine maps.
+    """
+
+    def _make(
+        self, dims: int, layers: int, hidden: Sequence[int], bins: int, context: int
+    ) -> SplineFlow | Reversed:
+        return Reversed(SplineFlow(dims, "autoregressive", layers, hidden, bins, context))
 
 
 class MixtureEncoder(Encoder):
@@ -257,6 +276,7 @@ ENCODERS: dict[str, Callable[[int, float | None], Encoder]] = {
     "diagonal": DiagonalEncoder,
     "full": FullEncoder,
     "flow": FlowEncoder,
+    "iaf": IAFEncoder,
     "mixture": MixtureEncoder,
     "batch_norm": BatchNormEncoder,
 }

@@ -26,7 +26,16 @@ from torch.nn.functional import pad, softplus
 from pyroelbo.nn import MLP, bounded, join, masked_mlp
 from pyroelbo.numerics import positive_count
 
-__all__ = ["KINDS", "Coupling", "FlowDistribution", "MaskedMap", "SplineFlow", "VectorDistribution", "spline"]
+__all__ = [
+    "KINDS",
+    "Coupling",
+    "FlowDistribution",
+    "MaskedMap",
+    "Reversed",
+    "SplineFlow",
+    "VectorDistribution",
+    "spline",
+]
 
 KINDS = ("coupling", "autoregressive")
 BOUND = 5.0  # splines act on [-BOUND, BOUND]
@@ -226,6 +235,24 @@ class SplineFlow(nn.Module):
         return e, log_det
 
 
+class Reversed(nn.Module):
+    """A flow whose two directions have changed places: of an autoregressive one, draws in one pass of each
+    network and densities in ``dims`` passes (an inverse autoregressive flow).
+
+    Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016).
+    """
+
+    def __init__(self, flow: SplineFlow) -> None:
+        super().__init__()
+        self.flow, self.dims, self.context = flow, flow.dims, flow.context
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.from_noise(x, context)
+
+    def from_noise(self, e: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.to_noise(e, context)
+
+
 class VectorDistribution(TorchDistribution):
     """A distribution of real vectors whose expanded batch dimensions share its parameters (abstract)."""
 
@@ -248,15 +275,16 @@ class FlowDistribution(VectorDistribution):
 
         ln p(z) = ln N(f(x); 0, I) + ln |det f'(x)| - Σ_d log_scale_d.
 
-    ``flow`` is f (:class:`SplineFlow`); ``loc`` and ``log_scale`` are [*B, d], and ``context`` [*B, c]; event
-    shape [d]. Draws are reparametrized. ``expand`` adds batch dimensions, which share the parameters.
+    ``flow`` is f (:class:`SplineFlow` or :class:`Reversed`); ``loc`` and ``log_scale`` are [*B, d], and
+    ``context`` [*B, c]; event shape [d]. Draws are reparametrized. ``expand`` adds batch dimensions, which
+    share the parameters.
     """
 
     has_rsample = True
 
     def __init__(
         self,
-        flow: SplineFlow,
+        flow: SplineFlow | Reversed,
         loc: Tensor,
         log_scale: Tensor,
         context: Tensor | None = None,
