@@ -16,6 +16,7 @@ __all__ = [
     "effective_sample_size",
     "holds_float64",
     "log_mean_exp",
+    "log_softmax",
     "logsumexp",
     "nats_to_bits",
     "positive_count",
@@ -63,6 +64,12 @@ def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False)
     empty = total == 0
     value = torch.where(empty, total.new_tensor(-math.inf), torch.where(empty, 1.0, total).log() + peak)
     return value if keepdim else value.squeeze(dim)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log softmax over the last dimension, uniform for a row of -inf."""
+    dead = (logits == -math.inf).all(-1, keepdim=True)
+    return torch.where(dead, torch.zeros_like(logits), logits).log_softmax(-1)
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:

@@ -349,6 +349,34 @@ def test_an_interrupted_command_tells_it_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "pyroelbo: interrupted\n"
 
 
+def test_colours_are_compressed_given_their_luma(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("constriction")
+    pytest.importorskip("skimage")
+    monkeypatch.chdir(tmp_path)
+    rgb = np.random.default_rng(0).integers(0, 256, (9, 8, 12, 3), dtype=np.uint8)
+    luma = data.to_ycocg(torch.from_numpy(rgb))[0].to(torch.uint8).numpy()
+    np.save("rgb.npy", rgb)
+    np.save("luma.npy", luma)
+    np.save("other.npy", luma[::-1])
+    settings = "--set segments=1 --set colours=3 --set width=4 --epochs 1 --out run"
+    assert main(["train", "superpixel", "--data", "rgb.npy", *settings.split()]) == 0
+    assert main(["compress", "run", "rgb.npy", "--chunk", "2"]) == 0
+    assert "9 data" in capsys.readouterr().out
+    assert main(["decompress", "run", "rgb.code", "--given", "luma.npy", "--out", "again.npy"]) == 0
+    np.testing.assert_array_equal(np.load("again.npy"), rgb)
+    assert np.load("again.npy").dtype == np.uint8
+    capsys.readouterr()
+    for words, message in (
+        (["compress", "run", "luma.npy"], "FILE: expected colour pictures [N, H, W, 3] of uint8, got uint8"),
+        (["decompress", "run", "rgb.code", "--out", "x"], "given: expected the lumas of pictures"),
+        (["decompress", "run", "rgb.code", "--out", "x", "--given", "rgb.npy"], "given: expected lumas"),
+        (["decompress", "run", "rgb.code", "--out", "x", "--given", "other.npy"], "got another `given`"),
+        (["decompress", "run", "rgb.code", "--given", "luma.npy", "--out", "again.npy"], "again.npy exists"),
+    ):
+        assert main(words) == 1, words
+        assert message in capsys.readouterr().err
+
+
 def test_compress_and_decompress(run, tmp_path, capsys):
     pytest.importorskip("constriction")
     y = data.load("digits")["test"].to(torch.uint8).numpy()

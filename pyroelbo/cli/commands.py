@@ -388,15 +388,35 @@ def compress(options: argparse.Namespace) -> int:
     else:
         pair, _, known = models.load(options.path)
         lossy = None if known.about.discrete else pair.lossy()
+        given: tuple[torch.Tensor, ...] = ()
         if lossy is not None:
             pair, y = lossy.codes, _encoded(lossy, known, y)
+        elif known.kind == "superpixels":
+            *given, y = _in_pieces(y, "FILE", "colour pictures [N, H, W, 3]", 4)
         found = coding.compress(
-            pair, y, out, chunk=options.chunk, as_set=options.as_set, precision=options.precision
+            pair,
+            y,
+            out,
+            given=given,
+            chunk=options.chunk,
+            as_set=options.as_set,
+            precision=options.precision,
         )
         if lossy is not None:
             print("the codes alone: decompress gives the data as they are decoded, not bit for bit")
     print(f"{found}\nwritten: {out}")
     return 0
+
+
+def _in_pieces(pictures: np.ndarray, name: str, expected: str, dims: int) -> Any:
+    """Luma, superpixels, their tree and chroma, int16, of pictures of bytes, or of their lumas alone."""
+    if pictures.dtype != np.uint8 or pictures.ndim != dims or not pictures.size:
+        raise ValueError(
+            f"{name}: expected {expected} of uint8, got {pictures.dtype} of shape {pictures.shape}"
+        )
+    rgb = torch.from_numpy(np.array(pictures))
+    *given, chroma = data.superpixels(rgb if dims == 4 else rgb[..., None].expand(*rgb.shape, 3))
+    return *given, chroma.to(torch.int16)
 
 
 def _encoded(lossy: Lossy, known: data.Dataset, y: np.ndarray) -> np.ndarray:
@@ -421,13 +441,21 @@ def decompress(options: argparse.Namespace) -> int:
     else:
         pair, _, known = models.load(options.path)
         lossy = None if known.about.discrete else pair.lossy()
-        if lossy is None:
+        if (options.given is None) == (known.kind == "superpixels"):
+            raise ValueError("given: expected the lumas of pictures coded in pieces, and nothing for others")
+        if lossy is None and options.given is None:
             coding.decompress(pair, options.file, out)
         else:
             if out.exists():
                 raise FileExistsError(f"{out} exists: choose another name, or remove it")
-            codes = torch.from_numpy(coding.decompress(lossy.codes, options.file))
-            y = known.raw(lossy.decode(codes)).reshape(len(codes), *known.shape)
+            if lossy is None:
+                luma = files.read_npy(options.given)
+                *given, _ = _in_pieces(luma, "given", "lumas [N, H, W]", 3)
+                chroma = torch.from_numpy(coding.decompress(pair, options.file, given=given))
+                y = data.from_ycocg(given[0], chroma).to(torch.uint8)
+            else:
+                codes = torch.from_numpy(coding.decompress(lossy.codes, options.file))
+                y = known.raw(lossy.decode(codes)).reshape(len(codes), *known.shape)
             with files.replacing(out) as file:
                 np.save(file, y.numpy())
     print(f"written: {out}")

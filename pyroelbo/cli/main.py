@@ -259,6 +259,13 @@ def _coding_options(add: Callable[..., argparse.ArgumentParser]) -> None:
     decode.add_argument(
         "--out", type=Path, default=None, help="the array; by default FILE with the suffix .npy"
     )
+    decode.add_argument(
+        "--given",
+        type=Path,
+        default=None,
+        metavar="LUMA",
+        help="an .npy file of the lumas [N, H, W] of colour pictures, of which FILE has the chroma",
+    )
     decode.set_defaults(run=commands.decompress)
 
 

@@ -8,8 +8,8 @@ import math
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,7 @@ _LARGE = 2**18  # words of a stack, of which all but the topmost are written
 _KEPT = 2**14  # words that stay, for the next chunk to pop
 _TYPICAL = 512  # data whose posteriors choose the grids
 _PIXELS = 2**24  # of a segment of the context coder
+_NUMBERS = 2**16  # of a chunk, which has a table of probabilities for each
 
 
 # ------------------------------------------------------------------------------------------- by a pair
@@ -48,6 +49,7 @@ def compress(
     y: Any,
     path: str | Path,
     *,
+    given: Sequence[Any] = (),
     chunk: int | None = None,
     method: str | None = None,
     as_set: bool = False,
@@ -59,7 +61,8 @@ def compress(
     ``y`` is an array or tensor [N, ...] of discrete data; a memory-mapped array is read in chunks, from the
     last to the first, so that decoding runs forwards. The file holds minus the ELBO in bits (of an exact
     model, -log₂ p(y)), a few hundred bytes that describe it, and the data that fill the stack at first,
-    which are coded by contexts (binary images) or zlib. The model is not in it.
+    which are coded by contexts (binary images) or zlib. The model is not in it, nor is what a conditional
+    pair is ``given``: whoever decodes has both.
 
     Raises ValueError, naming the site, for pairs that cannot be coded (latents whose coordinates depend on
     one another, densities of data, masks, data that are coupled) and for data of probability zero, naming the
@@ -70,8 +73,11 @@ def compress(
         pair: a trained pair; it is run on the CPU, in evaluation mode.
         y: the data.
         path: the new file.
-        chunk: number of data that the networks see at once, 16 by default and 128 with ``direct``. The bits
-            that the first chunk pops are what the data coded without the model have to provide.
+        given: the parts of the batches of a conditional pair before ``y``, arrays or tensors of N rows; then
+            the file holds minus the bound on ln p(y | given).
+        chunk: number of data that the networks see at once, by default 128 with ``direct``, else 16, fewer of
+            more than 4,096 numbers. The bits that the first chunk pops are what the data coded without the
+            model have to provide.
         method: ``direct`` (exact models), ``swap`` (bottom-up chains) or ``bits-back``; by default the first
             that the pair offers.
         as_set: whether the order of the data may be lost; saves log₂ N! bits, needs all data in memory.
@@ -84,13 +90,18 @@ def compress(
     start = time.perf_counter()
     path, array = Path(path), _array(y)
     identity = _identity(array, as_set)
+    if as_set and len(given):
+        raise ValueError("as_set: expected False with `given`, whose rows belong to those of `y`")
+    known = _given(given, len(array))
     pair = _placed(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
-        direct = method in (None, "direct") and pair.stepwise() is not None
-        chunk = (128 if direct else 16) if chunk is None else positive_count("chunk", chunk, "number of data")
-        template = _template(pair, array, chunk)
-        codec, description = _prepared(pair, array, template, "direct" if direct else method)
+        direct = not known and method in (None, "direct") and pair.stepwise() is not None
+        if chunk is None:
+            chunk = 128 if direct else max(1, min(16, _NUMBERS // max(1, math.prod(array.shape[1:]))))
+        positive_count("chunk", chunk, "number of data")
+        template = _template(pair, array, known, chunk)
+        codec, description = _prepared(pair, array, known, template, "direct" if direct else method)
         description |= {
             "kind": "pair",
             **identity,
@@ -98,8 +109,9 @@ def compress(
             "threads": threads,
             "precision": precision,
             "model": weights.fingerprint(pair),
+            "given": _checksum(known),
         }
-        job, size = _written(path, array, codec, template, _image(pair, array), description)
+        job, size = _written(path, array, known, codec, template, _image(pair, array), description)
     return CodeLength(
         data=len(array),
         coded=job.coded,
@@ -119,6 +131,7 @@ def compress(
 def _written(
     path: Path,
     array: np.ndarray,
+    given: tuple[Tensor, ...],
     codec: PairCodec | None,
     template: Tensor,
     image: tuple[int, int],
@@ -130,7 +143,7 @@ def _written(
     if codec is not None:
         starter = 0 if codec.part(1) is not None else len(array) % len(template)
     while True:
-        job = _Encoding(array, codec, template, starter, image, description["as_set"])
+        job = _Encoding(array, given, codec, template, starter, image, description["as_set"])
         try:
             with writing(path) as file:
                 job.run(file)
@@ -142,26 +155,37 @@ def _written(
             starter = min(len(array), starter + len(template))
 
 
-def decompress(pair: Pair, path: str | Path, out: str | Path | None = None) -> np.ndarray | None:
+def decompress(
+    pair: Pair, path: str | Path, out: str | Path | None = None, *, given: Sequence[Any] = ()
+) -> np.ndarray | None:
     """The array in a file of :func:`compress`, with the dtype and shape it had; of a set, its data sorted.
 
-    With ``out`` it is written to that .npy file chunk by chunk, and None returned.
+    ``given`` is what :func:`compress` was given. With ``out`` it is written to that .npy file chunk by chunk,
+    and None returned.
 
-    Raises ValueError, naming the file, where it is damaged or was written with other parameters, or by a
-    machine or version of torch whose networks compute other numbers (which a probe shows before anything is
-    decoded).
+    Raises ValueError, naming the file, where it is damaged, or was written with other parameters or given
+    something else, or by a machine or version of torch whose networks compute other numbers (which a probe
+    shows before anything is decoded).
     """
     reader = Reader(Path(path))
     with _understood(reader, "pair") as found:
         pair = _placed(pair, found["precision"])
         if found["model"] != weights.fingerprint(pair):
             raise ValueError(f"{reader.path}: expected the pair that wrote it, got one of other parameters")
+        known = _given(given, found["shape"][0])
+        if found.get("given") != _checksum(known):
+            what = "another `given`" if known else "nothing"
+            raise ValueError(
+                f"{reader.path}: expected the `given` that it was written with, got {what}"
+                if found.get("given")
+                else f"{reader.path}: expected nothing `given`, as it was written, got {len(known)} parts"
+            )
         with _threads(found["threads"]):
-            return _restore(reader, _decoded(pair, reader), out)
+            return _restore(reader, _decoded(pair, reader, known), out)
 
 
 def _prepared(
-    pair: Pair, array: np.ndarray, template: Tensor, method: str | None
+    pair: Pair, array: np.ndarray, given: tuple[Tensor, ...], template: Tensor, method: str | None
 ) -> tuple[PairCodec | None, dict[str, Any]]:
     """The codec and its part of the description; no codec where there is no whole chunk to code."""
     size = len(template)
@@ -171,10 +195,12 @@ def _prepared(
     if method != "direct":
         most = min(len(array), max(size, _TYPICAL))
         typical = np.linspace(0, len(array) - 1, most // size * size).astype(np.int64)
-        grids = grids_of(
-            pair, [_to_tensor(array[rows], template) for rows in np.split(typical, most // size)]
-        )
-    codec = pair_codec(pair, template, grids, method)
+        chunks = [
+            (*_rows_of(given, rows), _to_tensor(array[rows], template))
+            for rows in np.split(typical, most // size)
+        ]
+        grids = grids_of(pair, chunks)
+    codec = pair_codec(pair, template, grids, method, _rows_of(given, slice(size)))
     codes = {k: [g.exponents.tolist(), g.low, g.high] for k, g in grids.items()}
     described = {"method": codec.method, "grids": codes, "torch": torch.__version__}
     return codec, {"codec": {**described, "probe": _probe(codec)}}
@@ -186,13 +212,13 @@ def _placed(pair: Pair, precision: str | None) -> Pair:
     return pair if precision is None else weights.quantized(pair, precision)
 
 
-def _codec_in(pair: Pair, reader: Reader, template: Tensor) -> PairCodec | None:
+def _codec_in(pair: Pair, reader: Reader, template: Tensor, given: tuple[Tensor, ...]) -> PairCodec | None:
     """The codec that the description names, if this machine computes what the writer's did."""
     found = reader.description["codec"]
     if found is None:
         return None
     grids = {k: Grid(np.array(e, np.int64), low, high) for k, (e, low, high) in found["grids"].items()}
-    codec = pair_codec(pair, template, grids, found["method"])
+    codec = pair_codec(pair, template, grids, found["method"], _rows_of(given, slice(len(template))))
     if _probe(codec) != found["probe"]:
         raise ValueError(
             f"{reader.path}: expected networks that compute the same numbers as those that wrote it (torch "
@@ -224,13 +250,13 @@ def _probe(codec: PairCodec) -> str:
             number *= 4
 
 
-def _of_size(codec: PairCodec | None, number: int) -> PairCodec:
-    """The codec of a chunk of so many data."""
+def _of_chunk(codec: PairCodec | None, number: int, given: tuple[Tensor, ...], start: int) -> PairCodec:
+    """The codec of a chunk of so many data from ``start`` on."""
     whole = codec is not None and number == len(codec.template)
     found = codec if whole or codec is None else codec.part(number)
     if found is None or not number:
         raise ValueError(f"no codec for a chunk of {number} data")
-    return found
+    return found.conditioned(_rows_of(given, slice(start, start + number))) if given else found
 
 
 class _Encoding:
@@ -239,6 +265,7 @@ class _Encoding:
     def __init__(
         self,
         array: np.ndarray,
+        given: tuple[Tensor, ...],
         codec: PairCodec | None,
         template: Tensor,
         starter: int,
@@ -250,7 +277,7 @@ class _Encoding:
         self.codec, self.template, self.as_set = codec, template, as_set
         self.site_bits: Counter[str] = Counter() if codec is None else codec.bits
         self.site_bits.clear()  # of the probe, or of an attempt with a smaller starter
-        self.array, self.coded = array, len(array) - starter
+        self.array, self.given, self.coded = array, given, len(array) - starter
         self.starter = _Starter.of(array[self.coded :], image)
         self.net_bits = self.initial_bits = self.seconds = 0.0
         self._parts: list[int] = []
@@ -295,7 +322,7 @@ class _Encoding:
                 f"{start + len(rows) - 1} (of {rows.dtype})"
             )
         try:
-            _of_size(self.codec, len(y)).push(stack, y)
+            _of_chunk(self.codec, len(y), self.given, start).push(stack, y)
         except Impossible as error:
             datum = "a datum" if self.as_set else f"datum {start + error.row}"
             raise ValueError(
@@ -350,21 +377,22 @@ class _Starter:
         return np.frombuffer(zlib.decompress(code), like.dtype).reshape(shape)
 
 
-def _decoded(pair: Pair, reader: Reader) -> Iterator[np.ndarray]:
+def _decoded(pair: Pair, reader: Reader, given: tuple[Tensor, ...]) -> Iterator[np.ndarray]:
     """The rows of a code in their order, chunk by chunk; of a set, sorted and all at once."""
     found = reader.description
     shape, dtype = found["shape"], np.dtype(found["dtype"])
     like = np.empty((0, *shape[1:]), dtype)
     template = torch.zeros(found["template"][0], dtype=getattr(torch, found["template"][1]))
-    codec, starter = _codec_in(pair, reader, template), _Starter(*found["starter"])
+    codec, starter = _codec_in(pair, reader, template, given), _Starter(*found["starter"])
     members = Multiset() if found["as_set"] else None
-    left, words = shape[0] - starter.rows, np.zeros(0, np.uint32)
+    coded, words = shape[0] - starter.rows, np.zeros(0, np.uint32)
+    start = 0
     for part in reversed(range(len(reader))):
         stack = Stack(np.concatenate([np.frombuffer(reader.segment(part), "<u4"), words]))
         for _ in range(found["parts"][part]):
-            number = min(len(template), left)
-            left -= number
-            rows = _to_array(_of_size(codec, number).pop(stack), like)
+            number = min(len(template), coded - start)
+            rows = _to_array(_of_chunk(codec, number, given, start).pop(stack), like)
+            start += number
             if members is None:
                 yield rows
             else:
@@ -435,12 +463,34 @@ def _array(y: Any) -> np.ndarray:
     return array
 
 
-def _template(pair: Pair, array: np.ndarray, chunk: int) -> Tensor:
+def _given(given: Sequence[Any], number: int) -> tuple[Tensor, ...]:
+    """The parts of a batch before the data, tensors on the CPU of so many rows."""
+    if not len(given) or not number:
+        return ()
+    parts = tuple(batches.parts(batches.as_batch(tuple(given), "given"), "given").values())
+    if batches.size(parts) != number:
+        raise ValueError(f"given: expected {number} rows, as y has, got {batches.size(parts)}")
+    return tuple(part.detach().cpu().contiguous() for part in parts)
+
+
+def _rows_of(given: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:
+    return tuple(part[rows] for part in given)
+
+
+def _checksum(given: tuple[Tensor, ...]) -> str | None:
+    found = hashlib.sha256()
+    for part in given:
+        found.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.numpy().tobytes())
+    return found.hexdigest() if given else None
+
+
+def _template(pair: Pair, array: np.ndarray, given: tuple[Tensor, ...], chunk: int) -> Tensor:
     """A chunk of zeros in the shape and dtype that the pair takes: its placeholder's, or the data's."""
-    try:
-        one = pair.placeholder(1)
-    except (TypeError, ValueError):
-        one = None
+    one: Any = None
+    with suppress(TypeError, ValueError):
+        one = pair.placeholder(1, *_rows_of(given, slice(1)))
+    if given and isinstance(one, tuple):
+        one = one[-1]
     if not isinstance(one, Tensor):
         one = batches.as_batch(np.zeros((1, *array.shape[1:]), array.dtype.newbyteorder("=")))  # type: ignore
     assert isinstance(one, Tensor)

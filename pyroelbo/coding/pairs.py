@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyroelbo import batch as batches
+from pyroelbo.batch import Batch
 from pyroelbo.coding.sites import Grid, Sequential, a_component, codec_of, is_discrete, is_gaussian
 from pyroelbo.coding.stack import Codec, Impossible, Stack
 from pyroelbo.evaluation.layout import Layout
@@ -28,14 +31,15 @@ class PairCodec(Codec):
     """Chunks of data [B, *event] under a pair, B fixed: a network's outputs depend on the size of its batch
     in their last bits, and both directions must compute the same numbers (abstract).
 
-    ``method`` is its name, ``template`` a batch of that shape and dtype. Everything runs on the CPU in
-    evaluation mode, without gradients. ``bits`` counts by site what was pushed less what was popped.
+    ``method`` is its name, ``template`` a batch of that shape and dtype, ``given`` what conditional pairs
+    take before it, of the same B data. Everything runs on the CPU in evaluation mode, without gradients.
+    ``bits`` counts by site what was pushed less what was popped.
     """
 
     method: ClassVar[str]
 
-    def __init__(self, pair: Pair, template: Tensor) -> None:
-        self.pair, self.template = pair, template
+    def __init__(self, pair: Pair, template: Tensor, given: tuple[Tensor, ...] = ()) -> None:
+        self.pair, self.template, self.given = pair, template, given
         self.bits: Counter[str] = Counter()
         self._programs = Programs(pair)
 
@@ -43,6 +47,12 @@ class PairCodec(Codec):
         """The codec of a last chunk of fewer rows, padded with zeros for the networks; None where there is
         none."""
         return None
+
+    def conditioned(self, given: tuple[Tensor, ...]) -> PairCodec:
+        """The codec of a chunk given something else."""
+        found = copy.copy(self)
+        found.given = given
+        return found
 
     def push(self, stack: Stack, value: Tensor) -> None:
         with torch.no_grad(), self._programs.quiet():
@@ -107,9 +117,11 @@ class BitsBack(PairCodec):
 
     method = "bits-back"
 
-    def __init__(self, pair: Pair, template: Tensor, grids: Mapping[str, Grid]) -> None:
-        super().__init__(pair, template)
-        layout = _checked(pair, template)
+    def __init__(
+        self, pair: Pair, template: Tensor, grids: Mapping[str, Grid], given: tuple[Tensor, ...] = ()
+    ) -> None:
+        super().__init__(pair, template, given)
+        layout = _checked(pair, (*given, template) if given else template)
         self._latents = {name: site.dtype for name, site in layout.latents.items()}
         (self._observed,) = layout.observed
         self._grids = grids
@@ -121,7 +133,7 @@ class BitsBack(PairCodec):
         return _Counted(codec, self.bits, name)
 
     def _trace(self, program: Callable, y: Tensor) -> Any:
-        return prune_subsample_sites(poutine.trace(program).get_trace(y))
+        return prune_subsample_sites(poutine.trace(program).get_trace(*self.given, y))
 
     def _push_sites(self, stack: Stack, trace: Any, narrow: bool) -> None:
         for name, site in reversed(list(sample_sites(trace))):
@@ -294,13 +306,13 @@ def _naming(site: str, rows: int = 0):
         raise ValueError(f"site {site!r}: {error}") from error
 
 
-def _checked(pair: Pair, template: Tensor) -> Layout:
+def _checked(pair: Pair, template: Batch) -> Layout:
     """The pair's layout; ValueError for what cannot be coded."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         programs = Programs(pair)
         with programs.quiet():
             layout = Layout.of(programs, template, "datum")
-        pair.simulate(len(template), like=template)  # refuses models that feed their data forward
+        pair.simulate(batches.size(template), like=template)  # refuses models that feed their data forward
     if layout.auxiliary:
         raise ValueError(f"guide site {min(layout.auxiliary)!r}: expected latents of the model only")
     if layout.masked or layout.scaled_site is not None or len(layout.observed) != 1:
@@ -309,7 +321,7 @@ def _checked(pair: Pair, template: Tensor) -> Layout:
 
 
 @torch.no_grad()
-def grids_of(pair: Pair, chunks: list[Tensor]) -> dict[str, Grid]:
+def grids_of(pair: Pair, chunks: Sequence[Batch]) -> dict[str, Grid]:
     """A grid for every continuous latent, from q(z | y) of chunks of typical data."""
     moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
     plain = set()
@@ -347,14 +359,20 @@ def _moments(q: Any) -> tuple[Tensor, Tensor]:
 
 
 def pair_codec(
-    pair: Pair, template: Tensor, grids: Mapping[str, Grid], method: str | None = None
+    pair: Pair,
+    template: Tensor,
+    grids: Mapping[str, Grid],
+    method: str | None = None,
+    given: tuple[Tensor, ...] = (),
 ) -> PairCodec:
     """The codec of a pair's data: ``method`` is ``"direct"``, ``"swap"`` or ``"bits-back"``, by default the
-    first of them that the pair offers."""
-    offered: dict[str, Callable[[], PairCodec]] = {"bits-back": lambda: BitsBack(pair, template, grids)}
-    if pair.markov_links() is not None:
+    first of them that the pair offers; ``"bits-back"`` where something is ``given``."""
+    offered: dict[str, Callable[[], PairCodec]] = {
+        "bits-back": lambda: BitsBack(pair, template, grids, given)
+    }
+    if not given and pair.markov_links() is not None:
         offered = {"swap": lambda: Swapped(pair, template, grids), **offered}
-    if pair.stepwise() is not None:
+    if not given and pair.stepwise() is not None:
         offered = {"direct": lambda: Direct(pair, template), **offered}
     if method is not None and method not in offered:
         raise ValueError(f"method: expected one of {', '.join(offered)} for this pair, got {method!r}")

@@ -39,7 +39,7 @@ from pyroelbo.distributions.structured import (
     versions,
     within_support,
 )
-from pyroelbo.numerics import logsumexp
+from pyroelbo.numerics import log_softmax, logsumexp
 from pyroelbo.pair import Stepwise
 
 __all__ = ["HMM", "ChainParts", "LinearChain"]
@@ -200,7 +200,7 @@ class LinearChain(StructuredDistribution):
         for t in range(self.event_shape[0] - 1, 0, -1):
             step = transition if self.homogeneous else transition[..., t - 1, :, :]
             joint = step + (observation[..., t, :] + after).unsqueeze(-2)
-            rows.append(_rows(joint))
+            rows.append(log_softmax(joint))
             before = logsumexp(joint, -1)
             if self.lengths is not None:
                 before = torch.where((t < self.lengths).unsqueeze(-1), before, torch.zeros_like(before))
@@ -209,7 +209,7 @@ class LinearChain(StructuredDistribution):
         moves = (
             torch.stack(rows[::-1], -3) if rows else initial.new_zeros(*self.batch_shape, 0, states, states)
         )
-        return _rows(initial + observation[..., 0, :] + after), moves
+        return log_softmax(initial + observation[..., 0, :] + after), moves
 
     def stepwise(self) -> Stepwise | None:
         """The path state by state, without ``lengths``; None with them."""
@@ -556,12 +556,6 @@ def _lead(extra: int, initial: Tensor, transition: Tensor, emission: Any) -> tup
         transition.reshape(pad + transition.shape),
         emission.expand(pad + emission.batch_shape) if extra else emission,
     )
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Log softmax over the last dimension, uniform for a row of -inf."""
-    dead = (logits == -math.inf).all(-1, keepdim=True)
-    return torch.where(dead, torch.zeros_like(logits), logits).log_softmax(-1)
 
 
 def _normalize(logits: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ _UNIFORM = 1e-6  # share of the uniform distribution in a mixture of logistics
 
 
 class _Discretized(TorchDistribution):
-    """A density of location and scale rounded to the integers 0 … levels-1; the end levels include the tails
-    (abstract: ``log_prob``, ``_quantile``)."""
+    """A density of location and scale rounded to the integers low … low+levels-1; the end levels include the
+    tails (abstract: ``log_prob``, ``_quantile``)."""
 
     arg_constraints = {  # noqa: RUF012 (torch's own convention)
         "loc": constraints.real,
@@ -35,20 +35,30 @@ class _Discretized(TorchDistribution):
     }
 
     def __init__(
-        self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        levels: int = 256,
+        validate_args: bool | None = None,
+        low: int = 0,
     ) -> None:
         if levels < 2:
             raise ValueError(f"levels: expected at least 2 grey levels, got {levels}")
         self.loc, self.scale = broadcast_all(loc, scale)
-        self.levels = levels
+        self.levels, self.low = levels, low
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
+    def _high(self) -> int:
+        return self.low + self.levels - 1
+
+    @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.integer_interval(0, self.levels - 1)
+        return constraints.integer_interval(self.low, self._high)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> _Discretized:
-        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return type(self)(loc, scale, self.levels, False, self.low)
 
     def _edges(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The standardized edges of a level's interval, and whether the lower and the upper is infinite."""
@@ -56,7 +66,7 @@ class _Discretized(TorchDistribution):
             self._validate_sample(value)
         below = (value - 0.5 - self.loc) / self.scale
         above = (value + 0.5 - self.loc) / self.scale
-        return below, above, value <= 0, value >= self.levels - 1
+        return below, above, value <= self.low, value >= self._high
 
     def _quantile(self, u: Tensor) -> Tensor:
         """The quantile of the standard density at u in (0, 1)."""
@@ -66,14 +76,14 @@ class _Discretized(TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps)
-        return (self.loc + self.scale * self._quantile(u)).round().clamp(0, self.levels - 1)
+        return (self.loc + self.scale * self._quantile(u)).round().clamp(self.low, self._high)
 
 
 class DiscretizedLogistic(_Discretized):
-    """A logistic distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+    """A logistic distribution rounded to the integers low … low+levels-1; the end levels include the tails.
 
-    P(y) = σ((y + ½ - loc)/scale) - σ((y - ½ - loc)/scale), with -∞ for the lower end at 0 and +∞ for the
-    upper at the top, so that the probabilities sum to one. ``loc`` and ``scale`` are in grey levels.
+    P(y) = σ((y + ½ - loc)/scale) - σ((y - ½ - loc)/scale), with -∞ for the lower end at ``low`` and +∞ for
+    the upper at the top, so that the probabilities sum to one. ``loc`` and ``scale`` are in grey levels.
     ``log_prob`` is ln σ(a) + ln σ(-b) + ln(1 - e^(b-a)), which is accurate where the difference of
     the two sigmoids would cancel.
 
@@ -93,7 +103,7 @@ class DiscretizedLogistic(_Discretized):
 
 
 class DiscretizedNormal(_Discretized):
-    """A normal distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+    """A normal distribution rounded to the integers low … low+levels-1; the end levels include the tails.
 
     P(y) = Φ(a) - Φ(b) with a = (y + ½ - loc)/scale and b = (y - ½ - loc)/scale, infinite at the ends: the L2
     distortion as a probability. ``loc`` and ``scale`` are in grey levels. ``log_prob`` is
@@ -116,7 +126,7 @@ class DiscretizedNormal(_Discretized):
 
 
 class DiscretizedLaplace(_Discretized):
-    """A Laplace distribution rounded to the integers 0 … levels-1; the end levels include the tails.
+    """A Laplace distribution rounded to the integers low … low+levels-1; the end levels include the tails.
 
     P(y) = F(a) - F(b) with a = (y + ½ - loc)/scale and b = (y - ½ - loc)/scale, infinite at the ends: the L1
     distortion as a probability. ``loc`` and ``scale`` are in grey levels. With d = |y - loc|/scale and

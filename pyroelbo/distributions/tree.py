@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pyro.distributions import Categorical
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyroelbo.distributions.checks import check_finite_or_minus_inf, check_integers, first_index
-from pyroelbo.distributions.semiring import Semiring
+from pyroelbo.distributions.semiring import Log, Semiring
 from pyroelbo.distributions.structured import StructuredDistribution, batch_shape
+from pyroelbo.numerics import log_softmax
+from pyroelbo.pair import Stepwise
 
 __all__ = ["TreeCRF", "TreeParts"]
 
@@ -81,27 +84,85 @@ class TreeCRF(StructuredDistribution):
         return new
 
     def _forward(self, parts: tuple[Tensor, ...], semiring: Semiring) -> Tensor:
-        trees, (nodes, states) = self.parents.shape[:-1], self.potentials[0].shape[-2:]
+        *_, (_, belief, _) = self._upward(parts, semiring)
+        total, trees = semiring.sum(belief, -1).unsqueeze(-1), self.parents.shape[:-1]
+        if trees:
+            one = self._one(semiring)[..., :1]
+            total = _taken(total, one, self._roots).unflatten(-3, trees)
+        return _product(total, semiring).squeeze(-1)
+
+    def _one(self, semiring: Semiring) -> Tensor:
+        shared = len(self.batch_shape) + 1 - self.parents.dim()
+        states = self.potentials[0].shape[-1]
+        return semiring.lift(self.potentials[0].new_zeros((1,) * (shared + 1) + (states,)))
+
+    def _upward(
+        self, parts: tuple[Tensor, ...], semiring: Semiring
+    ) -> Iterator[tuple[_Level, Tensor, Tensor | None]]:
+        """From the deepest level to the roots: the values of each node's labels with all that hangs below
+        [..., nodes, S], and of the edges above the nodes [..., nodes, S, S], None at the roots."""
+        trees, nodes = self.parents.shape[:-1], self.potentials[0].shape[-2]
         node = self._side_by_side(parts[0], 2, True)
         edge = self._side_by_side(parts[1], 3 - self.homogeneous, not self.homogeneous)
-        shared = len(self.batch_shape) - len(trees)
-        one = semiring.lift(self.potentials[0].new_zeros((1,) * (shared + 1) + (states,)))
+        one = self._one(semiring)
         below: Tensor | None = None
         for level in reversed(self._levels):
             belief = node[..., level.nodes, :]
             if below is not None:
                 belief = semiring.mul(belief, _product(_taken(below, one, level.children), semiring))
             if level is self._levels[0]:
-                break
+                yield level, belief, None
+                return
             if not self.homogeneous:
                 step = edge[..., level.nodes, :, :]
             else:
                 step = edge[..., level.nodes // nodes, :, :] if trees else edge.unsqueeze(-3)
+            yield level, belief, step
             below = semiring.dot(belief.unsqueeze(-2), step, -1)
-        total = semiring.sum(belief, -1).unsqueeze(-1)
-        if trees:
-            total = _taken(total, one[..., :1], self._roots).unflatten(-3, trees)
-        return _product(total, semiring).squeeze(-1)
+
+    def conditionals(self) -> Tensor:
+        """ln P(z_n | z_parent(n)), [*B,N,S,S] (parent, child); the rows of a root are all its ln P(z_n).
+
+        Rows of labels of a parent that have probability zero are meaningless. Cost: one pass from the leaves.
+        """
+        trees, states = self.parents.shape[:-1], self.potentials[0].shape[-1]
+        lead = self.batch_shape[: len(self.batch_shape) - len(trees)]
+        nodes, rows = [], []
+        for level, belief, step in self._upward(self.potentials, Log()):
+            joint = belief.unsqueeze(-2) if step is None else step + belief.unsqueeze(-2)
+            nodes.append(level.nodes)
+            rows.append(log_softmax(joint.expand(*lead, len(level.nodes), states, states)))
+        found = torch.cat(rows, -3)[..., torch.cat(nodes).argsort(), :, :]
+        return found.unflatten(-3, (*trees, -1)) if trees else found
+
+    def stepwise(self) -> Stepwise:
+        """The labels node by node, parents first."""
+        states, nodes = self.potentials[0].shape[-1], self.parents.shape[-1]
+        depth = torch.empty(self.parents.numel(), dtype=torch.long, device=self.parents.device)
+        for d, level in enumerate(self._levels):
+            depth[level.nodes] = d
+        order = depth.view(self.parents.shape).argsort(dim=-1, stable=True)
+        order, parents = (
+            x.expand(*self.batch_shape, nodes).reshape(-1, nodes) for x in (order, self.parents)
+        )
+        table = self.conditionals().reshape(-1, nodes, states, states)
+        every = torch.arange(len(table), device=table.device)
+
+        def logits(state: tuple[int, Tensor]) -> Tensor:
+            place, labels = state
+            node = order[:, place]
+            return table[every, node, labels[every, parents[every, node].clamp(min=0)]]
+
+        def append(state: tuple[int, Tensor], label: Tensor) -> tuple[int, Tensor]:
+            place, labels = state
+            return place + 1, labels.scatter(1, order[:, place, None], label[:, None])
+
+        return Stepwise(
+            lambda n: (0, torch.zeros_like(parents)),
+            lambda state: Categorical(logits=logits(state)),
+            append,
+            lambda n: order,
+        )
 
     def _side_by_side(self, x: Tensor, events: int, by_node: bool) -> Tensor:
         """Potentials of trees as those of one forest: [..., *C, N, ...] as [..., C·N, ...], or, of edges that

@@ -16,7 +16,7 @@ from pyroelbo.distributions import DiscretizedLogistic, TreeCRF
 from pyroelbo.models.kmeans import k_means
 from pyroelbo.nn import MLP, join
 from pyroelbo.numerics import logsumexp, positive_count
-from pyroelbo.pair import PLATE, Pair
+from pyroelbo.pair import PLATE, Pair, Stepwise, Summed
 
 __all__ = ["Palette", "Superpixel", "superpixel_features"]
 
@@ -302,34 +302,55 @@ class Palette(nn.Module):
         last.bias.copy_(torch.cat(packed, -1).flatten())
 
     def distributions(self, luma: Tensor, orange: Tensor | None = None) -> tuple[Any, Any]:
-        """P(Co | c, x) and, given Co ``orange`` [*], P(Cg | Co, c, x), of luma [*] and batch shape [*, C];
-        values are chroma + 255."""
+        """P(Co | c, x) and, given Co ``orange`` [*], P(Cg | Co, c, x), of luma [*] and batch shape [*, C]."""
         levels = torch.linspace(-1, 1, _TOP + 1).to(next(self.network.parameters()))[:, None]
         table = self.network(levels).unflatten(-1, (self.colours, 5))
         place, tilt, scale = table[..., :2] * _UNIT, table[..., 4], _UNIT * table[..., 2:4].exp() + 0.1
         packed = torch.cat([place, scale, tilt.tanh()[..., None]], -1)[luma]
         first, second, width, height, slope = packed.unbind(-1)
-        co = DiscretizedLogistic(first + _TOP, width, 2 * _TOP + 1, validate_args=False)
+        co = _chroma(first, width)
         if orange is not None:
             second = second + slope * (orange.unsqueeze(-1) - first)
-        return co, DiscretizedLogistic(second + _TOP, height, 2 * _TOP + 1, validate_args=False)
+        return co, _chroma(second, height)
 
     def log_prob(self, luma: Tensor, chroma: Tensor) -> Tensor:
         """ln P(y | c, x), [*, C], of luma [*] and chroma [*, 2]."""
         orange, leaf = chroma.to(self.dtype).unbind(-1)
         co, cg = self.distributions(luma, orange)
-        return co.log_prob(orange.unsqueeze(-1) + _TOP) + cg.log_prob(leaf.unsqueeze(-1) + _TOP)
+        return co.log_prob(orange.unsqueeze(-1)) + cg.log_prob(leaf.unsqueeze(-1))
+
+    def chosen(self, luma: Tensor, colour: Tensor, orange: Tensor | None = None) -> Any:
+        """P(Co | c, x) or, given Co ``orange`` [*], P(Cg | Co, c, x), of luma [*] and one colour c [*]
+        each."""
+        d = self.distributions(luma, orange)[orange is not None]
+        return _chroma(*(p.gather(-1, colour.unsqueeze(-1)).squeeze(-1) for p in (d.loc, d.scale)))
+
+
+def _chroma(loc: Tensor, scale: Tensor) -> DiscretizedLogistic:
+    return DiscretizedLogistic(loc, scale, 2 * _TOP + 1, False, -_TOP)
+
+
+class Painted(TorchDistribution):
+    """Chroma of pixels of luma [*] and colours [*], Co before Cg; values [*, 2]."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, palette: Palette, luma: Tensor, colour: Tensor) -> None:
+        self.palette, self.luma, self.colour = palette, luma, colour
+        super().__init__(colour.shape, torch.Size((2,)), validate_args=False)
+
+    def stepwise(self) -> Stepwise:
+        luma, colour = self.luma.flatten(), self.colour.flatten()
+        return Stepwise(
+            lambda n: None,
+            lambda orange: self.palette.chosen(luma, colour, orange),
+            lambda _, orange: orange,
+        )
 
     @torch.no_grad()
-    def sample(self, luma: Tensor, colour: Tensor) -> Tensor:
-        """Chroma [*, 2] of luma [*] for the colours [*]."""
-
-        def chosen(d: Any) -> Any:
-            loc, scale = (p.gather(-1, colour.unsqueeze(-1)).squeeze(-1) for p in (d.loc, d.scale))
-            return DiscretizedLogistic(loc, scale, d.levels, validate_args=False).sample() - _TOP
-
-        orange = chosen(self.distributions(luma)[0])
-        return torch.stack([orange, chosen(self.distributions(luma, orange)[1])], -1)
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        orange = self.palette.chosen(self.luma, self.colour).sample(sample_shape)
+        return torch.stack([orange, self.palette.chosen(self.luma, self.colour, orange).sample()], -1)
 
 
 class _Generator(nn.Module):
@@ -381,7 +402,8 @@ class Colouring(TorchDistribution):
         mean = share @ seen.features / torch.where(total > 0, total, 1.0).unsqueeze(-1)
         return own, self.generator(mean, total)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def _joint(self, value: Tensor) -> Tensor:
+        """ln P(c_s, y_s | z, x), [*, S, C], y_s the pixels of segment s."""
         own, log_prior = self._segments()
         shape = self.seen.luma.shape
         rows = [
@@ -389,17 +411,25 @@ class Colouring(TorchDistribution):
             for v in value.reshape(-1, *shape, 2)
         ]
         each = rows[0] if len(rows) == 1 else torch.stack(rows).unflatten(0, value.shape[:-4])
-        return logsumexp(log_prior + own @ each, -1).sum(-1)
+        return log_prior + own @ each
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return logsumexp(self._joint(value), -1).sum(-1)
+
+    def summed(self) -> Summed:
+        """The colours of the segments, [*, S], given which the pixels are independent."""
+        prior = dist.Categorical(logits=self._segments()[1]).to_event(1)
+        return Summed(prior, self._given, lambda y: dist.Categorical(logits=self._joint(y)).to_event(1))
+
+    def _given(self, colour: Tensor) -> Painted:
+        labels = self.z.expand(*colour.shape[:-1], -1)
+        by_superpixel = colour.gather(-1, labels)
+        index = self.seen.index.view(self.seen.luma.shape) % self.seen.size.shape[1]
+        pixels = by_superpixel.gather(-1, index.expand(*labels.shape[:-1], -1))
+        luma, shape = self.seen.luma.expand(pixels.shape), self.seen.shape
+        return Painted(self.generator.palette, luma.unflatten(-1, shape), pixels.unflatten(-1, shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        _, log_prior = self._segments()
-        colour = dist.Categorical(logits=log_prior).sample(sample_shape)  # [*, S]
-        labels = self.z.expand(*sample_shape, *self.batch_shape, -1)
-        by_superpixel = colour.expand(*labels.shape[:-1], -1).gather(-1, labels)
-        index = (self.seen.index.view(self.seen.luma.shape) % self.seen.size.shape[1]).expand(
-            *labels.shape[:-1], -1
-        )
-        pixels = by_superpixel.gather(-1, index)
-        drawn = self.generator.palette.sample(self.seen.luma.expand(pixels.shape), pixels)
-        return drawn.unflatten(-2, self.seen.shape).to(torch.int32)
+        summed = self.summed()
+        return summed.given(summed.prior.sample(sample_shape)).sample().to(torch.int32)

@@ -25,7 +25,7 @@ from pyroelbo.coding import (
 from pyroelbo.coding.multiset import Multiset
 from pyroelbo.coding.stack import Stack
 from pyroelbo.coding.weights import size
-from tests.pairs import texts
+from tests.pairs import coloured, texts
 
 from .round_trip import random_words
 
@@ -85,6 +85,32 @@ def test_segments_of_a_long_code(vae, as_set, tmp_path, monkeypatch):
         assert again == y
     else:
         assert same(again, y)
+
+
+@pytest.mark.parametrize("n", [0, 3, 14])
+def test_what_is_given_is_not_in_the_file(n, tmp_path):
+    torch.manual_seed(0)
+    pair = models.Superpixel(2, 3, width=4)
+    *given, y = coloured(n or 1)
+    given, y = [part[:n] for part in given], y[:n].numpy().astype("i2")
+    found = compress(pair, y, tmp_path / "code", given=given, chunk=4)
+    assert found.coded == n - n % 4
+    assert same(decompress(pair, tmp_path / "code", given=given), y)
+    if n < 14:
+        return
+    for other, message in (
+        ((), "expected the `given` that it was written with, got nothing"),
+        ((given[0].flip(0), *given[1:]), "expected the `given` that it was written with, got another"),
+        ([part[:9] for part in given], "given: expected 14 rows, as y has, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decompress(pair, tmp_path / "code", given=other)
+    with pytest.raises(ValueError, match="as_set: expected False with `given`"):
+        compress(pair, y, tmp_path / "set", given=given, as_set=True)
+    plain = models.VAE(5)
+    compress(plain, np.zeros((3, 5), "u1"), tmp_path / "plain")
+    with pytest.raises(ValueError, match="expected nothing `given`, as it was written, got 1 parts"):
+        decompress(plain, tmp_path / "plain", given=[np.zeros(3)])
 
 
 def test_exact_models_need_no_starter(tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("constriction")
 from pyroelbo import Pair, evidence
 from pyroelbo.coding import Stack, pair_codec
 from pyroelbo.coding.pairs import grids_of
-from tests.pairs import TABLE
+from tests.pairs import CONDITIONAL, TABLE
 
 from .round_trip import random_words, round_trip
 
@@ -69,6 +69,25 @@ def test_data_are_restored_or_refused(name):
         round_trip(codec, y)
         drawn = codec.draw(Stack(random_words(2000)))
         assert drawn.shape == y.shape and drawn.dtype == y.dtype
+
+
+@pytest.mark.parametrize("name", ["superpixel", "superpixel-independent", "experts-logistic"])
+def test_data_given_something_cost_minus_the_elbo(name):
+    """A z-test against the ELBO of other draws, at 1e-6 each, with .3 % for rounding."""
+    torch.manual_seed(3)
+    new, data = CONDITIONAL[name]
+    pair, (*given, y) = new(), data(200)
+    with torch.no_grad():
+        terms = evidence.terms(pair, (*given, y), 20).log_weight
+    codec = pair_codec(pair, torch.zeros_like(y), {}, given=tuple(given))
+    assert codec.method == "bits-back"
+    ideal = -float(terms.mean(0).sum()) / math.log(2)
+    error = math.sqrt(float(terms.var(0).sum()) * (1 + 1 / 20)) / math.log(2)
+    assert abs(round_trip(codec, y, words=4000) - ideal) < 4.9 * error + 0.003 * ideal
+    other = tuple(part.flip(0) for part in given)
+    flipped = codec.conditioned(other)
+    round_trip(flipped, y.flip(0), words=4000)
+    assert codec.given is not flipped.given
 
 
 EXACT = ("autoregressive-pixelcnn", "autoregressive-transformer", "strings", "hmm-categorical")

@@ -48,6 +48,11 @@ DISCRETE = {
     "point": lambda: dist.Delta(torch.randn(B, D)).to_event(1),
     "prefix": lambda: Prefix(torch.randint(5, (B, 4))),
     "chain": chain,
+    "tree": lambda: ped.TreeCRF(torch.tensor([2, 0, -1, 2]), torch.randn(B, 4, 3), torch.randn(B, 4, 3, 3)),
+    "trees": lambda: ped.TreeCRF(
+        torch.tensor([[-1, 0, 1], [1, -1, 1]]), torch.randn(B, 2, 3, 4), torch.randn(4, 4).expand(B, 2, 4, 4)
+    ),
+    "below zero": lambda: DiscretizedLogistic(9 * torch.randn(B, D), torch.rand(B, D) + 0.2, 9, low=-4),
 }
 
 

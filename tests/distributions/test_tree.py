@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pyro
@@ -45,6 +46,37 @@ class TestTreeCRF(StructuredContract):
         node, edge = (nested(x.expand(3, *x.shape[1:])[b]) for x in q.potentials)
         parents = q.parents[b] if q.parents.dim() > 1 else q.parents
         return Listing(labelled_trees(parents.tolist(), node, edge))
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_labels_one_by_one_have_the_probability_of_the_tree(case):
+    """ln p(z) = Σ ln p(z_n | z_parent) in the order of stepwise, for every z."""
+    q = TestTreeCRF().make(case)
+    nodes, states = q.event_shape[0], q.potentials[0].shape[-1]
+    steps = q.stepwise()
+    order = steps.order(3)
+    place = order.argsort(-1)
+    parents = q.parents.expand(3, -1)
+    above = place.gather(-1, parents.clamp(min=0))
+    assert bool(((above < place) | (parents < 0)).all())
+    for labels in itertools.product(range(states), repeat=nodes):
+        z = torch.tensor(labels).expand(3, -1)
+        total, state = 0.0, steps.begin(3)
+        for t in range(nodes):
+            label = z.gather(-1, order[:, t : t + 1])[:, 0]
+            total = total + steps.distribution(state).log_prob(label)
+            state = steps.append(state, label)
+        possible = q.log_prob(z) > -math.inf
+        torch.testing.assert_close(total[possible], q.log_prob(z)[possible])
+        assert not bool((total[~possible] > -math.inf).any())
+
+
+def test_improbable_labels_keep_their_conditionals():
+    """Marginals of e^-400 underflow in float32; what follows given them does not."""
+    node = torch.tensor([[0.0, -400.0], [0.0, 0.0]], dtype=torch.float32)
+    edge = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]], dtype=torch.float32)
+    found = TreeCRF(torch.tensor([-1, 0]), node, edge).conditionals()
+    torch.testing.assert_close(found[1].exp(), torch.tensor([[0.5, 0.5], [0.25, 0.75]]).float())
 
 
 def test_a_path_is_a_chain():

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 
 from pyroelbo import audit, data, evidence, fit, fit_em, models
-from pyroelbo.models.superpixel import Palette, superpixel_features
+from pyroelbo.models.superpixel import Painted, Palette, superpixel_features
 from tests.pairs import CONDITIONAL, coloured
 
 NAMES = [name for name in CONDITIONAL if name.startswith("superpixel")]
@@ -35,9 +35,9 @@ def test_a_palettes_draws_are_its_colours():
     palette = Palette(2, 4)
     palette.start(torch.tensor([[0.5, -0.3], [-1.0, 0.8]]), torch.tensor(0.05))
     luma, colour = torch.full((40_000,), 90), torch.ones(40_000).long()
-    seen = palette.sample(luma, colour)
+    seen = Painted(palette, luma, colour).sample()
     values = torch.arange(-255, 256)
-    p = palette.distributions(torch.tensor([90]))[0].log_prob(values[:, None, None] + 255.0)[:, 0, 1].exp()
+    p = palette.distributions(torch.tensor([90]))[0].log_prob(values[:, None, None])[:, 0, 1].exp()
     counts = torch.bincount(seen[:, 0].long() + 255, minlength=511).to(p)
     keep = 40_000 * p > 5
     statistic = ((counts - 40_000 * p)[keep] ** 2 / (40_000 * p[keep])).sum()
