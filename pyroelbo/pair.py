@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import zlib
 from collections import Counter
@@ -191,6 +192,23 @@ class Program(nn.Module):
         context = nullcontext() if _quiet and self.pair._without_pyro_samples() else self.pair._pyro_context
         with context, _DataPlate(self.pair, (*batch, *named.values())):
             return self._function(self.pair, *batch, **named)
+
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError unless the program can be called with the parts of this batch."""
+        own = self.pair.__dict__.get("_callables")
+        program = self._function.__get__(self.pair) if own is None else own[self.__name__ == "guide"]
+        try:
+            takes = inspect.signature(program)
+        except ValueError:  # of a callable that does not tell
+            return
+        try:
+            batches.call(takes.bind, batch)
+        except TypeError as error:
+            has = batches.parts(batch, "batch")
+            raise ValueError(
+                f"batch: expected the parts {', '.join(takes.parameters)} that {self.pair.name}."
+                f"{self.__name__} takes, got {', '.join(has)}: {error}"
+            ) from None
 
     def train(self, mode: bool = True) -> Program:
         # Programs share their pair's mode; recursion here would loop through the pair's children.

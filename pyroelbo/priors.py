@@ -41,6 +41,7 @@ _MOST = 2**20  # values of a latent that can be enumerated
 
 class Prior(nn.Module):
     """p(z) over vectors of ``dims`` numbers (abstract): ``prior()`` is a distribution of event shape [dims].
+    One that starts from data [N, ...] has ``initialize(y)``.
 
     Its batch shape is empty and a plate expands it: ``z = pyro.sample("z", self.prior())``. Its parameters
     are trained by the ELBO like all others. If no closed-form KL to the guide is registered, Pyro's
@@ -66,9 +67,6 @@ class Prior(nn.Module):
 
     def guide(self, z: Tensor) -> None:
         """Draw the prior's own site given z, in the guide; most priors have none."""
-
-    def initialize(self, y: Tensor) -> None:
-        """Initialize from data [N, ...]; does nothing unless a prior needs data."""
 
 
 class StandardNormal(Prior):

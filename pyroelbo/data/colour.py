@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.files import PICTURES, read_picture
 
-__all__ = ["SCENES", "from_ycocg", "pictures", "read_folder", "scenes", "to_ycocg"]
+__all__ = ["SCENES", "from_ycocg", "photographs", "pictures", "read_folder", "scenes", "to_ycocg"]
 
 SCENES = ("chelsea", "coffee", "rocket", "retina", "ihc", "hubble", "motorcycle", "astronaut")
 _SIDE = 128
@@ -57,16 +58,22 @@ def pictures(name: str, splits: dict[str, Tensor], size: Sequence[int]) -> Datas
 def scenes(root: Path | None) -> Dataset:
     """Eight photographs of scikit-image in 128x128: reduced by averaging squares of whole pixels, and cut to
     the middle. "train" are the first seven of :data:`SCENES`, "test" the astronaut."""
-    try:
-        import skimage.data as found
-    except ImportError as error:
-        raise ImportError("the scenes ship with scikit-image: pip install 'pyroelbo[images]'") from error
+    found = photographs()
     files = {"retina": "retina.jpg", "hubble": "hubble_deep_field.jpg", "rocket": "rocket.jpg"}
     files["motorcycle"] = "motorcycle_left.png"
     folder = Path(found.__file__).parent
     rows = [_reduced(read_picture(folder / files.get(name, f"{name}.png"))) for name in SCENES]
     y = torch.from_numpy(np.stack(rows)).flatten(1)
     return pictures("scenes", {"train": y[:-1], "test": y[-1:]}, (_SIDE, _SIDE))
+
+
+def photographs() -> Any:
+    """The module ``skimage.data``; ImportError, with the remedy, without scikit-image."""
+    try:
+        import skimage.data as found
+    except ImportError as error:
+        raise ImportError("the photographs ship with scikit-image: pip install 'pyroelbo[images]'") from error
+    return found
 
 
 def _reduced(picture: np.ndarray) -> np.ndarray:

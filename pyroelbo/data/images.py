@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroelbo.data.colour import photographs
 from pyroelbo.data.dataset import Dataset
 from pyroelbo.files import read_npz
 
@@ -34,11 +35,7 @@ def digits(root: Path | None) -> Dataset:
 def patches(root: Path | None) -> Dataset:
     """5,552 squares of 16x16 of six photographs of scikit-image (camera, brick, grass, gravel, coins, moon)
     in 256 grey levels, split 4552/500/500 at random: neighbours may lie in two splits."""
-    try:
-        import skimage.data as found
-    except ImportError as error:
-        raise ImportError("the photographs ship with scikit-image: pip install 'pyroelbo[images]'") from error
-    rows = []
+    found, rows = photographs(), []
     for name in ("camera", "brick", "grass", "gravel", "coins", "moon"):
         picture = getattr(found, name)()
         height, width = (side // 16 for side in picture.shape)

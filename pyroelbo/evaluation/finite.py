@@ -13,7 +13,7 @@ from torch.distributions import Independent
 
 from pyroelbo.distributions import StructuredDistribution
 
-__all__ = ["EnumerableVectors", "num_values"]
+__all__ = ["EnumerableVectors", "listed", "num_values", "vectors_of"]
 
 
 def num_values(fn: Any) -> int | None:
@@ -30,6 +30,18 @@ def num_values(fn: Any) -> int | None:
     if _labelled(fn):
         return len(_labels(fn)) ** math.prod(fn.event_shape)
     return None
+
+
+def vectors_of(values: int, count: int, device: torch.device) -> Tensor:
+    """Every vector of ``count`` integers 0 … values-1, [values^count, count], the last one changing first."""
+    return torch.cartesian_prod(*[torch.arange(values, device=device)] * count).reshape(-1, count)
+
+
+def listed(values: Tensor, fn: Any, expand: bool) -> Tensor:
+    """Values of a distribution's event as its ``enumerate_support`` gives them, [V, 1, …, 1, *event] or
+    [V, *B, *event]."""
+    values = values.reshape(-1, *[1] * len(fn.batch_shape), *fn.event_shape)
+    return values.expand(-1, *fn.batch_shape, *fn.event_shape) if expand else values
 
 
 def _labelled(fn: Any) -> bool:
@@ -81,9 +93,7 @@ class _Enumerable(TorchDistribution):
         """Every value, [S, 1, …, 1, *event], the last coordinate changing first."""
         own, event = self._each()
         count = math.prod(self.event_shape[: len(self.event_shape) - len(event)])
-        codes = torch.cartesian_prod(*[torch.arange(len(own), device=own.device)] * count).reshape(-1, count)
-        values = own[codes].reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
-        return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
+        return listed(own[vectors_of(len(own), count, own.device)], self, expand)
 
     def _each(self) -> tuple[Tensor, torch.Size]:
         """The values of a coordinate, and the shape of one."""

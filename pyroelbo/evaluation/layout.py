@@ -108,6 +108,7 @@ class Layout:
     @classmethod
     def of(cls, programs: Programs, batch: Batch, scope: str, sliceable: bool = False) -> Layout:
         """Run both programs once and refuse, naming the site, what has no bound of this ``scope``."""
+        programs.pair.model.check(batch)
         guide, model = programs.traces(batch)
         summed = programs.summed(guide, model)
         check_sites(guide, model, programs.with_guide, summed)

@@ -131,12 +131,6 @@ class ByteVAE(ImageChain):
         """E[y | z_1(y)], scaled to [0, 1], [B, D]."""
         return self.decode(self.encode(y)[0])
 
-    @torch.no_grad()
-    def initialize(self, y: Tensor) -> ByteVAE:
-        """Nothing in this model starts from data; returns self."""
-        self.check(y)
-        return self
-
 
 class Reader(nn.Module):
     """A network of integers 0 … values-1 as :func:`~pyroelbo.priors.from_integers` maps them, rounded first,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
+from pyroelbo.evaluation.finite import listed, vectors_of
 from pyroelbo.models.autoregressive import CausalNetwork, Tokens
 from pyroelbo.nn import CausalTransformer
 from pyroelbo.numerics import positive_count
@@ -108,10 +109,8 @@ class Codes(TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Every value, [K^T, 1, …, 1, *event], the last code changing first."""
-        one = torch.arange(self.codes, device=self._device)
-        found = torch.cartesian_prod(*[one] * self.length).reshape(-1, self.length)
-        found = self._as_values(found).reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
-        return found.expand(-1, *self.batch_shape, *self.event_shape) if expand else found
+        found = vectors_of(self.codes, self.length, self._like.device)
+        return listed(self._as_values(found), self, expand)
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> Codes:
         return Codes(self.network, self.length, self.codes, self.one_hot, torch.Size(batch_shape))
@@ -149,7 +148,3 @@ class Codes(TorchDistribution):
     @property
     def _like(self) -> Tensor:
         return next(self.network.parameters())  # type: ignore[attr-defined]
-
-    @property
-    def _device(self) -> torch.device:
-        return self._like.device

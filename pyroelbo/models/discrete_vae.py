@@ -80,12 +80,6 @@ class DiscreteVAE(ImageChain):
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.levels = levels
 
-    @torch.no_grad()
-    def initialize(self, y: Tensor) -> DiscreteVAE:
-        """Nothing in these models starts from data; returns self."""
-        self.check(y)
-        return self
-
 
 class SigmoidBeliefNet(DiscreteVAE):
     """Layers of Bernoulli units with linear maps between them, both ways.

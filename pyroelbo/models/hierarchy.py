@@ -38,10 +38,12 @@ class ImageChain(Chain):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> ImageChain:
-        """Initialize the prior from data [N, D]: from y itself, or bottom-up from draws of z_{N-1}, which the
-        top of the encoder is given; returns self."""
+        """Initialize the prior, if it starts from data, from data [N, D]: from y itself, or bottom-up from
+        draws of z_{N-1}, which the top of the encoder is given; returns self."""
         self.check(y)
         top: Any = getattr(self.prior, "prior", self.prior)
+        if not hasattr(top, "initialize"):
+            return self
         if self.order == "bottom-up":
             for link in self.encoder.links[:-1]:
                 y = link(y).sample()

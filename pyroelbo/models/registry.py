@@ -360,7 +360,8 @@ REGISTRY: dict[str, Entry] = {
         particles=64,
     ),
     "superpixel": Entry(
-        "colours of a grey picture by segments of superpixels; prior=tree|independent, guide as prior",
+        "colours of a grey picture by segments of superpixels; prior=tree|independent, "
+        "guide=tree|independent|contrast",
         Superpixel,
         kinds={"superpixels": {}},
         sizes=lambda data: {},

@@ -238,8 +238,11 @@ class SentenceVAE(Pair):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> SentenceVAE:
-        """Initialize the prior from data [N, length] (a VampPrior's pseudo-inputs); returns self."""
+        """Initialize the prior from data [N, length] (a VampPrior's pseudo-inputs), if it starts from any;
+        returns self."""
         self.check(y)
+        if not hasattr(self.prior, "initialize"):
+            return self
         some = y[torch.randperm(len(y), device=y.device)[: max(_MOST, self.components)]]
         self.prior.initialize(self.encoder.embedded(some))
         return self

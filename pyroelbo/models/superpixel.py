@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pyro
@@ -18,9 +18,10 @@ from pyroelbo.nn import MLP, join
 from pyroelbo.numerics import logsumexp, positive_count
 from pyroelbo.pair import PLATE, Pair, Stepwise, Summed
 
-__all__ = ["Palette", "Superpixel", "superpixel_features"]
+__all__ = ["Palette", "Superpixel", "contrast_tree", "superpixel_features"]
 
 STRUCTURES = ("independent", "tree")
+GUIDES = (*STRUCTURES, "contrast")
 FEATURES = 7
 _TOP = 255  # chroma is in -255 … 255
 _UNIT = 32.0  # levels of chroma in a network's unit
@@ -41,10 +42,13 @@ class Superpixel(Pair):
       features of s and of all other segments. It is summed out:
       Π_s Σ_c P(c_s = c | z, x) Π_{pixels i of s} P(y_i | c, x_i); see :class:`Palette`. It does not depend on
       the order of the labels.
-    - q(z | y, x): as P(z | x), from the luma and chroma of the superpixels.
+    - q(z | y, x): as P(z | x), from the luma and chroma of the superpixels; or on a tree that connects
+      superpixels of unlike chroma (:func:`contrast_tree`), as labels that have to differ depend on each other
+      most.
 
     The parts P(z | x) and P(y | z, x) are easy, their sum is not: it is exact for few superpixels only
     (``evidence.exact``, ``fit_em``). Train with ``fit(objective="rloo", particles=4)``.
+    ``coding.compress(pair, y, path, given=(x, superpixels, parents))`` writes lossless colours.
 
     Parts: ``prior``, ``generator``, ``encoder``. Cost: O(B·H·W·C) for a batch, and O(B·N·(S² + C)) for each
     particle. Raises ValueError for other shapes, and for pictures of fewer superpixels than segments.
@@ -52,7 +56,8 @@ class Superpixel(Pair):
     Args:
         segments: number of segments S.
         colours: number of colours C of the palette.
-        prior, guide: ``tree`` or ``independent``.
+        prior: ``tree`` or ``independent``.
+        guide: ``tree``, ``independent`` or ``contrast``.
         width: of the networks' hidden layers.
     """
 
@@ -67,13 +72,13 @@ class Superpixel(Pair):
         super().__init__()
         for name, count in (("segments", segments), ("colours", colours), ("width", width)):
             positive_count(name, count)
-        for name, structure in (("prior", prior), ("guide", guide)):
-            if structure not in STRUCTURES:
-                raise ValueError(f"{name}: expected one of {STRUCTURES}, got {structure!r}")
-        self.segments, self.colours = segments, colours
+        for name, structure, known in (("prior", prior, STRUCTURES), ("guide", guide, GUIDES)):
+            if structure not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {structure!r}")
+        self.segments, self.colours, self.contrast = segments, colours, guide == "contrast"
         self.prior = _Labels(FEATURES, segments, prior == "tree", width)
         self.generator = _Generator(colours, width)
-        self.encoder = _Anchored(FEATURES + 4, segments, guide == "tree", width)
+        self.encoder = _Anchored(FEATURES + 4, segments, guide != "independent", width)
 
     def _check(self, x: Tensor, superpixels: Tensor, parents: Tensor, y: Tensor) -> None:
         shapes = [tuple(part.shape) for part in (x, superpixels, parents, y)]
@@ -113,6 +118,8 @@ class Superpixel(Pair):
         self._check(x, superpixels, parents, y)
         seen = _Pieces.of(x, superpixels, parents, self.generator.palette.dtype)
         mean, spread = seen.moments(y.to(seen.features.dtype) / _UNIT)
+        if self.contrast:
+            seen = replace(seen, parents=contrast_tree(mean, seen.real))
         with pyro.plate(PLATE, len(x)):
             pyro.sample("z", self.encoder(torch.cat([seen.features, mean, spread], -1), seen, mean))
 
@@ -146,6 +153,28 @@ def superpixel_sizes(superpixels: Tensor, count: int) -> Tensor:
     return torch.zeros(len(flat), count, dtype=torch.long, device=flat.device).scatter_add_(
         1, flat, torch.ones_like(flat)
     )
+
+
+@torch.no_grad()
+def contrast_tree(chroma: Tensor, real: Tensor) -> Tensor:
+    """The parents [B, N] of a spanning tree of superpixels of mean chroma [B, N, 2] with the largest total
+    distance, -1 at its root, the first one, and at those that are not ``real`` [B, N]; as far as possible
+    they are connected to ones unlike them.
+
+    Cost: O(B·N²) in N steps. Source: Prim (1957).
+    """
+    apart, rows = torch.cdist(chroma, chroma), torch.arange(len(chroma), device=chroma.device)
+    root = real.int().argmax(-1)
+    parents, best = root[:, None].expand_as(real), apart[rows, root]
+    left = real.scatter(1, root[:, None], False)
+    for _ in range(real.shape[1] - 1):
+        # where none is left, an entry is chosen that changes nothing
+        added = torch.where(left, best, -1.0).argmax(-1)
+        left = left.scatter(1, added[:, None], False)
+        nearer = left & (apart[rows, added] > best)
+        best = torch.where(nearer, apart[rows, added], best)
+        parents = torch.where(nearer, added[:, None], parents)
+    return torch.where(real, parents, -1).scatter(1, root[:, None], -1)
 
 
 def superpixel_features(x: Tensor, superpixels: Tensor, parents: Tensor) -> Tensor:

@@ -119,8 +119,10 @@ class VAE(Pair):
 
     @torch.no_grad()
     def initialize(self, y: Tensor) -> VAE:
-        """Initialize the prior from data [N, D] (a VampPrior's pseudo-inputs); returns self."""
-        self.prior.initialize(y)
+        """Initialize the prior from data [N, D] (a VampPrior's pseudo-inputs), if it starts from any; returns
+        self."""
+        if hasattr(self.prior, "initialize"):
+            self.prior.initialize(y)
         return self
 
     @torch.no_grad()

@@ -62,6 +62,7 @@ def probe(pair: Pair, batch: Batch, loader: Minibatches) -> tuple[dict[str, Tens
 
 def _run_once(pair: Pair, batch: Batch) -> tuple[Any, Any]:
     """Traces of guide and model on ``batch``, the guide with validation."""
+    pair.model.check(batch)
     with torch.no_grad(), pyro.validation_enabled(True):
         try:
             guide = batches.call(poutine.trace(pair.guide).get_trace, batch)

@@ -160,6 +160,7 @@ def fit_em(
     least = getattr(pair, "least_data", 1)
     if loader.size is not None and loader.size < least:
         raise ValueError(f"data: expected at least {least} rows for {pair.name}, got {loader.size}")
+    pair.model.check(loader.first())
     pyro.set_rng_seed(seed)
     begins = start or ("data" if pair.pristine else "current")
     pair.to(place)

@@ -74,6 +74,22 @@ def standing(family, prior, train=None):
     return pair if train is None else pair.initialize(train)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.Hierarchy(16, (3, 2), 8),
+        lambda: models.ByteVAE(16, (3, 2), (8,), 5),
+        lambda: models.DiscreteVAE(16, (3, 2), (8,)),
+        lambda: models.VAE(16, 2, (8,)),
+    ],
+)
+def test_where_nothing_starts_from_data_no_numbers_are_drawn(make):
+    pair, y = make(), binary(5, 16)
+    before = torch.get_rng_state()
+    assert pair.initialize(y) is pair and pair.pristine
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("family", STANDING)
 def test_a_chain_may_stand_on_any_prior(family, prior):

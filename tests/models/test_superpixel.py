@@ -8,8 +8,8 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyroelbo import audit, data, evidence, fit, fit_em, models
-from pyroelbo.models.superpixel import Painted, Palette, superpixel_features
+from pyroelbo import Pair, audit, data, evidence, fit, fit_em, models
+from pyroelbo.models.superpixel import Painted, Palette, contrast_tree, superpixel_features
 from tests.pairs import CONDITIONAL, coloured
 
 NAMES = [name for name in CONDITIONAL if name.startswith("superpixel")]
@@ -155,7 +155,7 @@ def test_it_starts_from_the_colours_of_the_pictures():
     y = torch.where(batch[1][..., None] % 2 == 0, torch.tensor([40, -20]), torch.tensor([-64, 80]))
     y[0] = y[1]
     pair = models.Superpixel(2, 2, width=4).initialize(*batch[:2], batch[2], y)
-    centres = pair.generator.palette.distributions(torch.tensor([10]))[0].loc - 255
+    centres = pair.generator.palette.distributions(torch.tensor([10]))[0].loc
     assert sorted(centres[0].tolist()) == pytest.approx([-64, 40], abs=3)
     z = site(pair.guide, (*batch[:3], y), "z")["fn"].mode[1:]
     assert ((z == z[:, :1]) == (torch.arange(6) % 2 == 0)).all()
@@ -177,6 +177,25 @@ def changed(i, value):
         return batch
 
     return make
+
+
+@pytest.mark.parametrize("use", [fit, fit_em, audit, evidence.exact, evidence.elbo])
+def test_colours_without_what_they_are_given_are_refused(use):
+    pair, (*_, y) = models.Superpixel(2, 3, width=4), coloured(3)
+    message = (
+        "batch: expected the parts x, superpixels, parents, y that Superpixel.model takes, got batch: missing"
+    )
+    with pytest.raises(ValueError, match=message):
+        use(pair, y)
+
+
+def test_parts_are_those_of_any_two_callables():
+    def model(x, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", pyro.distributions.Normal(pyro.param("w", torch.tensor(1.0)) * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="batch: expected the parts x, y that model.model takes, got batch"):
+        fit(Pair.of(model, lambda x, y: None), torch.zeros(3), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +235,34 @@ def test_bad_batches_are_refused(make, message):
 def test_bad_settings_and_data_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_tree_of_contrasts_spans_what_is_there_at_the_largest_distance():
+    """Against every spanning tree of five points, and of the three that are real."""
+    torch.manual_seed(0)
+    chroma = torch.randn(4, 5, 2)
+    real = torch.tensor(
+        [[True] * 5, [False, True, True, False, True], [True] * 5, [False, False, True, False, False]]
+    )
+    parents = contrast_tree(chroma, real)
+    for row in range(4):
+        there = real[row].nonzero()[:, 0].tolist()
+        apart = torch.cdist(chroma[row], chroma[row])
+        edges = list(itertools.combinations(there, 2))
+        totals = []
+        for tree in itertools.combinations(edges, len(there) - 1):
+            reached = {there[0]}
+            for _ in tree:
+                reached |= {v for edge in tree if reached & set(edge) for v in edge}
+            if len(reached) == len(there):
+                totals.append(sum(float(apart[a, b]) for a, b in tree))
+        found = [(n, int(parents[row, n])) for n in range(5) if parents[row, n] >= 0]
+        assert len(found) == len(there) - 1 and {n for edge in found for n in edge} <= set(there)
+        assert sum(float(apart[a, b]) for a, b in found) == pytest.approx(max(totals))
+        for n, _ in found:  # each leads to the root, the first that is real
+            while parents[row, n] >= 0:
+                n = int(parents[row, n])
+            assert n == there[0]
 
 
 def test_a_guide_on_a_tree_may_leave_the_order_of_the_labels_free():
