@@ -144,7 +144,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Restore, on exit, the values of ``tensors``, the param store's entries and all global random states."""
+    """Restore, on exit, the values of ``tensors``, the param store's entries and all global random states.
+
+    The tensors get no new version: the caller may have saved them for a backward pass of his own.
+    """
     store = pyro.get_param_store()
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a cached cast of a weight would be a constant of the graph
@@ -167,7 +170,7 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for t, value in zip(tensors, saved, strict=True):
                 if not torch.equal(t, value):
-                    t.copy_(value)
+                    t.data.copy_(value)
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _scale(state: Sequence[Tensor]) -> None:
         for t in state:
             overlapping = any(n > 1 and not s for n, s in zip(t.shape, t.stride(), strict=True))
             if t.is_floating_point() and not overlapping:
-                t.mul_(_SCALE)
+                t.data.mul_(_SCALE)  # no new version, as in ``restored``
 
 
 def _compared(plan: Plan, call: Call, runner: Callable[..., list], case: Case, least: float) -> str:

@@ -257,3 +257,14 @@ def test_a_weight_is_followed_though_evaluations_replace_objects_of_the_guide():
         loss.loss_and_grads(model, guide, y)
         Trace_ELBO().loss(model, guide, y)
     assert (loss.counters.compiled_calls, loss.counters.captures) == (3, 1)
+
+
+def test_a_backward_pass_of_the_caller_survives_the_checks():
+    """A penalty on the weights, computed before the call that captures and compares."""
+    module, y = VAE(), data(8, 6)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    for _ in range(3):
+        weights = [p for p in module.parameters() if p.dim() == 2]
+        penalty = sum(w.square().sum() for w in weights)
+        (loss.differentiable_loss(module.model, module.guide, y) + penalty).backward()
+    assert loss.counters.compiled_calls == 2
