@@ -130,7 +130,7 @@ def signature(args: tuple, kwargs: dict) -> Signature:
     for x in flat:
         if isinstance(x, Tensor):
             key.append((x.shape, x.dtype, x.device, x.requires_grad))
-            tensors.append(x if x.is_contiguous() else x.contiguous())
+            tensors.append(x if x.layout is not torch.strided or x.is_contiguous() else x.contiguous())
             if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
                 key.append(torch.get_autocast_dtype("cuda"))
         elif type(x) in FLOATS:
@@ -233,9 +233,8 @@ class GraphCache:
         changed = failed.what if failed is not None else self._vary(key, structure.floats)
         if not self._room(key, changed, pending):
             return None
-        call = Call(self.loss, key[0], key[1], key[2], args, kwargs)
         try:
-            graph = self._lifting(key, call)
+            graph = self._lifting(key, Call(self.loss, key[0], key[1], key[2], args, kwargs))
         except (Untraceable, Mismatch) as error:
             self._fail(key, str(error))
             return None

@@ -76,7 +76,12 @@ def capture(call: Call, lifted: Sequence[Place | int] = (), followed: Sequence[s
     """
     _plain_store()
     run = _Run(call)
-    hooked = [t for t in Environment(call.roots).kept if isinstance(t, Tensor)]
+    environment = Environment(call.roots)
+    hooked = [t for t in environment.kept if isinstance(t, Tensor)]
+    for t in hooked:
+        if t.layout is not torch.strided:
+            name = environment.tensor_names[id(t)]
+            raise Untraceable(f"{name!r} is a tensor of layout {t.layout}, which has no strides")
     with _reasons(run.last), quiet(), unhooked(hooked):
         free, environment, census = _census(run)
         return _Tracer(run, free, lifted, environment, census, followed).plan()

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyroelbo.compiled.environment import Environment
+from pyroelbo.compiled.environment import Environment, Untraceable
 
 FLOATS = (float, np.float64)
 
@@ -86,6 +86,9 @@ class Call:
     def __init__(self, loss: Any, kind: str, model: Any, guide: Any, args: tuple, kwargs: dict):
         self.loss, self.kind, self.model, self.guide = loss, kind, model, guide
         self._flat, self._spec = pytree.tree_flatten((args, kwargs))
+        for x in self._flat:
+            if isinstance(x, Tensor) and x.layout is not torch.strided:
+                raise Untraceable(f"an argument is a tensor of layout {x.layout}, which has no strides")
         self.tensors = [x.detach().contiguous() for x in self._flat if isinstance(x, Tensor)]
         self.floats = [x for x in self._flat if type(x) in FLOATS]
         self.objects = [x for x in self._flat if not isinstance(x, Tensor)]

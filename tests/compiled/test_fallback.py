@@ -346,3 +346,47 @@ def test_a_constructor_that_no_mode_sees_is_caught_by_the_check(held):
             state.fill_(1.0 + i)
             loss.loss_and_grads(model, nothing, torch.tensor(0.5), torch.tensor(1.0 + i))
     assert loss.counters.compiled_calls == 0
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(1, 2, batch_first=True)
+
+    def forward(self, y):
+        pyro.module("recurrent", self)
+        hidden, _ = self.lstm(y[:, :, None])
+        pyro.sample("y", dist.Normal(hidden.sum(-1), 1.0).to_event(2), obs=y)
+
+
+def sparse(y):
+    loc = pyro.param("loc", torch.full((3,), 0.3))
+    pyro.sample("y", dist.Normal(torch.mv(y, loc), 1.0).to_event(1), obs=y.to_dense()[0])
+
+
+ADJACENCY = torch.eye(3).to_sparse()
+
+
+def sparse_in_a_global(y):
+    loc = pyro.param("loc", torch.full((3,), 0.3))
+    pyro.sample("y", dist.Normal(torch.mv(ADJACENCY.to(y.dtype), loc), 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    "make_model, y, named",
+    [
+        (Recurrent, torch.ones(2, 4), "the graph fails where eager does not"),
+        (lambda: sparse, torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: sparse_in_a_global, torch.ones(3), "'ADJACENCY' is a tensor of layout"),
+    ],
+)
+def test_what_a_graph_cannot_run_stays_eager(make_model, y, named):
+    torch.set_default_dtype(torch.float32)  # an LSTM is one kernel then
+    pyro.clear_param_store()
+    model = make_model()
+    y = y.to(torch.float32)
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    with pytest.warns(CompileWarning, match=named):
+        values = [loss.loss_and_grads(model, nothing, y) for _ in range(4)]
+    assert values == [Trace_ELBO().loss_and_grads(model, nothing, y)] * 4
+    assert loss.counters.compiled_calls == 0
