@@ -154,6 +154,33 @@ def test_agrees_with_one_large_gaussian(varying, rows, lengths):
         assert not z[:, b, length:].any() and not q.mean[b, length:].any()
 
 
+@pytest.mark.parametrize(
+    "steps, varying, rows, lengths",
+    [
+        (5, False, (), None),
+        (5, True, (3,), [5, 3, 1]),
+        (5, False, (3,), [5, 3, 1]),
+        (200, False, (), [200, 150, 7]),  # beyond the fixed point
+        (1, False, (), None),
+    ],
+)
+def test_the_compiled_smoother_is_the_one_in_torch(steps, varying, rows, lengths):
+    """With gradients the smoother runs in torch."""
+    pytest.importorskip("numba")
+    parts = [x.requires_grad_() for x in parameters(rows, steps=steps, varying=varying)]
+    q = chain(parts, lengths=None if lengths is None else torch.tensor(lengths)).posterior(
+        torch.randn(3, steps, 3)
+    )
+    with torch.no_grad():
+        found = q.mean, q.covariance, q.lagged
+        torch.manual_seed(0)
+        z = q.rsample((4,))
+    assert q.mean.requires_grad and not found[0].requires_grad
+    torch.testing.assert_close(found, (q.mean, q.covariance, q.lagged), rtol=0, atol=1e-11)
+    torch.manual_seed(0)
+    torch.testing.assert_close(z, q.rsample((4,)).detach(), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("lengths", [None, [5, 3, 1]])
 @pytest.mark.parametrize("rows", [(), (3,)])
 @pytest.mark.parametrize("varying", [False, True])

@@ -32,6 +32,7 @@ from pyroelbo.distributions.kernels import (  # noqa: E402
     kalman,
     mixture,
     path,
+    smoother,
 )
 
 B, T, S = 3, 5, 8
@@ -183,6 +184,21 @@ def kalman_adjoint():
     return new(B) + 1, lengths, kept, grads, torch.zeros_like(y)
 
 
+def conditionals():
+    y, lengths, parameters, value, states, found = kalman_filter()
+    kalman.kalman_filter(y, lengths, parameters, value, states, found)
+    gain, own = new(1, T, HIDDEN, HIDDEN), new(1, T, HIDDEN, HIDDEN)
+    return lengths, parameters, states, found, gain, own, new(B, T, HIDDEN)
+
+
+def sweep():
+    return randn(1, T, HIDDEN, HIDDEN), randn(B, T, HIDDEN), new(B, T, HIDDEN)
+
+
+def spread():
+    return tuple(randn(B, T, HIDDEN, HIDDEN) for _ in range(3))
+
+
 def e_step():
     rows, dims, parts = 20, 3, 8
     features = dims * dims + dims  # all products of a block of up to eight coordinates, and these
@@ -209,6 +225,9 @@ CASES = {
         kalman_adjoint,
         [((1,), "lengths", 1, T), ((2, "found", "settled"), "settled", 0, T - 1)],
     ),
+    (smoother, "conditionals"): (conditionals, [((0,), "lengths", 1, T)]),
+    (smoother, "sweep"): (sweep, []),
+    (smoother, "spread"): (spread, []),
     (mixture, "e_step"): (e_step, []),
 }
 INDICES = [(*key, make, *index) for key, (make, indices) in CASES.items() for index in indices]
@@ -230,7 +249,7 @@ def flat(arguments):
 
 
 def test_python_enters_kernels_through_the_gate_alone():
-    here = {(module, name) for module in (chain, path, alignment, inside_outside, kalman, mixture)
+    here = {(module, name) for module in (chain, path, alignment, inside_outside, kalman, smoother, mixture)
             for name, x in vars(module).items() if isinstance(x, gate.Kernel)}  # fmt: skip
     assert here == set(CASES)
     folder = Path(chain.__file__).parents[1]
@@ -437,6 +456,9 @@ PLANTED = {
     "outside": ("inside_outside", "out.two[i, b] = flow", "[i,", "[i + 1,"),
     "kalman_filter": ("kalman", "states.mean[row, t + 1, i] = x", "t + 1", "t + 2"),
     "kalman_adjoint": ("kalman", "by_y[row, t, i] = s", "t,", "t + 1,"),
+    "conditionals": ("smoother", "shift[row, t, i] = x", "t,", "t + 1,"),
+    "sweep": ("smoother", "x += gain[b, t, i, k] * z[row, t + 1, k]", "t + 1", "t + 2"),
+    "spread": ("smoother", "_mm(gain[row, t], covariance[row, t + 1], x)", "t + 1", "t + 2"),
     "e_step": ("mixture", "store(counts, r * size + j,", "j,", "j + 1,"),
 }
 
