@@ -69,7 +69,7 @@ def pytest_runtest_call(item):
 def pytest_runtest_logreport(report):
     outcome, text = report.outcome, str(report.longrepr)
     if outcome == "failed":
-        silent = "No warnings were raised" in text or "DID NOT RAISE" in text
+        silent = any(t in text for t in ("No warnings were raised", "DID NOT WARN", "DID NOT RAISE"))
         outcome = "silent" if silent else "slow" if _SLOW in text else outcome
     _REPORTS.append((report.nodeid, report.when, outcome))
 

@@ -382,14 +382,14 @@ def _split_reads(graph: fx.GraphModule, reads: int) -> tuple[fx.GraphModule, lis
     names = {n.name for i in kept for n in needed[i]}
     wanted = [outputs[len(outputs) - reads + i].name for i in kept]
     output.args = (outputs[:-reads],)
-    guards = fx.GraphModule(graph, fx.Graph())
+    own = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     by_name = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder" or node.name in names:
-            by_name[node.name] = copies[node] = guards.graph.node_copy(node, copies.__getitem__)
-    guards.graph.output([by_name[name] for name in wanted])
-    guards.recompile()
+            by_name[node.name] = copies[node] = own.node_copy(node, copies.__getitem__)
+    own.output([by_name[name] for name in wanted])
+    guards = fx.GraphModule(graph, own)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return guards, kept

@@ -217,6 +217,7 @@ class Interception(TorchFunctionMode):
     def _read(self, func: Any, seen: Tensor, args: tuple, kwargs: dict, frame: FrameType) -> Any:
         seen = detach_provenance(seen)
         if self._census is not None:
+            seen.detach()  # tolist and numpy read memory without an operation that the census would see
             taint = self._census.taint(seen)
             if taint is not None:
                 if func not in _NUMBERS:
@@ -370,6 +371,7 @@ _READERS: dict[Any, Callable[..., Tensor]] = {
     Tensor.tolist: _same,
     Tensor.numpy: _same,
     Tensor.__array__: _same,
+    Tensor.__dlpack__: _same,
     Tensor.__float__: _same,
     Tensor.__complex__: _same,
     Tensor.__bool__: lambda t: t.bool(),

@@ -355,3 +355,27 @@ def test_a_selection_that_is_only_copied_needs_no_shape(change, compiled):
     assert loss.counters.compiled_calls == compiled
     if not compiled:
         assert "shape of index" in loss.counters.reasons[0]
+
+
+KNOWN = torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.tolist()[1],
+        lambda t: float(t.numpy()[1]),
+        lambda t: float(np.asarray(t)[1]),
+        lambda t: float(np.from_dlpack(t)[1]),
+        lambda t: 2.0 if torch.equal(t, torch.tensor([1.0, 2.0])) else 3.0,
+    ],
+)
+def test_a_tensor_in_sight_that_is_read_and_never_computed_with_is_a_guard(read):
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)) * read(KNOWN), 1.0), obs=y)
+
+    def before(i):
+        KNOWN.copy_(torch.tensor([1.0, 2.0]) * (1 + i // 4))
+
+    loss = follow(model, nothing, [(torch.tensor(0.5),)] * 8, before=before)
+    assert loss.counters.compiled_calls >= 6
