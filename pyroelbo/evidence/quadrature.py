@@ -286,7 +286,7 @@ def _cholesky(covariance: Tensor) -> Tensor:
 
 @functools.cache
 def _hermite_rule(points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss–Hermite nodes and ln(weight) + x² within eleven standard deviations, |x| < 8.
+    """Gauss–Hermite nodes, an even number, and ln(weight) + x² within eleven standard deviations, |x| < 8.
 
     The nodes are the zeros of the Hermite function ψ_n, first approximated by its WKB phase, then by Newton's
     method; weight·e^(x²) = 1 / Σ_{j<n} ψ_j(x)². Cost: O(n) per node, so that thousands of nodes are cheap.
@@ -294,13 +294,12 @@ def _hermite_rule(points: int) -> tuple[np.ndarray, np.ndarray]:
     turning = math.sqrt(2 * points + 1)
     grid = np.linspace(0, min(8.2, turning * (1 - 1e-9)), 20_000)
     phase = 0.5 * (grid * np.sqrt(turning**2 - grid**2) + turning**2 * np.arcsin(grid / turning))
-    offset = 0.5 if points % 2 == 0 else 1.0
-    count = int(phase[-1] / math.pi - offset) + 1
-    x = np.interp((np.arange(count) + offset) * math.pi, phase, grid)
+    count = int(phase[-1] / math.pi - 0.5) + 1
+    x = np.interp((np.arange(count) + 0.5) * math.pi, phase, grid)
     for _ in range(4):
         before, last, _ = _hermite_functions(points, x)
         x = x - last / (math.sqrt(2 * points) * before - x * last)
-    x = np.concatenate([-x[::-1], [0.0] if points % 2 else [], x])
+    x = np.concatenate([-x[::-1], x])
     x = x[np.abs(x) < 8]
     return x, -np.log(_hermite_functions(points, x)[2])
 

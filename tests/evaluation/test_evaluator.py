@@ -453,3 +453,11 @@ def test_a_pair_of_integers_alone_is_evaluated_in_the_default_type():
 
     evaluator = Evaluator(Pair.of(model, guide), torch.tensor([0, 1, 1]))
     assert evaluator.layout.dtype == torch.get_default_dtype()
+
+
+def test_values_in_chunks_are_double():
+    make, draw = TABLE["vae-bernoulli"]
+    pair, y = make().float(), draw(4).float()
+    evaluator = Evaluator(pair, y)
+    latents = evaluator.sample_pass(3, None).latents
+    assert evaluator.in_chunks(evaluator.log_joint, latents).dtype == torch.float64

@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 
 from pyroelbo import audit, evidence, fit, models
 from pyroelbo.compiled import CompiledStep
-from pyroelbo.distributions.corruption import Corrupted, GaussianNoise, Generated, kept
+from pyroelbo.distributions.corruption import Corrupted, GaussianNoise, Generated, NoisyChain, kept
 from pyroelbo.evidence import Unavailable
 from pyroelbo.training.step import EagerStep
 from tests.pairs import TABLE as PAIR_TABLE
@@ -432,3 +432,12 @@ def test_the_true_output_estimates_the_data(parametrization):
     z = left.sqrt() * x + lost.sqrt() * e
     out = {"eps": e, "x0": x, "v": left.sqrt() * e - lost.sqrt() * x}[parametrization]
     torch.testing.assert_close(noise.estimate(out[..., None], z, t), x)
+
+
+def test_the_observation_is_what_the_network_says_of_the_first_step(monkeypatch):
+    pair, told = models.Diffusion(3, 4), []
+    chain = next(m for m in pair.modules() if isinstance(m, NoisyChain))
+    output = chain.output
+    monkeypatch.setattr(chain, "output", lambda z, t, labels=None: (told.append(t), output(z, t, labels))[1])
+    chain.observation(torch.randn(2, 3))
+    assert [int(t) for t in told] == [1]

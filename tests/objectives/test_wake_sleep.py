@@ -105,3 +105,15 @@ def test_a_guide_that_reads_the_generator_is_refused(name):
     pair, y = Shared(), torch.randn(4, 3)
     with pytest.raises(ValueError, match="whose guide reads|reads"):
         OBJECTIVES[name](pair, 2).check(pair, y)
+
+
+def test_both_reweighted_losses_print_the_importance_weighted_bound():
+    pair, y = make(("bernoulli", "bernoulli"))
+    y, values = y.expand(4000, -1), []
+    for update in ReweightedWakeSleep(3, ("generator", "prior")).updates().values():
+        torch.manual_seed(0)
+        loss = update.loss.differentiable_loss(pair.model, pair.guide, y)
+        values.append(-float(loss.detach()) / 4000)
+    assert values[0] == pytest.approx(values[1])
+    bound = evidence.iwae(pair, y, particles=3).value
+    assert abs(values[0] - float(bound.mean())) < 5.5 * float(bound.std()) * math.sqrt(2 / 4000)
