@@ -37,7 +37,7 @@ ROWS = {
 def row(name, digits, epochs, likelihood):
     settings, phases, summed = ROWS[name]
     pyro.set_rng_seed(0)
-    pair = models.ByteVAE((8, 8), likelihood=likelihood, levels=17, **settings)
+    pair = models.ByteVAE((8, 8), likelihood=likelihood, levels=17, **settings).initialize(digits["train"])
     for objective in phases:
         chosen = {"learning_rate": 2e-3, "schedule": "cosine", "progress": False}
         fit(pair, digits["train"], objective=objective, epochs=epochs, **chosen)

@@ -51,7 +51,7 @@ def main(arguments=None):
     results, rows, names = {}, [test[:16] / 16], ["data"]
     for name, settings in list(SYSTEMS.items())[:: 3 if options.smoke else 1]:
         torch.manual_seed(options.seed)
-        pair = models.ByteVAE((8, 8), likelihood="categorical", levels=17, **settings)
+        pair = models.ByteVAE((8, 8), likelihood="categorical", levels=17, **settings).initialize(train)
         fit(
             pair,
             train,

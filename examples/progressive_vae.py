@@ -61,6 +61,7 @@ def main(arguments=None):
     for name in ("progressive", "joint"):
         torch.manual_seed(options.seed)
         pair = models.ByteVAE((8, 8), (6, 3), values=4, likelihood="categorical", levels=17)
+        pair.initialize(train)
         if name == "progressive":
             fit(pair, train, objective=Progressive_ELBO(phase=1), epochs=epochs, **settings)
             print(f"after phase one, nats per datum by layer: {layers(pair, test)}")

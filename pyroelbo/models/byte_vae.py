@@ -131,6 +131,15 @@ class ByteVAE(ImageChain):
         """E[y | z_1(y)], scaled to [0, 1], [B, D]."""
         return self.decode(self.encode(y)[0])
 
+    @torch.no_grad()
+    def initialize(self, y: Tensor) -> ByteVAE:
+        """Start the biases of the last layer of p(y | z_1) with what suits all data [N, D] best, so that
+        codes need not carry the mean; returns self."""
+        self.check(y)
+        decoder: Any = self.generator.observation.network  # type: ignore[union-attr]
+        decoder.network[-1].bias.copy_(self.pixels.constant(y))
+        return self
+
 
 class Reader(nn.Module):
     """A network of integers 0 … values-1 as :func:`~pyroelbo.priors.from_integers` maps them, rounded first,

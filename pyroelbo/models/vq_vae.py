@@ -300,8 +300,9 @@ class SQVAE(_Coded):
         network: ``mlp`` or ``conv``.
         channels: channels of the first convolution of ``conv``.
         prior: ``uniform``, ``factorized`` or ``autoregressive``, see
-            :class:`~pyroelbo.models.codes.CodePrior`. Trained along, the latter two draw the encoder to the
-            codes that they know: on digits all data came to have the same ones.
+            :class:`~pyroelbo.models.codes.CodePrior`. Trained from the start, the latter two draw the encoder
+            to the few codes that they know. Let them learn once the codes mean something: ``fit(pair, y,
+            freeze=("prior",), ...)``, then ``fit(pair, y, ...)``.
 
     Source: Takida et al. (2022).
     """

@@ -67,6 +67,15 @@ def test_the_elbo_is_the_hard_one(latent, values):
     assert found.stderr.abs().max() < 1e-12
 
 
+def test_pixels_start_at_their_shares_in_the_data():
+    """Without codes, the best coins are the means."""
+    pair, y = few(), binary(400, 3)
+    assert pair.initialize(y) is pair and not pair.pristine
+    torch.nn.init.zeros_(pair.generator.observation.network.network[-1].weight)
+    found = pair.decode(torch.zeros(1, 2))[0]
+    torch.testing.assert_close(found, y.mean(0), atol=1e-3, rtol=0)
+
+
 def test_all_codes_together_are_the_evidence():
     pair = few()
     every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))

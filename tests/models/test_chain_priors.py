@@ -78,7 +78,6 @@ def standing(family, prior, train=None):
     "make",
     [
         lambda: models.Hierarchy(16, (3, 2), 8),
-        lambda: models.ByteVAE(16, (3, 2), (8,), 5),
         lambda: models.DiscreteVAE(16, (3, 2), (8,)),
         lambda: models.VAE(16, 2, (8,)),
     ],
