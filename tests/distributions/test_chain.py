@@ -934,3 +934,13 @@ def test_a_value_beyond_the_supports_of_uneven_sequences_is_named():
         d.log_prob(y)
     y[2, 1], y[2, 2] = 1.0, -7.0
     assert d.log_prob(y).isfinite().all()
+
+
+def test_an_evidence_without_gradient_is_not_kept_for_those_who_need_one():
+    initial = torch.randn(1, 3, requires_grad=True)
+    chain = LinearChain(initial, torch.randn(1, 3, 3), torch.randn(1, 4, 3))
+    with torch.no_grad():
+        value = chain.log_partition
+    assert not value.requires_grad
+    chain.log_partition.sum().backward()
+    assert initial.grad.abs().max() > 0

@@ -12,7 +12,7 @@ from torch.distributions import biject_to, constraints
 
 from pyroelbo import Pair, audit, evidence
 from pyroelbo.evaluation.masks import _both
-from pyroelbo.evaluation.sites import _same
+from pyroelbo.evaluation.sites import _same, check_support
 from pyroelbo.evaluation.supports import circular, is_circular, support_of, within_circle
 from pyroelbo.evidence.lattice import _range
 
@@ -376,3 +376,10 @@ def test_masks_of_two_kinds_are_joined():
 )
 def test_ranges_of_discrete_coordinates(support, expected):
     assert _range(support) == expected
+
+
+@pytest.mark.parametrize("values, grey", [([0.5, 1.0], True), ([0.5, 7.0], False), ([-1.0, -2.0], False)])
+def test_advice_for_grey_pixels_is_given_for_grey_pixels(values, grey):
+    with pytest.raises(ValueError, match="observed site 'y'") as refusal:
+        check_support("y", "Bernoulli", torch.distributions.constraints.boolean, torch.tensor(values))
+    assert ("Grey pixels" in str(refusal.value)) == grey

@@ -5,10 +5,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroelbo import Pair
 from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence import annealed
+from pyroelbo.evidence.potential import _draws
 from tests.evidence.test_annealed import CASES as CONTINUOUS
 from tests.evidence.test_annealed import pair_of
 from tests.evidence.test_lattice import CASES as DISCRETE
@@ -118,3 +120,15 @@ def test_no_densities_where_the_guide_leaves_the_support():
         points = annealer._draw(8, None)
         dead = points.u.isnan().any(-1)
         assert (points.joint.isinf() == dead).all() and dead.any()
+
+
+def test_a_graph_that_draws_is_told_from_one_that_does_not():
+    def drawn(x):
+        return (x + torch.randn_like(x)).sum()
+
+    def unused(x):
+        torch.randn_like(x)
+        return x.sum()
+
+    assert _draws(make_fx(drawn)(torch.zeros(3)))
+    assert not _draws(make_fx(unused)(torch.zeros(3)))

@@ -320,3 +320,9 @@ def test_a_weighted_loss_is_described_validated_and_traced_like_its_inner_one():
     assert float(model.nodes["y"]["scale"]) == 1.0
     with pytest.raises(AttributeError, match="has no KL weight: wrap it in Weighted_ELBO"):
         adapt(inner).weight = 0.5
+
+
+def test_a_wrapped_loss_keeps_its_particles():
+    inner = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2)
+    for loss in (Weighted_ELBO(inner), PerDatum(inner, float)):
+        assert (loss.num_particles, loss.vectorize_particles, loss.max_plate_nesting) == (3, True, 2)
