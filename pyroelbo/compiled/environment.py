@@ -162,6 +162,10 @@ class Environment:
             return True
         return package in _LIBRARIES or (package not in self._own and _installed(package))
 
+    def _walked(self, function: types.FunctionType) -> bool:
+        """False for code of packages; functions made by ``exec`` may have no module."""
+        return function.__module__ in (None, "builtins") or not self._foreign(function.__module__)
+
     def _visit(self, thing: Any, name: str, near: bool) -> None:
         if isinstance(thing, type):
             if near:
@@ -326,12 +330,14 @@ class Environment:
             self._later(default, name)
         if function.__kwdefaults__:
             self._later(function.__kwdefaults__, name)
-        if not self._foreign(function.__module__):
+        if self._walked(function):
             self._globals(function)
 
     def _globals(self, function: types.FunctionType) -> None:
         space, names = function.__globals__, _code_names(function.__code__)
-        by_name = names | _words(function.__code__) if "getattr" in names else names
+        by_name = names if names.isdisjoint(("getattr", "globals")) else names | _words(function.__code__)
+        if "globals" in names:
+            names = by_name
         self._advances |= not names.isdisjoint(("next", "__next__"))
         if not names.isdisjoint(("environ", "getenv")):
             self._later(os.environ._data, "os.environ")  # type: ignore[attr-defined]
@@ -369,7 +375,9 @@ class Environment:
     def _global(self, space: dict[str, Any], key: str, value: Any, name: str) -> None:
         if isinstance(value, types.ModuleType):
             return
-        if isinstance(value, (type, types.FunctionType)) and self._foreign(value.__module__):
+        if isinstance(value, types.FunctionType) and not self._walked(value):
+            return
+        if isinstance(value, type) and self._foreign(value.__module__):
             return
         self._edge(space, key, value, name)
 
@@ -390,7 +398,7 @@ class Environment:
         except (KeyError, IndexError, ValueError):
             return self._missing(), None, None
         if not same:
-            i = _differs(self._values, list(map(getitem, self._holders, self._keys)))
+            i = _differs(self._values, list(map(at, self._holders, self._keys)))
             if i is not None:
                 return self._names[i], self._holders[i], self._keys[i]
         if not all(map(is_, cells, self._cell_values)):

@@ -335,7 +335,9 @@ def _masks(index: Any, x: Tensor) -> bool:
 def _kept_in_graph(func: Any, t: Tensor, frame: FrameType) -> Any:
     """The answer to ``.item()`` and ``bool()`` in a loss's own code, or None for all other code."""
     module = frame.f_globals.get("__name__", "")
-    own = module.startswith("pyro.infer.") or isinstance(frame.f_locals.get("self"), ELBO)
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    own = module.startswith("pyro.infer.") or isinstance(first, ELBO)
     if func is Tensor.item and own:
         value = detach_provenance(t).detach()
         return value.double() if value.is_floating_point() and value.device.type != "mps" else value

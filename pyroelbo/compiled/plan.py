@@ -97,6 +97,7 @@ class Plan:
             for tensor, container, key in environment.spots
             if tensor is t
         ]
+        self._constraints = [pyro.get_param_store()._constraints[name] for name in self._stored]
         self._shapes = [_layout(t) for t in state]
         self._pointers = [t.data_ptr() for t in state]
         self._last = list(state)
@@ -152,8 +153,11 @@ class Plan:
     def state(self) -> list[Tensor] | None:
         """The tensors as they are now, or None where one is gone or has another layout than at capture."""
         try:
-            params = pyro.get_param_store()._params
-            now = [params[name] for name in self._stored]
+            store = pyro.get_param_store()
+            now = [store._params[name] for name in self._stored]
+            constraints = [store._constraints[name] for name in self._stored]
+            if not all(map(_alike, constraints, self._constraints)):
+                return None
             if any(at(container, key) is not now[i] for i, container, key in self._elsewhere):
                 return None
             now += [container[key] for container, key in self._mapped]
@@ -189,6 +193,10 @@ class Plan:
         leaves = set(self.leaves)
         rest = [label for k, label in enumerate(self.labels) if k not in leaves]
         return f"the buffer {rest[i - 1 - len(self.leaves)]!r}"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and repr(a) == repr(b))
 
 
 def _layout(t: Tensor) -> tuple:

@@ -268,3 +268,18 @@ def test_a_backward_pass_of_the_caller_survives_the_checks():
         penalty = sum(w.square().sum() for w in weights)
         (loss.differentiable_loss(module.model, module.guide, y) + penalty).backward()
     assert loss.counters.compiled_calls == 2
+
+
+def test_a_loss_of_ones_own_may_read_its_value():
+    class Weighted(Trace_ELBO):
+        weight = 1.0
+
+        def loss_and_grads(this, model, guide, *args):
+            loss = this.weight * this.differentiable_loss(model, guide, *args)
+            loss.backward()
+            return loss.item()
+
+    y = data(8, 6)
+    module = VAE()
+    loss = follow(module.model, module.guide, [(y,)] * 4, make_loss=Weighted)
+    assert loss.counters.compiled_calls == 3

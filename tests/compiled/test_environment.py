@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 from torch import nn
 
 from pyroelbo.compiled.environment import Environment, Untraceable
@@ -170,6 +171,21 @@ def attribute_by_its_name():
     return lambda: getattr(outer, "level"), lambda v: setattr(outer, "level", v)  # noqa: B009
 
 
+def global_by_its_name():
+    return lambda: globals()["LEVEL"], write_level
+
+
+def code_without_a_module():
+    space = {"LEVEL": 1.0}
+    exec("def read():\n    return LEVEL", space)  # its module is builtins
+    return space["read"], lambda v: space.update(LEVEL=v)
+
+
+def changed_beside_a_shorter_list():
+    thing = types.SimpleNamespace(a=1.0, values=[0.5, 1.0])
+    return lambda: thing.a + len(thing.values), lambda v: (thing.values.pop(), setattr(thing, "a", v + 2))
+
+
 def environment_variable():
     os.environ["LEVEL_OF_TEST_ENVIRONMENT"] = "1.0"
     return (
@@ -184,7 +200,8 @@ def environment_variable():
         *(chain_map, user_dict, mapping_proxy, numbers, some_bytes, of_a_thread, of_a_context, configuration),
         *(weak_reference, bound_method_of_a_dict, cached_function, attribute_of_a_dict),
         *(global_in_a_method_of_a_tuple, global_in_a_special_method, module_as_a_value, module_in_a_module),
-        *(import_inside, attribute_by_its_name, environment_variable),
+        *(import_inside, attribute_by_its_name, environment_variable, global_by_its_name),
+        *(code_without_a_module, changed_beside_a_shorter_list),
     ],
 )
 def test_no_place_of_a_value_is_overlooked(place):
@@ -294,3 +311,19 @@ def test_one_tensor_at_two_places_may_become_two(tied):
     loss = follow(model, nothing, [(torch.tensor(0.5),)] * 12, before=change)
     assert loss.counters.fallbacks == 0
     assert loss.counters.compiled_calls >= 9
+
+
+def test_a_parameter_with_another_constraint_needs_another_graph():
+    pyro.clear_param_store()
+    store = pyro.get_param_store()
+
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(0.7), constraint=constraints.positive)
+        pyro.sample("y", dist.Normal(scale, 1.0), obs=y)
+
+    def change(i):
+        if i == 4:
+            del store["scale"]
+            pyro.param("scale", torch.tensor(0.6), constraint=constraints.interval(0.0, 2.0))
+
+    follow(model, nothing, [(torch.tensor(0.5),)] * 8, before=change)
