@@ -163,11 +163,8 @@ class WrappedELBO(ELBO):
     """An ELBO made from another one (abstract), with the same particles and plates."""
 
     def __init__(self, inner: ELBO) -> None:
-        super().__init__(
-            num_particles=inner.num_particles,
-            max_plate_nesting=inner.max_plate_nesting,
-            vectorize_particles=inner.vectorize_particles,
-        )
+        super().__init__(num_particles=inner.num_particles, vectorize_particles=inner.vectorize_particles)
+        self.max_plate_nesting = inner.max_plate_nesting  # the constructor would add a particles' plate again
         self.inner = inner
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:

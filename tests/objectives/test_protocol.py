@@ -323,6 +323,7 @@ def test_a_weighted_loss_is_described_validated_and_traced_like_its_inner_one():
 
 
 def test_a_wrapped_loss_keeps_its_particles():
-    inner = Trace_ELBO(num_particles=3, vectorize_particles=True)
+    inner = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2)
     for loss in (Weighted_ELBO(inner), PerDatum(inner, float)):
         assert (loss.num_particles, loss.vectorize_particles) == (3, True)
+        assert loss.max_plate_nesting == inner.max_plate_nesting
