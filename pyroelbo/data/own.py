@@ -120,6 +120,8 @@ def _tensor(values: np.ndarray, name: str) -> Tensor:
         raise ValueError(f"{name}: expected finite numbers, got {values[tuple(place)]} at {place}")
     found = as_batch(values, name)
     assert isinstance(found, Tensor)
+    if not found.numel():
+        raise ValueError(f"{name}: expected at least one number a row, got shape {values.shape}")
     return found if found.is_floating_point() else found.long()
 
 

@@ -117,6 +117,8 @@ def test_splits_of_the_file_are_kept(tmp_path):
         (npz(x=REAL), "expected arrays named train, .* got 'x'"),
         (npy(np.array(1.0)), "train: expected rows of data, got a single number"),
         (npy(np.zeros((0, 3))), r"train: expected at least one row, got shape \(0, 3\)"),
+        (npy(np.zeros((3, 0), np.int64)), r"train: expected at least one number a row, got shape \(3, 0\)"),
+        (npy(np.zeros((3, 0))), r"train: expected at least one number a row, got shape \(3, 0\)"),
         (npy(np.zeros(3)), r"train: expected \[N, D\], \[N, T, D\] or"),
         (npy(np.array([[1.0, np.nan]])), r"train: expected finite numbers, got nan at \[0, 1\]"),
         (
