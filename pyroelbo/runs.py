@@ -36,6 +36,11 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY, LOCK = (
 )
 
 
+def _is_left(file: Path) -> bool:
+    """Whether a file may be what a run leaves that was killed before it had begun."""
+    return file.name == LOCK or file.match(".*.partial")
+
+
 class RunDirectory:
     """One training run on disk.
 
@@ -76,7 +81,7 @@ class RunDirectory:
                     f"cannot resume {run.path}: {changed[0]} was {before.get(changed[0])!r} in "
                     f"that run and is {config[changed[0]]!r} now"
                 )
-        elif run.path.exists() and (not run.path.is_dir() or {p.name for p in run.path.iterdir()} - {LOCK}):
+        elif run.path.exists() and not (run.path.is_dir() and all(map(_is_left, run.path.iterdir()))):
             raise FileExistsError(
                 f"{run.path} exists and is not empty: choose another directory, or resume=True (--resume) to "
                 f"continue its run"

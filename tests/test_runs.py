@@ -79,6 +79,16 @@ def test_two_processes_do_not_train_in_one_place(finished):
     assert not list(out.glob(".*.partial"))
 
 
+def test_a_run_that_was_killed_before_it_began_can_be_started_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.4711.partial").write_text("{")
+    run = RunDirectory.create(tmp_path, {"model": "vae"})
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json", "metrics.jsonl"}
+    run.close()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        RunDirectory.create(tmp_path, {"model": "vae"})
+
+
 @pytest.mark.parametrize("damage", ["delete", "empty", "shorten", "list"])
 def test_lost_metrics_are_noticed(finished, damage):
     out, y = finished
