@@ -301,5 +301,5 @@ def test_a_part_that_the_guide_misses_is_seen_with_one_datum():
 
 
 def test_an_audit_without_progress_prints_nothing(capsys):
-    audit(Nonlinear(), torch.randn(3, 4), particles=4, progress=False)
+    audit(Nonlinear(), torch.randn(3, 4), particles=4, references=("ais",), progress=False)
     assert capsys.readouterr().err == ""

@@ -167,3 +167,12 @@ def test_what_cannot_be_summed_is_refused():
 
     with pytest.raises(ValueError, match=r"expected shape \(2,\), got \(\)"):
         evidence.exact(Sums(), torch.zeros(2))
+
+
+def test_the_cost_of_an_enumeration_is_its_states():
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("y", dist.Normal(z.double(), 1.0), obs=y)
+
+    assert evidence.exact(Pair.of(model, lambda y: None), torch.randn(5)).cost == 15
