@@ -176,3 +176,13 @@ def test_the_cost_of_an_enumeration_is_its_states():
             pyro.sample("y", dist.Normal(z.double(), 1.0), obs=y)
 
     assert evidence.exact(Pair.of(model, lambda y: None), torch.randn(5)).cost == 15
+
+
+def test_a_scale_in_the_model_is_no_part_of_an_enumeration():
+    def model(y):
+        with pyro.plate("data", len(y)), pyro.poutine.scale(scale=0.5):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("y", dist.Normal(z.double(), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="scale"):
+        evidence.exact(Pair.of(model, lambda y: None), torch.randn(5))

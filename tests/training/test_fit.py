@@ -1,5 +1,6 @@
 """`fit`: that it learns, that it resumes bit for bit, and what it refuses before it starts."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.runs import RunDirectory
+from pyroelbo.training.settings import FitSettings
 from tests.pairs import TABLE, Nonlinear
 
 
@@ -607,3 +609,18 @@ def test_the_documentation_of_fit_lists_its_settings():
     for name in inspect.signature(fit).parameters:
         assert f"\n    {name}: " in fit.__doc__, name
     assert "{settings}" not in fit.__doc__
+
+
+def test_a_run_is_not_resumed_with_other_validation_data(tmp_path):
+    y = torch.bernoulli(torch.full((20, 6), 0.5))
+    settings = {"batch_size": 10, "progress": False, "out": tmp_path / "run"}
+    fit(models.VAE(6, 2, (4,)), y, valid=y[:5], epochs=1, **settings)
+    with pytest.raises(ValueError, match="cannot resume .*: valid was"):
+        fit(models.VAE(6, 2, (4,)), y, valid=y[5:9], epochs=2, resume=True, **settings)
+    fit(models.VAE(6, 2, (4,)), y, valid=y[:5], epochs=2, resume=True, **settings)
+
+
+def test_whole_numbers_of_the_command_line_are_whole_numbers():
+    for field in dataclasses.fields(FitSettings):
+        if field.type == "int":
+            assert field.metadata["kind"] is int, field.name
