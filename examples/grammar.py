@@ -218,7 +218,7 @@ def main(arguments=None):
         f"{2 * wanted / (guessed + wanted):>6.3f}"
     )
 
-    shown = [i for i in range(held) if len(gold[i]) >= 2][:6]
+    shown = ([i for i in range(held) if len(gold[i]) >= 2] or list(range(held)))[:6]
     picture = draw_trees(
         out / "trees.png", charts[shown], [sentences[-held:][i] for i in shown], [gold[i] for i in shown]
     )

@@ -132,8 +132,8 @@ def fit(
 def _document() -> None:
     """Give ``fit`` the signature and the description of its settings."""
     fields = dataclasses.fields(FitSettings)
-    about = "\n        ".join(f"{f.name}: {f.metadata['about']}." for f in fields)
-    fit.__doc__ = inspect.cleandoc((fit.__doc__ or "").replace("{settings}", about))
+    about = "\n    ".join(f"{f.name}: {f.metadata['about']}." for f in fields)
+    fit.__doc__ = inspect.cleandoc(fit.__doc__ or "").replace("{settings}", about)
     own = inspect.signature(fit)
     keep = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     keep += [
