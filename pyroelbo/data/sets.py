@@ -57,7 +57,7 @@ def load(
         files = ", ".join("*" + ending for ending in own.FORMATS)
         raise ValueError(
             f"data: expected one of {', '.join(NAMES)}, or a file {files}, or a folder of pictures, got "
-            f"{str(data)[:80]!r}"
+            f"{str(data)[-200:]!r}"
         )
     else:
         found = _SETS[str(data)](None if root is None else Path(root))
