@@ -207,6 +207,10 @@ def test_a_run_given_classes(model, kind, tmp_path, capsys):
         assert main(["sample", out, "-n", "4", *words]) == 0
         drawn, _ = files.read_tensors(tmp_path / "run" / "samples.safetensors")
         assert drawn["class"].tolist() == wanted and drawn["y"].shape[0] == 4
+        if kind == "vectors":
+            head, *rows = (tmp_path / "run" / "samples.csv").read_text().splitlines()
+            assert head == "class,y0,y1,y2"
+            assert [row.split(",")[0] for row in rows] == [str(c) for c in wanted]
     capsys.readouterr()
     assert main(["sample", out, "--class", "3"]) == 1
     assert "--class: expected one of 0 to 2, got 3" in capsys.readouterr().err

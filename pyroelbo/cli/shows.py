@@ -106,15 +106,15 @@ def samples(pair: Pair, known: Dataset, latents: dict[str, Tensor], batch: Batch
     lines = pair.lines(latents, batch, known.names)
     if lines is not None:
         return _text(lines, path)
-    y: Any = batch[1] if known.classes else batch  # type: ignore[index]
-    return _SHOWS.get(known.kind, _table)(known, y, path)
+    return _SHOWS.get(known.kind, _table)(known, batch, path)
 
 
 def _pictures(known: Dataset, batch: Any, path: Path) -> list[Path]:
     if len(known.shape) != 2:
         return _table(known, batch, path)
-    each = min(known.classes or _SHOWN, _SHOWN, len(batch))  # of classes in turn a column each
-    rows = list(_scaled(known, batch).split(each))
+    y = batch[1] if known.classes else batch
+    each = min(known.classes or _SHOWN, _SHOWN, len(y))  # of classes in turn a column each
+    rows = list(_scaled(known, y).split(each))
     return [report.images(rows, known.shape, path / "samples.png", light=known.light)]
 
 
@@ -134,11 +134,15 @@ def _colours(known: Dataset, batch: Any, path: Path) -> list[Path]:
 
 
 def _table(known: Dataset, batch: Any, path: Path) -> list[Path]:
+    """Rows of numbers, each with its class in front if there are classes."""
+    labels, y = batch if known.classes else (None, batch)
     names = known.names or tuple(f"y{i}" for i in range(known.dims))
+    rows = [[f"{x:.6g}" for x in row] for row in known.raw(y).tolist()]
+    if labels is not None:
+        names = ("class", *names)
+        rows = [[str(label), *row] for label, row in zip(labels.tolist(), rows, strict=True)]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([f"{x:.6g}" for x in row] for row in known.raw(batch).tolist())
+    csv.writer(text, lineterminator="\n").writerows([names, *rows])
     return _written(path / "samples.csv", text.getvalue())
 
 
