@@ -208,7 +208,8 @@ def _check(evaluator: Evaluator, sites: tuple[str, ...]) -> None:
 def _log_mixture(evaluator: Evaluator, points: dict[str, Tensor]) -> Tensor:
     """ln (1/N) Σ_n q(z_m | y_n) of points {site: [M, *plates, *event]}, [M], float64."""
     count, size = len(next(iter(points.values()))), evaluator.size
-    width = min(size, evaluator.cells) if evaluator.sliceable else size
+    # As many points as rows: each pass runs the encoder on its rows again, whatever their points.
+    width = min(size, evaluator.cells, math.isqrt(evaluator.guide_cells)) if evaluator.sliceable else size
     step = max(1, evaluator.guide_cells // width)
     found = []
     for first in range(0, count, step):

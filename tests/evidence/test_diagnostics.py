@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pyroelbo import Pair, evidence, models
+from pyroelbo.evaluation import memory
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.evidence import pareto_k_hat
-from pyroelbo.evidence.diagnostics import _activity, _fit_tail
+from pyroelbo.evidence.diagnostics import _activity, _fit_tail, _log_mixture
 from tests.pairs import TABLE, Convolutional
 
 
@@ -144,6 +146,27 @@ def test_ppca_with_its_exact_guide():
     limit = 0.5 * (torch.logdet(spread) - torch.logdet(within))
     assert abs(float(found.information) - float(limit)) < Z_LIMIT * float(found.information.stderr) + 0.01
     assert found.unit_kl is None and "guide of 'z' is not a product" in found.notes[0]
+
+
+def test_the_encoder_is_not_run_again_for_each_point(monkeypatch):
+    """Memory for 64 (point, datum) pairs a pass, 64 data: 8 points a run of their encoder, not one."""
+    seen = []
+
+    def guide(y):
+        seen.append(len(y))
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.6 * y, 0.7).to_event(1))
+
+    pair, y = Pair.of(gaussian_pair().model, guide), torch.randn(64, 2)
+    monkeypatch.setitem(memory.BUDGET, "cpu", 64 * 2 * y.element_size())
+    evaluator = Evaluator(pair, y)
+    points = {"z": torch.randn(64, 2)}
+    evaluator.guide_cells  # noqa: B018 (measured once)
+    seen.clear()
+    again = _log_mixture(evaluator, points)
+    assert sum(seen) <= 64 * 64 / 8 and len(seen) >= 8
+    monkeypatch.undo()
+    torch.testing.assert_close(again, _log_mixture(Evaluator(pair, y), points))
 
 
 def test_an_unused_coordinate_is_not_active():
