@@ -1,11 +1,11 @@
 """What do latent-variable models reach on static binarized MNIST (50,000 / 10,000 / 10,000), in nats on the
 test split?
 
-    python -m benchmarks.static_mnist vamp --train                  # hours; again: goes on where it was
-    killed python -m benchmarks.static_mnist vamp --evaluate               # the run so far, on 500 random
-    test images python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; each block is
-    kept on disk python -m benchmarks.static_mnist --table python -m benchmarks.static_mnist vamp --curve
-    # nats against epochs and minutes of processor time
+    python -m benchmarks.static_mnist vamp --train                  # hours; killed, it goes on where it was
+    python -m benchmarks.static_mnist vamp --evaluate               # the run so far, 500 random test images
+    python -m benchmarks.static_mnist vamp --evaluate --num-data 0  # on all 10,000; blocks are kept on disk
+    python -m benchmarks.static_mnist vamp --curve                  # nats against epochs and processor time
+    python -m benchmarks.static_mnist --table
 
 A system is one row of SYSTEMS: how to build its pair, and the settings of `fit` that differ from DEFAULTS.
 Training stops early on the ELBO of some validation images, keeps a moving average of the weights, and can be
@@ -14,6 +14,10 @@ class) and prints negative mean bounds: the ELBO, IW-K, AIS (all in expectation 
 better), and the gap that BDMC leaves open on data that the model simulated. Of an autoregressive model the
 exact -ln p is printed instead, of all test images. Standard errors are those of a mean over data; --seed
 seeds images and draws.
+
+IW-K of all images is estimated by the ELBO of all plus what IW-K of the drawn ones wins over the mean of the
+same K terms. Its error is that of this estimate: of the drawn images' mean, and of the draws of all images'
+ELBO.
 """
 
 import argparse
@@ -30,7 +34,9 @@ import pyro
 import torch
 
 from pyroelbo import ExactPair, Pair, data, evidence, fit, models
+from pyroelbo.evaluation.evaluator import Evaluator
 from pyroelbo.nn.causal import PixelCNN
+from pyroelbo.numerics import log_mean_exp
 from pyroelbo.runs import RunDirectory, copy_into, group
 
 
@@ -59,10 +65,13 @@ def ladder(**settings):
 
 
 # The ladder learns its training images by heart within 65 epochs (83 nats beside 90 of validation), which
-# distorted images prevent; the importance-weighted bound is for its last phases: P="python -m
-# benchmarks.static_mnist --num-valid 2000 --train" R=runs/static_mnist $P ladder; $P ladder-distorted --start
-# $R/ladder; $P ladder-iwae --start $R/ladder-distorted $P ladder-distorted --name ladder-again --start
-# $R/ladder-iwae --fit '{"epochs": 27}' $P ladder-last --start $R/ladder-again
+# distorted images prevent; the importance-weighted bound is for its last phases:
+#     P="python -m benchmarks.static_mnist --num-valid 2000 --train" R=runs/static_mnist
+#     $P ladder
+#     $P ladder-distorted --start $R/ladder
+#     $P ladder-iwae --start $R/ladder-distorted
+#     $P ladder-distorted --name ladder-again --start $R/ladder-iwae --fit '{"epochs": 27}'
+#     $P ladder-last --start $R/ladder-again
 LADDER = {
     "epochs": 71,
     "objective": "layered",
@@ -107,8 +116,9 @@ def pixelcnn(train):
 
 
 # VampPrior-500 begins with a hundred pseudo-inputs, whose pass through the encoder would else cost more than
-# the data's: python -m benchmarks.static_mnist vamp-100 --train python -m benchmarks.static_mnist vamp
-# --train --start runs/static_mnist/vamp-100
+# the data's:
+#     python -m benchmarks.static_mnist vamp-100 --train
+#     python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
 SYSTEMS = {
     "vae": System("VAE 784-300-300-40, gated, N(0, I)", gated_vae(), {"batch_size": 100}),
     "vae-200": vae_200(40, 1e-3, 40),
@@ -161,7 +171,7 @@ SYSTEMS = {
             "compile": False,
         },
         samples=1000,
-        draws=1,
+        draws=2,
     ),
     "autoregressive": System(
         "gated PixelCNN, 5 layers of 32 channels, windows of 5",
@@ -339,8 +349,8 @@ def load(pair, folder):
 
 
 def in_blocks(name, pair, y, which, rows, bound, record):
-    """Bounds of single images by index, each block appended to ``record``; what is there already is not done
-    again.
+    """The two numbers that ``bound`` gives of each image [2, N], of images by index, each block appended to
+    ``record``; what is there already is not done again.
     """
     done = {}
     if record.exists():
@@ -349,15 +359,34 @@ def in_blocks(name, pair, y, which, rows, bound, record):
     for start in range(0, len(todo), rows):
         index = todo[start : start + rows]
         pyro.set_rng_seed(index[0])
-        value = bound(pair, y[index]).value.tolist()
-        done |= dict(zip(index, value, strict=True))
+        found = torch.stack(bound(pair, y[index]), 1).tolist()
+        done |= dict(zip(index, found, strict=True))
         with open(record, "a") as file:
-            file.write(json.dumps(dict(zip(index, value, strict=True))) + "\n")
-        print(
-            f"{name}: {start + len(index)} of {len(todo)}, so far {-sum(done.values()) / len(done):.3f}",
-            flush=True,
-        )
-    return torch.tensor([done[int(i)] for i in which], dtype=torch.float64)
+            file.write(json.dumps(dict(zip(index, found, strict=True))) + "\n")
+        mean = sum(value for value, _ in done.values()) / len(done)
+        print(f"{name}: {start + len(index)} of {len(todo)}, so far {-mean:.3f}", flush=True)
+    return torch.tensor([done[int(i)] for i in which], dtype=torch.float64).T
+
+
+def with_error(estimator, *arguments, **settings):
+    """A bound's value and standard error of each image."""
+
+    def both(pair, y):
+        found = estimator(pair, y, *arguments, **settings)
+        return found.value, found.stderr
+
+    return both
+
+
+def weighted(K):
+    """IW-K of each image, and the mean of the K terms that it is made of."""
+
+    @torch.no_grad()
+    def both(pair, y):
+        log_weight = Evaluator(pair.written_out(), y).sample(K, latents=False).log_weight.double()
+        return log_mean_exp(log_weight)[0], log_weight.mean(0)
+
+    return both
 
 
 def summary(value):
@@ -386,29 +415,28 @@ def evaluate(options, system, images, folder):
     }
 
     def run(name, index, rows, bound):
-        record = stem.with_name(f"{stem.name}-{name}.jsonl")
+        record = stem.with_name(f"{stem.name}-{name}.pairs.jsonl")
         return in_blocks(name, pair, test, index, rows, bound, record)
 
     if isinstance(pair, ExactPair):
-        result["exact"] = summary(run("exact", range(len(test)), 500, evidence.exact))
+        result["exact"] = summary(run("exact", range(len(test)), 500, with_error(evidence.exact))[0])
         write(result, images, folder)
         return
-    name = "elbo" if system.draws == 16 else f"elbo-{system.draws}"
-    elbo = run(name, range(len(test)), 500, lambda pair, y: evidence.elbo(pair, y, particles=system.draws))
-    iw = run(f"iw-{K}", which, 20, lambda pair, y: evidence.iwae(pair.written_out(), y, particles=K))
+    draws = system.draws
+    elbo, error = run(f"elbo-{draws}", range(len(test)), 500, with_error(evidence.elbo, draws))
+    iw, terms = run(f"iw-{K}", which, 20, weighted(K))
     result["elbo"], result["iw"] = summary(elbo), summary(iw)
-    # What IW-K wins over the ELBO varies less between images than either: their difference on the drawn
-    # images, added to the ELBO of all, estimates the mean of IW-K over all.
-    difference = summary(iw - elbo[which])
-    result["iw of all"] = difference | {"value": round(result["elbo"]["value"] + difference["value"], 4)}
+    won = result["won"] = summary(terms - iw)
+    noise = float(error.square().sum().sqrt()) / len(elbo)
+    result["iw of all"] = {
+        "value": round(result["elbo"]["value"] - won["value"], 4),
+        "error": round(math.hypot(won["error"], noise), 4),
+        "data": len(iw),
+    }
     if options.num_ais:
         few = which[: options.num_ais]
-        ais = run(
-            f"ais-{T}",
-            few,
-            100,
-            lambda pair, y: evidence.ais(pair, y, T, particles=options.chains, progress=False),
-        )
+        annealed = with_error(evidence.ais, T, particles=options.chains, progress=False)
+        ais, _ = run(f"ais-{T}", few, 100, annealed)
         result["ais"], result["iw beside ais"] = summary(ais), summary(iw[: len(few)])
         sandwich = evidence.bdmc(pair, options.num_ais, T, particles=options.chains, progress=False)
         result["bdmc gap"] = {
