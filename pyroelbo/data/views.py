@@ -77,7 +77,10 @@ def _flat(kind: str) -> Callable[[Dataset], Dataset]:
                 raise ValueError(f"expected grey levels in [0, 1], got {low:.4g} to {high:.4g}")
         levels = max(data.levels, 2) if kind in ("bytes", "binary") else 0
         shape = (data.steps, *data.shape)
-        return _each(data, kind, lambda y: _real(y).flatten(1), shape=shape, levels=levels, steps=1)
+        light = kind in ("bytes", "grey")  # 255 is white in a file of pictures
+        return _each(
+            data, kind, lambda y: _real(y).flatten(1), shape=shape, levels=levels, steps=1, light=light
+        )
 
     return change
 

@@ -39,6 +39,11 @@ def test_a_view_is_a_whole_data_set_of_its_kind(here, there):
         assert torch.equal(steps * seen.dims, before)
 
 
+def test_levels_of_own_pictures_are_light_and_bits_are_ink():
+    assert view(SETS["counts"], ("bytes",)).light and view(SETS["series"], ("grey",)).light
+    assert not view(SETS["counts"], ("binary",)).light and not view(SETS["bytes"], ("grey",)).light
+
+
 def test_contents_of_views():
     assert view(SETS["bytes"], ("grey",))["train"].tolist() == [[0, 0.5, 1, 1, 0.5, 0]]
     assert view(SETS["bytes"], ("binary",))["train"].tolist() == [[0, 0, 1, 1, 0, 0]]
