@@ -2,7 +2,8 @@
 bit.
 
     python -m benchmarks.codes digits                           # trains on 8x8 digits of 17 levels
-    python -m benchmarks.codes mnist --run RUN --data-dir DATA  # a run trained on static binarized MNIST
+    python -m benchmarks.codes mnist --run RUN --data-dir DATA  # a run of `pyroelbo train` on binarized_mnist
+    python -m benchmarks.codes mnist --run RUN --system ladder  # a run of that system by static_mnist.py
     python -m benchmarks.codes speed                            # coders alone, without networks
 
 `digits` trains the models of MODELS (seed 0) and codes the 300 held-out images; `mnist` codes the test
@@ -27,6 +28,7 @@ import numpy as np
 import pyro
 import torch
 
+from benchmarks import static_mnist
 from pyroelbo import coding, data, evidence, fit, models
 from pyroelbo.coding.symbols import Bernoullis
 
@@ -152,8 +154,13 @@ def on_digits(options):
 
 
 def on_mnist(options):
-    pair, _, _ = models.load(options.run)
-    test = data.load("binarized_mnist", root=options.data_dir)["test"].to(torch.uint8).numpy()
+    images = data.load("binarized_mnist", root=options.data_dir)
+    if options.system:
+        pair = static_mnist.SYSTEMS[options.system].make(images["train"])
+        static_mnist.load(pair, options.run)
+    else:
+        pair, _, _ = models.load(options.run)
+    test = images["test"].to(torch.uint8).numpy()
     y = test[np.random.default_rng(0).permutation(len(test))][: options.num_data]
     print(f"static binarized MNIST, {len(y)} test images, {options.run}\n")
     rows = [("sequence", pair, {}), ("set", pair, {"as_set": True})]
@@ -200,6 +207,7 @@ def main():
     )
     parser.add_argument("what", nargs="?", default="digits", choices=("digits", "mnist", "speed"))
     parser.add_argument("--run", type=Path, default=None, help="a run directory on binarized_mnist")
+    parser.add_argument("--system", choices=tuple(static_mnist.SYSTEMS), help="of static_mnist.py's --run")
     parser.add_argument("--data-dir", type=Path, default=None, help="by default $PYROELBO_DATA")
     parser.add_argument("--num-data", type=int, default=10_000, help="number of test images of mnist")
     parser.add_argument("--epochs", type=int, default=200, help="of the models of digits")
