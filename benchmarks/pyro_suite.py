@@ -4,25 +4,26 @@
 
 DIR is a checkout of Pyro (its tests are not part of the wheel). Each file runs in a process of its own with
 ``loss``, ``loss_and_grads`` and ``differentiable_loss`` of all of Pyro's ELBOs going through ``CompiledELBO``
-from the first call on, without Inductor; the tests that fail run again as they are. Prints passed, failed and
-compiled calls for each file, and every test that fails only compiled. Counted apart are tests that expect a
-warning or an error of Pyro's validation, which ``CompiledELBO`` leaves to its first, eager call, and tests
-that ``--seconds`` cut off.
+from the first call on, without Inductor; the tests that fail run again as they are. A test that ``--seconds``
+cuts off, or that ends the interpreter, ends its own process alone: the tests after it run in a new one.
+Prints passed, failed and compiled calls for each file, and every test that fails only compiled. Counted apart
+are tests that expect a warning or an error of Pyro's validation, which ``CompiledELBO`` leaves to its first,
+eager call.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
-
-import pytest
 
 FILES = [
     "valid_models",
@@ -34,56 +35,65 @@ FILES = [
     "multi_sample_elbos",
     "discrete",
 ]
-_RESULTS = "PYROELBO_SUITE_RESULTS"
-_COMPILED = "PYROELBO_SUITE_COMPILED"
-_SECONDS = "PYROELBO_SUITE_SECONDS"
-_EVERY = "PYROELBO_SUITE_EVERY"
-_SLOW = "cut off by --seconds"
+_SETTINGS = "PYROELBO_SUITE"
+_CUT_OFF = 99  # the exit status of a process whose test took too long
+_SILENT = ("No warnings were raised", "DID NOT WARN", "DID NOT RAISE")
+
+
+class Suite:
+    """The plugin of the inner runs: appends a line to ``results`` where a test starts and where it ends."""
+
+    def __init__(self, results, compiled, seconds, every, first):
+        self.results, self.seconds = Path(results), seconds
+        self.every, self.first = every, first
+        self.deadline = float("inf")
+        if compiled:
+            _wrap(self)
+        if seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def pytest_collection_modifyitems(self, items):
+        done = _read(self.results)
+        items[:] = [item for item in items[self.first :: self.every] if item.nodeid not in done]
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.node, self.outcome, self.calls, self.reasons = nodeid, "crash", 0, collections.Counter()
+        self._write()
+        self.outcome, self.deadline = "passed", time.process_time() + self.seconds
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            silent = any(text in str(report.longrepr) for text in _SILENT)
+            self.outcome = "silent" if silent else "failed"
+        elif report.skipped:
+            self.outcome = "skipped"
+
+    def pytest_runtest_logfinish(self):
+        self.deadline = float("inf")
+        self._write()
+
+    def _write(self):
+        with self.results.open("a") as file:
+            line = {"node": self.node, "outcome": self.outcome, "calls": self.calls, "reasons": self.reasons}
+            print(json.dumps(line), file=file)
+
+    def _watch(self):
+        """An exception raised into a capture would leave the interpreter in states that no program meets."""
+        while time.process_time() < self.deadline:
+            time.sleep(0.1)
+        self.outcome = "cut off"
+        self._write()
+        os._exit(_CUT_OFF)
 
 
 def pytest_configure(config):
-    """Wrap the losses; this module is the plugin of the inner runs."""
-    config._suite = {"passed": 0, "failed": [], "calls": 0, "reasons": {}}
-    signal.signal(signal.SIGALRM, _cut)
-    if os.environ[_COMPILED] == "1":
-        _wrap(config._suite)
+    config.pluginmanager.register(Suite(**json.loads(os.environ[_SETTINGS])))
 
 
-def pytest_collection_modifyitems(items):
-    items[:] = items[:: int(os.environ[_EVERY])]
-
-
-def _cut(*_):
-    pytest.fail(_SLOW)  # no Exception: nothing between here and pytest catches it
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    signal.alarm(int(os.environ[_SECONDS]))
-    try:
-        return (yield)
-    finally:
-        signal.alarm(0)
-
-
-def pytest_runtest_logreport(report):
-    outcome, text = report.outcome, str(report.longrepr)
-    if outcome == "failed":
-        silent = any(t in text for t in ("No warnings were raised", "DID NOT WARN", "DID NOT RAISE"))
-        outcome = "silent" if silent else "slow" if _SLOW in text else outcome
-    _REPORTS.append((report.nodeid, report.when, outcome))
-
-
-def pytest_unconfigure(config):
-    suite = config._suite
-    suite["failed"] = sorted({node for node, _, outcome in _REPORTS if outcome == "failed"})
-    suite["silent"] = sum(outcome == "silent" for _, _, outcome in _REPORTS)
-    suite["slow"] = sum(outcome == "slow" for _, _, outcome in _REPORTS)
-    suite["passed"] = sum(when == "call" and outcome == "passed" for _, when, outcome in _REPORTS)
-    Path(os.environ[_RESULTS]).write_text(json.dumps(suite))
-
-
-_REPORTS: list[tuple[str, str, str]] = []
+def _read(results: Path) -> dict[str, dict]:
+    """The last line of each test: "crash" where its process ended in the midst of it."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {record["node"]: record for record in map(json.loads, lines)}
 
 
 def _wrap(suite):
@@ -112,9 +122,8 @@ def _wrap(suite):
                 return getattr(compiled, name)(model, guide, *args, **kwargs)
             finally:
                 inside.pop()
-                suite["calls"] += compiled.counters.compiled_calls - before
-                for reason in compiled.counters.reasons:
-                    suite["reasons"][reason[:90]] = suite["reasons"].get(reason[:90], 0) + 1
+                suite.calls += compiled.counters.compiled_calls - before
+                suite.reasons.update(reason[:90] for reason in compiled.counters.reasons)
 
         setattr(cls, name, routed)
 
@@ -125,25 +134,27 @@ def _wrap(suite):
                     route(cls, name)
 
 
-def run(
-    pyro: str, tests: list[str], compiled: bool, options: list[str], seconds: int = 0, every: int = 1
-) -> dict:
+def run(pyro: str, tests: list[str], options: list[str] = (), **settings) -> list[dict]:
+    """A record of each test. ``settings`` are those of ``Suite``."""
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results.json"
+        results = Path(folder) / "results.jsonl"
         here = Path(__file__).resolve()
         environment = dict(os.environ) | {
-            _RESULTS: str(results),
-            _COMPILED: str(int(compiled)),
-            _SECONDS: str(seconds),
-            _EVERY: str(every),
+            _SETTINGS: json.dumps({"results": str(results)} | settings),
             "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent), pyro]),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "pyro_suite", "-W", "ignore", "-c", os.devnull]
         command += ["--rootdir", pyro, "-p", "no:cacheprovider", *options, *tests]
-        log = subprocess.run(command, cwd=pyro, env=environment, capture_output=True, text=True)
-        if not results.exists():
-            raise SystemExit(log.stdout[-2000:] + log.stderr[-2000:])
-        return json.loads(results.read_text())
+        while True:
+            before = len(_read(results))
+            log = subprocess.run(command, cwd=pyro, env=environment, capture_output=True, text=True)
+            records = _read(results)
+            if log.returncode in (0, 1, 5):  # all have run: passed, failed, none left
+                return list(records.values())
+            if len(records) == before:
+                raise SystemExit(log.stdout[-2000:] + log.stderr[-2000:])
+            if log.returncode != _CUT_OFF:
+                print(log.stderr[-4000:], file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -152,28 +163,35 @@ def main() -> None:
     )
     parser.add_argument("--pyro", required=True, help="a checkout of Pyro")
     parser.add_argument("-k", help="pytest's selection")
-    parser.add_argument("--seconds", type=int, default=0, help="limit for one test (0: none)")
-    parser.add_argument("--every", type=int, default=1, help="run the first of each so many tests")
+    parser.add_argument("--seconds", type=int, default=0, help="processor time for one test (0: no limit)")
+    parser.add_argument("--every", type=int, default=1, help="run one of each so many tests")
+    parser.add_argument("--first", type=int, default=0, help="the first test to run, counted from 0")
     parser.add_argument("files", nargs="*", default=[f"tests/infer/test_{name}.py" for name in FILES])
     arguments = parser.parse_args()
     options = ["-k", arguments.k] if arguments.k else []
+    sample = {"seconds": arguments.seconds, "every": arguments.every, "first": arguments.first}
     bad = 0
     for file in arguments.files:
-        compiled = run(arguments.pyro, [file], True, options, arguments.seconds, arguments.every)
-        failed = compiled["failed"]
-        plain = run(arguments.pyro, failed, False, [])["failed"] if failed else []
-        new = sorted(set(failed) - set(plain))
+        records = run(arguments.pyro, [file], options, compiled=True, **sample)
+        count = collections.Counter(record["outcome"] for record in records)
+        failed = {record["node"] for record in records if record["outcome"] in ("failed", "crash")}
+        plain = (
+            run(arguments.pyro, sorted(failed), compiled=False, seconds=0, every=1, first=0) if failed else []
+        )
+        new = failed - {record["node"] for record in plain if record["outcome"] in ("failed", "crash")}
         bad += len(new)
         print(
-            f"{file}: {compiled['passed']} pass, {compiled['calls']} compiled calls;"
-            f" {len(plain)} fail also as they are, {compiled['silent']} miss a warning or error,"
-            f" {compiled['slow']} cut off, {len(new)} fail only compiled",
+            f"{file}: {count['passed']} pass, {sum(record['calls'] for record in records)} compiled calls;"
+            f" {len(failed) - len(new)} fail also as they are, {count['silent']} miss a warning or error,"
+            f" {count['cut off']} cut off, {count['crash']} crash, {len(new)} fail only compiled",
             flush=True,
         )
-        for node in new:
-            print(f"    {node}")
-        for reason, count in sorted(compiled["reasons"].items(), key=lambda item: -item[1])[:5]:
-            print(f"    eager {count} times: {reason}")
+        for record in records:
+            if record["node"] in new or record["outcome"] in ("silent", "crash", "cut off"):
+                print(f"    {record['outcome']}: {record['node']}")
+        reasons = sum((collections.Counter(record["reasons"]) for record in records), collections.Counter())
+        for reason, times in reasons.most_common(5):
+            print(f"    eager {times} times: {reason}")
     sys.exit(bool(bad))
 
 

@@ -139,24 +139,40 @@ def normal_guide(y):
     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
 
 
-def follow(model, guide, calls, make_loss=Trace_ELBO, kind="loss_and_grads", rel=1e-10, before=None):
-    """Every call of a compiled loss gives eager's value and gradients; ``before(i)`` changes the world first.
+def follow(
+    model,
+    guide,
+    calls,
+    make_loss=Trace_ELBO,
+    kind="loss_and_grads",
+    rel=1e-10,
+    before=None,
+    seed=pyro.set_rng_seed,
+    module=None,
+):
+    """Every call of a compiled loss gives eager's value, gradients and buffers of ``module``.
 
-    Returns the compiled loss, for its counters.
+    ``before(i)`` changes the world first; ``seed(i)`` goes before each of the two evaluations. Returns the
+    compiled loss, for its counters.
     """
     eager, loss = make_loss(), CompiledELBO(make_loss(), backend="eager")
+    buffers = {} if module is None else dict(module.named_buffers())
     params = pyro.get_param_store()._params
     for i, args in enumerate(calls):
         if before is not None:
             before(i)
         results = []
+        saved = {name: b.clone() for name, b in buffers.items()}
         for one in (eager, loss):
             for p in params.values():
                 p.grad = None
-            pyro.set_rng_seed(i)
+            for name, b in buffers.items():
+                b.copy_(saved[name])
+            seed(i)
             value = getattr(one, kind)(model, guide, *args)
             gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
-            results.append((torch.as_tensor(value, dtype=torch.float64), gradients))
+            after = {name: b.clone() for name, b in buffers.items()}
+            results.append((torch.as_tensor(value, dtype=torch.float64), gradients, after))
         torch.testing.assert_close(
             results[1], results[0], rtol=rel, atol=rel, msg=lambda m, i=i: f"call {i}: {m}"
         )

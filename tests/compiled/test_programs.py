@@ -1,5 +1,6 @@
 """Generated programs, whose Python values change between calls, follow eager over 30 calls."""
 
+import argparse
 import random
 import warnings
 
@@ -30,7 +31,11 @@ class World(nn.Module):
         self.options = {"b": rng.uniform(0.5, 1.5), "nested": {"c": 1.0}}
         self.array = np.linspace(0.5, 1.0, 3)
         self.buffer = torch.linspace(0.5, 1.5, 3)
-        self.net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.3), nn.Tanh(), nn.Linear(3, 1))
+        norm = [nn.BatchNorm1d(1)] if rng.random() < 0.5 else []
+        self.net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.3), nn.Tanh(), nn.Linear(3, 1), *norm)
+        self.settings = argparse.Namespace(level=rng.uniform(0.5, 1.5))
+        self.generator = torch.Generator()
+        self.hook = None
         self.period = rng.choice([1, 2, 3, 5, 8])
         self.changes = rng.sample(list(CHANGES), rng.randint(0, 3))
 
@@ -39,12 +44,17 @@ class World(nn.Module):
             for name in self.changes:
                 CHANGES[name](self, i)
 
+    def seed(self, i):
+        pyro.set_rng_seed(i)
+        self.generator.manual_seed(i)
 
-def _add(key):
-    def change(world, i):
-        world.options[key] = world.rng.uniform(0.5, 1.5)
 
-    return change
+def _hook(world, i):
+    if world.hook is None:
+        world.hook = world.net[0].weight.register_hook(lambda g: (1.0 + 0.1 * i) * g)
+    else:
+        world.hook.remove()
+        world.hook = None
 
 
 CHANGES = {
@@ -55,7 +65,7 @@ CHANGES = {
     "flag": lambda w, i: setattr(w, "flag", not w.flag),
     "item": lambda w, i: w.items.__setitem__(i % 3, 0.5 + 0.01 * i),
     "more items": lambda w, i: w.items.append(0.9),
-    "option": _add("b"),
+    "option": lambda w, i: w.options.update(b=w.rng.uniform(0.5, 1.5)),
     "nested": lambda w, i: w.options["nested"].update(c=1.0 + 0.1 * (i % 4)),
     "array": lambda w, i: w.array.__setitem__(1, 0.5 + 0.01 * i),
     "tensor in place": lambda w, i: w.buffer.mul_(1.01),
@@ -64,6 +74,8 @@ CHANGES = {
     "module replaced": lambda w, i: w.net.__setitem__(2, nn.ReLU() if i % 2 else nn.Tanh()),
     "frozen": lambda w, i: w.net[0].weight.requires_grad_(i % 2 == 0),
     "kind of number": lambda w, i: setattr(w, "a", 1 if i % 2 else 1.0),
+    "namespace": lambda w, i: setattr(w.settings, "level", 0.5 + 0.1 * (i % 3)),
+    "hook": _hook,
 }
 
 # Numbers and 0-dim tensors that a program makes of the world w, an argument t (0-dim tensor) and a float s.
@@ -90,6 +102,17 @@ VALUES = {
     "full": lambda w, t, s: torch.full((), w.a) * t,
     "one-hot": lambda w, t, s: (F.one_hot(torch.tensor(w.n - 1), 3) * w.buffer).sum(),
     "longest": lambda w, t, s: 1.0 / (1 + int((t * torch.ones(2)).max())),
+    "loop to a tensor": lambda w, t, s: sum(0.6 for _ in range(int(t.ceil()))),
+    "numpy": lambda w, t, s: float(np.asarray(t)) * 0.9,
+    "namespace": lambda w, t, s: w.settings.level,
+    "parameter": lambda w, t, s: pyro.param("extra", torch.tensor(0.5)).exp() if w.flag else 0.4,
+}
+
+# Draws from other generators, which stay eager.
+OUTSIDE = {
+    "random": lambda w, t, s: 0.5 + random.random(),
+    "numpy.random": lambda w, t, s: 0.5 + np.random.rand(),
+    "generator": lambda w, t, s: 0.5 + torch.rand((), generator=w.generator),
 }
 
 
@@ -99,6 +122,8 @@ def program(seed):
     torch.manual_seed(seed)
     world = World(rng)
     use = [VALUES[rng.choice(list(VALUES))] for _ in range(6)]
+    if rng.random() < 0.1:
+        use[rng.randrange(6)] = OUTSIDE[rng.choice(list(OUTSIDE))]
     kinds = [rng.choice(["normal", "gamma", "lognormal", "bernoulli"]) for _ in range(rng.randint(1, 3))]
     make_loss = rng.choice([Trace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO])
     if make_loss is TraceMeanField_ELBO:
@@ -133,7 +158,7 @@ def program(seed):
         family = dist.Normal if kind == "normal" else dist.LogNormal
         return family(p("loc", 0.1, constraints.real), p("scale", 0.6))
 
-    def model(y, t, s):
+    def model(y, t, s, settings):
         pyro.module("net", world.net)
         x = torch.zeros(())
         if outer:
@@ -146,7 +171,7 @@ def program(seed):
                 x = x + world.net(torch.stack([x, y[index]], -1)).squeeze(-1)
             pyro.sample("y", dist.Normal(x * use[4](world, t, s), 1.0), obs=y[index])
 
-    def guide(y, t, s):
+    def guide(y, t, s, settings):
         if outer:
             pyro.sample("g", dist.Normal(pyro.param("g_loc", torch.tensor(0.1)), 0.5))
         with plate() as index:
@@ -154,7 +179,7 @@ def program(seed):
                 with pyro.poutine.scale(scale=use[5](world, t, s)):
                     pyro.sample(f"z{k}", posterior(f"z{k}", kind, index))
 
-    calls = [(torch.randn(size), torch.tensor(tensors(i)), floats(i)) for i in range(CALLS)]
+    calls = [(torch.randn(size), torch.tensor(tensors(i)), floats(i), world.settings) for i in range(CALLS)]
     return model, guide, calls, world, make_loss
 
 
@@ -165,7 +190,16 @@ def check(seed):
         warnings.filterwarnings(
             "ignore", message=".*(copy construct|enumerate|max_plate_nesting|not registered).*"
         )
-        loss = follow(model, guide, calls, make_loss, before=world.change, rel=1e-8)
+        loss = follow(
+            model,
+            guide,
+            calls,
+            make_loss,
+            rel=1e-8,
+            before=world.change,
+            seed=world.seed,
+            module=world.net,
+        )
     pyro.clear_param_store()
     return loss
 
