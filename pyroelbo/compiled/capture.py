@@ -124,7 +124,13 @@ def _census(run: _Run) -> tuple[list[Tensor], Environment, Census]:
 
 
 def _check_unchanged(environment: Environment, census: Census) -> None:
-    """Refuse a run that has changed Python values, replaced tensors that it reads, or reads gradients."""
+    """Refuse a run that has changed Python values, left tensors behind, or reads gradients."""
+    stored = environment.stored()
+    if stored is not None:
+        raise Untraceable(
+            f"running the model leaves another tensor in {stored!r}, which a compiled call would not do;"
+            " change one in place"
+        )
     changed = environment.forgive()
     if changed is not None:
         raise Untraceable(

@@ -113,6 +113,7 @@ class Environment:
         self.sources: list[Any] = []
         self.kept: list[Any] = []
         self._own: set[str] = set()
+        self._libraries: set[int] = set()  # ids of the containers and cells that packages keep for themselves
         self._seen: set[int] = set()
         self._near: deque[tuple[Any, str]] = deque()
         self._code: list[tuple[Any, str]] = []
@@ -135,6 +136,8 @@ class Environment:
         del self._near, self._code, self._seen
 
     def _edge(self, container: Any, key: Any, value: Any, name: str) -> None:
+        if id(container) in self._libraries and isinstance(value, _BUILTINS):
+            self._libraries.add(id(value))
         if isinstance(value, Tensor):
             self._tensor(value, (container, key), name)
             return
@@ -244,6 +247,8 @@ class Environment:
             self._later(getattr(thing, "__wrapped__", None), name)  # of functools.lru_cache
             return
         own = getattr(thing, "__dict__", None)
+        if self._foreign(cls.__module__) and cls.__module__ not in _HOLDERS:
+            self._libraries |= {id(thing), id(own)}
         if isinstance(own, dict):
             self._size(own, name)
             for key, value in list(own.items()):
@@ -272,6 +277,8 @@ class Environment:
 
     def _module(self, module: nn.Module, name: str) -> None:
         own = vars(module)
+        if self._foreign(type(module).__module__):
+            self._libraries |= {id(own), *(id(own[part]) for part in _REGISTRIES)}
         for part in _REGISTRIES:
             for key, value in own[part].items():
                 self._edge(own[part], key, value, f"{name}.{key}")
@@ -319,6 +326,8 @@ class Environment:
                 value = cell.cell_contents
             except ValueError:
                 continue
+            if not self._walked(function):
+                self._libraries.add(id(cell))
             if isinstance(value, Tensor):
                 self._tensor(value, (cell, None), free)
                 continue
@@ -435,11 +444,26 @@ class Environment:
                 return name, None, None
         return None
 
+    def stored(self) -> str | None:
+        """The name of a place where a run of the model has left other tensors, or None.
+
+        The user may read it after each call, which a graph would not renew. Packages keep caches so, for
+        themselves.
+        """
+        spots = [(container, key, t, self.tensor_names[id(t)]) for t, container, key in self.spots]
+        edges = zip(self._holders, self._keys, self._values, self._names, strict=True)
+        for container, key, old, name in (*spots, *edges):
+            if id(container) not in self._libraries:
+                now = at(container, key)
+                if now is not old and _holds_tensors(now):
+                    return name
+        return None
+
     def forgive(self) -> str | None:
         """Accept objects that a run of the model has replaced; the name of a changed *value*, or None.
 
-        A module that stores its last activations, or a guide that makes its plates anew, is harmless; one
-        that counts its calls is not, since a compiled call does not run its Python code.
+        A guide that makes its plates anew is harmless; a module that counts its calls is not, since a
+        compiled call does not run its Python code.
         """
         replaced = []
         for i in range(len(self._keys) - 1, -1, -1):
@@ -532,6 +556,15 @@ def at(container: Any, key: Any) -> Any:
         return container.cell_contents if isinstance(container, types.CellType) else container[key]
     except (KeyError, IndexError, ValueError):
         return _MISSING
+
+
+def _holds_tensors(value: Any) -> bool:
+    """True for tensors, and for containers and distributions of tensors."""
+    if isinstance(value, torch.distributions.Distribution):
+        value = vars(value)
+    if isinstance(value, _BUILTINS):
+        return any(map(_holds_tensors, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
 def _small(value: Any) -> bool:

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["FusedOptim"]
 
@@ -20,10 +21,11 @@ class FusedOptim(PyroOptim):
     ``FusedOptim(torch.optim.Adam, {"lr": 1e-3})``. ``optim_args`` may be a function of the parameter's name
     that returns such a dict, and ``clip_args`` is PyroOptim's (its norms are per parameter). Torch's fused
     kernels are used where the optimizer has them. As in Pyro, a parameter that is in the step's trace without
-    a gradient is stepped with a zero gradient if it has had one before, and is skipped otherwise. Gradients
-    are released after the step. ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so
-    that each can read the other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch
-    optimizer (None before the first step), for schedulers or for setting ``param_groups[i]["lr"]``.
+    a gradient is stepped with a zero gradient if it has had one before, and is skipped otherwise; one that
+    returns to the store, as after ``scope()``, goes on with its state. Gradients are released after the step.
+    ``get_state`` and ``set_state`` use PyroOptim's format, by parameter name, so that each can read the
+    other's; ``load`` reads tensors and plain values only. ``optimizer`` is the torch optimizer (None before
+    the first step), for schedulers or for setting ``param_groups[i]["lr"]``.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class FusedOptim(PyroOptim):
         self.optimizer: torch.optim.Optimizer | None = None
         self._known: dict[Tensor, str] = {}
         self._trained: set[Tensor] = set()
+        self._left = WeakTensorKeyDictionary()  # the states of parameters that another took the name of
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Step every parameter in ``params`` that has a gradient, or has had one in an earlier step."""
@@ -98,6 +101,9 @@ class FusedOptim(PyroOptim):
             else:
                 self._join(group)
         for p in new:
+            if p in self._left:
+                self._trained.add(p)
+                self.optimizer.state[p] = self._left.pop(p)  # type: ignore[union-attr]
             waiting = self._state_waiting_to_be_consumed.pop(self._known[p], None)
             if waiting is not None:
                 self._restore(p, waiting)
@@ -121,10 +127,12 @@ class FusedOptim(PyroOptim):
 
     def _forget(self, p: Tensor) -> None:
         del self._known[p]
-        self._trained.discard(p)
         self.grad_clip.pop(p, None)
         assert self.optimizer is not None
-        self.optimizer.state.pop(p, None)
+        state = self.optimizer.state.pop(p, {})
+        if p in self._trained:
+            self._trained.discard(p)
+            self._left[p] = state
         for group in self.optimizer.param_groups:
             group["params"] = [q for q in group["params"] if q is not p]
 

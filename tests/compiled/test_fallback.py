@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import itertools
 import random
+import types
 
 import numpy as np
 import pyro
@@ -220,7 +221,7 @@ def seed(module, y):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (replace, "replaces the tensor 'Stateful.total'"),
+        (replace, "another tensor in 'Stateful.total'"),
         (append, "history"),
         (count, "count"),
         (count_in_the_class, "calls"),
@@ -239,6 +240,75 @@ def test_state_that_the_model_changes_is_refused(change, named):
         other = Stateful(change)
         expected = [Trace_ELBO().loss_and_grads(other, nothing, torch.tensor(0.5)) for _ in range(6)]
         assert values == expected
+
+
+KEPT = types.SimpleNamespace(last=None, options={})
+CELL = torch.zeros(())
+
+
+def in_an_attribute(y):
+    KEPT.last = (2 * y).detach()
+
+
+def in_a_tuple(y):
+    KEPT.last = (y, 3 * y)
+
+
+def in_a_distribution(y):
+    KEPT.last = dist.Normal(y, 1.0)
+
+
+def in_a_dict(y):
+    KEPT.options["last"] = 4 * y
+
+
+def in_a_global(y):
+    global CELL
+    CELL = 5 * y
+
+
+def in_a_hook(y):
+    if KEPT.last is None:
+        KEPT.module = nn.Identity()
+        KEPT.module.register_forward_hook(lambda m, x, out: setattr(KEPT, "last", out + 1))
+    KEPT.module(y)
+
+
+@pytest.mark.parametrize(
+    "store", [in_an_attribute, in_a_tuple, in_a_distribution, in_a_dict, in_a_global, in_a_hook]
+)
+def test_tensors_that_the_model_leaves_behind_are_those_of_its_last_call(store):
+    """The loss does not read them, but the user may."""
+    KEPT.last, KEPT.options = None, {}
+
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0), obs=y)
+        store(y)
+
+    def run(make_loss):
+        loss, seen = make_loss(), []
+        for i in range(5):
+            loss.loss_and_grads(model, nothing, torch.tensor(float(i)))
+            seen.append(repr((KEPT.last, KEPT.options, CELL)))
+        return seen
+
+    expected = run(Trace_ELBO)
+    with pytest.warns(CompileWarning, match=r"leaves another tensor in|running the model changes"):
+        assert run(lambda: CompiledELBO(Trace_ELBO(), backend="eager")) == expected
+
+
+def test_a_tensor_that_is_only_written_in_place_is_followed():
+    last = torch.zeros(())
+
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0), obs=y)
+        last.copy_(2 * y)
+
+    loss = CompiledELBO(Trace_ELBO(), backend="eager")
+    for i in range(5):
+        loss.loss_and_grads(model, nothing, torch.tensor(float(i)))
+        assert last == 2 * i
+    assert loss.counters.compiled_calls == 4
 
 
 def test_a_tensor_changed_in_place_is_followed():

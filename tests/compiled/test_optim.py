@@ -130,6 +130,30 @@ def test_steps_without_a_gradient_are_pyros(constructor, compiled):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("constructor", [torch.optim.Adam, torch.optim.SGD])
+def test_parameters_that_come_back_go_on_with_their_state(constructor):
+    options = {"lr": 1e-2} | ({"momentum": 0.9} if constructor is torch.optim.SGD else {})
+
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), scale), obs=y)
+
+    def run(optimizer):
+        pyro.clear_param_store()
+        svi = SVI(model, lambda y: None, optimizer, Trace_ELBO())
+        store, y = pyro.get_param_store(), torch.tensor(1.0)
+        losses = [svi.step(y) for _ in range(3)]
+        with store.scope() as other:
+            losses += [svi.step(y) for _ in range(3)]
+        losses += [svi.step(y) for _ in range(3)]
+        with store.scope(other):
+            losses += [svi.step(y) for _ in range(3)]
+        return losses
+
+    expected = run(pyro.optim.PyroOptim(constructor, options))
+    assert run(FusedOptim(constructor, options)) == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_program_without_parameters_steps():
     def program(y):
         pyro.sample("z", dist.Normal(0.0, 1.0))
