@@ -129,7 +129,7 @@ def _check_unchanged(environment: Environment, census: Census) -> None:
     if stored is not None:
         raise Untraceable(
             f"running the model leaves another tensor in {stored!r}, which a compiled call would not do;"
-            " change one in place"
+            " write into the one that is there"
         )
     changed = environment.forgive()
     if changed is not None:
