@@ -8,6 +8,7 @@ encoder is deterministic, so that the ELBO is the hard one and has no noise. Its
 the bytes that each site took in a file of the 300 digits, decoded and compared. The rows of narrow codes, six
 values of two bits above pixels and three above these, are trained at once and progressively (phase one, then
 the prior), the same network from the same start; few enough to sum over, they have the exact evidence too.
+So are chains of as many codes from codebooks of four vectors.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pyroelbo import coding, data, evidence, fit, models
 from pyroelbo.objectives import Progressive_ELBO
 
 NARROW = {"latent": (6, 3), "values": 4}
+BOOKS = {"positions": (6, 3), "codes": 4, "width": 4}
 # name: (settings of the model, objectives of the phases, summed over all codes)
 ROWS = {
     "N = 1": ({"latent": (8,)}, ("elbo",), False),
@@ -31,13 +33,16 @@ ROWS = {
     "N = 1, squared": ({"latent": (8,), "loss": "squared"}, ("elbo",), False),
     "narrow, joint": (NARROW, ("elbo",), True),
     "narrow, progressive": (NARROW, (Progressive_ELBO(1), Progressive_ELBO(2)), True),
+    "codebooks, joint": (BOOKS, ("elbo",), True),
+    "codebooks, progressive": (BOOKS, (Progressive_ELBO(1), Progressive_ELBO(2)), True),
 }
 
 
 def row(name, digits, epochs, likelihood):
     settings, phases, summed = ROWS[name]
     pyro.set_rng_seed(0)
-    pair = models.ByteVAE((8, 8), likelihood=likelihood, levels=17, **settings).initialize(digits["train"])
+    make = models.VQChain if settings is BOOKS else models.ByteVAE
+    pair = make((8, 8), likelihood=likelihood, levels=17, **settings).initialize(digits["train"])
     for objective in phases:
         chosen = {"learning_rate": 2e-3, "schedule": "cosine", "progress": False}
         fit(pair, digits["train"], objective=objective, epochs=epochs, **chosen)

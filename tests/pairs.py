@@ -206,6 +206,10 @@ TABLE = {
         lambda n: torch.randint(5, (n, 6)).double(),
     ),
     "sq_vae": (lambda: models.SQVAE(6, 3, 2, 2, (8,)), lambda n: binary(n, 6)),
+    "vq_chain": (
+        lambda: models.VQChain(6, (2, 2), 3, 2, (8,)),
+        lambda n: binary(n, 6),
+    ),
     "byte_vae": (
         lambda: models.ByteVAE(6, (3, 2), (8,), likelihood="bernoulli"),
         lambda n: binary(n, 6),

@@ -27,6 +27,7 @@ from pyroelbo.models.superpixel import Superpixel
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
+from pyroelbo.models.vq_chain import VQChain
 from pyroelbo.models.vq_vae import FSQVAE, SQVAE, VQVAE
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Strings",
     "StyleVAE",
     "Superpixel",
+    "VQChain",
     "build",
     "entry",
     "load",

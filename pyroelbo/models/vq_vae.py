@@ -20,7 +20,7 @@ from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, Pair, evaluation_mode
 from pyroelbo.results import CodeUsage
 
-__all__ = ["FSQVAE", "SQVAE", "VQVAE"]
+__all__ = ["FSQVAE", "SQVAE", "VQVAE", "standardize", "start_codebook"]
 
 _ROWS = 500  # of a pass without gradients
 
@@ -110,24 +110,14 @@ class _Coded(Pair):
         self.generator.check(y, type(self).__name__)
         y = y[torch.randperm(len(y))[:_MOST]].to(self.device)
         with evaluation_mode(self):
-            self._standardize(torch.cat([self.vectors(rows) for rows in y.split(_ROWS)]))
+            standardize(_last(self.encoder), torch.cat([self.vectors(rows) for rows in y.split(_ROWS)]))
             if hasattr(self.quantizer, "start"):
                 x = torch.cat([self.vectors(rows) for rows in y.split(_ROWS)])
-                centres, label, _ = k_means(x.reshape(-1, self.quantizer.width), self.quantizer.codes)
-                count = torch.bincount(label, minlength=self.quantizer.codes).to(centres)
-                self.quantizer.start(centres, count)
+                start_codebook(self.quantizer, x)
             last = _last(self.generator.decoder)
             if isinstance(last, nn.Linear):
                 last.bias.copy_(self.generator.constant(y))
         return self
-
-    def _standardize(self, x: Tensor) -> None:
-        """Scale the encoder's last layer, whose outputs are x [N, G, d]: of a map, the same at all places."""
-        last = _last(self.encoder)
-        out = x.flatten(1) if isinstance(last, nn.Linear) else x.flatten(0, 1)
-        mean, scale = out.mean(0), out.std(0, correction=0).clamp_min(1e-6)
-        last.bias.copy_((last.bias - mean) / scale)
-        last.weight.div_(scale.reshape(-1, *[1] * (last.weight.dim() - 1)))
 
     @torch.no_grad()
     def reconstruct(self, y: Tensor) -> Tensor:
@@ -151,6 +141,22 @@ def _last(network: nn.Module) -> Any:
     """The last layer with weights."""
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     return [m for m in network.modules() if isinstance(m, layers)][-1]
+
+
+@torch.no_grad()
+def standardize(last: Any, x: Tensor) -> None:
+    """Scale the layer ``last``, whose outputs are x [N, G, d] or flat, to mean 0 and variance 1: of a map,
+    the same at all places."""
+    out = x.flatten(1) if isinstance(last, nn.Linear) else x.flatten(0, 1)
+    mean, scale = out.mean(0), out.std(0, correction=0).clamp_min(1e-6)
+    last.bias.copy_((last.bias - mean) / scale)
+    last.weight.div_(scale.reshape(-1, *[1] * (last.weight.dim() - 1)))
+
+
+def start_codebook(quantizer: Any, x: Tensor) -> None:
+    """Start the codebook by k-means on the vectors x [*, d]."""
+    centres, label, _ = k_means(x.reshape(-1, quantizer.width), quantizer.codes)
+    quantizer.start(centres, torch.bincount(label, minlength=quantizer.codes).to(centres))
 
 
 class _Deterministic(_Coded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyroelbo.batch import Batch
-from pyroelbo.objectives.base import Objective, OneExpression
+from pyroelbo.objectives.base import Objective, OneExpression, Update
 from pyroelbo.pair import MarkovLinks, Pair, Program
 
 __all__ = ["Progressive_ELBO"]
@@ -46,6 +47,10 @@ class Progressive_ELBO(Objective, OneExpression, ELBO):
             raise ValueError(f"phase: expected 1, 2 or None, got {phase!r}")
         self.phase = phase
 
+    def updates(self) -> Mapping[str, Update]:
+        parts = ("prior",) if self.phase == 2 else None  # the rest has an auxiliary loss of its own, maybe
+        return {"loss": Update(self, parts)}
+
     def check(self, pair: Pair, batch: Batch) -> None:
         links = _links(pair)
         own = getattr(getattr(links.prior, "prior", links.prior), "own_site", None)
@@ -79,8 +84,9 @@ class Progressive_ELBO(Objective, OneExpression, ELBO):
         links, z = _links(pair), y
         terms: list[Tensor] = []
         for encode, decode in zip(links.encoder, links.generator, strict=True):
-            below = z.detach()
-            z = encode(below).rsample()
+            below = z.detach() if z.requires_grad else z
+            with torch.set_grad_enabled(self.phase != 2 and torch.is_grad_enabled()):
+                z = encode(below).rsample()
             if self.phase != 2:
                 terms.append(decode(z).log_prob(below).sum())
         if self.phase != 1:

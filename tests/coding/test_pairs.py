@@ -33,6 +33,7 @@ CODED = (
     *("ladder-vamp", "conv_ladder", "hmm-categorical", "hmm-bernoulli", "hmm-poisson", "hmm-mean-field"),
     *("bernoulli_mixture", "autoregressive-pixelcnn", "autoregressive-transformer", "strings", "conjugate"),
     *("masked_diffusion", "masked_diffusion-conv", "byte_vae", "byte_vae-few", "byte_vae-squared"),
+    "vq_chain",
 )
 REFUSED = (
     *("vae-l2", "vae-flow", "vae-full-encoder", "flow", "flow-continuous", "ppca", "mixture", "hmm-gaussian"),
