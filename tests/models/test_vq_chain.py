@@ -3,10 +3,11 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from pyroelbo import evidence, fit, models
+from pyroelbo import coding, evidence, fit, models
 from pyroelbo.objectives import Progressive_ELBO
 
 
@@ -67,6 +68,17 @@ def test_commitment_holds_the_vectors_of_every_layer():
     torch.testing.assert_close(pair.auxiliary_loss(y), expected)
     pair.guide(y)
     copy.deepcopy(pair)  # what a pass left behind is no part of the state
+
+
+def test_a_file_has_the_length_of_the_bound(tmp_path):
+    pair, y = chain()
+    array = y.numpy().astype(np.uint8)
+    found = coding.compress(pair, array, tmp_path / "code")
+    assert np.array_equal(coding.decompress(pair, tmp_path / "code"), array)
+    assert found.coded == len(y)  # nothing is popped, so that no datum has to be coded without the pair
+    assert set(found.site_bits) == {"y", "z_1", "z_2"}
+    bound = -float(evidence.elbo(pair, y, particles=1).value.mean())
+    assert found.net == pytest.approx(bound, abs=1.5 / len(y))  # of two bits or so in all
 
 
 def state(pair, parts):
