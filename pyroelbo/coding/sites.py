@@ -140,20 +140,23 @@ class Sequential(Codec):
 
 
 class _OneHot(Codec):
-    """Vectors of one 1 and zeros, by the codec of its place."""
+    """Vectors of one 1 and zeros, by the codec of its place; what follows the first ``rows`` is zero."""
 
-    def __init__(self, codec: Codec, symbols: int, dtype: torch.dtype) -> None:
-        self.codec, self.symbols, self.dtype = codec, symbols, dtype
+    def __init__(self, codec: Codec, symbols: int, dtype: torch.dtype, rows: int | None) -> None:
+        self.codec, self.symbols, self.dtype, self.rows = codec, symbols, dtype, rows
 
     def push(self, stack: Stack, value: Tensor) -> None:
         place = value.argmax(-1)
-        wrong = (value != one_hot(place, self.symbols)).any(-1).nonzero()
+        wrong = (value != one_hot(place, self.symbols))[: self.rows].any(-1).nonzero()
         if len(wrong):
             raise Impossible(float(value[tuple(wrong[0])].sum()), tuple(wrong[0].tolist()))
         self.codec.push(stack, place)
 
     def pop(self, stack: Stack) -> Tensor:
-        return one_hot(self.codec.pop(stack), self.symbols).to(self.dtype)
+        value = one_hot(self.codec.pop(stack), self.symbols).to(self.dtype)
+        if self.rows is not None:
+            value[self.rows :] = 0
+        return value
 
 
 class _Summed(Codec):
@@ -217,7 +220,7 @@ def codec_of(
             *shape, symbols = fn.shape()
             size = (fn.batch_shape.numel(), shape[-1])
             codes = _Reshaped(Sequential(steps, size, torch.long, grid, rows), torch.Size(shape))
-            return _OneHot(codes, symbols, dtype)
+            return _OneHot(codes, symbols, dtype, rows)
         shape = (fn.batch_shape.numel(), fn.event_shape.numel())
         return _Reshaped(Sequential(steps, shape, dtype, grid, rows), fn.shape())
     if hasattr(fn, "summed"):
@@ -227,7 +230,7 @@ def codec_of(
     if isinstance(_unwrapped(fn), torch.distributions.OneHotCategorical):
         base = _unwrapped(fn)
         place = _discrete(Categorical(logits=base.logits), fn.shape()[:-1], torch.long, rows)
-        return _OneHot(_Tensors(place, torch.long), base.event_shape[0], dtype)
+        return _OneHot(_Tensors(place, torch.long), base.event_shape[0], dtype, rows)
     base = _coordinate(fn)
     if is_discrete(base):
         return _Tensors(_discrete(base, fn.shape(), dtype, rows), dtype)
