@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from pyroelbo import data, evidence, fit, fit_em, models
 from pyroelbo.distributions import TreeCRF
-from pyroelbo.models.superpixel import Palette, contrast_tree, superpixel_features
+from pyroelbo.models.superpixel import GUIDES, Palette, contrast_tree, superpixel_features
 from pyroelbo.nn import MLP
 
 FEATURES = 7
 SHARP = 12.0  # log potentials that start a guide near a few segmentations
-SEGMENTED = ("segments, independent", "segments, tree")
+SEGMENTED = ("segments, independent", "segments, tree", "segments, contrast")
 
 
 def pictures() -> Tensor:
@@ -98,9 +98,10 @@ def trained_alone(by: str, train: tuple, options) -> Alone:
     return network
 
 
-def trained(structure: str, segments: int, train: tuple, options) -> models.Superpixel:
+def trained(guide: str, segments: int, train: tuple, options) -> models.Superpixel:
     torch.manual_seed(options.seed)
-    pair = models.Superpixel(segments, options.colours, structure, structure).initialize(*train)
+    prior = "independent" if guide == "independent" else "tree"
+    pair = models.Superpixel(segments, options.colours, prior, guide).initialize(*train)
     fit(
         pair,
         train,
@@ -257,9 +258,35 @@ def informative_tree(z: Tensor, segments: int, posterior: Tensor) -> list[int]:
     return parents
 
 
+def amortized_gaps(
+    base: models.Superpixel, guide: str, batch: tuple, posteriors: list, options
+) -> list[float]:
+    """KL(q(z | x, y), p(z | x, y)) of each crop, in nats, of the model's own guide: one network for all
+    crops, trained by ``rloo`` with the generator of ``base`` and its uniform prior held fixed."""
+    torch.manual_seed(options.seed)
+    pair = models.Superpixel(base.segments, base.colours, "independent", guide).initialize(*batch)
+    pair.generator.load_state_dict(base.generator.state_dict())
+    pair.prior.load_state_dict(base.prior.state_dict())
+    if pair.encoder.lean is not None:  # all orders of the labels at once
+        nn.init.zeros_(pair.encoder.lean)
+    fit(
+        pair, batch, objective="rloo", particles=16, batch_size=8, epochs=options.amortized_epochs,
+        learning_rate=1e-2, schedule="cosine", freeze=("prior", "generator"), seed=options.seed,
+        progress=False,
+    )  # fmt: skip
+    gaps = []
+    for i, (z, log_posterior) in enumerate(posteriors):
+        x, superpixels, parents, y = rows(batch, slice(i, i + 1))
+        crop = x, superpixels, parents[:, : z.shape[1]], y
+        with torch.no_grad():
+            log_q = site(pair.guide, crop, "z").log_prob(z[:, None])[:, 0].double()
+        gaps.append(float(torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_posterior), 0.0).sum()))
+    return gaps
+
+
 def guides(options) -> dict:
     """The families' smallest gaps crop by crop, without networks and sampling noise, under one frozen
-    generator with a uniform prior."""
+    generator with a uniform prior; and the gaps of the model's own guides, trained on all crops at once."""
     record: dict = {}
     print("| segments S, superpixels | crops | ln S! | guide | gap, nats a crop | largest | closed |")
     print("|---|---|---|---|---|---|---|")
@@ -274,6 +301,7 @@ def guides(options) -> dict:
         fit(base, batch, epochs=100, freeze=("prior",), seed=options.seed, progress=False, **settings)
         number = batch[1].flatten(1).max(-1).values + 1
         gaps: dict[str, list[float]] = {}
+        posteriors = []
         for i in range(len(number)):
             x, superpixels, parents, y = rows(batch, slice(i, i + 1))
             crop = x, superpixels, parents[:, : int(number[i])], y
@@ -282,6 +310,7 @@ def guides(options) -> dict:
                 log_joint = site(base.model, crop, "z").log_prob(z[:, None])
                 log_joint = log_joint + site(base.model, crop, "y", z[:, None]).log_prob(y)
             log_posterior = log_joint[:, 0].double().log_softmax(0).float()
+            posteriors.append((z, log_posterior))
             own = nn.functional.one_hot(superpixels.flatten(1)).float()
             chroma = own.mT @ y.flatten(1, 2).float() / own.sum(1)[..., None]
             families = {
@@ -295,7 +324,12 @@ def guides(options) -> dict:
                 if name != "independent":  # which a tree's guides include
                     gap = min(gap, gaps["independent"][-1])
                 gaps.setdefault(name, []).append(gap)
-        closed = {name: 1 - sum(found) / sum(gaps["independent"]) for name, found in gaps.items()}
+        for guide in GUIDES:
+            gaps[f"{guide}, amortized"] = amortized_gaps(base, guide, batch, posteriors, options)
+        closed = {}
+        for name, found in gaps.items():
+            plain = "independent, amortized" if name.endswith("amortized") else "independent"
+            closed[name] = 1 - sum(found) / sum(gaps[plain])
         for name, found in gaps.items():
             cells = f"{segments}, {int(number.min())} … {int(number.max())} | {len(number)}"
             cells += f" | {math.log(math.factorial(segments)):.3f} | {name} | {statistics.mean(found):.3f}"
@@ -385,6 +419,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--guide-segments", type=int, nargs="+", choices=(2, 3), default=[2, 3])
     parser.add_argument("--guide-steps", type=int, default=300)
+    parser.add_argument("--amortized-epochs", type=int, default=1000)
     parser.add_argument("--em-epochs", type=int, default=4)
     parser.add_argument("-lr", "--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
