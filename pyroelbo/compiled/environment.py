@@ -69,6 +69,16 @@ def _installed(package: str) -> bool:
     return any(os.path.realpath(file).startswith(_INSTALLED) for file in files if file)
 
 
+def _packaged(module: str | None) -> bool:
+    """True for code that is not the user's: of installed packages, and of this one."""
+    return _top(module) == "pyroelbo" or _installed(_top(module))
+
+
+def _caches(thing: Any) -> bool:
+    """True for objects that keep tensors for themselves: those of packages, and all transforms."""
+    return isinstance(thing, torch.distributions.Transform) or _packaged(type(thing).__module__)
+
+
 class Environment:
     """What the code of ``roots`` (callables, modules, objects) can read: scalars, objects and tensors.
 
@@ -247,7 +257,7 @@ class Environment:
             self._later(getattr(thing, "__wrapped__", None), name)  # of functools.lru_cache
             return
         own = getattr(thing, "__dict__", None)
-        if self._foreign(cls.__module__) and cls.__module__ not in _HOLDERS:
+        if cls.__module__ not in _HOLDERS and _caches(thing):
             self._libraries |= {id(thing), id(own)}
         if isinstance(own, dict):
             self._size(own, name)
@@ -277,7 +287,7 @@ class Environment:
 
     def _module(self, module: nn.Module, name: str) -> None:
         own = vars(module)
-        if self._foreign(type(module).__module__):
+        if _caches(module):
             self._libraries |= {id(own), *(id(own[part]) for part in _REGISTRIES)}
         for part in _REGISTRIES:
             for key, value in own[part].items():
@@ -326,7 +336,7 @@ class Environment:
                 value = cell.cell_contents
             except ValueError:
                 continue
-            if not self._walked(function):
+            if function.__module__ not in (None, "builtins") and _packaged(function.__module__):
                 self._libraries.add(id(cell))
             if isinstance(value, Tensor):
                 self._tensor(value, (cell, None), free)

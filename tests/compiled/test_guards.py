@@ -402,6 +402,33 @@ def test_the_models_own_package_is_watched_where_it_is_installed(tmp_path, monke
     assert loss.counters.captures == 2
 
 
+def test_packages_and_transforms_keep_tensors_for_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
+    environment._installed.cache_clear()
+    code = (
+        "import pyro, torch, pyro.distributions as dist\nclass Model(torch.nn.Module):\n"
+        "    def forward(self, y):\n        self.theta = pyro.param('loc', torch.tensor(0.3)).exp()\n"
+        "        pyro.sample('y', dist.Normal(self.theta, 1.0), obs=y)\n"
+    )
+    package = make_package(tmp_path / "site", "keeping_models", code, monkeypatch)
+    loss = follow(package.Model(), nothing, [(torch.tensor(0.5),)] * 5)
+    assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
+
+    class Kept(torch.distributions.transforms.ExpTransform):
+        def log_abs_det_jacobian(self, x, y):
+            self.kept = super().log_abs_det_jacobian(x, y)
+            return self.kept
+
+    transform = Kept(cache_size=1)
+
+    def model(y):
+        base = dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0)
+        pyro.sample("y", dist.TransformedDistribution(base, transform), obs=y)
+
+    loss = follow(model, nothing, [(torch.tensor(0.5),)] * 5)
+    assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
+
+
 def test_a_model_that_sees_too_much_is_refused_by_name():
     class Model(nn.Module):
         def __init__(self):

@@ -243,6 +243,33 @@ def test_a_constant_is_caught_even_where_the_loss_takes_few_values():
         verify(plan, call, lambda *inputs: outputs)
 
 
+def test_a_graph_that_misses_any_one_input_is_refused():
+    """Rows, floating arguments, Python numbers and state are each changed before a graph is taken."""
+    shift = torch.tensor(0.7)
+
+    def model(y, k, beta):
+        w = pyro.param("w", torch.tensor([0.3, 0.5, 0.9]))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(beta * w[k] + shift, 1.0), obs=y)
+
+    args = (data(4), torch.tensor([0, 1, 2, 2]), 0.4)
+    Trace_ELBO().loss(model, nothing, *args)
+    call = Call(Trace_ELBO(), "grads", model, nothing, args, {})
+    plan = capture(call, [0])
+    inputs = [*call.tensors, *plan.number_tensors([0.4]), *plan.state()]
+    assert len(inputs) == 5
+    verify(plan, call, plan.graph, thorough=True)
+    for i, t in enumerate(inputs):
+        held = t.detach().clone()
+
+        def stale(*inputs, i=i, held=held):
+            return plan.graph(*inputs[:i], held, *inputs[i + 1 :])
+
+        verify(plan, call, stale)  # the call itself does not tell
+        with pytest.raises(Mismatch, match="differs"):
+            verify(plan, call, stale, thorough=True)
+
+
 def test_unused_draws_keep_their_place():
     """A guide's global latent before a subsampled plate whose indices nobody uses."""
 
