@@ -264,6 +264,7 @@ def _pictures(axes: Any, rows: Sequence[Tensor], shape: Sequence[int], titles: S
             top, left = i * (height + 1), j * (width + 1)
             canvas[top : top + height, left : left + width] = picture
     axes.imshow(canvas, interpolation="nearest")
+    axes.set_anchor("W")  # in the middle of spare width the layout would leave too little room for titles
     axes.set_xticks([])
     axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(rows))], titles or [""] * len(rows))
     axes.tick_params(length=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from pyroelbo import audit, evidence, report
 from pyroelbo.results import Audit, Bound, Run
@@ -42,6 +43,13 @@ def test_pictures_are_written(result, tmp_path):
         report.plot_sequences([torch.rand(5, 8)], tmp_path / "g.png", ["digits"]),
     ]
     assert all(is_picture(p) for p in paths)
+
+
+def test_titles_of_pictures_are_not_cut(tmp_path):
+    titles = ["L2, learned weight: decoded"] * 13
+    path = report.images([torch.rand(12, 560)] * 13, (28, 20), tmp_path / "a.png", titles)
+    seen = imread(path)[..., :3]
+    assert (seen[:, :2] == 1).all() and (seen[:, 2:200] < 1).any()
 
 
 def test_large_values_are_ink_or_light(tmp_path):
