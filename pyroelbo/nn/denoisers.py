@@ -83,6 +83,14 @@ def start_small(layer: nn.Module) -> None:
         parameter.mul_(share)  # type: ignore[operator]
 
 
+def sinusoids(places: int, width: int) -> Tensor:
+    """Features [places, width] of places 0, 1, …: sine and cosine of place / 10,000^(2j / width), j = 0, 1, …
+
+    A step to another place is a rotation, the same from everywhere. Source: Vaswani et al. (2017), 3.5."""
+    angle = torch.arange(places)[:, None] * 1e4 ** (-torch.arange(0, width, 2) / width)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
+
+
 class PerStepLinear(nn.Module):
     """z [*, D] at time t/T to [*, D, outputs]: first W_t z + b_t, then ``outputs`` - 1 numbers per dimension
     that depend on t alone.
@@ -227,6 +235,9 @@ class TokenTransformer(_Tokens):
     """Symbols z [*, D], integers 0 … symbols-1, to [*, D, outputs]: a pre-norm transformer in which every
     place attends to all.
 
+    Learned positions start at :func:`sinusoids`: a masked place knows nothing but where it is, and must find
+    its neighbours before anything can be learned.
+
     Args:
         dims: D.
         symbols: number of symbols at the input.
@@ -250,6 +261,7 @@ class TokenTransformer(_Tokens):
         classes: int | None = None,
     ) -> None:
         super().__init__(dims, symbols, outputs, width, classes)
+        self.places = nn.Parameter(sinusoids(dims, width))
         self.blocks = nn.ModuleList(Attend(width, heads, dropout) for _ in range(layers))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:

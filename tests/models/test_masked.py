@@ -174,6 +174,16 @@ def test_training_lowers_the_bound_and_the_mask_is_no_symbol():
         evidence.exact(pair.written_out(), y[:2])
 
 
+def test_a_transformer_starts_with_places_that_tell_their_distance():
+    """From another start a small one was at the symbols' frequencies for a thousand steps."""
+    places = models.MaskedDiffusion(12, 3, "categorical", "transformer", width=8).generator.places.detach()
+    alike = places @ places.T
+    for distance in range(12):
+        along = alike.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along))
+        assert distance == 0 or along[0] < alike[0, 0] - 0.1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
