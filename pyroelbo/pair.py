@@ -481,7 +481,7 @@ class Pair(PyroModule):
     def _observed_parts(self, batch: Batch) -> dict[str, tuple[int, Tensor]]:
         """The index of the part of the batch that each observed site observes, by shared memory, and the
         view of it that the site sees."""
-        trace = prune_subsample_sites(batches.call(poutine.trace(self.model).get_trace, batch))
+        trace = prune_subsample_sites(traced(self.model, batch))
         tensors = list(batches.parts(batch).values())
         found = {}
         for name, site in trace.nodes.items():
@@ -509,7 +509,7 @@ class Pair(PyroModule):
         cuda = [t.device for t in self.parameters() if t.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
-            trace = batches.call(poutine.trace(poutine.uncondition(self.model)).get_trace, template)
+            trace = traced(poutine.uncondition(self.model), template)
         trace = prune_subsample_sites(trace)
         tensors, drawn = list(batches.parts(template).values()), {}
         for name, (i, view) in observed.items():
@@ -607,6 +607,18 @@ class _CallablePair(Pair):
     def placeholder(self, n: int, *given: Tensor) -> Batch:
         make = self.__dict__["_placeholder"]
         return super().placeholder(n, *given) if make is None else make(n, *given)
+
+
+def traced(program: Callable, batch: Batch) -> Any:
+    """The trace of a program run on a batch. A ValueError of the program's is raised as it is, without the
+    table of shapes that Pyro appends to its message."""
+    try:
+        return batches.call(poutine.trace(program).get_trace, batch)
+    except ValueError as error:
+        cause: BaseException = error
+        while "Trace Shapes:" in str(cause) and isinstance(cause.__cause__, ValueError):
+            cause = cause.__cause__
+        raise cause from cause.__cause__
 
 
 @contextmanager

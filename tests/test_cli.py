@@ -214,6 +214,9 @@ def test_a_run_given_classes(model, kind, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", out, "--class", "3"]) == 1
     assert "--class: expected one of 0 to 2, got 3" in capsys.readouterr().err
+    np.save(tmp_path / "rows.npy", np.zeros((3, 3), np.int64))
+    assert main(["compress", out, str(tmp_path / "rows.npy")]) == 1
+    assert "RUN: expected one that is not conditional" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):

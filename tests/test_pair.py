@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyroelbo import Pair, evidence, fit
+from pyroelbo import Pair, evidence, fit, models
 from pyroelbo.models import REGISTRY
 from pyroelbo.pair import ExactPair
 from tests.pairs import CONDITIONAL, TABLE, Nonlinear
@@ -209,3 +210,14 @@ def test_a_sampled_attribute_keeps_its_name_in_every_instance():
     for _ in range(2):
         bound = evidence.elbo(Scaled(), y, particles=5)
         torch.testing.assert_close(bound.value, dist.Normal(0.0, 2**0.5).log_prob(y), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "method", (evidence.elbo, evidence.exact, lambda pair, y: fit(pair, y, objective="enum", progress=False))
+)
+def test_a_pairs_own_refusal_is_all_that_is_said(method):
+    """Pyro appends a table of shapes to the message of every ValueError in a trace."""
+    pair = models.SigmoidBeliefNet(7, latent=(3,))
+    wanted = "y: expected shape [B, 7] (flattened images) for this SigmoidBeliefNet, got (4, 5)"
+    with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
+        method(pair, torch.zeros(4, 5))

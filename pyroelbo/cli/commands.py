@@ -387,6 +387,11 @@ def compress(options: argparse.Namespace) -> int:
         found = coding.compress_contexts(y, out, shape=options.shape)
     else:
         pair, _, known = models.load(options.path)
+        if known.classes:
+            raise ValueError(
+                f"RUN: expected one that is not conditional, got {options.path}: in Python, "
+                "coding.compress(…, given=(labels,)) codes the data of such pairs"
+            )
         lossy = None if known.about.discrete else pair.lossy()
         given: tuple[torch.Tensor, ...] = ()
         if lossy is not None:

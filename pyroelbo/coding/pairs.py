@@ -22,7 +22,7 @@ from pyroelbo.coding.stack import Codec, Impossible, Stack
 from pyroelbo.evaluation.layout import Layout
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import data_frame, is_point, sample_sites
-from pyroelbo.pair import Pair
+from pyroelbo.pair import Pair, traced
 
 __all__ = ["BitsBack", "Direct", "PairCodec", "Swapped", "grids_of", "pair_codec"]
 
@@ -133,7 +133,7 @@ class BitsBack(PairCodec):
         return _Counted(codec, self.bits, name)
 
     def _trace(self, program: Callable, y: Tensor) -> Any:
-        return prune_subsample_sites(poutine.trace(program).get_trace(*self.given, y))
+        return prune_subsample_sites(traced(program, (*self.given, y)))
 
     def _push_sites(self, stack: Stack, trace: Any, narrow: bool) -> None:
         for name, site in reversed(list(sample_sites(trace))):
@@ -315,8 +315,16 @@ def _checked(pair: Pair, template: Batch) -> Layout:
         pair.simulate(batches.size(template), like=template)  # refuses models that feed their data forward
     if layout.auxiliary:
         raise ValueError(f"guide site {min(layout.auxiliary)!r}: expected latents of the model only")
-    if layout.masked or layout.scaled_site is not None or len(layout.observed) != 1:
-        raise ValueError("model: expected one observed site, without masks and subsampling")
+    if layout.scaled_site is not None:
+        raise ValueError(
+            f"site {layout.scaled_site!r}: expected terms of whole data, got a scale: its ELBO is an "
+            "estimate of a sum, as of a diffusion's training form, and no code has that length"
+        )
+    if layout.masked or len(layout.observed) != 1:
+        raise ValueError(
+            f"model: expected one observed site without a mask, got {sorted(layout.observed)}"
+            + (", with masks" if layout.masked else "")
+        )
     return layout
 
 

@@ -178,6 +178,11 @@ class Dataset:
         every = torch.cat([labels[s] for s in splits])
         if bool((every < 0).any()):
             raise ValueError(f"conditional: expected classes from 0 on, got {int(every.min())}")
+        if len(every) <= int(every.max()):
+            raise ValueError(
+                f"conditional: expected classes numbered 0, 1, …, got {int(every.max())} "
+                f"among {len(every)} data"
+            )
         given = {s: (labels[s].long(), y) for s, y in splits.items()}
         return replace(self, splits=given, classes=int(every.max()) + 1)
 

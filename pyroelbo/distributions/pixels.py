@@ -76,7 +76,8 @@ class _Discretized(TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps)
-        return (self.loc + self.scale * self._quantile(u)).round().clamp(self.low, self._high)
+        drawn = (self.loc + self.scale * self._quantile(u)).round().clamp(self.low, self._high)
+        return drawn + 0.0  # -0 becomes 0
 
 
 class DiscretizedLogistic(_Discretized):

@@ -22,7 +22,7 @@ from pyroelbo.evaluation.probes import check_factors
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import Unavailable, data_frame, sample_sites, unenumerable
 from pyroelbo.numerics import logsumexp
-from pyroelbo.pair import PLATE, Pair, evaluation_mode, unregistered
+from pyroelbo.pair import PLATE, Pair, evaluation_mode, traced, unregistered
 
 __all__ = ["enumerate_latents", "log_evidence_of_all", "log_evidence_of_each"]
 
@@ -133,7 +133,7 @@ def _enumerated(pair: Pair, batch: batches.Batch, depth: int) -> tuple[Any, dict
     model = poutine.enum(config_enumerate(program, default="parallel"), first_available_dim=-1 - depth)
     with evaluation_mode(pair), unregistered(), pyro.validation_enabled(False):
         try:
-            trace = prune_subsample_sites(batches.call(poutine.trace(model).get_trace, batch))
+            trace = prune_subsample_sites(traced(model, batch))
             return trace, {k: log_prob_of(s, latent=not s["is_observed"]) for k, s in sample_sites(trace)}
         except (RuntimeError, IndexError, TypeError, AssertionError) as error:
             raise unenumerable(error) from error

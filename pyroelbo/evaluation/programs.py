@@ -12,11 +12,10 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyroelbo import batch as batches
 from pyroelbo.batch import Batch
 from pyroelbo.evaluation.masks import ModelMasks
 from pyroelbo.evaluation.sites import Unavailable, summed_sites
-from pyroelbo.pair import Pair, evaluation_mode, unregistered
+from pyroelbo.pair import Pair, evaluation_mode, traced, unregistered
 
 __all__ = ["Programs"]
 
@@ -56,7 +55,7 @@ class Programs:
 
     def _trace(self, program: Callable, batch: Batch) -> Any:
         with _whole_plates() if self.whole else nullcontext():
-            return batches.call(poutine.trace(program).get_trace, batch)
+            return traced(program, batch)
 
     def traces(
         self,

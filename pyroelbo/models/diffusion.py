@@ -325,7 +325,7 @@ class Diffusion(DiffusionPair):
                 kept_noise = (rest - noise.square()).clamp_min(0).sqrt()
                 z = below.sqrt() * x + kept_noise * eps + noise * torch.randn_like(z)
         y = c.loc + c.scale * z
-        return y if c.levels is None else y.round().clamp(0, c.levels - 1)
+        return y if c.levels is None else y.round().clamp(0, c.levels - 1) + 0.0  # -0 becomes 0
 
     @torch.no_grad()
     def strip(self, chains: Tensor, columns: int = 8, labels: Tensor | None = None) -> Tensor:

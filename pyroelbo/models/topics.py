@@ -82,7 +82,7 @@ class LDA(ExactPair):
             raise ValueError(
                 f"y: expected words as integers [B, L], padded with -1, got {y.dtype} {tuple(y.shape)}"
             )
-        if int(y.min()) < -1 or int(y.max()) >= self.vocabulary:
+        if y.numel() and (int(y.min()) < -1 or int(y.max()) >= self.vocabulary):
             raise ValueError(
                 f"y: expected words 0 … {self.vocabulary - 1}, or -1 for none, got {int(y.min())} … "
                 f"{int(y.max())}"

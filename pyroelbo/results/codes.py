@@ -59,8 +59,8 @@ class CodeLength(Json):
         return "\n".join(
             (
                 f"{self.bytes:,} bytes for {self.data:,} data, {self.total:.3f} nats per datum",
-                f"  by the model         {self.net_bits / 8:12,.0f} bytes for {self.coded:,} data, "
-                f"{self.net:.3f} nats per datum",
+                f"  by the model         {round(self.net_bits / 8):12,} bytes for {self.coded:,} data"
+                + (f", {self.net:.3f} nats per datum" if self.coded else ""),
                 *self._sites(),
                 f"  without it           {self.starter_bytes:12,} bytes for {self.starter_data:,} data",
                 f"  frame                {self.frame_bytes:12,} bytes",
@@ -76,7 +76,7 @@ class CodeLength(Json):
             return []
         nats = math.log(2) / self.coded
         return [
-            f"    {site:19}{bits / 8:12,.0f} bytes, {bits * nats:.3f} nats per datum"
+            f"    {site:19}{round(bits / 8):12,} bytes, {bits * nats:.3f} nats per datum"
             for site, bits in self.site_bits.items()
         ]
 

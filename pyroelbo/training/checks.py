@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from pyroelbo.evaluation.probes import check_masks
 from pyroelbo.evaluation.programs import Programs
 from pyroelbo.evaluation.sites import check_observation, check_support, observed_part, observed_support
 from pyroelbo.objectives.base import Update
-from pyroelbo.pair import PLATE, Pair
+from pyroelbo.pair import PLATE, Pair, traced
 
 __all__ = ["parameters_of", "probe", "trainable"]
 
@@ -65,11 +64,9 @@ def _run_once(pair: Pair, batch: Batch) -> tuple[Any, Any]:
     pair.model.check(batch)
     with torch.no_grad(), pyro.validation_enabled(True):
         try:
-            guide = batches.call(poutine.trace(pair.guide).get_trace, batch)
+            guide = traced(pair.guide, batch)
             with pyro.validation_enabled(False):
-                model = batches.call(poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace, batch)
-        except ValueError as error:  # Pyro adds a table of shapes to it
-            raise ValueError(re.split(r"\n\s*Trace Shapes:", str(error))[0]) from error
+                model = traced(poutine.replay(pair.model, trace=guide), batch)
         except RuntimeError as error:
             shapes = {k: (tuple(v.shape), str(v.dtype)) for k, v in batches.parts(batch, "batch").items()}
             raise ValueError(

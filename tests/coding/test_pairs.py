@@ -24,7 +24,8 @@ REASONS = "|".join(
         "a density is no probability",
         "expected independent coordinates, got a",
         "expected a distribution without a mask",
-        "expected one observed site, without masks and subsampling",
+        "expected one observed site without a mask",
+        "expected terms of whole data, got a scale",
     )
 )
 CODED = (

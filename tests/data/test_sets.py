@@ -64,13 +64,17 @@ def test_data_given_their_classes():
     torch.testing.assert_close(given.log_scale(given["test"]), wine.log_scale(wine["test"]))
     assert given.numbers(given["test"]) == wine.numbers(wine["test"]) == 13
     assert data.Dataset.described(given.describe()).classes == 3
-    negative = dataclasses.replace(wine, labels={k: v - 1 for k, v in wine.labels.items()})
+    negative, wide = (
+        dataclasses.replace(wine, labels={k: change(v) for k, v in wine.labels.items()})
+        for change in (lambda v: v - 1, lambda v: v * 1_000_000)
+    )
     for wrong, message in (
         (data.load("words"), "got words, strings without classes"),
         (data.load("digit_strings"), "a class for each datum, got digit_strings"),
         (dataclasses.replace(wine, labels={"train": wine.labels["train"]}), "a class for each datum"),
         (given, "a class for each datum"),
         (negative, "classes from 0 on, got -1"),
+        (wide, "classes numbered 0, 1, …, got 2000000 among 178 data"),
     ):
         with pytest.raises(ValueError, match=f"conditional: .*{message}"):
             wrong.conditional()

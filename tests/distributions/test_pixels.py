@@ -64,6 +64,7 @@ def test_samples_follow_the_probabilities(kind):
     expected = n * d.log_prob(torch.arange(5.0)).exp()
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < 33.4  # chi-squared with 4 degrees of freedom: a false alarm in 1e-6
+    assert not torch.signbit(kind(torch.tensor(0.0), torch.tensor(0.3), 5).sample((99,))).any()  # no -0
 
 
 def test_densities_keep_their_constants():

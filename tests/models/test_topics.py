@@ -76,6 +76,12 @@ def test_what_are_no_documents(y, message):
         models.LDA(5, 2).log_evidence(y)
 
 
+def test_documents_without_words_have_evidence_one():
+    pair = models.LDA(5, 2)
+    for y in (torch.full((3, 4), -1), torch.zeros(3, 0, dtype=torch.long)):
+        assert torch.equal(pair.log_evidence(y), torch.zeros(3, dtype=torch.float64))
+
+
 def test_too_many_counts_are_unavailable_and_the_audit_goes_on():
     pair, y = models.LDA(9, 6, 20), torch.randint(9, (2, 20))
     with pytest.raises(ValueError, match="vectors of counts: the exact evidence is limited"):
