@@ -197,3 +197,19 @@ def test_a_transformer_starts_with_places_that_tell_their_distance():
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         models.MaskedDiffusion(5, **settings)
+
+
+def test_a_transformer_learns_from_where_symbols_are():
+    """Palindromes: a symbol is known once its mirror image is revealed. Where symbols outshout their places
+    300 steps stay at 1.28, what the counts of symbols tell."""
+    torch.manual_seed(0)
+    pair = models.MaskedDiffusion(16, 4, "categorical", "transformer", width=16, layers=1)
+    optimizer, losses = torch.optim.Adam(pair.parameters(), lr=1e-2), []
+    for _ in range(300):
+        half = torch.randint(4, (32, 8))
+        loss = -pair.term(torch.cat([half, half.flip(1)], 1), torch.rand(32), torch.rand(32, 16)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-50:]) / 50 < 1
