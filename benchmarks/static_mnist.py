@@ -100,13 +100,16 @@ def vae_200(epochs, rate, tail, **settings):
     )
 
 
+HALF = torch.cpu._is_avx512_bf16_supported()  # elsewhere products of bfloat16 are fifty times slower
+
+
 class HalfPixelCNN(PixelCNN):
     """In training bfloat16 convolutions (twice as fast where the processor has them), float32 weights; else
     float32.
     """
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.training):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.training and HALF):
             logits = super().forward(tokens)
         return logits.float()
 
@@ -280,7 +283,7 @@ def train(options, system, images, folder):
         load(pair, options.start)
     share = settings.pop("distort", 0.0)
     given = Distorted(images["train"], share).batches(settings["batch_size"]) if share else images["train"]
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False)):
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("bf16", False) and HALF):
         run = fit(
             pair,
             given,
