@@ -113,6 +113,19 @@ def needs_solvers(model):
         pytest.importorskip("pysat")
 
 
+def test_rows_that_changed_since_the_training_are_refused(tmp_path, capsys):
+    """With fewer rows the split is another: the test split would hold what was trained on."""
+    file, out, y = tmp_path / "y.npy", str(tmp_path / "run"), np.random.default_rng(0).normal(size=(60, 3))
+    np.save(file, y)
+    assert main(["train", "ppca", "--data", str(file), "--num-epochs", "3", "--out", out, "--quiet"]) == 0
+    assert main(["audit", out, "--particles", "2"]) == 0
+    np.save(file, y[:50])
+    capsys.readouterr()
+    assert main(["audit", out, "--particles", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "expected the rows that the run was trained on, got others" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("model", SMALL)
 def test_every_model_trains_on_a_file_of_ones_own(model, tmp_path, capsys):
     needs_solvers(model)

@@ -228,7 +228,7 @@ def audit_(options: argparse.Namespace) -> int:
     if options.num_data < 0:
         raise ValueError(f"--num-data: expected a number of data, or 0 for all, got {options.num_data}")
     pair, config, known = models.load(options.path)
-    found = _reloaded(known, options.data_dir)
+    found = _reloaded(known, config, options.data_dir)
     split = options.split or ("test" if "test" in found.splits else "train")
     y, labels = _subset(found, split, options.num_data, options.seed)
     pyro.set_rng_seed(options.seed)
@@ -265,7 +265,7 @@ def audit_(options: argparse.Namespace) -> int:
     return 0
 
 
-def _reloaded(known: data.Dataset, root: Path | None) -> data.Dataset:
+def _reloaded(known: data.Dataset, config: dict[str, Any], root: Path | None) -> data.Dataset:
     """The data of a run as it was trained on them; ValueError if they have changed since."""
     columns = known.names if known.name.lower().endswith(".csv") else ()
     found = data.load(known.name, known.kind, columns=columns, root=root).standardized(known)
@@ -276,6 +276,11 @@ def _reloaded(known: data.Dataset, root: Path | None) -> data.Dataset:
         raise ValueError(
             f"{known.name}: expected the data that the run was trained on, with {changed} "
             f"{before[changed]!r:.80}, got {now[changed]!r:.80}"
+        )
+    if config.get("fingerprint") != batches.fingerprint(found["train"]):
+        raise ValueError(
+            f"{known.name}: expected the rows that the run was trained on, got others: what is held out may "
+            "have been trained on. Bring the file back, or train anew"
         )
     return found
 
@@ -325,9 +330,9 @@ def _rates(pair: Pair, y: Batch, particles: int) -> str | None:
 
 
 def sample(options: argparse.Namespace) -> int:
-    pair, _, known = models.load(options.path)
+    pair, config, known = models.load(options.path)
     pyro.set_rng_seed(options.seed)
-    like = _like(known, options) if len(known.about.parts) > 1 and options.n > 0 else None
+    like = _like(known, config, options) if len(known.about.parts) > 1 and options.n > 0 else None
     given = _given(known, options)
     if options.truncation is None:
         latents, batch = _simulated(pair, options.n, given, like)
@@ -354,9 +359,9 @@ def _given(known: data.Dataset, options: argparse.Namespace) -> tuple[torch.Tens
     return (torch.arange(options.n) % many if one is None else torch.full((options.n,), one),)
 
 
-def _like(known: data.Dataset, options: argparse.Namespace) -> Batch:
+def _like(known: data.Dataset, config: dict[str, Any], options: argparse.Namespace) -> Batch:
     """Data drawn at random for their lengths, or for what is labelled, with room for a label a step."""
-    found = _reloaded(known, options.data_dir)["train"]
+    found = _reloaded(known, config, options.data_dir)["train"]
     rows = batches.rows(found, torch.randint(batches.size(found), (options.n,)))
     if known.kind != "labelled" or not isinstance(rows, tuple):
         return rows
@@ -389,8 +394,8 @@ def compress(options: argparse.Namespace) -> int:
         pair, _, known = models.load(options.path)
         if known.classes:
             raise ValueError(
-                f"RUN: expected one that is not conditional, got {options.path}: in Python, "
-                "coding.compress(…, given=(labels,)) codes the data of such pairs"
+                f"RUN: expected one that is not conditional, got {options.path}, whose bound is one on "
+                "ln p(y | class)"
             )
         lossy = None if known.about.discrete else pair.lossy()
         given: tuple[torch.Tensor, ...] = ()
