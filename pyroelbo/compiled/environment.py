@@ -8,9 +8,7 @@ import functools
 import math
 import os
 import random
-import site
 import sys
-import sysconfig
 import types
 import weakref
 from collections import deque
@@ -41,18 +39,7 @@ _MAX_EDGES = 50_000
 _MAX_ITEMS = 2_000
 _MAX_BYTES = 2**20
 _SAMPLED = 4_096
-_INSTALLED = tuple(
-    {
-        os.path.realpath(path) + os.sep
-        for path in (
-            sysconfig.get_path("purelib"),
-            sysconfig.get_path("platlib"),
-            *getattr(site, "getsitepackages", list)(),
-            site.getusersitepackages(),
-        )
-        if path
-    }
-)
+_INSTALLED = {"site-packages", "dist-packages"}  # in whatever environments are on the path
 
 
 def _top(name: str | None) -> str:
@@ -66,7 +53,7 @@ def _installed(package: str) -> bool:
         return True
     module = sys.modules.get(package)
     files = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-    return any(os.path.realpath(file).startswith(_INSTALLED) for file in files if file)
+    return any(_INSTALLED & set(os.path.realpath(file).split(os.sep)) for file in files if file)
 
 
 def _packaged(module: str | None) -> bool:

@@ -4,7 +4,6 @@ import argparse
 import collections
 import functools
 import importlib
-import os
 import types
 
 import numpy as np
@@ -16,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyroelbo.compiled import CompiledELBO, CompileWarning, FusedOptim, environment
+from pyroelbo.compiled import CompiledELBO, CompileWarning, FusedOptim
 from pyroelbo.compiled.environment import Environment
 from tests.compiled.cases import ADAM, VAE, agree, data, follow, nothing, regression, vae
 
@@ -350,10 +349,8 @@ def make_package(path, name, code, monkeypatch):
 
 def test_installed_packages_do_not_hide_the_model(tmp_path, monkeypatch):
     """A method that the loss never calls mentions a package of 60,000 values."""
-    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
-    environment._installed.cache_clear()
     code = "table = {i: float(i) for i in range(60_000)}\ndef draw(x):\n    return table[x]\n"
-    package = make_package(tmp_path / "site", "big_plots", code, monkeypatch)
+    package = make_package(tmp_path / "site-packages", "big_plots", code, monkeypatch)
     monkeypatch.setitem(globals(), "big_plots", package)
 
     class Net(nn.Module):
@@ -384,15 +381,13 @@ def test_installed_packages_do_not_hide_the_model(tmp_path, monkeypatch):
 
 
 def test_the_models_own_package_is_watched_where_it_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
-    environment._installed.cache_clear()
     code = (
         "import pyro, torch, pyro.distributions as dist\nLEVEL = 1\n"
         "def level():\n    return LEVEL\n"
         "class Model(torch.nn.Module):\n    def forward(self, y):\n"
         "        pyro.sample('y', dist.Normal(pyro.param('loc', torch.tensor(0.3)) + level(), 1.0), obs=y)\n"
     )
-    package = make_package(tmp_path / "site", "own_models", code, monkeypatch)
+    package = make_package(tmp_path / "site-packages", "own_models", code, monkeypatch)
 
     def before(i):
         package.LEVEL = 1 + i // 4
@@ -403,14 +398,12 @@ def test_the_models_own_package_is_watched_where_it_is_installed(tmp_path, monke
 
 
 def test_packages_and_transforms_keep_tensors_for_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
-    environment._installed.cache_clear()
     code = (
         "import pyro, torch, pyro.distributions as dist\nclass Model(torch.nn.Module):\n"
         "    def forward(self, y):\n        self.theta = pyro.param('loc', torch.tensor(0.3)).exp()\n"
         "        pyro.sample('y', dist.Normal(self.theta, 1.0), obs=y)\n"
     )
-    package = make_package(tmp_path / "site", "keeping_models", code, monkeypatch)
+    package = make_package(tmp_path / "site-packages", "keeping_models", code, monkeypatch)
     loss = follow(package.Model(), nothing, [(torch.tensor(0.5),)] * 5)
     assert (loss.counters.compiled_calls, loss.counters.fallbacks) == (4, 0)
 
@@ -492,9 +485,9 @@ def test_an_attribute_that_appears_later_is_seen(name, where):
 
 
 def test_settings_in_an_installed_package_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "_INSTALLED", (str(tmp_path / "site") + os.sep,))
-    environment._installed.cache_clear()
-    package = make_package(tmp_path / "site", "settings_of_all", "LEVEL = 1\nTABLE = {'a': 1}\n", monkeypatch)
+    package = make_package(
+        tmp_path / "site-packages", "settings_of_all", "LEVEL = 1\nTABLE = {'a': 1}\n", monkeypatch
+    )
     monkeypatch.setitem(globals(), "settings_of_all", package)
 
     def before(i):
