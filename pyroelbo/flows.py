@@ -205,7 +205,7 @@ class SplineFlow(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
         positive_count("layers", layers, "whole number")
-        if not 2 <= bins < 1 / _MIN_PIECE:
+        if not (isinstance(bins, int) and 2 <= bins < 1 / _MIN_PIECE):
             raise ValueError(f"bins: expected 2 to {1 / _MIN_PIECE - 1:.0f} pieces of a spline, got {bins!r}")
         self.dims, self.context = dims, context
         make: Callable[..., _SplineMap] = Coupling if kind == "coupling" else MaskedMap

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ __all__ = [
     "logsumexp",
     "nats_to_bits",
     "positive_count",
+    "positive_shape",
+    "whole_number",
 ]
 
 
@@ -50,6 +54,25 @@ def positive_count(name: str, value: Any, what: str = "number") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive {what}, got {value!r}")
     return value
+
+
+def whole_number(name: str, value: Any, least: int, what: str) -> int:
+    """``value`` if it is an integer of at least ``least``; ValueError, naming the argument, otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least} {what}, got {value!r}")
+    return value
+
+
+def positive_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of a datum, a number of coordinates or the sides of an image, as a tuple; ValueError unless
+    it is of positive integers."""
+    try:
+        found = tuple(operator.index(s) for s in ((shape,) if isinstance(shape, Integral) else shape))
+    except TypeError:
+        found = ()
+    if not found or isinstance(shape, bool) or min(found) < 1:
+        raise ValueError(f"shape: expected a positive number of coordinates, or sides, got {shape!r}")
+    return found
 
 
 def logsumexp(x: Tensor, dim: int | tuple[int, ...] = -1, keepdim: bool = False) -> Tensor:

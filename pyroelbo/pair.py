@@ -397,9 +397,10 @@ class Pair(PyroModule):
         pairs."""
         return None
 
-    def stepwise(self) -> Stepwise | None:
+    def stepwise(self, *given: Tensor) -> Stepwise | None:
         """The evidence of a datum coordinate by coordinate, p(y) = Π_t p(y_t | y_<t); where the order is a
-        latent, p(y | order) for fixed orders. None for other pairs."""
+        latent, p(y | order) for fixed orders. Conditional pairs take the parts ``given`` of as many rows as
+        are begun with. None for other pairs."""
         return None
 
     def lossy(self) -> Lossy | None:

@@ -227,9 +227,19 @@ def test_a_run_given_classes(model, kind, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", out, "--class", "3"]) == 1
     assert "--class: expected one of 0 to 2, got 3" in capsys.readouterr().err
-    np.save(tmp_path / "rows.npy", np.zeros((3, 3), np.int64))
-    assert main(["compress", out, str(tmp_path / "rows.npy")]) == 1
-    assert "RUN: expected one that is not conditional" in capsys.readouterr().err
+    rows, classes, code = (str(tmp_path / name) for name in ("rows.npy", "classes.npy", "rows.code"))
+    np.save(rows, np.zeros((20, drawn["y"].shape[1]), np.int64))
+    np.save(classes, np.arange(20) % 3)
+    assert main(["compress", out, rows]) == 1
+    assert "--given: expected the classes of the data of a conditional run" in capsys.readouterr().err
+    status = main(["compress", out, rows, "--given", classes])
+    if model != "masked_diffusion":
+        assert status == 1 and "expected terms of whole data" in capsys.readouterr().err
+        return
+    assert status == 0
+    assert main(["decompress", out, code]) == 1
+    assert main(["decompress", out, code, "--given", classes, "--out", str(tmp_path / "back.npy")]) == 0
+    assert np.array_equal(np.load(tmp_path / "back.npy"), np.load(rows))
 
 
 def test_errors_are_one_line_and_status_one(run, tmp_path, capsys):

@@ -269,7 +269,7 @@ def test_bounds_of_the_registered_vae_are_ordered(prior):
             r"pseudo_inputs: expected shape \[M, ...\]",
         ),
         (lambda: FlowPrior(3, "radial"), "kind: expected one of .* got 'radial'"),
-        (lambda: AutoregressivePrior(3, hidden=()), "hidden: expected positive widths"),
+        (lambda: AutoregressivePrior(3, hidden=()), "hidden: expected at least one width"),
         (lambda: AutoregressivePrior(0), "dims: .*got 0"),
     ],
 )

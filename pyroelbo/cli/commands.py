@@ -8,6 +8,7 @@ import inspect
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -392,14 +393,12 @@ def compress(options: argparse.Namespace) -> int:
         found = coding.compress_contexts(y, out, shape=options.shape)
     else:
         pair, _, known = models.load(options.path)
-        if known.classes:
-            raise ValueError(
-                f"RUN: expected one that is not conditional, got {options.path}, whose bound is one on "
-                "ln p(y | class)"
-            )
+        _same_given(known.classes > 0, options.given, "the classes of the data of a conditional run")
         lossy = None if known.about.discrete else pair.lossy()
-        given: tuple[torch.Tensor, ...] = ()
-        if lossy is not None:
+        given: Sequence[Any] = ()
+        if known.classes:
+            given = [files.read_npy(options.given)]
+        elif lossy is not None:
             pair, y = lossy.codes, _encoded(lossy, known, y)
         elif known.kind == "superpixels":
             *given, y = _in_pieces(y, "FILE", "colour pictures [N, H, W, 3]", 4)
@@ -416,6 +415,11 @@ def compress(options: argparse.Namespace) -> int:
             print("the codes alone: decompress gives the data as they are decoded, not bit for bit")
     print(f"{found}\nwritten: {out}")
     return 0
+
+
+def _same_given(wanted: bool, file: Path | None, what: str) -> None:
+    if wanted != (file is not None):
+        raise ValueError(f"given: expected {what}, and nothing for others; got {file or 'nothing'}")
 
 
 def _in_pieces(pictures: np.ndarray, name: str, expected: str, dims: int) -> Any:
@@ -451,9 +455,11 @@ def decompress(options: argparse.Namespace) -> int:
     else:
         pair, _, known = models.load(options.path)
         lossy = None if known.about.discrete else pair.lossy()
-        if (options.given is None) == (known.kind == "superpixels"):
-            raise ValueError("given: expected the lumas of pictures coded in pieces, and nothing for others")
-        if lossy is None and options.given is None:
+        what = "the lumas of pictures coded in pieces, or the classes of data coded given them"
+        _same_given(known.classes > 0 or known.kind == "superpixels", options.given, what)
+        if known.classes:
+            coding.decompress(pair, options.file, out, given=[files.read_npy(options.given)])
+        elif lossy is None and options.given is None:
             coding.decompress(pair, options.file, out)
         else:
             if out.exists():

@@ -246,6 +246,13 @@ def _coding_options(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     code.add_argument("--chunk", type=int, default=None, help="number of data that the networks see at once")
     code.add_argument(
+        "--given",
+        type=Path,
+        default=None,
+        metavar="CLASSES",
+        help="an .npy file of the classes [N] of the data, for a conditional run",
+    )
+    code.add_argument(
         "--shape",
         type=lambda text: tuple(map(int, text.split(","))),
         default=None,
@@ -263,8 +270,9 @@ def _coding_options(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--given",
         type=Path,
         default=None,
-        metavar="LUMA",
-        help="an .npy file of the lumas [N, H, W] of colour pictures, of which FILE has the chroma",
+        metavar="GIVEN",
+        help="an .npy file of what FILE was written given: lumas [N, H, W] of colour pictures, of which it "
+        "has the chroma, or classes [N] of a conditional run",
     )
     decode.set_defaults(run=commands.decompress)
 

@@ -96,7 +96,7 @@ def compress(
     pair = _placed(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
-        direct = not known and method in (None, "direct") and pair.stepwise() is not None
+        direct = method in (None, "direct") and pair.stepwise(*_rows_of(known, slice(1))) is not None
         if chunk is None:
             chunk = 128 if direct else max(1, min(16, _NUMBERS // max(1, math.prod(array.shape[1:]))))
         positive_count("chunk", chunk, "number of data")

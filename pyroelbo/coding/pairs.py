@@ -82,16 +82,26 @@ class Direct(PairCodec):
 
     method = "direct"
 
-    def __init__(self, pair: Pair, template: Tensor, rows: int | None = None) -> None:
-        super().__init__(pair, template)
-        steps, flat = pair.stepwise(), (len(template), template[:1].numel())
+    def __init__(
+        self, pair: Pair, template: Tensor, given: tuple[Tensor, ...] = (), rows: int | None = None
+    ) -> None:
+        super().__init__(pair, template, given)
+        size, flat = len(template), (len(template), template[:1].numel())
+        whole = (torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in given)
+        steps = pair.stepwise(*whole)
         assert steps is not None
         self._codec, self._rows = Sequential(steps, flat, template.dtype, rows=rows), rows
 
     def part(self, rows: int) -> Direct:
-        part = Direct(self.pair, self.template, rows)
-        part.bits = self.bits
-        return part
+        return self._with(tuple(part[:rows] for part in self.given), rows)
+
+    def conditioned(self, given: tuple[Tensor, ...]) -> Direct:
+        return self._with(given, self._rows)
+
+    def _with(self, given: tuple[Tensor, ...], rows: int | None) -> Direct:
+        found = Direct(self.pair, self.template, given, rows)
+        found.bits = self.bits
+        return found
 
     def _push(self, stack: Stack, y: Tensor) -> None:
         padded = torch.zeros_like(self.template)
@@ -374,14 +384,14 @@ def pair_codec(
     given: tuple[Tensor, ...] = (),
 ) -> PairCodec:
     """The codec of a pair's data: ``method`` is ``"direct"``, ``"swap"`` or ``"bits-back"``, by default the
-    first of them that the pair offers; ``"bits-back"`` where something is ``given``."""
+    first of them that the pair offers."""
     offered: dict[str, Callable[[], PairCodec]] = {
         "bits-back": lambda: BitsBack(pair, template, grids, given)
     }
     if not given and pair.markov_links() is not None:
         offered = {"swap": lambda: Swapped(pair, template, grids), **offered}
-    if not given and pair.stepwise() is not None:
-        offered = {"direct": lambda: Direct(pair, template), **offered}
+    if pair.stepwise(*given) is not None:
+        offered = {"direct": lambda: Direct(pair, template, given), **offered}
     if method is not None and method not in offered:
         raise ValueError(f"method: expected one of {', '.join(offered)} for this pair, got {method!r}")
     return offered[method or next(iter(offered))]()

@@ -20,7 +20,7 @@ SCENES = ("chelsea", "coffee", "rocket", "retina", "ihc", "hubble", "motorcycle"
 _SIDE = 128
 
 
-def to_ycocg(rgb: Tensor) -> tuple[Tensor, Tensor]:
+def to_ycocg(rgb: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     """Luma [*] in 0 … 255 and chroma (Co, Cg) [*, 2] in -255 … 255, int32, of integer pictures [*, 3] in 0 …
     255.
 
@@ -28,6 +28,7 @@ def to_ycocg(rgb: Tensor) -> tuple[Tensor, Tensor]:
     probabilities of chroma given luma are probabilities of colours given luma. Raises ValueError for other
     shapes, dtypes and values. Source: Malvar and Sullivan (2003), YCoCg-R.
     """
+    rgb = torch.as_tensor(rgb)
     if rgb.dim() < 1 or rgb.shape[-1] != 3 or rgb.is_floating_point() or rgb.dtype == torch.bool:
         raise ValueError(f"rgb: expected integers [*, 3], got {rgb.dtype} of shape {tuple(rgb.shape)}")
     if rgb.numel() and (int(rgb.min()) < 0 or int(rgb.max()) > 255):

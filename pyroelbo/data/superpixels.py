@@ -20,7 +20,7 @@ _PIXELS = 60  # of a superpixel in smaller pictures
 
 
 def superpixels(
-    rgb: Tensor, count: int | None = None, compactness: float = 0.1
+    rgb: Tensor | np.ndarray, count: int | None = None, compactness: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Colour pictures as a conditional batch (x, superpixels, parents, y): what
     :class:`~pyroelbo.models.Superpixel` takes.
@@ -41,6 +41,7 @@ def superpixels(
     Raises ValueError for other shapes, dtypes and values, ImportError without scikit-image. Source: Achanta
     et al. (2012).
     """
+    rgb = torch.as_tensor(rgb)
     if rgb.dim() != 4:
         raise ValueError(f"rgb: expected pictures [B, H, W, 3], got shape {tuple(rgb.shape)}")
     x, y = to_ycocg(rgb)

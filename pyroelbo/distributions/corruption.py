@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pyroelbo.distributions.pixels import DiscretizedLogistic
 from pyroelbo.nn import bounded, one_hot
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, whole_number
 
 __all__ = [
     "PARAMETRIZATIONS",
@@ -194,8 +194,8 @@ class GaussianNoise(Corruption):
             raise ValueError(f"parametrization: expected one of {PARAMETRIZATIONS}, got {parametrization!r}")
         if variance not in VARIANCES:
             raise ValueError(f"variance: expected one of {VARIANCES}, got {variance!r}")
-        if levels is not None and levels < 2:
-            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
+        if levels is not None:
+            whole_number("levels", levels, 2, "grey levels")
         self.parametrization, self.variance, self.levels = parametrization, variance, levels
         self.outputs = 2 if variance == "learned" else 1
         half = 1.0 if levels is None else (levels - 1) / 2

@@ -281,7 +281,10 @@ def _hermite_terms(
 def _cholesky(covariance: Tensor) -> Tensor:
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
-    return torch.linalg.cholesky(covariance + 1e-9 * size * eye)
+    try:
+        return torch.linalg.cholesky(covariance + 1e-9 * size * eye)
+    except torch.linalg.LinAlgError as error:
+        raise Unavailable("quadrature: the draws of guide and prior have no finite covariance") from error
 
 
 @functools.cache

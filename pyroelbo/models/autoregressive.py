@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from pyroelbo.models.chain import SharedPath
 from pyroelbo.models.precision import exact
 from pyroelbo.nn.causal import CausalTransformer, PixelCNN
+from pyroelbo.numerics import positive_count, positive_shape, whole_number
 from pyroelbo.pair import PLATE, ExactPair, Stepwise
 
 __all__ = ["Append", "Autoregressive", "Prefix", "Strings", "Tokens"]
@@ -239,14 +240,12 @@ class Autoregressive(ExactPair):
         super().__init__()
         if likelihood not in ("bernoulli", "categorical"):
             raise ValueError(f"likelihood: expected 'bernoulli' or 'categorical', got {likelihood!r}")
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.length, self.levels = math.prod(self.shape), levels
         self.symbols = 2 if likelihood == "bernoulli" else levels
-        if self.length < 2 or self.symbols < 2:
-            raise ValueError(
-                f"shape: expected at least 2 tokens of at least 2 symbols, got {self.length} of "
-                f"{self.symbols}"
-            )
+        whole_number("levels", self.symbols, 2, "symbols")
+        if self.length < 2:
+            raise ValueError(f"shape: expected at least 2 tokens, got {shape!r}")
         if isinstance(network, nn.Module):
             self.generator = network
         elif network == "pixelcnn":
@@ -404,8 +403,8 @@ class Strings(Autoregressive):
         layers: int = 2,
         dropout: float = 0.0,
     ) -> None:
-        if length < 2 or symbols < 1:
-            raise ValueError(f"length, symbols: expected at least 2 and 1, got {length} and {symbols}")
+        whole_number("length", length, 2, "symbols")
+        positive_count("symbols", symbols, "number of symbols")
         super().__init__(length, symbols + 1, "categorical", network, width, layers, dropout)
 
     def check_tokens(self, y: Tensor) -> None:

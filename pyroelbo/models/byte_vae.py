@@ -17,7 +17,7 @@ from pyroelbo.models.hierarchy import ImageChain, check_widths
 from pyroelbo.models.links import PixelLink
 from pyroelbo.models.observation import Center, Pixels
 from pyroelbo.nn import MLP, round_straight_through
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import evaluation_mode
 from pyroelbo.priors import IntegerPrior, from_integers, integer_unit, logistics
 
@@ -71,7 +71,8 @@ class ByteVAE(ImageChain):
         components: int = 2,
         loss: str = "bound",
     ) -> None:
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         check_widths("latent", latent)
         positive_count("components", components, "number of logistics")
         if isinstance(values, bool) or not isinstance(values, int) or not 2 <= values <= 256:
@@ -97,7 +98,7 @@ class ByteVAE(ImageChain):
             ],
             event=(dims,),
         )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = shape
         self.levels = levels
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyroelbo.distributions import TreeCRF
 from pyroelbo.models.emissions import log_shares
 from pyroelbo.models.precision import exact
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["HiddenChowLiuTree", "dependence_tree"]
@@ -51,7 +51,8 @@ class HiddenChowLiuTree(ExactPair):
         self, shape: int | Sequence[int], levels: int = 2, states: int = 2, smoothing: float = 0.1
     ) -> None:
         super().__init__()
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         for name, value in (("shape", dims), ("levels", levels), ("states", states)):
             positive_count(name, value)
         if not smoothing >= 0:

@@ -15,7 +15,7 @@ from pyroelbo.models.hierarchy import ImageChain
 from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Conv, ConvCell, bounded, doubled
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 
 __all__ = ["ConvLadder", "MapFeatures", "MapMerge"]
 
@@ -59,9 +59,10 @@ class ConvLadder(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        if isinstance(shape, int) or len(shape) != 2:
+        shape = positive_shape(shape)
+        if len(shape) != 2:
             raise ValueError(f"shape: expected (height, width), got {shape}")
-        sizes = _resolutions(tuple(shape), groups)
+        sizes = _resolutions(shape, groups)
         positive_count("latent", latent, "number of maps")
         positive_count("channels", channels, "number of maps")
         pixels = Pixels(math.prod(shape), likelihood, levels)
@@ -85,9 +86,9 @@ class ConvLadder(ImageChain):
             ],
             event=(pixels.dims,),
             order="top-down",
-            features=MapFeatures(tuple(shape), groups, channels, pixels.center(), small, cell),
+            features=MapFeatures(shape, groups, channels, pixels.center(), small, cell),
         )
-        self.shape = tuple(shape)
+        self.shape = shape
 
 
 def _resolutions(shape: tuple[int, ...], groups: Sequence[int]) -> list[tuple[int, ...]]:

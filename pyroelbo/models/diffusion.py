@@ -27,7 +27,7 @@ from pyroelbo.distributions.corruption import (
 )
 from pyroelbo.models.rows import Rows, class_count
 from pyroelbo.nn import MLPDenoiser, PerStepLinear, TokenMLP, UNet
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import PLATE, LatentPath, Pair, evaluation_mode, within_datum
 
 __all__ = ["Diffusion", "DiffusionPair", "DiscreteDiffusion", "SampledTerms", "Share", "Spread", "WrittenOut"]
@@ -264,7 +264,7 @@ class Diffusion(DiffusionPair):
         if loss not in LOSSES:
             raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
         classes = class_count(classes)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = positive_shape(shape)
         dims = math.prod(shape)
         noise = GaussianNoise(steps, schedule, parametrization, variance, levels, dims)
         if network == "mlp":
@@ -370,7 +370,7 @@ class DiscreteDiffusion(DiffusionPair):
         dropout: float = 0.0,
         classes: int | None = None,
     ) -> None:
-        shape, classes = (shape,) if isinstance(shape, int) else tuple(shape), class_count(classes)
+        shape, classes = positive_shape(shape), class_count(classes)
         dims = math.prod(shape)
         if network == "mlp":
             network = TokenMLP(dims, levels, levels, width, layers, dropout, classes=classes)

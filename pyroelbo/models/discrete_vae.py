@@ -14,7 +14,7 @@ from pyroelbo.models.hierarchy import ImageChain, check_widths
 from pyroelbo.models.links import PixelLink
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 
 __all__ = ["DiscreteVAE", "SigmoidBeliefNet"]
 
@@ -51,7 +51,8 @@ class DiscreteVAE(ImageChain):
         likelihood: str = "bernoulli",
         levels: int = 256,
     ) -> None:
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         check_widths("latent", latent)
         positive_count("values", values, "number of values")
         if values < 2:
@@ -77,7 +78,7 @@ class DiscreteVAE(ImageChain):
             ],
             event=(dims,),
         )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = shape
         self.levels = levels
 
 

@@ -53,12 +53,13 @@ class Emission(nn.Module):
     event: tuple[int, ...]
     starts: tuple[str, ...] = ("random",)
 
-    def __init__(self, states: int, smoothing: float) -> None:
+    def __init__(self, states: int, dims: int, smoothing: float) -> None:
         super().__init__()
         positive_count("components", states)
+        positive_count("dims", dims)
         if not smoothing >= 0:
             raise ValueError(f"smoothing: expected a pseudo-count of at least 0, got {smoothing!r}")
-        self.states, self.smoothing = states, smoothing
+        self.states, self.dims, self.smoothing = states, dims, smoothing
 
     @abstractmethod
     def distribution(self, z: Any = None, dtype: torch.dtype | None = None) -> Any:
@@ -119,8 +120,8 @@ class Categorical(Emission):
     """p(y = v | z) = softmax(logits_z)_v over ``dims`` symbols; y is a LongTensor. Prior Dirichlet(1 + a)."""
 
     def __init__(self, states: int, dims: int, smoothing: float = 0.0) -> None:
-        super().__init__(states, smoothing)
-        self.dims, self.event = dims, ()
+        super().__init__(states, dims, smoothing)
+        self.event = ()
         self.logits = nn.Parameter(0.1 * torch.randn(states, dims))
 
     def distribution(self, z: Any = None, dtype: torch.dtype | None = None) -> Any:
@@ -160,8 +161,8 @@ class Bernoulli(Emission):
     """
 
     def __init__(self, states: int, dims: int, smoothing: float = 0.0) -> None:
-        super().__init__(states, smoothing)
-        self.dims, self.event = dims, (dims,)
+        super().__init__(states, dims, smoothing)
+        self.event = (dims,)
         self.log_odds = nn.Parameter(torch.randn(states, dims))
 
     def distribution(self, z: Any = None, dtype: torch.dtype | None = None) -> Any:
@@ -198,8 +199,8 @@ class Poisson(Emission):
     -30."""
 
     def __init__(self, states: int, dims: int, smoothing: float = 0.0) -> None:
-        super().__init__(states, smoothing)
-        self.dims, self.event = dims, (dims,)
+        super().__init__(states, dims, smoothing)
+        self.event = (dims,)
         self.log_rate = nn.Parameter(0.5 * torch.randn(states, dims))
 
     def distribution(self, z: Any = None, dtype: torch.dtype | None = None) -> Any:
@@ -244,11 +245,11 @@ class AnyGaussian(Emission):
     def __init__(
         self, states: int, dims: int, floor: float = 1e-3, smoothing: float = 0.0, spread: float = 1.0
     ) -> None:
-        super().__init__(states, smoothing)
+        super().__init__(states, dims, smoothing)
         for name, value in (("floor", floor), ("spread", spread)):
             if not value > 0:
                 raise ValueError(f"{name}: expected a positive scale, got {value}")
-        self.dims, self.event, self.floor, self.spread = dims, (dims,), floor, spread
+        self.event, self.floor, self.spread = (dims,), floor, spread
         self.loc = nn.Parameter(torch.randn(states, dims))
         self.register_buffer("unit", torch.ones(dims))
         self.warned = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroelbo.numerics import whole_number
 from pyroelbo.pair import PLATE, ExactPair, Pair
 from pyroelbo.priors import FlowPrior
 
@@ -98,8 +99,7 @@ class DequantizedFlow(Pair):
         bins: int = 8,
     ) -> None:
         super().__init__()
-        if levels < 2:
-            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
+        whole_number("levels", levels, 2, "grey levels")
         self.generator = FlowPrior(dims, kind, layers, hidden, bins)
         self.dims, self.levels = dims, levels
         with torch.no_grad():

@@ -33,7 +33,8 @@ class _Grammar(ExactPair):
         super().__init__()
         if guide not in ("exact", "mean_field"):
             raise ValueError(f"guide: expected 'exact' or 'mean_field', got {guide!r}")
-        for name, value in (("nonterminals", nonterminals), ("preterminals", preterminals), ("words", words)):
+        counts = {"nonterminals": nonterminals, "preterminals": preterminals, "words": words, "steps": steps}
+        for name, value in counts.items():
             positive_count(name, value)
         self.nonterminals, self.preterminals, self.words, self.steps = (
             nonterminals,
@@ -235,6 +236,7 @@ class NeuralPCFG(_Grammar):
         super().__init__(nonterminals, preterminals, words, guide, steps)
         every = nonterminals + preterminals
         self.prior, self.generator = nn.Module(), nn.Module()
+        positive_count("width", width, "number of features")
         self.prior.register_parameter("symbols", nn.Parameter(torch.randn(nonterminals + 1, width)))
         self.prior.start = MLP((width, width, nonterminals))
         self.prior.rules = nn.Linear(width, every**2)

@@ -15,6 +15,7 @@ from pyroelbo.models.chain import Chain
 from pyroelbo.models.links import BottomUpLink, GaussianLink, PixelLink, TopDownLink
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP
+from pyroelbo.numerics import positive_shape
 
 __all__ = ["Hierarchy", "ImageChain", "check_widths"]
 
@@ -85,7 +86,8 @@ class Hierarchy(ImageChain):
         components: int = 50,
         encoder: encoders.Choice = "diagonal",
     ) -> None:
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         check_widths("latent", latent)
         check_widths("hidden", (hidden,))
         pixels = Pixels(dims, likelihood, levels)
@@ -106,7 +108,7 @@ class Hierarchy(ImageChain):
             event=(dims,),
             order=order,
         )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = shape
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from pyroelbo.models.hierarchy import ImageChain, check_widths
 from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Dense, bounded, join
+from pyroelbo.numerics import positive_shape
 
 __all__ = ["Ladder"]
 
@@ -66,7 +67,8 @@ class Ladder(ImageChain):
         components: int = 50,
         encoder: encoders.Choice = "diagonal",
     ) -> None:
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         check_widths("latent", latent)
         check_widths("hidden", hidden)
         if len(hidden) != len(latent):
@@ -107,7 +109,7 @@ class Ladder(ImageChain):
             order="top-down",
             features=Features(dims, hidden, pixels.center(), noise, cell),
         )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = shape
 
 
 class Features(nn.Module):

@@ -20,7 +20,7 @@ from pyroelbo.models.diffusion import SampledTerms
 from pyroelbo.models.precision import exact_dtype
 from pyroelbo.models.rows import Rows, class_count
 from pyroelbo.nn import TokenConv, TokenMLP, TokenTransformer, bounded
-from pyroelbo.numerics import logsumexp, positive_count
+from pyroelbo.numerics import logsumexp, positive_count, positive_shape, whole_number
 from pyroelbo.pair import PLATE, ExactPair, LatentPath, Stepwise, evaluation_mode
 
 __all__ = ["MaskedDiffusion", "Orders"]
@@ -115,12 +115,11 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         self.classes = class_count(classes)
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood: expected one of {LIKELIHOODS}, got {likelihood!r}")
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.dims, self.likelihood = math.prod(self.shape), likelihood
         self.levels = 2 if likelihood == "bernoulli" else levels
         positive_count("components", components, "number of logistics")
-        if self.levels < 2:
-            raise ValueError(f"levels: expected at least two symbols, got {levels}")
+        whole_number("levels", self.levels, 2, "symbols")
         self.terms = self.dims + 1.0
         outputs = 3 * components if likelihood == "discretized_logistic" else self.levels
         self.generator = self._network(network, outputs, width, layers, dropout)
@@ -158,11 +157,13 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         """The pair whose latent is the order in which tokens are revealed, with the same parameters."""
         return Orders(self)
 
-    def stepwise(self) -> Stepwise | None:
+    def stepwise(self, *given: Tensor) -> Stepwise | None:
         """ln p(y | order) token by token, in an order of its own for each row, from a fixed seed: on average
-        over orders the bound. D passes of the network. None for conditional pairs."""
-        if self.classes is not None:
+        over orders the bound; of the labels [n] that are ``given`` if there are classes, None where they
+        are not. D passes of the network."""
+        if self.classes is not None and not given:
             return None
+        labels = self.labels_for(len(given[0]) if given else 1, given)
 
         def order(n: int) -> Tensor:
             generator = torch.Generator().manual_seed(0)
@@ -176,7 +177,7 @@ class MaskedDiffusion(_Tokens, SampledTerms):
         def distribution(state: tuple[Tensor, Tensor, Tensor]) -> dist.Categorical:
             left, y, masked = state
             at = left[:, :1, None].expand(-1, -1, self.levels)
-            return dist.Categorical(logits=self.log_probs(y, masked).gather(1, at).squeeze(1))
+            return dist.Categorical(logits=self.log_probs(y, masked, labels).gather(1, at).squeeze(1))
 
         def append(state: tuple[Tensor, Tensor, Tensor], token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             left, y, masked = state

@@ -17,6 +17,7 @@ from pyroelbo.distributions.pixels import (
     l1_density,
     l2_density,
 )
+from pyroelbo.numerics import whole_number
 
 __all__ = ["LIKELIHOODS", "Coins", "Pixels"]
 
@@ -67,8 +68,8 @@ class Pixels(nn.Module):
         self.dims, self.likelihood, self.levels = dims, likelihood, levels
         per_pixel, kinds = LIKELIHOODS[likelihood]
         self.integers = "bytes" in kinds
-        if self.integers and levels < 2:
-            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
+        if self.integers:
+            whole_number("levels", levels, 2, "grey levels")
         self.per_pixel = per_pixel(levels)
         starts = _WEIGHTS | {"discretized_logistic": levels / 10}
         if weight is not None:

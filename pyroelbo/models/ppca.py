@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyroelbo.models.precision import Floor, exact, regress
 from pyroelbo.nn import LinearNormal
+from pyroelbo.numerics import positive_count
 from pyroelbo.pair import PLATE, ExactPair
 
 __all__ = ["PPCA"]
@@ -55,8 +56,10 @@ class PPCA(ExactPair):
             raise ValueError(f"noise: expected 'shared' or 'diagonal', got {noise!r}")
         if guide not in ("exact", "mean_field"):
             raise ValueError(f"guide: expected 'exact' or 'mean_field', got {guide!r}")
-        if not 1 <= latent <= dims:
-            raise ValueError(f"latent: expected 1 to {dims} dimensions, those of the data, got {latent}")
+        for name, value in (("dims", dims), ("latent", latent)):
+            positive_count(name, value, "number of dimensions")
+        if latent > dims:
+            raise ValueError(f"latent: expected at most {dims} dimensions, those of the data, got {latent}")
         self.dims, self.latent_dims, self.noise, self.floor = dims, latent, noise, Floor(floor)
         self.generator = nn.Module()
         self.generator.register_parameter(

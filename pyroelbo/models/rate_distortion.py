@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP, round_straight_through
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import PLATE, ExactPair, Lossy, Pair, Stepwise, evaluation_mode
 from pyroelbo.priors import IntegerPrior, integer_unit
 
@@ -77,7 +77,7 @@ class RateDistortion(Pair):
             raise ValueError(f"quantization: expected one of {QUANTIZATIONS}, got {quantization!r}")
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"weight: expected a positive number, got {weight!r}")
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.dims, self.latent, self.levels = math.prod(self.shape), latent, levels
         self.quantization, self.values = quantization, positive_count("values", values, "number of values")
         self.generator, self.encoder = Pixels(self.dims, likelihood, levels, weight), nn.Module()

@@ -18,7 +18,7 @@ from pyroelbo.models.hierarchy import ImageChain
 from pyroelbo.models.links import PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP, ConvCell, ModulatedConv, doubled
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 
 __all__ = ["StyleVAE"]
 
@@ -71,13 +71,14 @@ class StyleVAE(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        if isinstance(shape, int) or len(shape) != 2:
+        shape = positive_shape(shape)
+        if len(shape) != 2:
             raise ValueError(f"shape: expected (height, width), got {shape}")
         for name, count in (("scales", scales), ("layers", layers), ("mapping", mapping)):
             positive_count(name, count, "number")
         for name, count in (("latent", latent), ("width", width), ("channels", channels)):
             positive_count(name, count, "number of units")
-        sizes = _sizes(tuple(shape), scales)
+        sizes = _sizes(shape, scales)
         pixels = Pixels(math.prod(shape), likelihood, levels)
         where = [r for r in range(scales) for _ in range(layers)]  # the scale of each noise map, finest first
         small = [min(size) < 3 for size in sizes]
@@ -104,9 +105,9 @@ class StyleVAE(ImageChain):
             ],
             event=(pixels.dims,),
             order="top-down",
-            features=_Features(tuple(shape), [layers] * scales, channels, pixels.center(), small, cell),
+            features=_Features(shape, [layers] * scales, channels, pixels.center(), small, cell),
         )
-        self.shape = tuple(shape)
+        self.shape = shape
 
     def style(self, z: Tensor) -> Tensor:
         """The style w [*, width] of z_N [*, latent]."""

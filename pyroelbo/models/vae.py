@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyroelbo import encoders, priors
 from pyroelbo.models.observation import LIKELIHOODS, Pixels
 from pyroelbo.nn import MLP, ConvDecoder, ConvEncoder, GatedMLP
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import PLATE, Pair
 
 __all__ = ["LIKELIHOODS", "VAE"]
@@ -68,7 +68,7 @@ class VAE(Pair):
                 "hidden: expected at least one width for network='conv', that of the layer after the maps, "
                 "got ()"
             )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.dims, self.latent, self.levels, self.likelihood = (
             math.prod(self.shape),
             latent,

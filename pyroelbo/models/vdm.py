@@ -17,7 +17,7 @@ from pyroelbo.batch import Batch
 from pyroelbo.models.diffusion import SampledTerms
 from pyroelbo.models.rows import class_count
 from pyroelbo.nn import MLPDenoiser, UNet
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape, whole_number
 from pyroelbo.pair import evaluation_mode
 from pyroelbo.results import Bound
 
@@ -157,11 +157,11 @@ class VDM(SampledTerms):
             raise ValueError("parametrization: expected 'v' for real data, got 'levels'")
         self.parametrization = parametrization
         self.classes = class_count(classes)
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.dims, self.levels = math.prod(self.shape), levels
         self.steps = positive_count("steps", steps, "number of steps")
-        if levels is not None and levels < 2:
-            raise ValueError(f"levels: expected at least two grey levels, got {levels}")
+        if levels is not None:
+            whole_number("levels", levels, 2, "grey levels")
         outputs = 1 if parametrization == "v" or levels is None else levels
         if network == "mlp":
             network = MLPDenoiser(self.dims, outputs, width, layers, dropout, True, fourier, classes)

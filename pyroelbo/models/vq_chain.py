@@ -17,7 +17,7 @@ from pyroelbo.models.links import PixelLink
 from pyroelbo.models.observation import Pixels
 from pyroelbo.models.vq_vae import standardize, start_codebook
 from pyroelbo.nn import MLP, VectorQuantizer
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import evaluation_mode
 
 __all__ = ["CodeLink", "CodebookLink", "VQChain"]
@@ -65,9 +65,11 @@ class VQChain(ImageChain):
         commitment: float = 0.25,
         prior: str = "autoregressive",
     ) -> None:
-        dims = shape if isinstance(shape, int) else math.prod(shape)
+        shape = positive_shape(shape)
+        dims = math.prod(shape)
         check_widths("positions", positions)
         positive_count("codes", codes, "number of values")
+        positive_count("width", width, "number of features")
         if not commitment >= 0:
             raise ValueError(f"commitment: expected a number of at least 0, got {commitment!r}")
         pixels, wide = Pixels(dims, likelihood, levels), tuple(hidden)
@@ -88,7 +90,7 @@ class VQChain(ImageChain):
             links,
             event=(dims,),
         )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = shape
         self.levels, self.commitment = levels, commitment
 
     def auxiliary_loss(self, y: Tensor) -> Tensor:

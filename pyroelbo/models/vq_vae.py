@@ -16,7 +16,7 @@ from pyroelbo.models.codes import CodePrior
 from pyroelbo.models.kmeans import k_means
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP, Conv, ConvCell, NoisyQuantizer, ScalarQuantizer, VectorQuantizer
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, positive_shape
 from pyroelbo.pair import PLATE, Pair, evaluation_mode
 from pyroelbo.results import CodeUsage
 
@@ -43,7 +43,7 @@ class _Coded(Pair):
         one_hot: bool = False,
     ) -> None:
         super().__init__()
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = positive_shape(shape)
         self.dims, self.levels = math.prod(self.shape), levels
         self.generator, self.encoder = Pixels(self.dims, likelihood, levels), nn.Module()
         width = quantizer.width

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, whole_number
 
 __all__ = ["CausalGRU", "CausalText", "CausalTransformer", "CausalWindow", "PixelCNN"]
 
@@ -47,6 +47,7 @@ class CausalTransformer(nn.Module):
     ) -> None:
         super().__init__()
         positive_count("width", width, "number of features")
+        whole_number("layers", layers, 0, "blocks")
         if width % heads:
             raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
         self.symbols, self.length = symbols, length

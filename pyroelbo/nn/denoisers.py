@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroelbo.numerics import positive_count
+from pyroelbo.numerics import positive_count, whole_number
 
 __all__ = [
     "Attend",
@@ -131,6 +131,8 @@ class MLPDenoiser(nn.Module):
         classes: int | None = None,
     ) -> None:
         super().__init__()
+        positive_count("width", width, "number of features")
+        whole_number("layers", layers, 0, "blocks")
         self.dims, self.outputs, self.fourier = dims, outputs, tuple(fourier)
         self.condition = Condition(timed, classes)
         self.inwards = nn.Linear(dims * (1 + 2 * len(self.fourier)), width)
@@ -216,6 +218,7 @@ class _Tokens(nn.Module):
 
     def __init__(self, dims: int, symbols: int, outputs: int, width: int, classes: int | None) -> None:
         super().__init__()
+        positive_count("width", width, "number of features")
         self.embed = nn.Embedding(symbols, width)
         self.label = None if classes is None else nn.Embedding(classes, width)
         self.places = nn.Parameter(0.02 * torch.randn(dims, width))

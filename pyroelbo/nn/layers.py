@@ -14,6 +14,8 @@ import torch
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
+from pyroelbo.numerics import positive_count
+
 __all__ = [
     "MLP",
     "BatchNorm",
@@ -31,12 +33,18 @@ __all__ = [
 ]
 
 
+def _check_sizes(sizes: Sequence[int]) -> None:
+    if len(sizes) < 2:
+        raise ValueError(f"sizes: expected at least two widths, got {tuple(sizes)}")
+    for i, size in enumerate(sizes):
+        positive_count("hidden" if 0 < i < len(sizes) - 1 else "sizes", size, "width of each layer")
+
+
 class MLP(nn.Sequential):
     """Fully connected layers ``sizes[0] → … → sizes[-1]`` with an activation between them."""
 
     def __init__(self, sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> None:
-        if len(sizes) < 2 or any(s < 1 for s in sizes):
-            raise ValueError(f"sizes: expected at least two positive widths, got {tuple(sizes)}")
+        _check_sizes(sizes)
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             layers += [nn.Linear(a, b)] if i == 0 else [activation(), nn.Linear(a, b)]
@@ -71,8 +79,9 @@ def masked_mlp(dims: int, hidden: Sequence[int], out: int, context: int = 0) -> 
 
     Raises ValueError for no hidden layer. Source: Germain, Gregor, Murray and Larochelle (2015).
     """
-    if not hidden or any(h < 1 for h in hidden):
-        raise ValueError(f"hidden: expected positive widths, got {tuple(hidden)}")
+    if not hidden:
+        raise ValueError("hidden: expected at least one width, got none")
+    _check_sizes((dims, *hidden, out))
     sizes, order = [max(h, dims) for h in hidden], torch.arange(dims)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input_dim = 1")  # the first coordinate's own distribution
@@ -102,8 +111,7 @@ class GatedMLP(nn.Sequential):
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        if len(sizes) < 2 or any(s < 1 for s in sizes):
-            raise ValueError(f"sizes: expected at least two positive widths, got {tuple(sizes)}")
+        _check_sizes(sizes)
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(sizes[:-1]):
             layers += [nn.Linear(a, 2 * b), nn.GLU()]

@@ -88,6 +88,26 @@ def test_segments_of_a_long_code(vae, as_set, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [0, 3, 14])
+def test_masked_diffusion_given_its_classes(n, tmp_path):
+    """The file holds the order average of its labels, another one with other labels."""
+    torch.manual_seed(0)
+    pair, bits = models.MaskedDiffusion(6, classes=3, width=8, layers=1), []
+    for p in pair.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    y, labels = np.random.default_rng(0).integers(0, 2, (n, 6)).astype("u1"), torch.arange(n) % 3
+    for k, given in enumerate((labels, (labels + 1) % 3)):
+        found = compress(pair, y, tmp_path / f"{k}", given=[given], chunk=4)
+        assert same(decompress(pair, tmp_path / f"{k}", given=[given]), y)
+        bits.append(found.net_bits)
+        if n == 14:
+            assert found.coded == 14
+            every = evidence.elbo(pair.written_out(), (given, torch.tensor(y).float()), particles=200)
+            ideal = -float(every.value.sum()) / math.log(2)
+            assert bits[k] == pytest.approx(ideal, rel=0.15)  # one order a datum in the file
+    assert n < 14 or abs(bits[0] - bits[1]) > 1
+
+
+@pytest.mark.parametrize("n", [0, 3, 14])
 def test_what_is_given_is_not_in_the_file(n, tmp_path):
     torch.manual_seed(0)
     pair = models.Superpixel(2, 3, width=4)

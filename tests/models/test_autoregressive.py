@@ -385,13 +385,13 @@ def test_text_in_rows():
             lambda: strings().log_evidence(padded([(1,), (7,)], 5)),
             r"y: expected integers in \[-1, 2\], got 7 at row 1, place 0",
         ),
-        (lambda: Strings(1, 3), "length, symbols: expected at least 2 and 1, got 1 and 3"),
+        (lambda: Strings(1, 3), "length: expected a whole number of at least 2 symbols, got 1"),
         (
             lambda: evidence.exact(strings(), padded([(1,)] * 300 + [(0, 9)], 5)),
             r"y: expected integers in \[-1, 2\], got 9 at row 300, place 1",
         ),
         (lambda: strings().model(padded([(1,)], 4)), r"y: expected shape \[B, 5\], got \(1, 4\)"),
-        (lambda: Strings(5, 0), "length, symbols: expected at least 2 and 1, got 5 and 0"),
+        (lambda: Strings(5, 0), "symbols: expected a positive number of symbols, got 0"),
         (
             lambda: data.strings(["ab", "ac!"], alphabet="abc"),
             r"texts\[1\]: expected symbols of the alphabet of 3, got '!' at place 2",

@@ -351,7 +351,7 @@ def test_a_batchs_times_are_spread_in_training_and_independent_in_evaluation():
         ({"parametrization": "x"}, "parametrization: expected one of"),
         ({"variance": "fixed"}, "variance: expected one of"),
         ({"network": "unet2"}, "network: expected one of"),
-        ({"levels": 1}, "levels: expected at least two"),
+        ({"levels": 1}, "levels: expected a whole number of at least 2"),
         ({"loss": "l2"}, "loss: expected one of"),
     ],
 )

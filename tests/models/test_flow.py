@@ -129,7 +129,7 @@ def test_a_flow_reaches_the_entropy_of_a_toy(name, kind):
             lambda: fit(DequantizedFlow(3, 4), torch.full((2, 3), 0.5), progress=False),
             r"observed site 'y' \(_Cell\): expected values in IntegerInterval\(lower_bound=0,",
         ),
-        (lambda: DequantizedFlow(3, 1), "levels: expected at least two grey levels, got 1"),
+        (lambda: DequantizedFlow(3, 1), "levels: expected a whole number of at least 2 grey levels, got 1"),
         (lambda: Flow(1), "expected at least 2 for a coupling"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_transformer_starts_with_places_that_tell_their_distance():
         ({"likelihood": "l2"}, "likelihood: expected"),
         ({"network": "conv"}, "shape: expected \\(height, width\\)"),
         ({"network": "unet"}, "network: expected one of"),
-        ({"likelihood": "categorical", "levels": 1}, "levels: expected at least two"),
+        ({"likelihood": "categorical", "levels": 1}, "levels: expected a whole number of at least 2"),
         ({"network": "transformer", "width": 6}, "width: expected a multiple of heads=4"),
     ],
 )

@@ -114,15 +114,15 @@ def test_initial_values_come_from_the_data():
         ),
         (
             lambda: VAE(4, likelihood="categorical", levels=1),
-            "levels: expected at least two grey levels, got 1",
+            "levels: expected a whole number of at least 2 grey levels, got 1",
         ),
         (lambda: VAE(4, 0), "latent: expected a positive number of dimensions, got 0"),
         (
             lambda: VAE(4, weight=2.0),
             r"weight: expected None for likelihood='bernoulli', got 2\.0; only 'l2', 'l1', ",
         ),
-        (lambda: VAE(4, 2, (0,)), r"sizes: expected at least two positive widths, got \(2, 0, 4\)"),
-        (lambda: PPCA(4, 5), "latent: expected 1 to 4 dimensions, those of the data, got 5"),
+        (lambda: VAE(4, 2, (0,)), "hidden: expected a positive width of each layer, got 0"),
+        (lambda: PPCA(4, 5), "latent: expected at most 4 dimensions, those of the data, got 5"),
         (lambda: PPCA(4, 2, guide="flow"), "guide: expected 'exact' or 'mean_field', got 'flow'"),
         (lambda: GaussianMixture(4, 0), "components: expected a positive number, got 0"),
         (lambda: GaussianMixture(4, 2, floor=0.0), r"floor: expected a positive scale, got 0\.0"),

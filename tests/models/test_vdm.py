@@ -123,7 +123,7 @@ def test_grey_levels_are_told_apart_at_time_zero():
     ("settings", "message"),
     [
         ({"schedule": "sigmoid"}, "schedule: expected one of"),
-        ({"levels": 1}, "levels: expected at least two"),
+        ({"levels": 1}, "levels: expected a whole number of at least 2"),
         ({"network": "unet2"}, "network: expected 'mlp', 'unet' or a module"),
         ({"steps": 0}, "steps: expected a positive number of steps"),
         ({"parametrization": "eps"}, "parametrization: expected one of"),
