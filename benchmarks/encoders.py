@@ -8,7 +8,8 @@
 A VAE is trained once, and its generator then frozen. Each family of q(z | y) is fitted to it with the same
 number of steps, on the same data. All start from the VAE's own encoder: from its hidden layers, and from its
 Gaussian, around which maps begin as the identity, covariances as diagonal ones and components near one
-another. On test images drawn at random:
+another. ``--hidden`` makes them wider, ``--distort`` trains them on images that are distorted anew each time.
+On test images drawn at random:
 
 - ln p(y): one AIS bound for all rows, with the gap of BDMC on data that the generator simulated.
 - ELBO of q*: the best member of the family for each image, free parameters from two starts; of the flow the
@@ -32,6 +33,7 @@ from pathlib import Path
 import pyro
 import torch
 
+from benchmarks.static_mnist import Distorted
 from pyroelbo import data, encoders, evidence, fit, models, unamortized
 from pyroelbo.results import Bound
 from pyroelbo.runs import RunDirectory, copy_into
@@ -53,26 +55,32 @@ ABOUT = {
 
 
 def make(family, options):
-    width = (options.width,) * 2
-    return models.VAE((28, 28), options.latent, width, encoder=FAMILIES[family])
+    """The generator with an encoder of a family; ``generator`` is the first pair."""
+    first = models.VAE((28, 28), options.latent, (options.width,) * 2)
+    if family == "generator":
+        return first
+    hidden = (options.hidden or options.width,) * 2
+    pair = models.VAE((28, 28), options.latent, hidden, encoder=FAMILIES[family])
+    pair.generator = first.generator
+    return pair
 
 
 def train(options, splits):
     """The generator with its first encoder, then an encoder of each family on it."""
     for name in ("generator", *options.families):
         pyro.set_rng_seed(options.seed)
-        pair = make("diagonal" if name == "generator" else name, options)
+        pair = make(name, options)
         if name != "generator":
             load(pair.generator, options.out / "generator", "generator.")
-            load(pair.encoder[:-2], options.out / "generator", "encoder.")
             begin(pair, options)
         folder = options.out / name
         if (folder / "weights.safetensors").exists():
             continue
         began = time.process_time()
+        share = options.distort if name != "generator" else 0.0
         run = fit(
             pair,
-            splits["train"],
+            Distorted(splits["train"], share).batches(100) if share else splits["train"],
             valid=splits["valid"][:1000],
             epochs=options.epochs if name == "generator" else options.refit,
             batch_size=100,
@@ -93,9 +101,16 @@ def train(options, splits):
 
 @torch.no_grad()
 def begin(pair, options):
-    """The last layer of the first encoder as the Gaussian of another, with what else there is near zero."""
-    first, own = make("diagonal", options), pair.encoder[-2]
+    """The first encoder's layers as parts of wider ones, whose other units have no effect yet, and its
+    Gaussian as that of another family, with what else there is near zero."""
+    first, own, narrow = make("generator", options), pair.encoder[-2], options.width
     load(first, options.out / "generator")
+    for old, new in zip(first.encoder[:-2], pair.encoder[:-2], strict=True):
+        if isinstance(old, torch.nn.Linear):
+            rows, columns = old.weight.shape
+            if columns == narrow:
+                new.weight[:rows, columns:] = 0
+            new.weight[:rows, :columns], new.bias[:rows] = old.weight, old.bias
     own.weight.mul_(0.01)
     own.bias.zero_()
     head = pair.encoder[-1]
@@ -103,7 +118,8 @@ def begin(pair, options):
         head.loc.mul_(0.1)
     size = 2 * options.latent
     times = getattr(head, "components", 1)
-    own.weight[: times * size] = first.encoder[-2].weight.repeat(times, 1)
+    own.weight[: times * size, narrow:] = 0
+    own.weight[: times * size, :narrow] = first.encoder[-2].weight.repeat(times, 1)
     own.bias[: times * size] = first.encoder[-2].bias.repeat(times)
 
 
@@ -115,7 +131,7 @@ def load(module, folder, prefix=""):
 
 def pairs_of(options):
     for name in ("generator", *options.families):
-        pair = make("diagonal" if name == "generator" else name, options)
+        pair = make(name, options)
         load(pair, options.out / name)
         yield name, pair.eval()
 
@@ -277,6 +293,10 @@ def main():
     parser.add_argument("--width", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=60, help="of the generator and its first encoder")
     parser.add_argument("--refit", type=int, default=10, help="epochs of each family")
+    parser.add_argument("--hidden", type=int, default=0, help="width of the families' layers; 0: the first's")
+    parser.add_argument(
+        "--distort", type=float, default=0.0, help="share of a refit's images under a random affine map"
+    )
     parser.add_argument("--eager", action="store_true", help="train without compiling")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--simulated", type=int, default=50, help="data of BDMC")
