@@ -388,8 +388,9 @@ def em(options) -> dict:
 def speed(options) -> dict:
     batch = rows(data.superpixels(pictures()), torch.tensor([7]))
     record = {"superpixels": int(batch[1].max()) + 1}
-    for structure in ("independent", "tree"):
-        pair = models.Superpixel(options.segments, options.colours, structure, structure).initialize(*batch)
+    for guide in GUIDES:
+        prior = "independent" if guide == "independent" else "tree"
+        pair = models.Superpixel(options.segments, options.colours, prior, guide).initialize(*batch)
         times: list[tuple[float, float]] = []
 
         def tick(row: dict, times: list = times) -> None:
@@ -398,9 +399,9 @@ def speed(options) -> dict:
         fit(pair, batch, objective="rloo", particles=4, epochs=30, progress=False, callbacks=(tick,))
         steps = [[1000 * (b[k] - a[k]) for a, b in itertools.pairwise(times)] for k in range(2)]
         wall, cpu = (statistics.median(s) for s in steps)
-        record[structure] = {"ms": wall, "cpu_ms": cpu}
+        record[guide] = {"ms": wall, "cpu_ms": cpu}
         count = record["superpixels"]
-        print(f"{structure}: {wall:.0f} ms a step, {cpu:.0f} ms of processor time, {count} superpixels")
+        print(f"{guide}: {wall:.0f} ms a step, {cpu:.0f} ms of processor time, {count} superpixels")
     return record
 
 

@@ -392,7 +392,7 @@ CONDITIONAL = {
     ),
     "experts-encoder": (lambda: models.MixtureOfExperts(2, 2, 3, guide="encoder"), regressions),
     "superpixel": (lambda: models.Superpixel(2, 3, width=4), coloured),
-    "superpixel-contrast": (lambda: models.Superpixel(2, 3, guide="contrast", width=4), coloured),
+    "superpixel-tree": (lambda: models.Superpixel(2, 3, guide="tree", width=4), coloured),
     "superpixel-independent": (
         lambda: models.Superpixel(2, 3, "independent", "independent", 4),
         coloured,

@@ -361,7 +361,7 @@ REGISTRY: dict[str, Entry] = {
     ),
     "superpixel": Entry(
         "colours of a grey picture by segments of superpixels; prior=tree|independent, "
-        "guide=tree|independent|contrast",
+        "guide=contrast|tree|independent",
         Superpixel,
         kinds={"superpixels": {}},
         sizes=lambda data: {},

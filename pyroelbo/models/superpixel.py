@@ -57,7 +57,7 @@ class Superpixel(Pair):
         segments: number of segments S.
         colours: number of colours C of the palette.
         prior: ``tree`` or ``independent``.
-        guide: ``tree``, ``independent`` or ``contrast``.
+        guide: ``contrast``, ``tree`` or ``independent``.
         width: of the networks' hidden layers.
     """
 
@@ -66,7 +66,7 @@ class Superpixel(Pair):
         segments: int = 8,
         colours: int = 16,
         prior: str = "tree",
-        guide: str = "tree",
+        guide: str = "contrast",
         width: int = 32,
     ) -> None:
         super().__init__()
