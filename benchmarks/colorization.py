@@ -260,28 +260,36 @@ def informative_tree(z: Tensor, segments: int, posterior: Tensor) -> list[int]:
 
 def amortized_gaps(
     base: models.Superpixel, guide: str, batch: tuple, posteriors: list, options
-) -> list[float]:
+) -> list[list[float]]:
     """KL(q(z | x, y), p(z | x, y)) of each crop, in nats, of the model's own guide: one network for all
-    crops, trained by ``rloo`` with the generator of ``base`` and its uniform prior held fixed."""
-    torch.manual_seed(options.seed)
-    pair = models.Superpixel(base.segments, base.colours, "independent", guide).initialize(*batch)
-    pair.generator.load_state_dict(base.generator.state_dict())
-    pair.prior.load_state_dict(base.prior.state_dict())
-    if pair.encoder.lean is not None:  # all orders of the labels at once
-        nn.init.zeros_(pair.encoder.lean)
-    fit(
-        pair, batch, objective="rloo", particles=16, batch_size=8, epochs=options.amortized_epochs,
-        learning_rate=1e-2, schedule="cosine", freeze=("prior", "generator"), seed=options.seed,
-        progress=False,
-    )  # fmt: skip
-    gaps = []
-    for i, (z, log_posterior) in enumerate(posteriors):
+    crops, trained by ``rloo`` with the generator of ``base`` and its uniform prior held fixed, under a KL
+    weight that falls from 300 to 1 in the first three fifths; of the starts the one with the best bound, and
+    then the others."""
+
+    def start(seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        pair = models.Superpixel(base.segments, base.colours, "independent", guide).initialize(*batch)
+        pair.generator.load_state_dict(base.generator.state_dict())
+        pair.prior.load_state_dict(base.prior.state_dict())
+        if pair.encoder.lean is not None:  # all orders of the labels at once
+            nn.init.zeros_(pair.encoder.lean)
+        epochs = options.amortized_epochs
+        fit(
+            pair, batch, objective="rloo", particles=16, batch_size=8, epochs=epochs, learning_rate=1e-2,
+            schedule="cosine", freeze=("prior", "generator"), seed=seed, progress=False,
+            kl_weight=lambda epoch: max(1.0, 300 ** (1 - epoch / (0.6 * epochs))),
+        )  # fmt: skip
+        return [gap_of(pair, i, *posterior) for i, posterior in enumerate(posteriors)]
+
+    def gap_of(pair: models.Superpixel, i: int, z: Tensor, log_posterior: Tensor) -> float:
         x, superpixels, parents, y = rows(batch, slice(i, i + 1))
         crop = x, superpixels, parents[:, : z.shape[1]], y
         with torch.no_grad():
             log_q = site(pair.guide, crop, "z").log_prob(z[:, None])[:, 0].double()
-        gaps.append(float(torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_posterior), 0.0).sum()))
-    return gaps
+        return float(torch.where(log_q > -math.inf, log_q.exp() * (log_q - log_posterior), 0.0).sum())
+
+    # under one generator the smallest gap is the best bound
+    return sorted((start(options.seed + k) for k in range(options.amortized_starts)), key=sum)
 
 
 def guides(options) -> dict:
@@ -324,8 +332,14 @@ def guides(options) -> dict:
                 if name != "independent":  # which a tree's guides include
                     gap = min(gap, gaps["independent"][-1])
                 gaps.setdefault(name, []).append(gap)
+        every = {}
         for guide in GUIDES:
-            gaps[f"{guide}, amortized"] = amortized_gaps(base, guide, batch, posteriors, options)
+            found = amortized_gaps(base, guide, batch, posteriors, options)
+            gaps[f"{guide}, amortized"] = found[0]
+            every[guide] = [statistics.mean(start) for start in found]
+            print(
+                f"{segments}, {guide}, amortized: {', '.join(f'{m:.3f}' for m in every[guide])}", flush=True
+            )
         closed = {}
         for name, found in gaps.items():
             plain = "independent, amortized" if name.endswith("amortized") else "independent"
@@ -334,7 +348,7 @@ def guides(options) -> dict:
             cells = f"{segments}, {int(number.min())} … {int(number.max())} | {len(number)}"
             cells += f" | {math.log(math.factorial(segments)):.3f} | {name} | {statistics.mean(found):.3f}"
             print(f"| {cells} | {max(found):.3f} | {closed[name]:.0%} |", flush=True)
-        record[str(segments)] = {"gaps": gaps, "closed": closed}
+        record[str(segments)] = {"gaps": gaps, "closed": closed, "starts": every}
     return record
 
 
@@ -421,6 +435,7 @@ def main() -> None:
     parser.add_argument("--guide-segments", type=int, nargs="+", choices=(2, 3), default=[2, 3])
     parser.add_argument("--guide-steps", type=int, default=300)
     parser.add_argument("--amortized-epochs", type=int, default=1000)
+    parser.add_argument("--amortized-starts", type=int, default=4, help="of which the best bound counts")
     parser.add_argument("--em-epochs", type=int, default=4)
     parser.add_argument("-lr", "--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
