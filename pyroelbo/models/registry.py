@@ -45,6 +45,7 @@ from pyroelbo.models.superpixel import Superpixel
 from pyroelbo.models.topics import LDA
 from pyroelbo.models.vae import VAE
 from pyroelbo.models.vdm import VDM
+from pyroelbo.models.vq_chain import VQChain
 from pyroelbo.models.vq_vae import FSQVAE, SQVAE, VQVAE
 from pyroelbo.pair import Pair
 from pyroelbo.priors import PRIORS
@@ -238,6 +239,14 @@ REGISTRY: dict[str, Entry] = {
         kinds=_pixels("categorical", *(name for name in LIKELIHOODS if name != "categorical")),
         sizes=_picture,
         settings={"latent": (6, 3), "values": 4},
+        learning_rate=2e-3,
+        objective="progressive",
+    ),
+    "vq_chain": Entry(
+        "chain of codes of a codebook a layer, positions=6,3, trained layer by layer; likelihood as vae",
+        VQChain,
+        kinds=_pixels("categorical", *(name for name in LIKELIHOODS if name != "categorical")),
+        sizes=_picture,
         learning_rate=2e-3,
         objective="progressive",
     ),
