@@ -124,10 +124,10 @@ def pixelcnn(train):
 #     python -m benchmarks.static_mnist vamp --train --start runs/static_mnist/vamp-100
 SYSTEMS = {
     "vae": System("VAE 784-300-300-40, gated, N(0, I)", gated_vae(), {"batch_size": 100}),
-    "vae-200": vae_200(40, 1e-3, 40),
-    "iwae-5": vae_200(10, 5e-4, 10, objective="iwae", particles=5),
-    "iwae-50": vae_200(4, 5e-4, 1, objective="iwae", particles=50),
-    "dreg-50": vae_200(4, 5e-4, 1, objective="dreg", particles=50),
+    "vae-200": vae_200(100, 1e-3, 100),
+    "iwae-5": vae_200(101, 1e-3, 101, objective="iwae", particles=5),
+    "iwae-50": vae_200(10, 5e-4, 2, objective="iwae", particles=50),
+    "dreg-50": vae_200(10, 5e-4, 2, objective="dreg", particles=50),
     "vamp-100": System(
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
