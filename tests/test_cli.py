@@ -83,7 +83,7 @@ SMALL = {
     "sbn": "binary --set latent=3,2",
     "byte_vae": "bytes --set latent=3,2 --set hidden=8",
     "progressive_vae": "grey --set latent=3,2 --set hidden=8",
-    "vq_chain": "binary --set positions=2,2 --set codes=3 --set width=2 --set hidden=8",
+    "vq_chain": "bytes --set positions=2,2 --set codes=3 --set width=2 --set hidden=8",
     "vdm": "vectors --set steps=3 --set width=8 --set layers=1",
     "diffusion": "grey --set steps=3 --set width=8 --set layers=1",
     "discrete_diffusion": "bytes --set steps=3 --set width=8 --set layers=1",

@@ -59,9 +59,10 @@ class ConvLadder(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        shape = positive_shape(shape)
-        if len(shape) != 2:
+        sides = positive_shape(shape)
+        if len(sides) != 2:
             raise ValueError(f"shape: expected (height, width), got {shape}")
+        shape = sides
         sizes = _resolutions(shape, groups)
         positive_count("latent", latent, "number of maps")
         positive_count("channels", channels, "number of maps")

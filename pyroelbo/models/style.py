@@ -71,9 +71,10 @@ class StyleVAE(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        shape = positive_shape(shape)
-        if len(shape) != 2:
+        sides = positive_shape(shape)
+        if len(sides) != 2:
             raise ValueError(f"shape: expected (height, width), got {shape}")
+        shape = sides
         for name, count in (("scales", scales), ("layers", layers), ("mapping", mapping)):
             positive_count(name, count, "number")
         for name, count in (("latent", latent), ("width", width), ("channels", channels)):

@@ -150,7 +150,10 @@ def test_em_explains_its_own_data_at_least_as_well_as_the_truth():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.HiddenChowLiuTree(0), "shape: expected a positive number, got 0"),
+        (
+            lambda: models.HiddenChowLiuTree(0),
+            "shape: expected a positive number of coordinates, or sides, got 0",
+        ),
         (lambda: models.HiddenChowLiuTree(3, states=0), "states: expected a positive number, got 0"),
         (lambda: models.HiddenChowLiuTree(3, smoothing=-1.0), "smoothing: expected a pseudo-count"),
         (
