@@ -17,6 +17,7 @@ __all__ = [
     "duration",
     "effective_sample_size",
     "holds_float64",
+    "image_shape",
     "log_mean_exp",
     "log_softmax",
     "logsumexp",
@@ -51,16 +52,20 @@ def holds_float64(device: torch.device) -> bool:
 
 def positive_count(name: str, value: Any, what: str = "number") -> int:
     """``value`` if it is a positive integer; ValueError, naming the argument, otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_whole(value, 1):
         raise ValueError(f"{name}: expected a positive {what}, got {value!r}")
     return value
 
 
 def whole_number(name: str, value: Any, least: int, what: str) -> int:
     """``value`` if it is an integer of at least ``least``; ValueError, naming the argument, otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not _is_whole(value, least):
         raise ValueError(f"{name}: expected a whole number of at least {least} {what}, got {value!r}")
     return value
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def positive_shape(shape: Any) -> tuple[int, ...]:
@@ -72,6 +77,14 @@ def positive_shape(shape: Any) -> tuple[int, ...]:
         found = ()
     if not found or isinstance(shape, bool) or min(found) < 1:
         raise ValueError(f"shape: expected a positive number of coordinates, or sides, got {shape!r}")
+    return found
+
+
+def image_shape(shape: Any) -> tuple[int, ...]:
+    """:func:`positive_shape` of an image, (height, width); ValueError for other numbers of sides."""
+    found = positive_shape(shape)
+    if len(found) != 2:
+        raise ValueError(f"shape: expected (height, width), got {shape}")
     return found
 
 

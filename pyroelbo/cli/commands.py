@@ -395,10 +395,8 @@ def compress(options: argparse.Namespace) -> int:
         pair, _, known = models.load(options.path)
         _same_given(known.classes > 0, options.given, "the classes of the data of a conditional run")
         lossy = None if known.about.discrete else pair.lossy()
-        given: Sequence[Any] = ()
-        if known.classes:
-            given = [files.read_npy(options.given)]
-        elif lossy is not None:
+        given = _classes(known, options.given)
+        if lossy is not None:
             pair, y = lossy.codes, _encoded(lossy, known, y)
         elif known.kind == "superpixels":
             *given, y = _in_pieces(y, "FILE", "colour pictures [N, H, W, 3]", 4)
@@ -418,8 +416,14 @@ def compress(options: argparse.Namespace) -> int:
 
 
 def _same_given(wanted: bool, file: Path | None, what: str) -> None:
+    """Raise ValueError unless a file is given where one is ``wanted``, and only there."""
     if wanted != (file is not None):
         raise ValueError(f"given: expected {what}, and nothing for others; got {file or 'nothing'}")
+
+
+def _classes(known: data.Dataset, file: Path | None) -> Sequence[Any]:
+    """What the data of a conditional run are coded given; nothing for other runs."""
+    return [files.read_npy(file)] if known.classes and file is not None else []
 
 
 def _in_pieces(pictures: np.ndarray, name: str, expected: str, dims: int) -> Any:
@@ -457,10 +461,8 @@ def decompress(options: argparse.Namespace) -> int:
         lossy = None if known.about.discrete else pair.lossy()
         what = "the lumas of pictures coded in pieces, or the classes of data coded given them"
         _same_given(known.classes > 0 or known.kind == "superpixels", options.given, what)
-        if known.classes:
-            coding.decompress(pair, options.file, out, given=[files.read_npy(options.given)])
-        elif lossy is None and options.given is None:
-            coding.decompress(pair, options.file, out)
+        if lossy is None and known.kind != "superpixels":
+            coding.decompress(pair, options.file, out, given=_classes(known, options.given))
         else:
             if out.exists():
                 raise FileExistsError(f"{out} exists: choose another name, or remove it")

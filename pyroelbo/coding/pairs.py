@@ -86,9 +86,9 @@ class Direct(PairCodec):
         self, pair: Pair, template: Tensor, given: tuple[Tensor, ...] = (), rows: int | None = None
     ) -> None:
         super().__init__(pair, template, given)
-        size, flat = len(template), (len(template), template[:1].numel())
+        size = len(template)
         whole = (torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])]) for x in given)
-        steps = pair.stepwise(*whole)
+        steps, flat = pair.stepwise(*whole), (size, template[:1].numel())
         assert steps is not None
         self._codec, self._rows = Sequential(steps, flat, template.dtype, rows=rows), rows
 

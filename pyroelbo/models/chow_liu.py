@@ -53,7 +53,7 @@ class HiddenChowLiuTree(ExactPair):
         super().__init__()
         shape = positive_shape(shape)
         dims = math.prod(shape)
-        for name, value in (("shape", dims), ("levels", levels), ("states", states)):
+        for name, value in (("levels", levels), ("states", states)):
             positive_count(name, value)
         if not smoothing >= 0:
             raise ValueError(f"smoothing: expected a pseudo-count of at least 0, got {smoothing!r}")

@@ -15,7 +15,7 @@ from pyroelbo.models.hierarchy import ImageChain
 from pyroelbo.models.links import LOG_SCALE, PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import Conv, ConvCell, bounded, doubled
-from pyroelbo.numerics import positive_count, positive_shape
+from pyroelbo.numerics import image_shape, positive_count
 
 __all__ = ["ConvLadder", "MapFeatures", "MapMerge"]
 
@@ -59,10 +59,7 @@ class ConvLadder(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        sides = positive_shape(shape)
-        if len(sides) != 2:
-            raise ValueError(f"shape: expected (height, width), got {shape}")
-        shape = sides
+        shape = image_shape(shape)
         sizes = _resolutions(shape, groups)
         positive_count("latent", latent, "number of maps")
         positive_count("channels", channels, "number of maps")

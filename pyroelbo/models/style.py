@@ -18,7 +18,7 @@ from pyroelbo.models.hierarchy import ImageChain
 from pyroelbo.models.links import PixelLink, normal
 from pyroelbo.models.observation import Pixels
 from pyroelbo.nn import MLP, ConvCell, ModulatedConv, doubled
-from pyroelbo.numerics import positive_count, positive_shape
+from pyroelbo.numerics import image_shape, positive_count
 
 __all__ = ["StyleVAE"]
 
@@ -71,10 +71,7 @@ class StyleVAE(ImageChain):
         prior: str | priors.Prior = "standard",
         components: int = 50,
     ) -> None:
-        sides = positive_shape(shape)
-        if len(sides) != 2:
-            raise ValueError(f"shape: expected (height, width), got {shape}")
-        shape = sides
+        shape = image_shape(shape)
         for name, count in (("scales", scales), ("layers", layers), ("mapping", mapping)):
             positive_count(name, count, "number")
         for name, count in (("latent", latent), ("width", width), ("channels", channels)):

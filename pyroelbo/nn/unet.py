@@ -56,7 +56,8 @@ class UNet(nn.Module):
                 f"shape: expected sides that are multiples of {2**halvings}, to be halved {halvings} times, "
                 f"got {tuple(shape)}: pad the images, or give fewer entries of growth"
             )
-        if isinstance(width, bool) or not isinstance(width, int) or width < 4 or width % 4:
+        positive_count("width", width, "number of channels")
+        if width % 4:
             raise ValueError(f"width: expected a multiple of 4, the attention's heads, got {width}")
         self.shape, self.condition = tuple(shape), Condition(True, classes)
         time = 4 * width

@@ -31,6 +31,7 @@ def test_the_transform_is_reversible_and_as_defined():
     wanted = [plain(*row) for row in rgb.tolist()]
     assert torch.cat([luma[:, None], chroma], 1).tolist() == [list(row) for row in wanted]
     assert torch.equal(from_ycocg(luma, chroma).to(torch.uint8), rgb)
+    assert all(map(torch.equal, to_ycocg(rgb.numpy()), (luma, chroma)))
     assert int(luma.min()) == 0 and int(luma.max()) == 255
     assert int(chroma.min()) == -255 and int(chroma.max()) == 255
 

@@ -102,6 +102,16 @@ def test_a_vae_on_two_dimensions():
     assert ((iwae.value - bound.value).abs() < 6 * iwae.stderr + 1e-3).all()
 
 
+def test_draws_whose_squares_overflow_are_said_to():
+    pair = pair_of(
+        lambda y: dist.Normal(y.new_zeros(len(y)), 1.0),
+        lambda z: dist.Normal(z, 1.0),
+        lambda y: dist.Normal(y.new_zeros(len(y)), 1e200),
+    )
+    with pytest.raises(evidence.Unavailable, match="no finite covariance"):
+        evidence.quadrature(pair, torch.tensor([1.0], dtype=torch.float64))
+
+
 def test_what_it_does_not_take():
     with pytest.raises(evidence.Unavailable, match="got 3"):
         evidence.quadrature(PPCA(4, 3), torch.randn(2, 4))

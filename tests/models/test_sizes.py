@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 from pyroelbo import models
@@ -42,7 +43,5 @@ def test_refused(cls, needed, name, value, bad):
 
 
 def test_numpy_integers_are_sizes_of_data():
-    import numpy as np
-
     assert models.VAE((np.int64(8), np.int64(8))).shape == (8, 8)
     assert models.VAE(np.int64(5)).shape == (5,)
