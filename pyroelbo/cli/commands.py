@@ -390,6 +390,7 @@ def _simulated(
 def compress(options: argparse.Namespace) -> int:
     y, out = files.read_npy(options.file), options.out or options.file.with_suffix(".code")
     if options.path == "contexts":
+        _check_alone(options, "given", "as_set", "precision", "chunk")
         found = coding.compress_contexts(y, out, shape=options.shape)
     else:
         pair, _, known = models.load(options.path)
@@ -413,6 +414,13 @@ def compress(options: argparse.Namespace) -> int:
             print("the codes alone: decompress gives the data as they are decoded, not bit for bit")
     print(f"{found}\nwritten: {out}")
     return 0
+
+
+def _check_alone(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError, naming it, if an option that belongs to a run is set."""
+    for name in names:
+        if (value := getattr(options, name)) not in (None, False):
+            raise ValueError(f"{name}: expected none for 'contexts', which has no model, got {value}")
 
 
 def _same_given(wanted: bool, file: Path | None, what: str) -> None:
@@ -455,6 +463,7 @@ def _encoded(lossy: Lossy, known: data.Dataset, y: np.ndarray) -> np.ndarray:
 def decompress(options: argparse.Namespace) -> int:
     out = options.out or options.file.with_suffix(".npy")
     if options.path == "contexts":
+        _check_alone(options, "given")
         coding.decompress_contexts(options.file, out)
     else:
         pair, _, known = models.load(options.path)

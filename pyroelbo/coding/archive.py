@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import math
 import time
 import zlib
@@ -93,6 +94,7 @@ def compress(
     if as_set and len(given):
         raise ValueError("as_set: expected False with `given`, whose rows belong to those of `y`")
     known = _given(given, len(array))
+    _check_takes(pair, known)
     pair = _placed(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
@@ -471,6 +473,19 @@ def _given(given: Sequence[Any], number: int) -> tuple[Tensor, ...]:
     if batches.size(parts) != number:
         raise ValueError(f"given: expected {number} rows, as y has, got {batches.size(parts)}")
     return tuple(part.detach().cpu().contiguous() for part in parts)
+
+
+def _check_takes(pair: Pair, given: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless data of the pair can be coded given these parts."""
+    try:
+        if given:
+            inspect.signature(pair.stepwise).bind(*given)
+            pair.model.check((*given, given[0]))  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"given: expected the parts that {pair.name}.model takes before the data that are coded, got "
+            f"{len(given)}"
+        ) from None
 
 
 def _rows_of(given: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:

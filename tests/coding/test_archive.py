@@ -129,6 +129,11 @@ def test_what_is_given_is_not_in_the_file(n, tmp_path):
         compress(pair, y, tmp_path / "set", given=given, as_set=True)
     plain = models.VAE(5)
     compress(plain, np.zeros((3, 5), "u1"), tmp_path / "plain")
+    for other, parts in ((models.VAE(6, 2, (4,)), y), (models.HMM(2, 2), np.zeros((n, 3), "u1"))):
+        with pytest.raises(
+            ValueError, match=rf"given: expected the parts that {other.name}.model takes .* got 1"
+        ):
+            compress(other, parts, tmp_path / "refused", given=given[:1])
     with pytest.raises(ValueError, match="expected nothing `given`, as it was written, got 1 parts"):
         decompress(plain, tmp_path / "plain", given=[np.zeros(3)])
 
