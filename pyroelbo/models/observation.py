@@ -51,7 +51,10 @@ class Pixels(nn.Module):
     normalized Gaussian and Laplace densities). The logistic's scale, in grey levels, is one learned number
     for all pixels; so is the ``weight`` of an L2 or L1 distortion, unless it is given: of pixels in [0, 1],
     σ² = 1/weight and b = 1/weight, also where they are rounded to grey levels (``discretized_normal`` and
-    ``discretized_laplace``, whose centers are kept in the range). ``log_weight`` is its logarithm.
+    ``discretized_laplace``). ``log_weight`` is its logarithm.
+
+    The center of a discretized density is (levels - 1)(½ + x/4), not kept in the range: only a center below 0
+    makes level 0 near certain, since the end levels have the tails, and its gradient does not vanish there.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Pixels(nn.Module):
 
     def _rounded(self, x: Tensor) -> dist.TorchDistribution:
         top = self.levels - 1
-        center = top * torch.sigmoid(x)
+        center = top * (0.5 + 0.25 * x)
         if self.likelihood == "discretized_logistic":
             return DiscretizedLogistic(center, self.log_weight.exp(), self.levels)
         if self.likelihood == "discretized_normal":
@@ -130,7 +133,7 @@ class Pixels(nn.Module):
         return Center(self.levels - 1 if self.integers else 1)
 
     def mean(self, distribution: Any) -> Tensor:
-        """E[y | x], [*, dims]; of discretized densities before they are rounded and cut."""
+        """E[y | x], [*, dims]; of discretized densities the center, which may lie outside of the range."""
         p = distribution.base_dist
         if self.likelihood == "categorical":
             return p.probs @ torch.arange(self.levels, dtype=p.probs.dtype, device=p.probs.device)
@@ -139,7 +142,7 @@ class Pixels(nn.Module):
     def mean_image(self, distribution: Any) -> Tensor:
         """E[y | x], scaled to [0, 1], [*, dims]."""
         mean = self.mean(distribution)
-        return mean / (self.levels - 1) if self.integers else mean.clamp(0, 1)
+        return (mean / (self.levels - 1) if self.integers else mean).clamp(0, 1)
 
 
 class Center(nn.Module):

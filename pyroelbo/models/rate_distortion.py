@@ -134,8 +134,9 @@ class RateDistortion(Pair):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """ŷ(z), [B, D], in the units of the data."""
-        return self.generator.mean(self.observation(z.to(next(self.encoder.parameters()).dtype)))
+        """ŷ(z), [B, D], in the units of the data; of grey levels, within their range."""
+        mean = self.generator.mean(self.observation(z.to(next(self.encoder.parameters()).dtype)))
+        return mean.clamp(0, self.levels - 1) if self.generator.integers else mean
 
     @torch.no_grad()
     def rate(self, y: Tensor) -> Tensor:

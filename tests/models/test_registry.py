@@ -44,11 +44,27 @@ def test_rounded_distortions_weigh_pixels_in_the_unit_interval():
         ("discretized_laplace", lambda m: Laplace(m, 0.01)),
     ):
         pair = VAE(6, 2, (8,), likelihood=likelihood, levels=17, weight=100.0)
-        f = density(torch.sigmoid(pair.generator.decoder(z)))
+        f = density(0.5 + 0.25 * pair.generator.decoder(z))
         above, below = f.cdf((y + 0.5) / 16), f.cdf((y - 0.5) / 16)
         expected = torch.where(y == 16, 1, above) - torch.where(y == 0, 0, below)
         torch.testing.assert_close(pair.observation(z).log_prob(y).exp(), expected.prod(-1))
         assert "generator.log_weight" not in dict(pair.named_parameters())
+
+
+@pytest.mark.parametrize("likelihood", ["discretized_logistic", "discretized_normal", "discretized_laplace"])
+def test_black_can_be_certain_at_any_scale_and_a_wrong_center_is_left(likelihood):
+    pixels = VAE(1, 1, (2,), likelihood=likelihood, levels=256).generator
+    with torch.no_grad():
+        pixels.log_weight.fill_(math.log(25.5 if likelihood == "discretized_logistic" else 10.0))
+    black, white = torch.tensor([[0]]), torch.tensor([[255]])
+    x = torch.tensor([[-6.0]], requires_grad=True)
+    certain = pixels.distribution(x).log_prob(black)
+    assert certain > -0.02  # of centers in the range -ln 2: the scale is shared with pixels that vary
+    torch.testing.assert_close(pixels.distribution(-x).log_prob(white), certain)
+    (slope,) = torch.autograd.grad(pixels.distribution(x).log_prob(white).sum(), x)
+    assert slope > 1  # nats per unit: a sigmoid's would be some 0.02
+    image = pixels.mean_image(pixels.distribution(torch.tensor([[-6.0], [0.0], [6.0]])))
+    torch.testing.assert_close(image, torch.tensor([[0.0], [0.5], [1.0]]))
 
 
 def test_the_encoder_sees_grey_levels_between_minus_one_and_one():
