@@ -92,6 +92,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1000, help="K of IW-K")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of rows' names")
     options = parser.parse_args()
     digits = data.load("digits", "bytes")
     results, above = [], None
@@ -100,7 +101,8 @@ def main():
         f"above |\n"
         "|---|---|---|---|---|---|---|"
     )
-    for name, (make, settings) in ROWS.items():
+    rows = {name: row for name, row in ROWS.items() if any(part in name for part in options.only)}
+    for name, (make, settings) in rows.items():
         pyro.set_rng_seed(options.seed)
         pair = make(digits)
         run = fit(
