@@ -123,7 +123,7 @@ def test_squared_distances_are_the_lectures_loss():
         z = soft.round()
     expected = -pair.prior().log_prob(z).sum()
     x = pair.generator.observation.network(unrounded[1].round())
-    expected = expected + mse_loss(8 * torch.sigmoid(x), y, reduction="sum")
+    expected = expected + mse_loss(4 + 2 * x, y, reduction="sum")
     for layer in (1, 2):
         p = bound.generator.links[layer - 1](unrounded[layer + 1].round()).base_dist
         expected = expected + mse_loss(unrounded[layer], p.mean, reduction="sum")
