@@ -419,7 +419,8 @@ def compress(options: argparse.Namespace) -> int:
 def _check_alone(options: argparse.Namespace, *names: str) -> None:
     """Raise ValueError, naming it, if an option that belongs to a run is set."""
     for name in names:
-        if (value := getattr(options, name)) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:
             raise ValueError(f"{name}: expected none for 'contexts', which has no model, got {value}")
 
 

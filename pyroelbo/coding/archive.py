@@ -94,7 +94,7 @@ def compress(
     if as_set and len(given):
         raise ValueError("as_set: expected False with `given`, whose rows belong to those of `y`")
     known = _given(given, len(array))
-    _check_takes(pair, known)
+    _check_takes(pair, len(given))
     pair = _placed(pair, precision)
     threads = torch.get_num_threads() if threads is None else threads
     with _threads(threads):
@@ -475,16 +475,15 @@ def _given(given: Sequence[Any], number: int) -> tuple[Tensor, ...]:
     return tuple(part.detach().cpu().contiguous() for part in parts)
 
 
-def _check_takes(pair: Pair, given: tuple[Tensor, ...]) -> None:
-    """Raise ValueError unless data of the pair can be coded given these parts."""
+def _check_takes(pair: Pair, number: int) -> None:
+    """Raise ValueError unless data of the pair are coded given so many parts."""
     try:
-        if given:
-            inspect.signature(pair.stepwise).bind(*given)
-            pair.model.check((*given, given[0]))  # type: ignore[attr-defined]
+        inspect.signature(pair.stepwise).bind(*[None] * number)
+        pair.model.check((torch.zeros(1),) * (number + 1))  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise ValueError(
             f"given: expected the parts that {pair.name}.model takes before the data that are coded, got "
-            f"{len(given)}"
+            f"{number}"
         ) from None
 
 

@@ -25,6 +25,7 @@ __all__ = ["Grid", "Sequential", "a_component", "codec_of", "is_discrete", "is_g
 LOSS = 1e-3  # nats that rounding may cost a coordinate, to leading order
 _WIDEST = 2**20  # values of a coordinate on a grid
 _LONGEST = 4096  # columns of a table
+_TINY = 1e-30  # for probabilities above 0; the coder's least is 2^-24
 
 
 @dataclass(frozen=True)
@@ -311,13 +312,15 @@ def _discrete(base: Any, shape: torch.Size, dtype: torch.dtype, rows: int | None
 
 
 def _probabilities(base: Any, low: int, high: int, shape: torch.Size, rows: int | None) -> np.ndarray:
-    """Probabilities of ``low`` … ``high``, [*shape, V]; zero outside the support."""
+    """Probabilities of ``low`` … ``high``, [*shape, V]; zero outside the support and where the logarithm is
+    -inf, not where it is too low for a floating-point number."""
     values = torch.arange(low, high + 1).reshape(-1, *[1] * len(base.batch_shape))
     inside = support_of(base).check(values)
     if not bool(inside.all()):
         within = values.expand(inside.shape)
         values = torch.where(inside, within, torch.where(inside, within, high).amin(0))
-    probs = torch.where(inside, base.log_prob(values).double().exp(), 0.0)
+    log_probs = base.log_prob(values).double()
+    probs = torch.where(inside & (log_probs > -math.inf), log_probs.exp().clamp_min(_TINY), 0.0)
     return _array(probs.movedim(0, -1), torch.Size((*shape, high - low + 1)), rows)
 
 
@@ -340,5 +343,5 @@ def _on_grid(base: Any, shape: torch.Size, grid: Grid, rows: int | None) -> Tabl
     edges = (torch.arange(low, high + 2, dtype=torch.float64) - 0.5) * 2.0**-exponent
     inside = base.cdf(edges[1:-1].reshape(-1, *[1] * len(base.batch_shape))).double()
     ends = inside.new_zeros(1, *inside.shape[1:]), inside.new_ones(1, *inside.shape[1:])
-    probs = torch.cat([ends[0], inside, ends[1]]).diff(dim=0).clamp_min(1e-30)  # the coder's least is 2^-24
+    probs = torch.cat([ends[0], inside, ends[1]]).diff(dim=0).clamp_min(_TINY)
     return Tables(_array(probs.movedim(0, -1), torch.Size((*shape, high - low + 1)), rows), low)

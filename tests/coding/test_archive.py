@@ -134,6 +134,8 @@ def test_what_is_given_is_not_in_the_file(n, tmp_path):
             ValueError, match=rf"given: expected the parts that {other.name}.model takes .* got 1"
         ):
             compress(other, parts, tmp_path / "refused", given=given[:1])
+    with pytest.raises(ValueError, match="given: expected the parts that Superpixel.model takes .* got 0"):
+        compress(pair, y, tmp_path / "refused")
     with pytest.raises(ValueError, match="expected nothing `given`, as it was written, got 1 parts"):
         decompress(plain, tmp_path / "plain", given=[np.zeros(3)])
 

@@ -130,3 +130,13 @@ def test_a_float32_pixel_near_certainty_is_not_impossible():
     """sigmoid(20) is 1 in float32, yet 0 has probability e^-20."""
     fn = dist.Bernoulli(logits=torch.full((3,), 20.0, dtype=torch.float32))
     assert round_trip(codec_of(fn, torch.float32), torch.zeros(3, dtype=torch.float32)) < 75
+
+
+def test_a_level_too_far_for_floating_point_is_not_impossible():
+    """e^-922 is 0 in float64, yet the level has it; only ln p = -inf is impossible."""
+    far = DiscretizedLogistic(torch.tensor([-852.0]), torch.tensor([1.2]), 256)
+    assert -925 < far.log_prob(torch.tensor(255.0)) < -920
+    assert round_trip(codec_of(far, torch.float64), torch.tensor([255.0])) < 25
+    never = dist.Categorical(logits=torch.tensor([[0.0, -math.inf]]))
+    with pytest.raises(ValueError, match="expected values of positive probability"):
+        round_trip(codec_of(never, torch.float64), torch.tensor([1.0]))

@@ -57,6 +57,21 @@ def test_far_from_its_centre_it_stays_finite_with_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
+def test_float32_has_the_gradients_of_float64_at_any_distance(kind):
+    loc = torch.tensor([-12750.0, -656.0, -77.0, 0.0, 300.0, 12750.0])[:, None, None].double()
+    scale = torch.tensor([0.05, 0.1, 1.0, 30.0])[:, None].double()
+    y = torch.tensor([0.0, 1.0, 128.0, 254.0, 255.0]).double()
+
+    def found(dtype):
+        at = [x.to(dtype).expand(6, 4, 5).clone().requires_grad_() for x in (loc, scale)]
+        log_p = kind(*at, 256).log_prob(y.to(dtype))
+        assert log_p.dtype == dtype
+        return torch.stack([log_p.detach(), *torch.autograd.grad(log_p.sum(), at)]).double()
+
+    torch.testing.assert_close(found(torch.float32), found(torch.float64), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
 def test_samples_follow_the_probabilities(kind):
     d = kind(torch.tensor(1.4), torch.tensor(1.1), 5)
     n = 50_000
