@@ -450,8 +450,8 @@ def test_compress_and_decompress(run, tmp_path, capsys):
         ),
         (["decompress", run, code], "y.npy exists"),
         (["compress", "contexts", file, "--given", code], "given: expected none for 'contexts'"),
-        (["compress", "contexts", file, "--as-set"], "as_set: expected none for 'contexts'"),
-        (["compress", "contexts", file, "--chunk", "0"], "chunk: expected none for 'contexts', which has no"),
+        (["compress", "contexts", file, "--as-set"], "--as-set: expected none for 'contexts'"),
+        (["compress", "contexts", file, "--chunk", "0"], "--chunk: expected none for 'contexts'"),
         (["decompress", "contexts", code, *x], "expected a code of kind"),
         (["decompress", run, again, *x], "expected a code of"),
     ):
