@@ -44,7 +44,7 @@ def main(arguments=None):
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     options = parser.parse_args(arguments)
-    epochs, num_data = (1, 20) if options.smoke else (options.num_epochs, 300)
+    epochs, num_data = (1, 4) if options.smoke else (options.num_epochs, 300)
     options.out.mkdir(parents=True, exist_ok=True)
 
     digits = data.load("digits")

@@ -105,9 +105,7 @@ class Pixels(nn.Module):
             x = torch.zeros(self.outputs, device=y.device, requires_grad=True)
             adam = torch.optim.Adam([x], 0.05)
             for _ in range(steps):
-                (x.grad,) = torch.autograd.grad(
-                    -self.distribution(x.expand(len(y), -1)).log_prob(y).mean(), x
-                )
+                (x.grad,) = torch.autograd.grad(-self.distribution(x).log_prob(y).mean(), x)
                 adam.step()
         return x.detach()
 
