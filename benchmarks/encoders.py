@@ -77,7 +77,7 @@ def train(options, splits):
         if (folder / "weights.safetensors").exists():
             continue
         began = time.process_time()
-        share = options.distort if name != "generator" else 0.0
+        share = options.distort if name != "generator" else options.distort_generator
         run = fit(
             pair,
             Distorted(splits["train"], share).batches(100) if share else splits["train"],
@@ -296,6 +296,9 @@ def main():
     parser.add_argument("--hidden", type=int, default=0, help="width of the families' layers; 0: the first's")
     parser.add_argument(
         "--distort", type=float, default=0.0, help="share of a refit's images under a random affine map"
+    )
+    parser.add_argument(
+        "--distort-generator", type=float, default=0.0, help="share that is distorted for the generator"
     )
     parser.add_argument("--eager", action="store_true", help="train without compiling")
     parser.add_argument("--images", type=int, default=100)
