@@ -12,7 +12,7 @@ from pyro.distributions import Categorical, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Independent, constraints
-from torch.nn.functional import one_hot
+from torch.nn.functional import logsigmoid, one_hot
 
 from pyroelbo.coding.stack import Codec, Impossible, Stack
 from pyroelbo.coding.symbols import Bernoullis, Constants, Counts, Gaussians, Tables
@@ -296,9 +296,9 @@ def _discrete(base: Any, shape: torch.Size, dtype: torch.dtype, rows: int | None
     if support is constraints.boolean:
         logits = getattr(base, "logits", None)
         if logits is None:  # of a mixture
-            zero, one = (base.log_prob(torch.tensor(float(v))).double().exp() for v in (0, 1))
+            zero, one = (_exp(base.log_prob(torch.tensor(float(v)))) for v in (0, 1))
         else:
-            zero, one = torch.sigmoid(-logits.double()), torch.sigmoid(logits.double())
+            zero, one = _exp(logsigmoid(-logits.double())), _exp(logsigmoid(logits.double()))
         return Bernoullis(_array(zero, shape, rows), _array(one, shape, rows))
     high = getattr(support, "upper_bound", None)
     if high is not None:
@@ -312,16 +312,19 @@ def _discrete(base: Any, shape: torch.Size, dtype: torch.dtype, rows: int | None
 
 
 def _probabilities(base: Any, low: int, high: int, shape: torch.Size, rows: int | None) -> np.ndarray:
-    """Probabilities of ``low`` … ``high``, [*shape, V]; zero outside the support and where the logarithm is
-    -inf, not where it is too low for a floating-point number."""
+    """Probabilities of ``low`` … ``high``, [*shape, V]; zero outside the support."""
     values = torch.arange(low, high + 1).reshape(-1, *[1] * len(base.batch_shape))
     inside = support_of(base).check(values)
     if not bool(inside.all()):
         within = values.expand(inside.shape)
         values = torch.where(inside, within, torch.where(inside, within, high).amin(0))
-    log_probs = base.log_prob(values).double()
-    probs = torch.where(inside & (log_probs > -math.inf), log_probs.exp().clamp_min(_TINY), 0.0)
+    probs = torch.where(inside, _exp(base.log_prob(values)), 0.0)
     return _array(probs.movedim(0, -1), torch.Size((*shape, high - low + 1)), rows)
+
+
+def _exp(log_p: Tensor) -> Tensor:
+    """Probabilities, float64, of logarithms: zero for -inf alone, not where e^x underflows."""
+    return torch.where(log_p == -math.inf, 0.0, log_p.double().exp().clamp_min(_TINY))
 
 
 def _on_grid(base: Any, shape: torch.Size, grid: Grid, rows: int | None) -> Tables:

@@ -137,6 +137,11 @@ def test_a_level_too_far_for_floating_point_is_not_impossible():
     far = DiscretizedLogistic(torch.tensor([-852.0]), torch.tensor([1.2]), 256)
     assert -925 < far.log_prob(torch.tensor(255.0)) < -920
     assert round_trip(codec_of(far, torch.float64), torch.tensor([255.0])) < 25
+    for fn in (
+        dist.Bernoulli(logits=torch.tensor([922.0])),
+        dist.Categorical(logits=torch.tensor([[0.0, 922.0]])),
+    ):
+        assert round_trip(codec_of(fn, torch.float64), torch.tensor([0.0])) < 25
     never = dist.Categorical(logits=torch.tensor([[0.0, -math.inf]]))
     with pytest.raises(ValueError, match="expected values of positive probability"):
         round_trip(codec_of(never, torch.float64), torch.tensor([1.0]))
