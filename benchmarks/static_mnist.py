@@ -88,14 +88,14 @@ LADDER = {
 #     $P vae; $P iwae-5 --start $R/vae; $P iwae-50 --start $R/iwae-5; $P dreg-50 --start $R/iwae-5
 def iwae(epochs, rate, tail, objective, particles):
     return System(
-        f"VAE 784-300-300-40, gated, {objective}-{particles}",
+        f"VAE 784-300-300-40, gated, {objective}-{particles}, distorted",
         gated_vae(),
         {
             "batch_size": 100,
             "epochs": epochs,
             "learning_rate": rate,
             "warmup": 1,
-            "tail": (tail, epochs - tail) if tail < epochs else None,
+            "tail": tail,
             "distort": 0.6,
             "objective": objective,
             "particles": particles,
@@ -131,9 +131,9 @@ SYSTEMS = {
         gated_vae(),
         {"batch_size": 100, "epochs": 80, "learning_rate": 1e-3, "warmup": 20, "tail": (40, 40)},
     ),
-    "iwae-5": iwae(23, 1e-3, 23, "iwae", 5),
-    "iwae-50": iwae(3, 5e-4, 0, "iwae", 50),
-    "dreg-50": iwae(3, 5e-4, 0, "dreg", 50),
+    "iwae-5": iwae(23, 1e-3, None, "iwae", 5),
+    "iwae-50": iwae(3, 5e-4, (0, 3), "iwae", 50),
+    "dreg-50": iwae(3, 5e-4, (0, 3), "dreg", 50),
     "vamp-100": System(
         "the same, VampPrior-100", gated_vae(prior="vamp", components=100), {"batch_size": 100}
     ),
